@@ -1,0 +1,1 @@
+"""Reference networks: a recurrent language model."""

@@ -1,0 +1,1 @@
+"""Text to windows: documents, tokens, lanes, windows."""
