@@ -1,0 +1,31 @@
+"""dni_seq: train recurrent networks on long streams with synthetic-gradient truncated BPTT.
+
+Three levels of use: the command `python scripts/train_lm.py`, `SequenceTrainer` in a loop of one's own, and the bare
+interfaces. `import dni_seq` needs torch alone.
+"""
+
+from .deferred import GradientAccumulator, backward, defer_backward
+from .interfaces import BackwardInterface, BidirectionalInterface, ForwardInterface, synthesizer_context
+from .synthesizers import LSTM_CELLS, BasicSynthesizer, GatedCells, Normalized
+from .trainer import SequenceTrainer, StepResult, Synthetic
+from .windows import Lookahead, Window, with_lookahead
+
+__all__ = [
+    "LSTM_CELLS",
+    "BackwardInterface",
+    "BasicSynthesizer",
+    "BidirectionalInterface",
+    "ForwardInterface",
+    "GatedCells",
+    "GradientAccumulator",
+    "Lookahead",
+    "Normalized",
+    "SequenceTrainer",
+    "StepResult",
+    "Synthetic",
+    "Window",
+    "backward",
+    "defer_backward",
+    "synthesizer_context",
+    "with_lookahead",
+]

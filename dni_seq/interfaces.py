@@ -1,0 +1,380 @@
+"""Interfaces: where a network is cut, and synthetic messages stand in for real ones.
+
+Source: Jaderberg et al. 2017, "Decoupled Neural Interfaces using Synthetic Gradients", arXiv 1608.05343, section 2. Names,
+arguments and meaning are those of dni-pytorch. Beyond it, triggers may be nested states, contexts are captured where a
+trigger is made, and scopes nest and survive exceptions.
+
+docs/interfaces.md teaches them by example.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from . import deferred, states
+from .deferred import GradientAccumulator, current_scope
+from .states import State
+from .synthesizers import Regression, check_like, predict, regress
+from .targets import TargetRule, combine, rule_of
+
+_contexts: ContextVar[tuple[Any, ...]] = ContextVar("dni_seq_contexts", default=())
+
+
+@contextmanager
+def synthesizer_context(context: Any) -> Iterator[None]:
+    """Give `context` to the synthesizers of all interfaces that are called in the block; blocks nest, the innermost counts.
+
+    Args:
+        context: what the synthesizers expect: for `BasicSynthesizer`, a tensor [..., context_dim], such as one-hot labels.
+    """
+    token = _contexts.set((*_contexts.get(), context))
+    try:
+        yield
+    finally:
+        _contexts.reset(token)
+
+
+def current_context() -> Any:
+    """The context of the innermost `synthesizer_context` block of this thread, None outside of any."""
+    contexts = _contexts.get()
+    return contexts[-1] if contexts else None
+
+
+class _Interface(nn.Module):
+    """What both directions share: a synthesizer, predicted with and regressed towards messages."""
+
+    def __init__(self, synthesizer: nn.Module) -> None:
+        super().__init__()
+        self.synthesizer = synthesizer
+
+    @property
+    def learns(self) -> bool:
+        """Whether the synthesizer has anything to train."""
+        return any(parameter.requires_grad for parameter in self.synthesizer.parameters())
+
+    @torch.no_grad()
+    def _predict(self, trigger: State, context: Any) -> list[State]:
+        """The messages by horizon at `trigger`, without a graph."""
+        with _full_precision(trigger) as cast:
+            messages = predict(self.synthesizer, cast(states.detach(trigger)), context)
+        return [_like(message, trigger) for message in messages]
+
+    def _regress(self, trigger: State, context: Any, targets: list[State]) -> Regression:
+        """One regression step: the gradients of its loss are added to the synthesizer's parameters, to no others."""
+        with torch.enable_grad(), _full_precision(trigger) as cast:
+            regression = regress(self.synthesizer, cast(states.detach(trigger)), context, [cast(t) for t in targets])
+        if not regression.loss.requires_grad:
+            raise RuntimeError(
+                "the synthesizer has trainable parameters, but its message does not depend on them: its forward must not "
+                "detach, or run under torch.no_grad()"
+            )
+        regression.loss.backward()
+        return regression._replace(loss=regression.loss.detach())
+
+
+@contextmanager
+def _full_precision(trigger: State) -> Iterator[Any]:
+    """Synthesizers work outside of autocast; half-precision triggers are handed to them in float32."""
+    leaves = states.floating(trigger)
+    device = leaves[0].device.type if leaves else "cpu"
+
+    def cast(state: State) -> State:
+        return states.map_floating(lambda t: t.float() if t.dtype in (torch.float16, torch.bfloat16) else t, state)
+
+    with torch.autocast(device, enabled=False):
+        yield cast
+
+
+def _like(message: State, trigger: State) -> State:
+    """`message` in the dtype of a half-precision trigger."""
+    half = {leaf.dtype for leaf in states.floating(trigger)} & {torch.float16, torch.bfloat16}
+    return states.map_floating(lambda leaf: leaf.to(next(iter(half))), message) if half else message
+
+
+class BackwardInterface(_Interface):
+    """Synthetic gradients: part A learns from a prediction of the gradient that part B would send back.
+
+    Called as a module between two parts of a network, it backpropagates the synthetic gradient into the part before it at
+    once, hands the activation on, and trains the synthesizer on the real gradient when that arrives. In an unrolled RNN
+    `make_trigger` takes the first state of a window and `backward` the last one, inside of `defer_backward`.
+
+    In `eval()` it passes its input through.
+
+    Args:
+        synthesizer: any module with `forward(trigger, context)` that returns a message of the trigger's shape: the gradient,
+            with respect to the trigger, of the scalar that the user backpropagates.
+    """
+
+    def forward(self, trigger: State) -> State:
+        """Decouple: learn from a synthetic gradient on this side, hand on a trigger that collects the real one."""
+        if not self.training or not torch.is_grad_enabled():
+            return trigger
+        if any(leaf.requires_grad for leaf in states.floating(trigger)):
+            self.backward(trigger)
+        return self.make_trigger(trigger)
+
+    def make_trigger(self, trigger: State) -> State:
+        """Cut `trigger` from what came before; the gradient that arrives at the returned copy trains the synthesizer.
+
+        The context of the moment is the one that the synthesizer is trained with. In a `defer_backward` scope the gradient
+        is taken at the scope's end; elsewhere when a backward pass brings it, for a nest when it has come for every leaf.
+        """
+        if not self.training or not torch.is_grad_enabled():
+            return trigger
+        state = states.map_floating(lambda leaf: leaf.detach().requires_grad_(), trigger)
+        scope = current_scope()
+        if scope is not None:
+            self.exchange(scope).add_trigger(state, current_context())
+        elif self.learns:
+            self._intercept(state, current_context())
+        return state
+
+    def backward(
+        self,
+        trigger: State,
+        factor: float = 1,
+        *,
+        discount: float | None = None,
+        ends: Tensor | None = None,
+        batch_dim: Any = 1,
+    ) -> None:
+        """Predict the gradient with respect to `trigger` and backpropagate it, at the scope's end where there is one.
+
+        Args:
+            trigger: a tensor or nest that was computed with a graph.
+            factor: the share of the message that is injected.
+            discount: γ, the share of it in the targets of triggers of the same scope; `factor` where it is None.
+            ends: [B] bool, lanes whose sequence ends here: their message is zero.
+            batch_dim: where the lanes lie in the trigger's leaves, used with `ends`.
+
+        Raises:
+            ValueError: the trigger needs no gradient, or was given before in this scope, or the synthesizer's message does
+                not have its shape and dtype.
+        """
+        if not self.training or not torch.is_grad_enabled():
+            return
+        leaves = states.floating(trigger)
+        if not any(leaf.requires_grad for leaf in leaves):
+            raise ValueError(
+                "backward: the trigger needs no gradient, so a synthetic one has nowhere to go; pass the tensor that part A "
+                "computed, before any detach() (make_trigger is for the state that a window starts from)"
+            )
+        messages = self._predict(trigger, current_context())
+        for message in messages:
+            check_like(states.floating(message), leaves, "message")
+        if ends is not None:
+            messages = [silence(message, ends, batch_dim) for message in messages]
+        rule = rule_of(self.synthesizer, float(factor), float(factor if discount is None else discount))
+        injected = combine(messages, rule.weights)
+        scope = current_scope()
+        if scope is not None:
+            self.exchange(scope).add_end(leaves, messages, injected, rule)
+        else:
+            for leaf, gradient in _receptive(leaves, injected):
+                deferred.backward(leaf, gradient)
+
+    def send(self, message: State, trigger: State) -> Regression | None:
+        """Train the synthesizer to give `message`, a real gradient, for `trigger`; its optimizer's step is the caller's.
+
+        Returns the regression's loss and fidelity, None in `eval()` or under `torch.no_grad()`, where nothing is trained.
+        Gradients go to the synthesizer alone.
+
+        Raises:
+            ValueError: the message has not the trigger's shape and dtype.
+        """
+        check_like(states.floating(message), states.floating(trigger), "message")
+        if not self.training or not torch.is_grad_enabled() or not self.learns:
+            return None
+        return self._regress(trigger, current_context(), [states.detach(message)])
+
+    def receive(self, trigger: State) -> State:
+        """The synthetic gradient for `trigger`, without a graph: the weighted sum of all horizons."""
+        messages = self._predict(trigger, current_context())
+        return states.with_floating(trigger, combine(messages, rule_of(self.synthesizer, 1.0, 1.0).weights))
+
+    def exchange(self, scope: GradientAccumulator) -> Exchange:
+        """What this interface has going in `scope`."""
+        return scope.participant(id(self), lambda: Exchange(self, scope))
+
+    def _intercept(self, state: State, context: Any) -> None:
+        """Regress when a backward pass outside of any scope has brought the gradient of every leaf of `state`."""
+        leaves = states.floating(state)
+        trigger = states.detach(state)
+        # The hook lives on the leaf: a strong reference back to it would keep both until the next garbage collection.
+        references = [weakref.ref(leaf) for leaf in leaves]
+
+        def arrived(_: Tensor) -> None:
+            alive = [leaf for leaf in (reference() for reference in references) if leaf is not None]
+            if len(alive) == len(references) and all(leaf.grad is not None for leaf in alive):
+                self._regress(trigger, context, [states.with_floating(trigger, [taken(leaf) for leaf in alive])])
+
+        for leaf in leaves:
+            leaf.register_post_accumulate_grad_hook(arrived)
+
+
+class ForwardInterface(_Interface):
+    """Synthetic inputs: part B computes with a prediction of the activation that part A would hand on.
+
+    In `eval()` it passes its input through.
+
+    Args:
+        synthesizer: any module with `forward(trigger, context)` that returns a message of the activation's shape.
+    """
+
+    def forward(self, message: State, trigger: State) -> State:
+        """Train on the real activation `message`, hand on the synthetic one made from `trigger`."""
+        if not self.training:
+            return message
+        self.send(message, trigger)
+        return self.receive(trigger)
+
+    def send(self, message: State, trigger: State) -> Regression | None:
+        """Train the synthesizer to give `message`, a real activation, for `trigger`; its optimizer's step is the caller's.
+
+        Returns the regression's loss and fidelity, None in `eval()` or under `torch.no_grad()`, where nothing is trained.
+        Gradients go to the synthesizer alone.
+        """
+        if not self.training or not torch.is_grad_enabled() or not self.learns:
+            return None
+        return self._regress(trigger, current_context(), [states.detach(message)])
+
+    def receive(self, trigger: State) -> State:
+        """The synthetic activation for `trigger`, without a graph."""
+        (message,) = self._predict(trigger, current_context())
+        return message
+
+
+class BidirectionalInterface(nn.Module):
+    """Synthetic inputs one way, synthetic gradients the other: neither part waits for the other.
+
+    In `eval()` a call passes its input through, and `receive` gives the synthetic input.
+
+    Args:
+        forward_synthesizer: predicts part A's activation from a trigger that both parts know, such as the network's input.
+        backward_synthesizer: predicts the gradient with respect to that activation.
+    """
+
+    def __init__(self, forward_synthesizer: nn.Module, backward_synthesizer: nn.Module) -> None:
+        super().__init__()
+        self.forward_interface = ForwardInterface(forward_synthesizer)
+        self.backward_interface = BackwardInterface(backward_synthesizer)
+
+    def forward(self, message: State, trigger: State) -> State:
+        """Both ends in one process: `send`, then `receive`."""
+        if not self.training:
+            return message
+        self.send(message, trigger)
+        return self.receive(trigger)
+
+    def send(self, message: State, trigger: State) -> None:
+        """Part A's end: learn from the synthetic gradient at `message`, train the synthetic input towards it."""
+        self.forward_interface.send(message, trigger)
+        self.backward_interface.backward(message)
+
+    def receive(self, trigger: State) -> State:
+        """Part B's end: the synthetic input for `trigger`, which trains the synthetic gradient when the real one arrives."""
+        return self.backward_interface.make_trigger(self.forward_interface.receive(trigger))
+
+
+def silence(message: State, ends: Tensor, batch_dim: Any) -> State:
+    """`message` with exact zeros in the lanes that `ends` [B] marks: a state that nothing follows has no gradient."""
+    return states.reset_lanes(message, ends, None, batch_dim)
+
+
+def taken(leaf: Tensor) -> Tensor:
+    """The gradient that has arrived at a trigger's leaf, zeros where none has; the leaf's `.grad` is cleared."""
+    gradient, leaf.grad = leaf.grad, None
+    return torch.zeros_like(leaf) if gradient is None else gradient
+
+
+def _receptive(leaves: list[Tensor], gradients: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    return [(leaf, gradient) for leaf, gradient in zip(leaves, gradients, strict=True) if leaf.requires_grad]
+
+
+class End(NamedTuple):
+    """A last state in a scope, with what was predicted for it."""
+
+    leaves: list[Tensor]
+    messages: list[State]
+    rule: TargetRule
+
+
+class Exchange:
+    """The triggers and last states of one interface in one scope, until the scope's one backward pass has joined them.
+
+    Attributes:
+        regressions: one for every trigger, in the order they were made, once the scope is delivered.
+        own_gradients: the target of the first horizon of every trigger, raw: its floating-point leaves.
+        injected: the injected messages, raw, floating-point leaves of every last state.
+    """
+
+    def __init__(self, interface: BackwardInterface, scope: GradientAccumulator) -> None:
+        self._interface = interface
+        self._scope = scope
+        self._triggers: list[tuple[State, Any]] = []
+        self._ends: list[End] = []
+        self._targets: list[list[Tensor] | None] = []
+        self.regressions: list[Regression] = []
+        self.own_gradients: list[list[Tensor]] = []
+        self.injected: list[list[Tensor]] = []
+
+    def add_trigger(self, state: State, context: Any) -> None:
+        """Take the gradient of `state` as a target at the scope's end."""
+        self._triggers.append((state, context))
+
+    def add_end(self, leaves: list[Tensor], messages: list[State], injected: list[Tensor], rule: TargetRule) -> None:
+        """Inject into a last state.
+
+        Raises:
+            ValueError: the same state was given before in this scope.
+        """
+        if any(leaf is other for leaf in leaves for end in self._ends for other in end.leaves):
+            raise ValueError("backward: this trigger was already given a synthetic gradient in this defer_backward scope")
+        for leaf, gradient in _receptive(leaves, injected):
+            self._scope.add(leaf, gradient, source=self)
+        self._ends.append(End(leaves, messages, rule))
+        self.injected.append(injected)
+
+    def before_backward(self) -> None:
+        """The vector-Jacobian products of those targets that the one backward pass does not bring by itself."""
+        if not self._triggers or not self._interface.learns:
+            return
+        inputs = self._inputs()
+        own = self._ends[0].rule.own if self._ends else rule_of(self._interface.synthesizer, 1, 1).own
+        self._targets = [None if self._is_whole(i, own[i]) else self._product(i, own[i], inputs) for i in range(len(own))]
+
+    def after_backward(self) -> None:
+        """Regress at every trigger towards its targets."""
+        arrived = [taken(leaf) for leaf in self._inputs()]
+        if not self._targets:
+            return
+        rows = [arrived if target is None else target for target in self._targets]
+        position = 0
+        for state, context in self._triggers:
+            count = len(states.floating(state))
+            leaves = [row[position : position + count] for row in rows]
+            position += count
+            targets = [states.with_floating(state, row) for row in leaves]
+            self.own_gradients.append(leaves[0])
+            self.regressions.append(self._interface._regress(state, context, targets))
+
+    def _inputs(self) -> list[Tensor]:
+        return [leaf for state, _ in self._triggers for leaf in states.floating(state)]
+
+    def _is_whole(self, i: int, own: float) -> bool:
+        """Whether target i is what the one backward pass brings: all of the losses, and the messages as injected."""
+        return own == 1 and all(list(end.rule.following[i]) == list(end.rule.weights) for end in self._ends)
+
+    def _product(self, i: int, own: float, inputs: list[Tensor]) -> list[Tensor]:
+        roots: list[tuple[Tensor, Tensor]] = []
+        for end in self._ends:
+            if any(end.rule.following[i]):
+                roots += _receptive(end.leaves, combine(end.messages, end.rule.following[i]))
+        return self._scope.product(self, own, roots, inputs)

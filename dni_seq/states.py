@@ -1,0 +1,136 @@
+"""Nested recurrent states: a tensor, or any nest of tuples, NamedTuples, lists and dicts of tensors.
+
+Leaves that are not floating-point tensors (step counters, say) are carried along and never receive gradients.
+
+Legend: B = lanes, H = hidden units, L = layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+State = Any
+"""A nest of tensors; the type system cannot say more about it."""
+
+
+def flatten(state: State) -> list[Any]:
+    """The leaves of `state` in a fixed order: that of positions, and of insertion in dicts."""
+    if isinstance(state, dict):
+        return [leaf for value in state.values() for leaf in flatten(value)]
+    if isinstance(state, (tuple, list)):
+        return [leaf for value in state for leaf in flatten(value)]
+    return [state]
+
+
+def unflatten(like: State, leaves: Sequence[Any]) -> State:
+    """A nest of the shape of `like` that holds `leaves`.
+
+    Raises:
+        ValueError: the number of leaves is not that of `like`.
+    """
+    expected = len(flatten(like))
+    if len(leaves) != expected:
+        raise ValueError(f"the state has {expected} leaves, got {len(leaves)}")
+    return _fill(like, iter(leaves))
+
+
+def _fill(like: State, leaves: Any) -> State:
+    if isinstance(like, dict):
+        return {key: _fill(value, leaves) for key, value in like.items()}
+    if isinstance(like, tuple) and hasattr(like, "_fields"):
+        return type(like)(*(_fill(value, leaves) for value in like))
+    if isinstance(like, (tuple, list)):
+        return type(like)(_fill(value, leaves) for value in like)
+    return next(leaves)
+
+
+def is_floating(leaf: Any) -> bool:
+    """Whether `leaf` is a tensor that can receive a gradient."""
+    return isinstance(leaf, Tensor) and leaf.is_floating_point()
+
+
+def floating(state: State) -> list[Tensor]:
+    """The floating-point leaves of `state`, in the order of `flatten`."""
+    return [leaf for leaf in flatten(state) if is_floating(leaf)]
+
+
+def with_floating(state: State, tensors: Sequence[Tensor]) -> State:
+    """`state` with its floating-point leaves replaced by `tensors`.
+
+    Raises:
+        ValueError: the number of tensors is not that of the floating-point leaves.
+    """
+    expected = len(floating(state))
+    if len(tensors) != expected:
+        raise ValueError(f"the state has {expected} floating-point leaves, got {len(tensors)} tensors")
+    source = iter(tensors)
+    return unflatten(state, [next(source) if is_floating(leaf) else leaf for leaf in flatten(state)])
+
+
+def map_floating(function: Callable[[Tensor], Tensor], state: State) -> State:
+    """`state` with `function` applied to its floating-point leaves."""
+    return unflatten(state, [function(leaf) if is_floating(leaf) else leaf for leaf in flatten(state)])
+
+
+def detach(state: State) -> State:
+    """`state` cut from its graph; leaves share memory with those of `state`."""
+    return unflatten(state, [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in flatten(state)])
+
+
+def spread(setting: Any, state: State, name: str) -> list[Any]:
+    """One value of `setting` for every leaf of `state`: a single value for all, or a nest shaped like the state.
+
+    Raises:
+        ValueError: `setting` is a nest whose shape is not that of the state.
+    """
+    count = len(flatten(state))
+    if not isinstance(setting, (tuple, list, dict)):
+        return [setting] * count
+    values = flatten(setting)
+    if len(values) != count:
+        raise ValueError(f"{name} has {len(values)} leaves, the state has {count}: give one value, or one for every leaf")
+    return values
+
+
+def lane_mask(keep: Tensor, leaf: Tensor, batch_dim: int) -> Tensor:
+    """`keep` [B] in a shape that broadcasts over `leaf`, whose lanes lie along `batch_dim`.
+
+    Raises:
+        ValueError: the leaf has no such dimension, or not as many lanes as `keep`.
+    """
+    if leaf.dim() == 0 or not -leaf.dim() <= batch_dim < leaf.dim():
+        raise ValueError(f"a state of shape {tuple(leaf.shape)} has no dimension {batch_dim}: set state_batch_dim")
+    if leaf.shape[batch_dim] != keep.shape[0]:
+        raise ValueError(
+            f"ends has {keep.shape[0]} lanes, the state of shape {tuple(leaf.shape)} has {leaf.shape[batch_dim]} "
+            f"along dimension {batch_dim}: set state_batch_dim"
+        )
+    shape = [1] * leaf.dim()
+    shape[batch_dim] = -1
+    return keep.reshape(shape)
+
+
+def reset_lanes(state: State, ends: Tensor, initial: State | None, batch_dim: Any = 1) -> State:
+    """`state` with the lanes that `ends` [B] marks set to `initial`, or to zeros where `initial` is None.
+
+    Other lanes are unchanged to the bit. `batch_dim` is an int, or a nest of ints shaped like the state.
+
+    Raises:
+        ValueError: `initial` or `batch_dim` does not have the nest of `state`.
+    """
+    leaves = flatten(state)
+    starts = [None] * len(leaves) if initial is None else flatten(initial)
+    if len(starts) != len(leaves):
+        raise ValueError(f"the initial state has {len(starts)} leaves, the state has {len(leaves)}")
+    fresh = []
+    for leaf, start, dim in zip(leaves, starts, spread(batch_dim, state, "state_batch_dim"), strict=True):
+        if not isinstance(leaf, Tensor):
+            fresh.append(leaf)
+            continue
+        start = torch.zeros_like(leaf) if start is None else start.to(leaf)
+        fresh.append(torch.where(lane_mask(ends, leaf, dim), start, leaf))
+    return unflatten(state, fresh)

@@ -1,0 +1,60 @@
+"""What a synthesizer is trained towards, as a linear rule over its horizons.
+
+Window k runs from state s_k to s_{k+1}; a_k is the gradient of its loss with respect to s_k, J_k = ∂s_{k+1}/∂s_k, and
+M_j(s) is the message of horizon j. Every rule of this library has one form:
+
+    target of horizon i at s_k   =  own_i · a_k  +  J_kᵀ Σ_j following_ij · M_j(s_{k+1})
+    injected at s_{k+1}          =  Σ_j weights_j · M_j(s_{k+1})
+
+so that each target costs at most one vector-Jacobian product to the state.
+
+Source: the bootstrapped target is that of Jaderberg et al. 2017, arXiv 1608.05343, section 2.1. There the injected share and
+the discount are one number; here they are two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from . import states
+from .states import State
+
+
+class TargetRule(NamedTuple):
+    """Coefficients of the targets of N horizons and of their injection.
+
+    Attributes:
+        own: [N], the share of the window's own gradient a_k in each target.
+        following: [N][N], the share of each following message in each target.
+        weights: [N], the share of each message in what is injected.
+    """
+
+    own: Sequence[float]
+    following: Sequence[Sequence[float]]
+    weights: Sequence[float]
+
+
+def bootstrapped(scale: float, discount: float) -> TargetRule:
+    """One horizon without end: target a_k + discount · J_kᵀ M(s_{k+1}), of which `scale` is injected."""
+    return TargetRule(own=[1.0], following=[[discount]], weights=[scale])
+
+
+def rule_of(synthesizer: nn.Module, scale: float, discount: float) -> TargetRule:
+    """The rule of a synthesizer that brings its own as `target_rule(scale, discount)`, else the bootstrapped one."""
+    own_rule: Callable[[float, float], TargetRule] | None = getattr(synthesizer, "target_rule", None)
+    return bootstrapped(scale, discount) if own_rule is None else own_rule(scale, discount)
+
+
+def combine(messages: list[State], weights: Sequence[float]) -> list[Tensor]:
+    """Σ_j weights_j · messages_j, leaf by leaf, over the floating-point leaves."""
+    columns = zip(*(states.floating(message) for message in messages), strict=True)
+    return [_weighted_sum(list(column), weights) for column in columns]
+
+
+def _weighted_sum(leaves: list[Tensor], weights: Sequence[float]) -> Tensor:
+    terms = [leaf if weight == 1 else leaf * weight for leaf, weight in zip(leaves, weights, strict=True) if weight != 0]
+    return torch.stack(terms).sum(0) if len(terms) > 1 else terms[0] if terms else torch.zeros_like(leaves[0])

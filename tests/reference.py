@@ -1,0 +1,87 @@
+"""The slow, obviously right versions that the fast code is held to, in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import dni_seq as dni
+from dni_seq import states
+
+
+def reset(state: Any, ends: Tensor, initial: Any, batch_dim: Any) -> Any:
+    """Lanes that end get the initial state, leaf by leaf, lane by lane, without a graph across the reset."""
+    fresh = []
+    for leaf, start, dim in zip(
+        states.flatten(state), states.flatten(initial), states.spread(batch_dim, state, "batch_dim"), strict=True
+    ):
+        lanes = [(b if end else a) for a, b, end in zip(leaf.unbind(dim), start.unbind(dim), ends.tolist(), strict=True)]
+        fresh.append(torch.stack(lanes, dim))
+    return states.unflatten(state, fresh)
+
+
+def full_bptt(
+    model: nn.Module,
+    loss_fn: Callable[[Tensor, Tensor], Tensor],
+    windows: Iterable[dni.Window],
+    initial: Any,
+    batch_dim: Any,
+) -> dict[str, Tensor]:
+    """Gradients of the sum of all windows' losses, through one graph over all of them."""
+    state, total = initial, 0.0
+    for window in windows:
+        outputs, state = model(window.inputs, state)
+        total = total + loss_fn(outputs, window.targets)
+        state = reset(state, window.ends, initial, batch_dim)
+    found = torch.autograd.grad(total, list(model.parameters()))
+    return {name: gradient for (name, _), gradient in zip(model.named_parameters(), found, strict=True)}
+
+
+def truncated_bptt(
+    model: nn.Module,
+    loss_fn: Callable[[Tensor, Tensor], Tensor],
+    optimizer: torch.optim.Optimizer,
+    windows: Iterable[dni.Window],
+    state: Any,
+    clip: float | None = None,
+) -> list[tuple[float, dict[str, Tensor]]]:
+    """The plain PyTorch loop: loss and gradients, as they are when the optimizer steps, of every window."""
+    history = []
+    for window in windows:
+        state = states.detach(state)
+        optimizer.zero_grad()
+        outputs, state = model(window.inputs, state)
+        loss = loss_fn(outputs, window.targets)
+        loss.backward()
+        if clip is not None:
+            nn.utils.clip_grad_norm_(model.parameters(), clip)
+        optimizer.step()
+        history.append((loss.item(), {name: p.grad.clone() for name, p in model.named_parameters()}))
+    return history
+
+
+class Oracle(nn.Module):
+    """The exact gradient of all that is ahead: the context holds every step to come, one graph runs over all of them.
+
+    With `summed` losses. A lane whose sequence ends has no valid step ahead and contributes nothing.
+    """
+
+    def __init__(self, model: nn.Module, unreduced: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.call = lambda inputs, state: model(inputs, state)
+        self.unreduced = unreduced
+
+    def forward(self, trigger: Any, context: dni.Lookahead) -> Any:
+        with torch.enable_grad():
+            state = start = states.map_floating(lambda t: t.detach().requires_grad_(), trigger)
+            total = torch.zeros((), dtype=torch.float64)
+            for x, y, counts in zip(context.inputs, context.targets, context.valid, strict=True):
+                outputs, state = self.call(x[None], state)
+                total = total + torch.where(counts, self.unreduced(outputs, y[None])[0], 0).sum()
+            leaves = states.floating(start)
+            if not total.requires_grad:
+                return states.map_floating(torch.zeros_like, trigger)
+            return states.with_floating(trigger, list(torch.autograd.grad(total, leaves)))
