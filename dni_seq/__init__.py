@@ -5,7 +5,9 @@ interfaces. `import dni_seq` needs torch alone.
 """
 
 from .deferred import GradientAccumulator, backward, defer_backward
+from .exact_future import ExactFuture
 from .interfaces import BackwardInterface, BidirectionalInterface, ForwardInterface, synthesizer_context
+from .state_synthesizers import LookaheadEncoder, MultiHorizonSynthesizer, StateSynthesizer
 from .synthesizers import LSTM_CELLS, BasicSynthesizer, GatedCells, Normalized
 from .trainer import SequenceTrainer, StepResult, Synthetic
 from .windows import Lookahead, Window, with_lookahead
@@ -15,12 +17,16 @@ __all__ = [
     "BackwardInterface",
     "BasicSynthesizer",
     "BidirectionalInterface",
+    "ExactFuture",
     "ForwardInterface",
     "GatedCells",
     "GradientAccumulator",
     "Lookahead",
+    "LookaheadEncoder",
+    "MultiHorizonSynthesizer",
     "Normalized",
     "SequenceTrainer",
+    "StateSynthesizer",
     "StepResult",
     "Synthetic",
     "Window",

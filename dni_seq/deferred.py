@@ -105,6 +105,10 @@ class GradientAccumulator:
         for participant in participants:
             participant.after_backward()
 
+    def forget(self) -> None:
+        """Drop what has been collected, and with it the graphs, without delivering it."""
+        self._entries, self._participants = [], {}
+
 
 def current_scope() -> GradientAccumulator | None:
     """The innermost open scope of this thread, None outside of any."""
@@ -121,10 +125,13 @@ def defer_backward() -> Iterator[GradientAccumulator]:
     scope = GradientAccumulator()
     token = _scopes.set((*_scopes.get(), scope))
     try:
-        yield scope
+        try:
+            yield scope
+        finally:
+            _scopes.reset(token)
+        scope.deliver()
     finally:
-        _scopes.reset(token)
-    scope.deliver()
+        scope.forget()
 
 
 def backward(tensor: Tensor, gradient: Tensor | None = None) -> None:

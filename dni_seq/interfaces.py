@@ -18,13 +18,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import deferred, states
+from . import states
 from .deferred import GradientAccumulator, current_scope
 from .states import State
 from .synthesizers import Regression, check_like, predict, regress
 from .targets import TargetRule, combine, rule_of
 
 _contexts: ContextVar[tuple[Any, ...]] = ContextVar("dni_seq_contexts", default=())
+
+_HALF = (torch.float16, torch.bfloat16)
 
 
 @contextmanager
@@ -63,13 +65,15 @@ class _Interface(nn.Module):
     def _predict(self, trigger: State, context: Any) -> list[State]:
         """The messages by horizon at `trigger`, without a graph."""
         with _full_precision(trigger) as cast:
-            messages = predict(self.synthesizer, cast(states.detach(trigger)), context)
+            messages = predict(self.synthesizer, cast(states.detach(trigger)), cast(context))
         return [_like(message, trigger) for message in messages]
 
-    def _regress(self, trigger: State, context: Any, targets: list[State]) -> Regression:
+    def _regress(self, trigger: State, context: Any, targets: list[State | None]) -> Regression:
         """One regression step: the gradients of its loss are added to the synthesizer's parameters, to no others."""
         with torch.enable_grad(), _full_precision(trigger) as cast:
-            regression = regress(self.synthesizer, cast(states.detach(trigger)), context, [cast(t) for t in targets])
+            numeric = [None if target is None else cast(target) for target in targets]
+            trigger, context = cast(states.detach(trigger)), cast(states.detach(context))
+            regression = regress(self.synthesizer, trigger, context, numeric)
         if not regression.loss.requires_grad:
             raise RuntimeError(
                 "the synthesizer has trainable parameters, but its message does not depend on them: its forward must not "
@@ -81,21 +85,24 @@ class _Interface(nn.Module):
 
 @contextmanager
 def _full_precision(trigger: State) -> Iterator[Any]:
-    """Synthesizers work outside of autocast; half-precision triggers are handed to them in float32."""
+    """Synthesizers work outside of autocast; half-precision triggers and contexts are handed to them in float32."""
     leaves = states.floating(trigger)
     device = leaves[0].device.type if leaves else "cpu"
 
     def cast(state: State) -> State:
-        return states.map_floating(lambda t: t.float() if t.dtype in (torch.float16, torch.bfloat16) else t, state)
+        return states.map_floating(lambda t: t.float() if t.dtype in _HALF else t, state)
 
     with torch.autocast(device, enabled=False):
         yield cast
 
 
 def _like(message: State, trigger: State) -> State:
-    """`message` in the dtype of a half-precision trigger."""
-    half = {leaf.dtype for leaf in states.floating(trigger)} & {torch.float16, torch.bfloat16}
-    return states.map_floating(lambda leaf: leaf.to(next(iter(half))), message) if half else message
+    """`message` in the half precision of its trigger, leaf by leaf where they correspond, else by the first leaf."""
+    leaves, dtypes = states.floating(message), [leaf.dtype for leaf in states.floating(trigger)]
+    if len(dtypes) != len(leaves):
+        dtypes = dtypes[:1] * len(leaves)
+    pairs = zip(leaves, dtypes, strict=True)
+    return states.with_floating(message, [leaf.to(dtype) if dtype in _HALF else leaf for leaf, dtype in pairs])
 
 
 class BackwardInterface(_Interface):
@@ -177,8 +184,10 @@ class BackwardInterface(_Interface):
         if scope is not None:
             self.exchange(scope).add_end(leaves, messages, injected, rule)
         else:
+            alone = GradientAccumulator()  # the leaves of a nest share a graph, which one pass frees
             for leaf, gradient in _receptive(leaves, injected):
-                deferred.backward(leaf, gradient)
+                alone.add(leaf, gradient)
+            alone.deliver()
 
     def send(self, message: State, trigger: State) -> Regression | None:
         """Train the synthesizer to give `message`, a real gradient, for `trigger`; its optimizer's step is the caller's.
@@ -197,6 +206,8 @@ class BackwardInterface(_Interface):
     def receive(self, trigger: State) -> State:
         """The synthetic gradient for `trigger`, without a graph: the weighted sum of all horizons."""
         messages = self._predict(trigger, current_context())
+        for message in messages:
+            check_like(states.floating(message), states.floating(trigger), "message")
         return states.with_floating(trigger, combine(messages, rule_of(self.synthesizer, 1.0, 1.0).weights))
 
     def exchange(self, scope: GradientAccumulator) -> Exchange:
@@ -311,7 +322,8 @@ class Exchange:
 
     Attributes:
         regressions: one for every trigger, in the order they were made, once the scope is delivered.
-        own_gradients: the target of the first horizon of every trigger, raw: its floating-point leaves.
+        own_gradients: the target of the first horizon of every trigger, raw: its floating-point leaves; None where that
+            horizon was not trained.
         injected: the injected messages, raw, floating-point leaves of every last state.
     """
 
@@ -320,9 +332,10 @@ class Exchange:
         self._scope = scope
         self._triggers: list[tuple[State, Any]] = []
         self._ends: list[End] = []
-        self._targets: list[list[Tensor] | None] = []
+        self._trained: list[bool] = []
+        self._products: dict[int, list[Tensor]] = {}
         self.regressions: list[Regression] = []
-        self.own_gradients: list[list[Tensor]] = []
+        self.own_gradients: list[list[Tensor] | None] = []
         self.injected: list[list[Tensor]] = []
 
     def add_trigger(self, state: State, context: Any) -> None:
@@ -346,22 +359,25 @@ class Exchange:
         """The vector-Jacobian products of those targets that the one backward pass does not bring by itself."""
         if not self._triggers or not self._interface.learns:
             return
+        rule = self._ends[0].rule if self._ends else rule_of(self._interface.synthesizer, 1, 1)
+        self._trained = list(rule.trained)
         inputs = self._inputs()
-        own = self._ends[0].rule.own if self._ends else rule_of(self._interface.synthesizer, 1, 1).own
-        self._targets = [None if self._is_whole(i, own[i]) else self._product(i, own[i], inputs) for i in range(len(own))]
+        for i, own in enumerate(rule.own):
+            if self._trained[i] and not self._is_whole(i, own):
+                self._products[i] = self._product(i, own, inputs)
 
     def after_backward(self) -> None:
         """Regress at every trigger towards its targets."""
         arrived = [taken(leaf) for leaf in self._inputs()]
-        if not self._targets:
+        rows = [self._products.get(i, arrived) if trained else None for i, trained in enumerate(self._trained)]
+        if all(row is None for row in rows):
             return
-        rows = [arrived if target is None else target for target in self._targets]
         position = 0
         for state, context in self._triggers:
             count = len(states.floating(state))
-            leaves = [row[position : position + count] for row in rows]
+            leaves = [None if row is None else row[position : position + count] for row in rows]
             position += count
-            targets = [states.with_floating(state, row) for row in leaves]
+            targets = [None if row is None else states.with_floating(state, row) for row in leaves]
             self.own_gradients.append(leaves[0])
             self.regressions.append(self._interface._regress(state, context, targets))
 

@@ -52,22 +52,32 @@ def predict(synthesizer: nn.Module, trigger: State, context: Any) -> list[State]
     return [synthesizer(trigger, context)] if by_horizon is None else by_horizon(trigger, context)
 
 
-def regress(synthesizer: nn.Module, trigger: State, context: Any, targets: list[State]) -> Regression:
-    """The regression of `synthesizer` at a trigger (cut from its graph) towards one target a horizon."""
-    own_regress: Callable[[State, Any, list[State]], Regression] | None = getattr(synthesizer, "regress", None)
+def regress(synthesizer: nn.Module, trigger: State, context: Any, targets: list[State | None]) -> Regression:
+    """The regression of `synthesizer` at a trigger (cut from its graph) towards its targets, one a horizon.
+
+    A horizon whose target is None is left alone.
+    """
+    own_regress: Callable[..., Regression] | None = getattr(synthesizer, "regress", None)
     if own_regress is not None:
         return own_regress(trigger, context, targets)
     return mean_squared(predict(synthesizer, trigger, context), targets)
 
 
-def mean_squared(predictions: list[State], targets: list[State]) -> Regression:
+def mean_squared(predictions: list[State], targets: list[State | None]) -> Regression:
     """Mean squared error over all elements, the one rule for regression, with its diagnostics.
 
     Raises:
         ValueError: a prediction has not the shape of its target.
     """
-    errors, powers, cosines = [], [], []
+    errors: list[Tensor] = []
+    powers: list[Tensor] = []
+    cosines: list[Tensor] = []
     for prediction, target in zip(predictions, targets, strict=True):
+        if target is None:
+            unknown = states.floating(prediction)[0].new_full((), float("nan"))
+            for values in (errors, powers, cosines):
+                values.append(unknown)
+            continue
         p, t = states.floating(prediction), states.floating(target)
         check_like(p, t, "message")
         flat_p = torch.cat([leaf.reshape(-1) for leaf in p])
@@ -77,7 +87,8 @@ def mean_squared(predictions: list[State], targets: list[State]) -> Regression:
             powers.append(flat_t.square().mean())
             cosines.append(F.cosine_similarity(flat_p, flat_t, dim=0))
     error = torch.stack(errors)
-    return Regression(error.mean(), error.detach(), torch.stack(powers), torch.stack(cosines))
+    loss = torch.stack([e for e, target in zip(errors, targets, strict=True) if target is not None]).mean()
+    return Regression(loss, error.detach(), torch.stack(powers), torch.stack(cosines))
 
 
 def check_like(messages: list[Tensor], triggers: list[Tensor], name: str) -> None:
@@ -171,6 +182,7 @@ class BasicSynthesizer(nn.Module):
             raise ValueError(
                 f"BasicSynthesizer: the trigger's last dimension is {joined.shape[-1]}, trigger_dim is {self.trigger_dim}"
             )
+        self._check_dtype("trigger", joined)
         if self.context_dim is None:
             if context is not None:
                 raise ValueError("BasicSynthesizer: a context is given; build the synthesizer with context_dim to use it")
@@ -180,9 +192,25 @@ class BasicSynthesizer(nn.Module):
                 f"BasicSynthesizer: built with context_dim={self.context_dim}, it needs a tensor as context: wrap the call "
                 "in `with dni_seq.synthesizer_context(context):`"
             )
-        if context.shape[-1] != self.context_dim:
+        if context.dim() == 0 or context.shape[-1] != self.context_dim:
             raise ValueError(
-                f"BasicSynthesizer: the context's last dimension is {context.shape[-1]}, context_dim is {self.context_dim}"
+                f"BasicSynthesizer: the context has shape {tuple(context.shape)}, its last dimension must be "
+                f"context_dim={self.context_dim} (class labels go in as one-hot vectors)"
+            )
+        sizes = zip(reversed(context.shape[:-1]), reversed(joined.shape[:-1]), strict=False)
+        if context.dim() > joined.dim() or any(own not in (1, size) for own, size in sizes):
+            raise ValueError(
+                f"BasicSynthesizer: the context's shape {tuple(context.shape)} does not broadcast over the trigger's, "
+                f"{tuple(joined.shape)}; but for the last dimension they must agree or the context's be 1"
+            )
+        self._check_dtype("context", context)
+
+    def _check_dtype(self, name: str, tensor: Tensor) -> None:
+        expected = self.input_trigger.weight.dtype
+        if tensor.dtype != expected and not torch.is_autocast_enabled(tensor.device.type):
+            raise ValueError(
+                f"BasicSynthesizer: the {name} has dtype {tensor.dtype}, the synthesizer's parameters {expected}: convert "
+                "one with .to(dtype); interfaces hand half-precision tensors over in float32"
             )
 
 
@@ -238,37 +266,32 @@ class RunningRMS(nn.Module):
         decay: share of the statistics that an update keeps, in the long run.
     """
 
-    count: Tensor
-
     def __init__(self, decay: float = 0.99) -> None:
         super().__init__()
         self.decay = decay
-        self.register_buffer("count", torch.zeros((), dtype=torch.int64))
 
-    def _statistics(self) -> list[Tensor]:
-        return [buffer for name, buffer in self.named_buffers(recurse=False) if name != "count"]
-
-    @torch.no_grad()
-    def update(self, targets: list[Tensor]) -> None:
-        """Take `targets`, all leaves of all horizons, into the mean."""
-        current = [_mean_square(leaf) for leaf in targets]
-        if not self._statistics():
-            for i, square in enumerate(current):
-                self.register_buffer(f"mean_square_{i}", torch.zeros_like(square))
-        self.count += 1
-        weight = torch.clamp(1 / self.count, min=1 - self.decay)
-        for mean, square in zip(self._statistics(), current, strict=True):
-            mean += weight.to(mean.dtype) * (square - mean)
+    def update(self, like: list[Tensor], targets: list[Tensor | None]) -> None:
+        """Take `targets` into the mean, one tensor or None for every leaf of every horizon; `like` gives their shapes."""
+        with torch.no_grad():
+            for i, (leaf, target) in enumerate(zip(like, targets, strict=True)):
+                if f"mean_square_{i}" not in self._buffers:
+                    self.register_buffer(f"mean_square_{i}", torch.zeros_like(_mean_square(leaf)))
+                    self.register_buffer(f"count_{i}", leaf.new_zeros(()))
+                if target is not None:
+                    mean, count = self.get_buffer(f"mean_square_{i}"), self.get_buffer(f"count_{i}")
+                    count += 1
+                    mean.lerp_(_mean_square(target), torch.clamp(1 / count, min=1 - self.decay))
 
     def scales(self) -> list[Tensor] | None:
         """The root mean square of every leaf of every horizon, broadcasting over it; None before the first update."""
-        return [mean.sqrt() for mean in self._statistics()] or None
+        count = len(self._buffers) // 2
+        return [self.get_buffer(f"mean_square_{i}").sqrt() for i in range(count)] or None
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         for key, value in state_dict.items():
             name = key.removeprefix(prefix)
-            if key.startswith(prefix + "mean_square_") and name not in dict(self.named_buffers()):
-                self.register_buffer(name, torch.zeros_like(value, device=self.count.device))
+            if key.startswith((prefix + "mean_square_", prefix + "count_")) and name not in self._buffers:
+                self.register_buffer(name, torch.zeros_like(value))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
@@ -312,9 +335,21 @@ class Normalized(nn.Module):
         (message,) = self.predict(trigger, context)
         return message
 
-    def regress(self, trigger: State, context: Any, targets: list[State]) -> Regression:
+    def regress(self, trigger: State, context: Any, targets: list[State | None]) -> Regression:
         """Mean squared error in normalised units; takes the targets into the statistics first."""
-        self.rms.update([leaf for target in targets for leaf in states.floating(target)])
-        scales = iter(self.rms.scales() or [])
-        normal = [states.map_floating(lambda leaf: leaf / next(scales).clamp_min(self.tiny), target) for target in targets]
-        return mean_squared(predict(self.synthesizer, trigger, context), normal)
+        messages = predict(self.synthesizer, trigger, context)
+        like = [leaf for message in messages for leaf in states.floating(message)]
+        width = len(like) // len(messages)
+        leaves = [leaf for t in targets for leaf in ([None] * width if t is None else states.floating(t))]
+        self.rms.update(like, leaves)
+        scales = [scale.clamp_min(self.tiny) for scale in self.rms.scales() or []]
+        normal = [
+            None if target is None else _divided(target, scales[i * width : (i + 1) * width])
+            for i, target in enumerate(targets)
+        ]
+        return mean_squared(messages, normal)
+
+
+def _divided(state: State, scales: list[Tensor]) -> State:
+    leaves = [leaf / scale for leaf, scale in zip(states.floating(state), scales, strict=True)]
+    return states.with_floating(state, leaves)

@@ -31,16 +31,35 @@ class TargetRule(NamedTuple):
         own: [N], the share of the window's own gradient a_k in each target.
         following: [N][N], the share of each following message in each target.
         weights: [N], the share of each message in what is injected.
+        trained: [N], the horizons to train at this window; the others' targets are not computed.
     """
 
     own: Sequence[float]
     following: Sequence[Sequence[float]]
     weights: Sequence[float]
+    trained: Sequence[bool]
 
 
 def bootstrapped(scale: float, discount: float) -> TargetRule:
     """One horizon without end: target a_k + discount · J_kᵀ M(s_{k+1}), of which `scale` is injected."""
-    return TargetRule(own=[1.0], following=[[discount]], weights=[scale])
+    return TargetRule(own=[1.0], following=[[discount]], weights=[scale], trained=[True])
+
+
+def increments(scale: float, discount: float, shares: Sequence[float], tail: bool) -> TargetRule:
+    """One horizon for each window ahead, and a last one for all that is behind them where `tail` is set.
+
+    Partial sums of exact messages are exact gradients of as many windows. `shares` weighs the horizons beside the discount.
+    """
+    count = len(shares)
+    following = [[1.0 if j == i - 1 else 0.0 for j in range(count)] for i in range(count)]
+    if tail:
+        following[-1][-1] = discount
+    return TargetRule(
+        own=[1.0] + [0.0] * (count - 1),
+        following=following,
+        weights=[scale * discount**n * share for n, share in enumerate(shares)],
+        trained=[True] * count,
+    )
 
 
 def rule_of(synthesizer: nn.Module, scale: float, discount: float) -> TargetRule:

@@ -39,7 +39,7 @@ class Synthetic(NamedTuple):
         loss: 0-d, the regression's loss.
         gradient_norm: 0-d, norm of the synthesizer's gradient before clipping.
         injected_ratio: 0-d, c‖M‖ / ‖a‖: the norm of what was injected into the last state, over that of the target of the
-            first horizon at the first state; NaN where that target is zero.
+            first horizon at the first state; NaN where that horizon was not trained.
         cosine: [N], between message and target; NaN where nothing was regressed.
         r2: [N], 1 - squared error / squared target, over running sums of the latest windows.
     """
@@ -294,14 +294,14 @@ class SequenceTrainer:
         if regressions and self.synthesizer_optimizer is not None:
             norm = _clip(self.synthesizer_optimizer, self.synthesizer_clip)
             self.synthesizer_optimizer.step()
-        injected = torch.stack([leaf.norm() for leaf in exchange.injected[0]]).norm()
+        injected = _norm(exchange.injected[0])
         if not regressions:
             nothing = injected.new_full((), float("nan"))
             return Synthetic(nothing, norm, nothing, nothing[None], nothing[None])
-        own = torch.stack([leaf.norm() for leaf in exchange.own_gradients[0]]).norm()
-        (regression,) = regressions
+        (regression,), (own,) = regressions, exchange.own_gradients
         self._fidelity.update(regression.error, regression.power)
-        return Synthetic(regression.loss, norm, injected / own, regression.cosine, self._fidelity.r2())
+        ratio = injected / _norm(own) if own is not None else injected.new_full((), float("nan"))
+        return Synthetic(regression.loss, norm, ratio, regression.cosine, self._fidelity.r2())
 
     def _next_state(self, last: State, ends: Tensor | None, lanes: int) -> State:
         state = states.detach(last)
@@ -343,8 +343,9 @@ class RunningFidelity:
         """Take in the squared error and the squared target of each horizon, [N] each."""
         if self._error is None or self._power is None:
             self._error, self._power = torch.zeros_like(error), torch.zeros_like(power)
-        self._error = torch.lerp(error, self._error, self.decay)
-        self._power = torch.lerp(power, self._power, self.decay)
+        known = ~error.isnan()  # a horizon that this window did not train says nothing
+        self._error = torch.where(known, torch.lerp(error, self._error, self.decay), self._error)
+        self._power = torch.where(known, torch.lerp(power, self._power, self.decay), self._power)
 
     def r2(self) -> Tensor:
         """[N]: 1 - squared error / squared target."""
@@ -372,6 +373,11 @@ def ahead_of_window(inputs: Tensor, targets: Tensor, mask: Tensor | None, lookah
         valid=torch.cat([torch.ones_like(counts), lookahead.valid])[:steps],
         mask=torch.cat([counts, behind])[:steps],
     )
+
+
+def _norm(leaves: list[Tensor]) -> Tensor:
+    """The norm of all leaves together, 0-d."""
+    return torch.stack([leaf.norm() for leaf in leaves]).norm()
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> Iterable[Tensor]:

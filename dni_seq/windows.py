@@ -32,6 +32,11 @@ class Lookahead(NamedTuple):
     valid: Tensor
     mask: Tensor | None = None
 
+    def span(self, start: int, stop: int | None) -> Lookahead:
+        """The steps from `start` to before `stop`, as slices do."""
+        mask = None if self.mask is None else self.mask[start:stop]
+        return Lookahead(self.inputs[start:stop], self.targets[start:stop], self.valid[start:stop], mask)
+
 
 class Window(NamedTuple):
     """T steps of B lanes.

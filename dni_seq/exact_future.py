@@ -1,0 +1,142 @@
+"""ExactFuture: the exact gradient of the next n steps, in the place of a synthesizer.
+
+It is the reference that a synthesizer stands in for, and a rival wherever the text to come is at hand: run the model n steps
+past the window, take the gradient of their loss at the boundary, inject it. With a tail, a synthesizer predicts what is
+behind those n steps.
+
+Legend: B = lanes, n = steps, m = lookahead of the tail in steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import states
+from .states import State
+from .synthesizers import Regression, predict, regress
+from .targets import TargetRule
+from .windows import Lookahead
+
+
+class ExactFuture(nn.Module):
+    """The gradient of the next n steps' loss with respect to a state, by running the model over them.
+
+    Takes a `Lookahead` of n steps, and of the tail's m behind them, as context. Parameters get no gradients from it, and the
+    random state is left as it was, so dropout in those steps is drawn as in the window that follows.
+
+    Args:
+        model: `model(inputs, state) -> (outputs, state)`; held without being registered as a submodule.
+        loss_fn: `loss_fn(outputs, targets)`, unreduced losses [n, B].
+        steps: n.
+        window: T, the length of the trainer's windows; a mean over a window weighs each of its steps by 1 / (T · B).
+        reduction: that of the trainer ("mean", "lane-mean" or "sum"); with "mean", masked windows weigh their steps as full
+            ones do.
+        tail: a synthesizer of one horizon for what is behind the n steps, None for nothing.
+        batch_dim: where the lanes lie in the state's leaves, used with a tail.
+
+    Raises:
+        ValueError: `steps` or `window` is not positive; at a call, the context is no lookahead of as many steps, or
+            `loss_fn` does not return [n, B].
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: Callable[[Any, Tensor], Tensor],
+        *,
+        steps: int,
+        window: int,
+        reduction: str = "mean",
+        tail: nn.Module | None = None,
+        batch_dim: Any = 1,
+    ) -> None:
+        super().__init__()
+        if steps < 1 or window < 1:
+            raise ValueError(f"ExactFuture: steps and window must be positive, got {steps} and {window}")
+        self._model = (model,)  # in a tuple, which nn.Module does not look into
+        self.loss_fn = loss_fn
+        self.steps = steps
+        self.window = window
+        self.reduction = reduction
+        self.tail = tail
+        self.batch_dim = batch_dim
+
+    def predict(self, trigger: State, context: Any) -> list[State]:
+        """The exact gradient, that of the tail included; then the tail's own message at `trigger`, where there is one."""
+        exact = self._exact(trigger, context)
+        if self.tail is None:
+            return [exact]
+        return [exact, *predict(self.tail, trigger, context)]
+
+    def forward(self, trigger: State, context: Any = None) -> State:
+        """The exact gradient, that of the tail included."""
+        return self._exact(trigger, context)
+
+    def regress(self, trigger: State, context: Any, targets: list[State | None]) -> Regression:
+        """One regression step of the tail."""
+        if self.tail is None:
+            raise RuntimeError("ExactFuture without a tail has nothing to train")
+        return regress(self.tail, trigger, context, targets[1:])
+
+    def target_rule(self, scale: float, discount: float) -> TargetRule:
+        """Inject the exact gradient; train the tail towards its own bootstrapped target."""
+        if self.tail is None:
+            return TargetRule(own=[1.0], following=[[0.0]], weights=[scale], trained=[False])
+        return TargetRule(
+            own=[0.0, 1.0], following=[[0.0, 0.0], [0.0, discount]], weights=[scale, 0.0], trained=[False, True]
+        )
+
+    def _exact(self, trigger: State, context: Any) -> State:
+        if not isinstance(context, Lookahead) or len(context.inputs) < self.steps:
+            raise ValueError(
+                f"ExactFuture needs the next {self.steps} steps: pass windows through dni_seq.with_lookahead, "
+                "and lookahead=window.lookahead to the trainer"
+            )
+        ahead = context.span(0, self.steps)
+        model = self._model[0]
+        with _untouched(model), torch.enable_grad():
+            start = states.map_floating(lambda leaf: leaf.detach().requires_grad_(), trigger)
+            outputs, last = model(ahead.inputs, start)
+            losses = self.loss_fn(outputs, ahead.targets)
+            roots: list[Tensor] = [self._reduce(losses, ahead)]
+            gradients: list[Tensor | None] = [None]
+            if self.tail is not None:
+                behind = context.span(self.steps, None)
+                with torch.no_grad():
+                    (message,) = predict(self.tail, states.detach(last), behind)
+                message = states.reset_lanes(message, ~ahead.valid[-1], None, self.batch_dim)
+                for leaf, gradient in zip(states.floating(last), states.floating(message), strict=True):
+                    roots.append(leaf)
+                    gradients.append(gradient)
+            found = torch.autograd.grad(roots, states.floating(start), gradients, allow_unused=True)
+        leaves = [torch.zeros_like(t) if g is None else g for t, g in zip(states.floating(trigger), found, strict=True)]
+        return states.with_floating(trigger, leaves)
+
+    def _reduce(self, losses: Tensor, ahead: Lookahead) -> Tensor:
+        if losses.shape != ahead.valid.shape:
+            raise ValueError(
+                f"ExactFuture: loss_fn must return unreduced losses {list(ahead.valid.shape)}, got {list(losses.shape)}"
+            )
+        counts = ahead.valid if ahead.mask is None else ahead.valid & ahead.mask
+        total = torch.where(counts, losses, 0).sum()
+        lanes = losses.shape[1]
+        return total / {"mean": lanes * self.window, "lane-mean": lanes, "sum": 1}[self.reduction]
+
+
+@contextmanager
+def _untouched(model: nn.Module) -> Iterator[None]:
+    """Keep the model's parameters out of the graph, and leave the random state as it was."""
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    with torch.random.fork_rng(devices=sorted({p.get_device() for p in learning if p.is_cuda})):
+        for parameter in learning:
+            parameter.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for parameter in learning:
+                parameter.requires_grad_(True)
