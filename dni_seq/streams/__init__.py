@@ -1,1 +1,25 @@
 """Text to windows: documents, tokens, lanes, windows."""
+
+from dni_seq.streams.text import Corpus, DataError, Documents, known_datasets, open_corpus
+from dni_seq.streams.tokens import (
+    CharTokenizer,
+    Tokenizer,
+    WordTokenizer,
+    load_tokenizer,
+    train_tokenizer,
+)
+from dni_seq.streams.windows import WindowStream
+
+__all__ = [
+    "CharTokenizer",
+    "Corpus",
+    "DataError",
+    "Documents",
+    "Tokenizer",
+    "WindowStream",
+    "WordTokenizer",
+    "known_datasets",
+    "load_tokenizer",
+    "open_corpus",
+    "train_tokenizer",
+]
