@@ -4,12 +4,13 @@ Three levels of use: the command `python scripts/train_lm.py`, `SequenceTrainer`
 interfaces. `import dni_seq` needs torch alone.
 """
 
+from .credit import Synthetic
 from .deferred import GradientAccumulator, backward, defer_backward
 from .exact_future import ExactFuture
 from .interfaces import BackwardInterface, BidirectionalInterface, ForwardInterface, synthesizer_context
 from .state_synthesizers import LookaheadEncoder, MultiHorizonSynthesizer, StateSynthesizer
 from .synthesizers import LSTM_CELLS, BasicSynthesizer, GatedCells, Normalized
-from .trainer import SequenceTrainer, StepResult, Synthetic
+from .trainer import SequenceTrainer, StepResult
 from .windows import Lookahead, Window, with_lookahead
 
 __all__ = [

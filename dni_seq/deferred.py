@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -110,6 +110,16 @@ class GradientAccumulator:
         self._entries, self._participants = [], {}
 
 
+FunctionT = TypeVar("FunctionT", bound=Callable[..., Any])
+
+
+def uncompiled(function: FunctionT) -> FunctionT:
+    """Keep `torch.compile` out of `function`, which leaves a graph break there: its work on the graph cannot be traced."""
+    # The private name does what the public one does, but imports the compiler at the first call instead of here.
+    disable: Callable[[FunctionT], FunctionT] = getattr(torch, "_disable_dynamo", torch.compiler.disable)
+    return disable(function)
+
+
 def current_scope() -> GradientAccumulator | None:
     """The innermost open scope of this thread, None outside of any."""
     scopes = _scopes.get()
@@ -134,6 +144,7 @@ def defer_backward() -> Iterator[GradientAccumulator]:
         scope.forget()
 
 
+@uncompiled
 def backward(tensor: Tensor, gradient: Tensor | None = None) -> None:
     """Backpropagate from `tensor`: at the end of the innermost `defer_backward` scope, or at once where there is none.
 

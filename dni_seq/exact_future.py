@@ -9,14 +9,14 @@ Legend: B = lanes, n = steps, m = lookahead of the tail in steps.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import states
+from .replay import without_parameter_gradients
 from .states import State
 from .synthesizers import Regression, predict, regress
 from .targets import TargetRule
@@ -99,7 +99,7 @@ class ExactFuture(nn.Module):
             )
         ahead = context.span(0, self.steps)
         model = self._model[0]
-        with _untouched(model), torch.enable_grad():
+        with without_parameter_gradients(model), torch.enable_grad():
             start = states.map_floating(lambda leaf: leaf.detach().requires_grad_(), trigger)
             outputs, last = model(ahead.inputs, start)
             losses = self.loss_fn(outputs, ahead.targets)
@@ -126,17 +126,3 @@ class ExactFuture(nn.Module):
         total = torch.where(counts, losses, 0).sum()
         lanes = losses.shape[1]
         return total / {"mean": lanes * self.window, "lane-mean": lanes, "sum": 1}[self.reduction]
-
-
-@contextmanager
-def _untouched(model: nn.Module) -> Iterator[None]:
-    """Keep the model's parameters out of the graph, and leave the random state as it was."""
-    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    with torch.random.fork_rng(devices=sorted({p.get_device() for p in learning if p.is_cuda})):
-        for parameter in learning:
-            parameter.requires_grad_(False)
-        try:
-            yield
-        finally:
-            for parameter in learning:
-                parameter.requires_grad_(True)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from . import states
-from .deferred import GradientAccumulator, current_scope
+from .deferred import GradientAccumulator, current_scope, uncompiled
 from .states import State
 from .synthesizers import Regression, check_like, predict, regress
 from .targets import TargetRule, combine, rule_of
@@ -62,13 +62,13 @@ class _Interface(nn.Module):
         return any(parameter.requires_grad for parameter in self.synthesizer.parameters())
 
     @torch.no_grad()
-    def _predict(self, trigger: State, context: Any) -> list[State]:
-        """The messages by horizon at `trigger`, without a graph."""
+    def _predict(self, trigger: State, context: Any, synthesizer: nn.Module | None = None) -> list[State]:
+        """The messages by horizon at `trigger`, of the interface's synthesizer or another, without a graph."""
         with _full_precision(trigger) as cast:
-            messages = predict(self.synthesizer, cast(states.detach(trigger)), cast(context))
+            messages = predict(synthesizer or self.synthesizer, cast(states.detach(trigger)), cast(context))
         return [_like(message, trigger) for message in messages]
 
-    def _regress(self, trigger: State, context: Any, targets: list[State | None]) -> Regression:
+    def regress(self, trigger: State, context: Any, targets: list[State | None]) -> Regression:
         """One regression step: the gradients of its loss are added to the synthesizer's parameters, to no others."""
         with torch.enable_grad(), _full_precision(trigger) as cast:
             numeric = [None if target is None else cast(target) for target in targets]
@@ -119,6 +119,7 @@ class BackwardInterface(_Interface):
             with respect to the trigger, of the scalar that the user backpropagates.
     """
 
+    @uncompiled
     def forward(self, trigger: State) -> State:
         """Decouple: learn from a synthetic gradient on this side, hand on a trigger that collects the real one."""
         if not self.training or not torch.is_grad_enabled():
@@ -127,14 +128,20 @@ class BackwardInterface(_Interface):
             self.backward(trigger)
         return self.make_trigger(trigger)
 
+    @uncompiled
     def make_trigger(self, trigger: State) -> State:
         """Cut `trigger` from what came before; the gradient that arrives at the returned copy trains the synthesizer.
 
         The context of the moment is the one that the synthesizer is trained with. In a `defer_backward` scope the gradient
         is taken at the scope's end; elsewhere when a backward pass brings it, for a nest when it has come for every leaf.
+
+        Raises:
+            ValueError: the trigger holds no floating-point tensor.
         """
         if not self.training or not torch.is_grad_enabled():
             return trigger
+        if not states.floating(trigger):
+            raise ValueError("make_trigger: the trigger holds no floating-point tensor, so no gradient can arrive at it")
         state = states.map_floating(lambda leaf: leaf.detach().requires_grad_(), trigger)
         scope = current_scope()
         if scope is not None:
@@ -143,23 +150,26 @@ class BackwardInterface(_Interface):
             self._intercept(state, current_context())
         return state
 
+    @uncompiled
     def backward(
         self,
         trigger: State,
         factor: float = 1,
         *,
-        discount: float | None = None,
         ends: Tensor | None = None,
         batch_dim: Any = 1,
+        rule: TargetRule | None = None,
+        bootstrap: nn.Module | None = None,
     ) -> None:
         """Predict the gradient with respect to `trigger` and backpropagate it, at the scope's end where there is one.
 
         Args:
             trigger: a tensor or nest that was computed with a graph.
-            factor: the share of the message that is injected.
-            discount: γ, the share of it in the targets of triggers of the same scope; `factor` where it is None.
+            factor: the share of the message that is injected, and its share in the targets of the scope's triggers.
             ends: [B] bool, lanes whose sequence ends here: their message is zero.
             batch_dim: where the lanes lie in the trigger's leaves, used with `ends`.
+            rule: the coefficients of injection and targets, apart; it takes the place of `factor`.
+            bootstrap: a synthesizer whose messages, instead of this interface's own, go into the targets.
 
         Raises:
             ValueError: the trigger needs no gradient, or was given before in this scope, or the synthesizer's message does
@@ -173,22 +183,21 @@ class BackwardInterface(_Interface):
                 "backward: the trigger needs no gradient, so a synthetic one has nowhere to go; pass the tensor that part A "
                 "computed, before any detach() (make_trigger is for the state that a window starts from)"
             )
-        messages = self._predict(trigger, current_context())
-        for message in messages:
-            check_like(states.floating(message), leaves, "message")
-        if ends is not None:
-            messages = [silence(message, ends, batch_dim) for message in messages]
-        rule = rule_of(self.synthesizer, float(factor), float(factor if discount is None else discount))
+        messages = self._messages(self.synthesizer, trigger, ends, batch_dim)
+        if rule is None:
+            rule = rule_of(self.synthesizer, float(factor), float(factor))
         injected = combine(messages, rule.weights)
         scope = current_scope()
         if scope is not None:
-            self.exchange(scope).add_end(leaves, messages, injected, rule)
+            others = None if bootstrap is None else self._messages(bootstrap, trigger, ends, batch_dim)
+            self.exchange(scope).add_end(leaves, injected, End(leaves, others or messages, rule, others is None))
         else:
             alone = GradientAccumulator()  # the leaves of a nest share a graph, which one pass frees
             for leaf, gradient in _receptive(leaves, injected):
                 alone.add(leaf, gradient)
             alone.deliver()
 
+    @uncompiled
     def send(self, message: State, trigger: State) -> Regression | None:
         """Train the synthesizer to give `message`, a real gradient, for `trigger`; its optimizer's step is the caller's.
 
@@ -201,14 +210,21 @@ class BackwardInterface(_Interface):
         check_like(states.floating(message), states.floating(trigger), "message")
         if not self.training or not torch.is_grad_enabled() or not self.learns:
             return None
-        return self._regress(trigger, current_context(), [states.detach(message)])
+        return self.regress(trigger, current_context(), [states.detach(message)])
 
+    @uncompiled
     def receive(self, trigger: State) -> State:
         """The synthetic gradient for `trigger`, without a graph: the weighted sum of all horizons."""
         messages = self._predict(trigger, current_context())
         for message in messages:
             check_like(states.floating(message), states.floating(trigger), "message")
         return states.with_floating(trigger, combine(messages, rule_of(self.synthesizer, 1.0, 1.0).weights))
+
+    def _messages(self, synthesizer: nn.Module, trigger: State, ends: Tensor | None, batch_dim: Any) -> list[State]:
+        messages = self._predict(trigger, current_context(), synthesizer)
+        for message in messages:
+            check_like(states.floating(message), states.floating(trigger), "message")
+        return messages if ends is None else [silence(message, ends, batch_dim) for message in messages]
 
     def exchange(self, scope: GradientAccumulator) -> Exchange:
         """What this interface has going in `scope`."""
@@ -224,7 +240,7 @@ class BackwardInterface(_Interface):
         def arrived(_: Tensor) -> None:
             alive = [leaf for leaf in (reference() for reference in references) if leaf is not None]
             if len(alive) == len(references) and all(leaf.grad is not None for leaf in alive):
-                self._regress(trigger, context, [states.with_floating(trigger, [taken(leaf) for leaf in alive])])
+                self.regress(trigger, context, [states.with_floating(trigger, [taken(leaf) for leaf in alive])])
 
         for leaf in leaves:
             leaf.register_post_accumulate_grad_hook(arrived)
@@ -239,6 +255,7 @@ class ForwardInterface(_Interface):
         synthesizer: any module with `forward(trigger, context)` that returns a message of the activation's shape.
     """
 
+    @uncompiled
     def forward(self, message: State, trigger: State) -> State:
         """Train on the real activation `message`, hand on the synthetic one made from `trigger`."""
         if not self.training:
@@ -246,6 +263,7 @@ class ForwardInterface(_Interface):
         self.send(message, trigger)
         return self.receive(trigger)
 
+    @uncompiled
     def send(self, message: State, trigger: State) -> Regression | None:
         """Train the synthesizer to give `message`, a real activation, for `trigger`; its optimizer's step is the caller's.
 
@@ -254,8 +272,9 @@ class ForwardInterface(_Interface):
         """
         if not self.training or not torch.is_grad_enabled() or not self.learns:
             return None
-        return self._regress(trigger, current_context(), [states.detach(message)])
+        return self.regress(trigger, current_context(), [states.detach(message)])
 
+    @uncompiled
     def receive(self, trigger: State) -> State:
         """The synthetic activation for `trigger`, without a graph."""
         (message,) = self._predict(trigger, current_context())
@@ -277,6 +296,7 @@ class BidirectionalInterface(nn.Module):
         self.forward_interface = ForwardInterface(forward_synthesizer)
         self.backward_interface = BackwardInterface(backward_synthesizer)
 
+    @uncompiled
     def forward(self, message: State, trigger: State) -> State:
         """Both ends in one process: `send`, then `receive`."""
         if not self.training:
@@ -284,11 +304,13 @@ class BidirectionalInterface(nn.Module):
         self.send(message, trigger)
         return self.receive(trigger)
 
+    @uncompiled
     def send(self, message: State, trigger: State) -> None:
         """Part A's end: learn from the synthetic gradient at `message`, train the synthetic input towards it."""
         self.forward_interface.send(message, trigger)
         self.backward_interface.backward(message)
 
+    @uncompiled
     def receive(self, trigger: State) -> State:
         """Part B's end: the synthetic input for `trigger`, which trains the synthetic gradient when the real one arrives."""
         return self.backward_interface.make_trigger(self.forward_interface.receive(trigger))
@@ -310,11 +332,19 @@ def _receptive(leaves: list[Tensor], gradients: list[Tensor]) -> list[tuple[Tens
 
 
 class End(NamedTuple):
-    """A last state in a scope, with what was predicted for it."""
+    """A last state in a scope.
+
+    Attributes:
+        leaves: its floating-point leaves.
+        messages: by horizon, for the targets.
+        rule: the coefficients.
+        same: whether these messages are also the ones injected.
+    """
 
     leaves: list[Tensor]
     messages: list[State]
     rule: TargetRule
+    same: bool
 
 
 class Exchange:
@@ -342,7 +372,7 @@ class Exchange:
         """Take the gradient of `state` as a target at the scope's end."""
         self._triggers.append((state, context))
 
-    def add_end(self, leaves: list[Tensor], messages: list[State], injected: list[Tensor], rule: TargetRule) -> None:
+    def add_end(self, leaves: list[Tensor], injected: list[Tensor], end: End) -> None:
         """Inject into a last state.
 
         Raises:
@@ -352,7 +382,7 @@ class Exchange:
             raise ValueError("backward: this trigger was already given a synthetic gradient in this defer_backward scope")
         for leaf, gradient in _receptive(leaves, injected):
             self._scope.add(leaf, gradient, source=self)
-        self._ends.append(End(leaves, messages, rule))
+        self._ends.append(end)
         self.injected.append(injected)
 
     def before_backward(self) -> None:
@@ -379,14 +409,14 @@ class Exchange:
             position += count
             targets = [None if row is None else states.with_floating(state, row) for row in leaves]
             self.own_gradients.append(leaves[0])
-            self.regressions.append(self._interface._regress(state, context, targets))
+            self.regressions.append(self._interface.regress(state, context, targets))
 
     def _inputs(self) -> list[Tensor]:
         return [leaf for state, _ in self._triggers for leaf in states.floating(state)]
 
     def _is_whole(self, i: int, own: float) -> bool:
         """Whether target i is what the one backward pass brings: all of the losses, and the messages as injected."""
-        return own == 1 and all(list(end.rule.following[i]) == list(end.rule.weights) for end in self._ends)
+        return own == 1 and all(end.same and list(end.rule.following[i]) == list(end.rule.weights) for end in self._ends)
 
     def _product(self, i: int, own: float, inputs: list[Tensor]) -> list[Tensor]:
         roots: list[tuple[Tensor, Tensor]] = []

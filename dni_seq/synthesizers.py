@@ -79,7 +79,7 @@ def mean_squared(predictions: list[State], targets: list[State | None]) -> Regre
                 values.append(unknown)
             continue
         p, t = states.floating(prediction), states.floating(target)
-        check_like(p, t, "message")
+        check_like(p, t, "synthesizer's message", "real one")
         flat_p = torch.cat([leaf.reshape(-1) for leaf in p])
         flat_t = torch.cat([leaf.reshape(-1) for leaf in t])
         errors.append(F.mse_loss(flat_p, flat_t))
@@ -91,23 +91,24 @@ def mean_squared(predictions: list[State], targets: list[State | None]) -> Regre
     return Regression(loss, error.detach(), torch.stack(powers), torch.stack(cosines))
 
 
-def check_like(messages: list[Tensor], triggers: list[Tensor], name: str) -> None:
+def check_like(messages: list[Tensor], triggers: list[Tensor], name: str, other: str = "trigger") -> None:
     """Hold messages (or predictions) to the shapes and dtypes of their triggers (or targets).
 
     Raises:
-        ValueError: they differ; the message names both sides.
+        ValueError: they differ; the text names both sides.
     """
     if len(messages) != len(triggers):
-        raise ValueError(f"the {name} has {len(messages)} tensors, the trigger has {len(triggers)}")
+        raise ValueError(f"the {name} has {len(messages)} tensors, the {other} {len(triggers)}: they must correspond")
     for message, trigger in zip(messages, triggers, strict=True):
         if message.shape != trigger.shape:
             raise ValueError(
-                f"the {name} has shape {tuple(message.shape)}, the trigger {tuple(trigger.shape)}: the synthesizer must "
-                "return a message of its trigger's shape (for BasicSynthesizer, output_dim is the trigger's last dimension)"
+                f"the {name} has shape {tuple(message.shape)}, the {other} {tuple(trigger.shape)}: they must "
+                "agree (the last dimension of a BasicSynthesizer's message is its output_dim)"
             )
         if message.dtype != trigger.dtype:
             raise ValueError(
-                f"the {name} has dtype {message.dtype}, the trigger {trigger.dtype}: convert the synthesizer with .to(dtype)"
+                f"the {name} has dtype {message.dtype}, the {other} {trigger.dtype}: convert the synthesizer or the "
+                "tensor with .to(dtype)"
             )
 
 

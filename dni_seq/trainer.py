@@ -10,15 +10,16 @@ Legend: T = window length in steps, B = lanes, H = hidden units, N = horizons.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from . import states
-from .deferred import GradientAccumulator, backward, defer_backward
-from .interfaces import BackwardInterface, Exchange, synthesizer_context
+from .credit import CreditSettings, Synthetic, SyntheticCredit, clip_gradients
+from .deferred import backward, defer_backward
+from .replay import Past, Replayer
 from .states import State
 from .windows import Lookahead
 
@@ -30,25 +31,6 @@ class Model(Protocol):
 
     def __call__(self, inputs: Tensor, state: State) -> tuple[Tensor, State]:
         """Run T steps from `state`."""
-
-
-class Synthetic(NamedTuple):
-    """What the synthesizer did in one step; tensors without a graph, N horizons.
-
-    Attributes:
-        loss: 0-d, the regression's loss.
-        gradient_norm: 0-d, norm of the synthesizer's gradient before clipping.
-        injected_ratio: 0-d, c‖M‖ / ‖a‖: the norm of what was injected into the last state, over that of the target of the
-            first horizon at the first state; NaN where that horizon was not trained.
-        cosine: [N], between message and target; NaN where nothing was regressed.
-        r2: [N], 1 - squared error / squared target, over running sums of the latest windows.
-    """
-
-    loss: Tensor
-    gradient_norm: Tensor
-    injected_ratio: Tensor
-    cosine: Tensor
-    r2: Tensor
 
 
 class StepResult(NamedTuple):
@@ -101,8 +83,16 @@ class SequenceTrainer:
         synthesizer: predicts the gradient that the future would send back to a window's last state, a raw gradient of the
             window's loss; None for plain truncated BPTT.
         synthesizer_optimizer: of the synthesizer's parameters; Adam with learning rate 1e-3 where it is None.
-        synthetic_scale: c, the share of the synthetic gradient that is injected.
-        discount: γ, how much of the message behind a window its target takes in.
+        synthetic_scale: c, the share of the synthetic gradient that is injected; "auto" for the share that comparisons
+            with exact gradients find right, horizon by horizon, starting from 0.
+        discount: γ, how much the message behind a window counts.
+        targets: "bootstrap" trains the synthesizer at every window, on its own message behind it; "lambda" every
+            `replay_windows` windows, on λ-targets computed by replaying them.
+        lam: λ: 0 is the bootstrapped target, 1 that of exact BPTT over the replayed windows.
+        replay_windows: K, how many windows are replayed: for λ-targets, and for the fidelity of a synthesizer whose one
+            message stands for all windows to come.
+        target_network: every so many windows a copy of the synthesizer is made, whose messages go into targets; 0 for off.
+        fidelity_every: every so many windows messages are compared with exact gradients; 0 for never.
         clip: largest norm of the model's gradient, None for no limit.
         synthesizer_clip: largest norm of the synthesizer's gradient, None for no limit.
         batch_dim: where the lanes lie in `inputs` and `targets`; windows are time-major, so 1.
@@ -125,8 +115,13 @@ class SequenceTrainer:
         *,
         synthesizer: nn.Module | None = None,
         synthesizer_optimizer: torch.optim.Optimizer | None = None,
-        synthetic_scale: float = 0.1,
+        synthetic_scale: float | Literal["auto"] = 0.1,
         discount: float = 0.9,
+        targets: Literal["bootstrap", "lambda"] = "bootstrap",
+        lam: float = 0.9,
+        replay_windows: int = 8,
+        target_network: int = 0,
+        fidelity_every: int = 0,
         clip: float | None = None,
         synthesizer_clip: float | None = 1.0,
         batch_dim: int = 1,
@@ -135,16 +130,18 @@ class SequenceTrainer:
         reduction: Reduction = "mean",
         autocast: torch.dtype | None = None,
     ) -> None:
-        _check_settings(synthetic_scale, discount, clip, synthesizer_clip, reduction)
+        settings = CreditSettings(
+            synthetic_scale, discount, synthesizer_clip, targets, lam, replay_windows, target_network, fidelity_every
+        )
+        settings.check()
+        if clip is not None and not clip > 0:
+            raise ValueError(f"clip must be positive, or None for no limit, got {clip}")
+        if reduction not in ("mean", "lane-mean", "sum"):
+            raise ValueError(f'reduction must be "mean", "lane-mean" or "sum", got {reduction!r}')
         self.model = model
         self.optimizer = optimizer
         self.loss_fn = loss_fn
-        self.synthesizer = synthesizer
-        self.synthesizer_optimizer = synthesizer_optimizer
-        self.synthetic_scale = synthetic_scale
-        self.discount = discount
         self.clip = clip
-        self.synthesizer_clip = synthesizer_clip
         self.batch_dim = batch_dim
         self.state_batch_dim = state_batch_dim
         self.reduction: Reduction = reduction
@@ -152,14 +149,13 @@ class SequenceTrainer:
         self.state: State | None = None
         self.steps = 0
         self._initial_state = initial_state
-        self._saved_leaves: list[Any] | None = None
-        self._fidelity = RunningFidelity()
-        self._interface: BackwardInterface | None = None
+        self._saved: dict[str, Any] | None = None
+        self.credit: SyntheticCredit | None = None
         if synthesizer is not None:
-            self._interface = BackwardInterface(synthesizer)
-            if synthesizer_optimizer is None and self._interface.learns:
-                self.synthesizer_optimizer = torch.optim.Adam(synthesizer.parameters(), lr=1e-3)
-        _check_apart(optimizer, self.synthesizer_optimizer)
+            if synthesizer_optimizer is None and any(p.requires_grad for p in synthesizer.parameters()):
+                synthesizer_optimizer = torch.optim.Adam(synthesizer.parameters(), lr=1e-3)
+            _check_apart(optimizer, synthesizer_optimizer)
+            self.credit = SyntheticCredit(synthesizer, synthesizer_optimizer, self._replayer(), settings)
 
     def step(
         self,
@@ -186,55 +182,65 @@ class SequenceTrainer:
         self._check_window(inputs, targets, ends)
         lanes = inputs.shape[self.batch_dim]
         start = self._start(inputs, lanes)
+        context = None if lookahead is None else ahead_of_window(inputs, targets, mask, lookahead)
         self._zero_gradients()
         with defer_backward() as scope:
-            start = self._make_trigger(start, inputs, targets, mask, lookahead)
-            with self._precision(inputs.device.type):
-                outputs, last = self.model(inputs, start)
-                loss = window_loss(self.loss_fn(outputs, targets), mask, self.reduction)
+            trigger = self._make_trigger(start, context)
+            outputs, last = self._run(inputs, trigger)
+            loss = self._loss(outputs, targets, mask)
             backward(loss)
-            exchange = self._inject(scope, last, ends, lookahead)
-        gradient_norm = _clip(self.optimizer, self.clip)
+            exchange = None if self.credit is None else self.credit.inject(scope, last, ends, lookahead)
+        gradient_norm = clip_gradients(self.optimizer, self.clip)
         self.optimizer.step()
-        synthetic = None if exchange is None else self._step_synthesizer(exchange)
-        self.state = self._next_state(last, ends, lanes)
+        last = states.detach(last)
+        synthetic = None
+        if self.credit is not None and exchange is not None:
+            window = None if start is None else Past(inputs, targets, mask, ends, start, context)
+            synthetic = self.credit.learn(exchange, window, last, lookahead)
+        self.state = last
+        if ends is not None:
+            self.state = states.reset_lanes(last, ends, self.initial_state(lanes), self.state_batch_dim)
         self.steps += 1
         return StepResult(loss.detach(), states.detach(outputs), gradient_norm, synthetic)
 
     def reset(self) -> None:
         """Start all lanes anew: the next window begins in the initial state."""
         self.state = None
-        self._saved_leaves = None
+        self._saved = None
 
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to go on exactly, as nests of dicts and lists of tensors and numbers."""
-        leaves = self._saved_leaves
-        if self.state is not None:
-            leaves = states.flatten(self.state)
         parts = {name: part.state_dict() for name, part in self._parts().items()}
-        return {**parts, "state": leaves, "steps": self.steps}
+        streaming = self._saved
+        if streaming is None:
+            streaming = {
+                "state": None if self.state is None else states.flatten(self.state),
+                "credit": None if self.credit is None else self.credit.state_dict(),
+            }
+        return {**parts, **streaming, "steps": self.steps}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """Take over what `state_dict` gave; the hidden state's nest comes from the initial state.
+        """Take over what `state_dict` gave; the hidden state's nest comes from the initial state, at the next step.
 
         Raises:
             ValueError: it was saved by a trainer of other parts, with or without a synthesizer, say.
         """
         parts = self._parts()
-        if set(saved) != {*parts, "state", "steps"}:
-            raise ValueError(f"the saved trainer has parts {sorted(saved)}, this one {sorted({*parts, 'state', 'steps'})}")
+        expected = {*parts, "state", "credit", "steps"}
+        if set(saved) != expected:
+            raise ValueError(f"the saved trainer has parts {sorted(saved)}, this one {sorted(expected)}")
         for name, part in parts.items():
             part.load_state_dict(saved[name])
         self.reset()
-        self._saved_leaves = None if saved["state"] is None else list(saved["state"])
+        self._saved = {"state": saved["state"], "credit": saved["credit"]}
         self.steps = saved["steps"]
 
     def _parts(self) -> dict[str, Any]:
         parts: dict[str, Any] = {"model": self.model, "optimizer": self.optimizer}
-        if self.synthesizer is not None:
-            parts |= {"synthesizer": self.synthesizer, "fidelity": self._fidelity}
-        if self.synthesizer_optimizer is not None:
-            parts["synthesizer_optimizer"] = self.synthesizer_optimizer
+        if self.credit is not None:
+            parts["synthesizer"] = self.credit.synthesizer
+            if self.credit.optimizer is not None:
+                parts["synthesizer_optimizer"] = self.credit.optimizer
         return parts
 
     def initial_state(self, lanes: int) -> State | None:
@@ -247,9 +253,14 @@ class SequenceTrainer:
         return None if of_model is None else of_model(lanes)
 
     def _start(self, inputs: Tensor, lanes: int) -> State | None:
-        if self._saved_leaves is not None:
-            self.state = states.unflatten(self._nest(inputs, lanes), self._saved_leaves)
-            self._saved_leaves = None
+        """The state that the window starts from; what was loaded takes its nest here."""
+        if self._saved is not None:
+            nest = self._nest(inputs, lanes)
+            if self.credit is not None:
+                self.credit.load_state_dict(self._saved["credit"], nest)
+            if self._saved["state"] is not None:
+                self.state = states.unflatten(nest, self._saved["state"])
+            self._saved = None
         return self.initial_state(lanes) if self.state is None else self.state
 
     @torch.no_grad()
@@ -257,65 +268,32 @@ class SequenceTrainer:
         """A state of the right nest, for saved leaves to fill; without an initial state it takes a run of the model."""
         initial = self.initial_state(lanes)
         if initial is None:
-            with torch.random.fork_rng(), self._precision(inputs.device.type):
-                initial = self.model(inputs, None)[1]
+            with torch.random.fork_rng():
+                initial = self._run(inputs, None)[1]
         return initial
 
-    def _make_trigger(
-        self,
-        start: State | None,
-        inputs: Tensor,
-        targets: Tensor,
-        mask: Tensor | None,
-        lookahead: Lookahead | None,
-    ) -> State | None:
+    def _make_trigger(self, start: State | None, context: Lookahead | None) -> State | None:
         if start is None:
             return None
-        if self._interface is None:
-            return states.detach(start)
-        context = None if lookahead is None else ahead_of_window(inputs, targets, mask, lookahead)
-        with synthesizer_context(context):
-            return self._interface.make_trigger(start)
+        return states.detach(start) if self.credit is None else self.credit.make_trigger(start, context)
 
-    def _inject(
-        self, scope: GradientAccumulator, last: State, ends: Tensor | None, lookahead: Lookahead | None
-    ) -> Exchange | None:
-        if self._interface is None:
-            return None
-        with synthesizer_context(lookahead):
-            self._interface.backward(
-                last, self.synthetic_scale, discount=self.discount, ends=ends, batch_dim=self.state_batch_dim
-            )
-        return self._interface.exchange(scope)
+    def _run(self, inputs: Tensor, state: State | None) -> tuple[Any, State]:
+        device = inputs.device.type
+        with contextlib.nullcontext() if self.autocast is None else torch.autocast(device, dtype=self.autocast):
+            result: tuple[Any, State] = self.model(inputs, state)
+        return result
 
-    def _step_synthesizer(self, exchange: Exchange) -> Synthetic:
-        regressions = exchange.regressions
-        norm = torch.zeros(())
-        if regressions and self.synthesizer_optimizer is not None:
-            norm = _clip(self.synthesizer_optimizer, self.synthesizer_clip)
-            self.synthesizer_optimizer.step()
-        injected = _norm(exchange.injected[0])
-        if not regressions:
-            nothing = injected.new_full((), float("nan"))
-            return Synthetic(nothing, norm, nothing, nothing[None], nothing[None])
-        (regression,), (own,) = regressions, exchange.own_gradients
-        self._fidelity.update(regression.error, regression.power)
-        ratio = injected / _norm(own) if own is not None else injected.new_full((), float("nan"))
-        return Synthetic(regression.loss, norm, ratio, regression.cosine, self._fidelity.r2())
+    def _loss(self, outputs: Any, targets: Tensor, mask: Tensor | None) -> Tensor:
+        with contextlib.nullcontext() if self.autocast is None else torch.autocast(targets.device.type, dtype=self.autocast):
+            return window_loss(self.loss_fn(outputs, targets), mask, self.reduction)
 
-    def _next_state(self, last: State, ends: Tensor | None, lanes: int) -> State:
-        state = states.detach(last)
-        if ends is None:
-            return state
-        return states.reset_lanes(state, ends, self.initial_state(lanes), self.state_batch_dim)
+    def _replayer(self) -> Replayer:
+        return Replayer(self._run, self.model, self._loss, self.initial_state, self.state_batch_dim)
 
     def _zero_gradients(self) -> None:
         self.optimizer.zero_grad()
-        if self.synthesizer_optimizer is not None:
-            self.synthesizer_optimizer.zero_grad()
-
-    def _precision(self, device: str) -> contextlib.AbstractContextManager[Any]:
-        return contextlib.nullcontext() if self.autocast is None else torch.autocast(device, dtype=self.autocast)
+        if self.credit is not None and self.credit.optimizer is not None:
+            self.credit.optimizer.zero_grad()
 
     def _check_window(self, inputs: Tensor, targets: Tensor, ends: Tensor | None) -> None:
         for name, tensor in (("inputs", inputs), ("targets", targets)):
@@ -328,38 +306,6 @@ class SequenceTrainer:
             raise ValueError(f"inputs have {lanes} lanes, targets {targets.shape[self.batch_dim]}")
         if ends is not None and (ends.shape != (lanes,) or ends.dtype != torch.bool):
             raise ValueError(f"ends must be a bool tensor [{lanes}], got {ends.dtype} {list(ends.shape)}")
-
-
-class RunningFidelity:
-    """R² by horizon over running sums, since that of a single window is noise."""
-
-    decay = 0.98
-
-    def __init__(self) -> None:
-        self._error: Tensor | None = None
-        self._power: Tensor | None = None
-
-    def update(self, error: Tensor, power: Tensor) -> None:
-        """Take in the squared error and the squared target of each horizon, [N] each."""
-        if self._error is None or self._power is None:
-            self._error, self._power = torch.zeros_like(error), torch.zeros_like(power)
-        known = ~error.isnan()  # a horizon that this window did not train says nothing
-        self._error = torch.where(known, torch.lerp(error, self._error, self.decay), self._error)
-        self._power = torch.where(known, torch.lerp(power, self._power, self.decay), self._power)
-
-    def r2(self) -> Tensor:
-        """[N]: 1 - squared error / squared target."""
-        if self._error is None or self._power is None:
-            return torch.full((1,), float("nan"))
-        return 1 - self._error / self._power
-
-    def state_dict(self) -> dict[str, Any]:
-        """The running sums."""
-        return {"error": self._error, "power": self._power}
-
-    def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """Take over what `state_dict` gave."""
-        self._error, self._power = saved["error"], saved["power"]
 
 
 def ahead_of_window(inputs: Tensor, targets: Tensor, mask: Tensor | None, lookahead: Lookahead) -> Lookahead:
@@ -375,46 +321,15 @@ def ahead_of_window(inputs: Tensor, targets: Tensor, mask: Tensor | None, lookah
     )
 
 
-def _norm(leaves: list[Tensor]) -> Tensor:
-    """The norm of all leaves together, 0-d."""
-    return torch.stack([leaf.norm() for leaf in leaves]).norm()
-
-
-def _parameters(optimizer: torch.optim.Optimizer) -> Iterable[Tensor]:
-    return (parameter for group in optimizer.param_groups for parameter in group["params"])
-
-
-def _clip(optimizer: torch.optim.Optimizer, limit: float | None) -> Tensor:
-    """Scale the gradients of `optimizer`'s parameters down to norm `limit`; the norm they had."""
-    parameters = list(_parameters(optimizer))
-    if limit is not None:
-        return nn.utils.clip_grad_norm_(parameters, limit)
-    return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-
-
-def _check_settings(
-    synthetic_scale: float,
-    discount: float,
-    clip: float | None,
-    synthesizer_clip: float | None,
-    reduction: str,
-) -> None:
-    if not 0 <= synthetic_scale < float("inf"):
-        raise ValueError(f"synthetic_scale must be 0 or more, got {synthetic_scale}")
-    if not 0 <= discount <= 1:
-        raise ValueError(f"discount must lie between 0 and 1, got {discount}")
-    for name, limit in (("clip", clip), ("synthesizer_clip", synthesizer_clip)):
-        if limit is not None and not limit > 0:
-            raise ValueError(f"{name} must be positive, or None for no limit, got {limit}")
-    if reduction not in ("mean", "lane-mean", "sum"):
-        raise ValueError(f'reduction must be "mean", "lane-mean" or "sum", got {reduction!r}')
-
-
 def _check_apart(optimizer: torch.optim.Optimizer, synthesizer_optimizer: torch.optim.Optimizer | None) -> None:
     if synthesizer_optimizer is None:
         return
-    shared = {id(p) for p in _parameters(optimizer)} & {id(p) for p in _parameters(synthesizer_optimizer)}
+    shared = _parameters(optimizer) & _parameters(synthesizer_optimizer)
     if shared:
         raise ValueError(
             f"{len(shared)} parameters are in both optimizers: give the model's to one and the synthesizer's to the other"
         )
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> set[int]:
+    return {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}

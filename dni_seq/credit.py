@@ -1,0 +1,342 @@
+"""The synthesizer's side of training: what it injects, what it learns from, and how far it is trusted.
+
+`SequenceTrainer` steps the RNN; a `SyntheticCredit` predicts the gradient behind each window, trains the synthesizer towards
+its targets, bootstrapped at once or λ-targets by replay, and now and then replays a few windows to compare messages with
+exact gradients. With `scale="auto"` each horizon is injected in proportion to what that comparison says of it.
+
+Legend: B = lanes, N = horizons, K = windows in the ring.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections import deque
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from . import states
+from .deferred import GradientAccumulator
+from .diagnostics import StateFidelity, fidelity
+from .interfaces import BackwardInterface, Exchange, silence, synthesizer_context
+from .replay import Past, Replayer
+from .states import State
+from .synthesizers import Regression, predict
+from .targets import TargetRule, rule_of
+from .windows import Lookahead
+
+RELIABILITY_DECAY = 0.9
+"""Share of a horizon's reliability that a new comparison keeps."""
+
+
+class Synthetic(NamedTuple):
+    """What the synthesizer did in one step; tensors without a graph, N horizons.
+
+    Attributes:
+        loss: 0-d, the regression's loss, in normalised units where the synthesizer is `Normalized`.
+        gradient_norm: 0-d, norm of the synthesizer's gradient before clipping.
+        injected_ratio: 0-d, c‖M‖ / ‖a‖: the norm of what was injected into the last state, over that of the target of the
+            first horizon at the first state; NaN where that horizon was not trained at this window.
+        cosine: [N], between message and target; NaN where nothing was regressed.
+        r2: [N], 1 - squared error / squared target, over running sums of the latest windows.
+        scale: [N], the share of each message that is injected: c times discount and reliability.
+        fidelity: the latest comparison with exact gradients where this step made one, else None.
+    """
+
+    loss: Tensor
+    gradient_norm: Tensor
+    injected_ratio: Tensor
+    cosine: Tensor
+    r2: Tensor
+    scale: Tensor
+    fidelity: StateFidelity | None
+
+
+class CreditSettings(NamedTuple):
+    """How synthetic gradients are used; see `SequenceTrainer` for their meaning and ranges."""
+
+    scale: float | Literal["auto"] = 0.1
+    discount: float = 0.9
+    clip: float | None = 1.0
+    targets: Literal["bootstrap", "lambda"] = "bootstrap"
+    lam: float = 0.9
+    replay_windows: int = 8
+    target_network: int = 0
+    fidelity_every: int = 0
+
+    def check(self) -> None:
+        """Raise a ValueError for a setting that is out of its range."""
+        if self.scale != "auto" and not (isinstance(self.scale, (int, float)) and 0 <= self.scale < math.inf):
+            raise ValueError(f'synthetic_scale must be 0 or more, or "auto", got {self.scale!r}')
+        for name, value in (("discount", self.discount), ("lam", self.lam)):
+            if not 0 <= value <= 1:
+                raise ValueError(f"{name} must lie between 0 and 1, got {value}")
+        if self.clip is not None and not self.clip > 0:
+            raise ValueError(f"synthesizer_clip must be positive, or None for no limit, got {self.clip}")
+        if self.targets not in ("bootstrap", "lambda"):
+            raise ValueError(f'targets must be "bootstrap" or "lambda", got {self.targets!r}')
+        if self.replay_windows < 1:
+            raise ValueError(f"replay_windows must be positive, got {self.replay_windows}")
+        for name, count in (("target_network", self.target_network), ("fidelity_every", self.fidelity_every)):
+            if count < 0:
+                raise ValueError(f"{name} must be 0 (off) or more windows, got {count}")
+        if self.scale == "auto" and self.fidelity_every == 0:
+            raise ValueError('synthetic_scale="auto" measures reliability every fidelity_every windows: set it, to 50 say')
+
+
+class SyntheticCredit:
+    """Synthetic gradients for one trainer.
+
+    Args:
+        synthesizer: the module that predicts.
+        optimizer: of its parameters, None where it has none to train.
+        replayer: runs windows once more.
+        settings: how messages are used.
+    """
+
+    def __init__(
+        self,
+        synthesizer: nn.Module,
+        optimizer: torch.optim.Optimizer | None,
+        replayer: Replayer,
+        settings: CreditSettings,
+    ) -> None:
+        settings.check()
+        self.settings = settings
+        self.synthesizer = synthesizer
+        self.optimizer = optimizer
+        self.replayer = replayer
+        self.interface = BackwardInterface(synthesizer)
+        self._target_network = copy.deepcopy(synthesizer) if settings.target_network else None
+        self._running = RunningFidelity()
+        self._reliability: list[float] | None = None
+        self._ring: deque[Past] = deque()
+        self._probe = Probe()
+        self._steps = 0
+        self.rule = self._rule()
+
+    def _rule(self) -> TargetRule:
+        """The coefficients of targets and injection at the coming window."""
+        scale = 1.0 if self.settings.scale == "auto" else self.settings.scale
+        rule = rule_of(self.synthesizer, scale, self.settings.discount)
+        if self.settings.targets == "lambda":
+            rule = rule._replace(trained=[False] * len(rule.own))
+        if self.settings.scale == "auto":
+            trust = self._reliability or [0.0] * len(rule.weights)
+            rule = rule._replace(weights=[weight * r for weight, r in zip(rule.weights, trust, strict=True)])
+        return rule
+
+    def make_trigger(self, start: State, context: Lookahead | None) -> State:
+        """The window's first state, as a target for the synthesizer."""
+        with synthesizer_context(context):
+            return self.interface.make_trigger(start)
+
+    def inject(self, scope: GradientAccumulator, last: State, ends: Tensor | None, context: Lookahead | None) -> Exchange:
+        """Send the synthetic gradient of what is to come into the window's last state."""
+        self.rule = self._rule()
+        with synthesizer_context(context):
+            self.interface.backward(
+                last,
+                rule=self.rule,
+                bootstrap=self._target_network,
+                ends=ends,
+                batch_dim=self.replayer.state_batch_dim,
+            )
+        return self.interface.exchange(scope)
+
+    def learn(self, exchange: Exchange, window: Past | None, last: State, last_context: Lookahead | None) -> Synthetic:
+        """Train the synthesizer on what a window has taught; returns what it did.
+
+        Args:
+            exchange: the window's, delivered.
+            window: the window, its first state included; None where the model chose that state itself.
+            last: its last state, without a graph.
+            last_context: what the synthesizer has ahead of it there.
+        """
+        self._steps += 1
+        if self.settings.targets == "lambda" and window is not None:
+            regression, norm = self._replay(window, last, last_context)
+        elif exchange.regressions:
+            regression, norm = exchange.regressions[0], self._step_optimizer()
+        else:
+            regression, norm = None, torch.zeros(())
+        if self._target_network is not None and self._steps % self.settings.target_network == 0:
+            self._target_network.load_state_dict(self.synthesizer.state_dict())
+        measured = None if window is None else self._measure(window)
+        injected = total_norm(exchange.injected[0])
+        own = exchange.own_gradients[0] if exchange.own_gradients else None
+        unknown = injected.new_full((), float("nan"))
+        if regression is None:
+            regression = Regression(unknown, unknown[None], unknown[None], unknown[None])
+        else:
+            self._running.update(regression.error, regression.power)
+        return Synthetic(
+            loss=regression.loss,
+            gradient_norm=norm,
+            injected_ratio=unknown if own is None else injected / total_norm(own),
+            cosine=regression.cosine,
+            r2=self._running.r2(),
+            scale=torch.tensor(self.rule.weights),
+            fidelity=measured,
+        )
+
+    def _replay(self, window: Past, last: State, last_context: Lookahead | None) -> tuple[Regression | None, Tensor]:
+        """Every K windows: λ-targets for the ring by one sweep backwards, then one regression step for each window."""
+        self._ring.append(window)
+        if len(self._ring) < self.settings.replay_windows or not self.interface.learns:
+            return None, torch.zeros(())
+        windows = list(self._ring)
+        self._ring.clear()
+        teacher = self._target_network or self.synthesizer
+        scale = 1.0 if self.settings.scale == "auto" else self.settings.scale
+        rule = rule_of(self.synthesizer, scale, self.settings.discount)
+        with torch.no_grad():
+            behind = predict(teacher, last, last_context)
+            if window.ends is not None:
+                behind = [silence(message, window.ends, self.replayer.state_batch_dim) for message in behind]
+            targets = self.replayer.lambda_targets(
+                windows, behind, rule, lambda past: predict(teacher, past.start, past.context), self.settings.lam
+            )
+        for past, target in zip(windows, targets, strict=True):
+            if self.optimizer is not None:
+                self.optimizer.zero_grad()
+            regression = self.interface.regress(past.start, past.context, list(target))
+            norm = self._step_optimizer()
+        return regression, norm
+
+    def _step_optimizer(self) -> Tensor:
+        if self.optimizer is None:
+            return torch.zeros(())
+        norm = clip_gradients(self.optimizer, self.settings.clip)
+        self.optimizer.step()
+        return norm
+
+    def _measure(self, window: Past) -> StateFidelity | None:
+        """Compare messages with exact gradients where a comparison is due; update the reliabilities."""
+        every = self.settings.fidelity_every
+        if not every:
+            return None
+        if not self._probe.windows and self._steps % every == 0:
+            with torch.no_grad():
+                self._probe.messages = predict(self.synthesizer, window.start, window.context)
+        if self._probe.messages is None:
+            return None
+        self._probe.windows.append(window)
+        horizons = len(self._probe.messages)
+        bootstrapped = len(self.rule.own) == 1 and bool(self.rule.following[0][0])
+        needed = self.settings.replay_windows if bootstrapped else horizons
+        if len(self._probe.windows) < needed:
+            return None
+        discount = self.settings.discount
+        found = fidelity(self.replayer, self._probe.windows, self._probe.messages, discount, bootstrapped=bootstrapped)
+        self._probe = Probe()
+        self._trust(found)
+        return found
+
+    def _trust(self, found: StateFidelity) -> None:
+        slopes = [min(max(float(horizon.slope), 0.0), 1.0) for horizon in found.horizons]
+        if self._reliability is None:
+            self._reliability = [0.0] * len(slopes)
+        self._reliability = [
+            RELIABILITY_DECAY * old + (1 - RELIABILITY_DECAY) * new
+            for old, new in zip(self._reliability, slopes, strict=True)
+        ]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything but the synthesizer and its optimizer: running sums, reliabilities, ring, probe, target network."""
+        messages = self._probe.messages
+        return {
+            "running": self._running.state_dict(),
+            "reliability": self._reliability,
+            "ring": [pack(window) for window in self._ring],
+            "probe_windows": [pack(window) for window in self._probe.windows],
+            "probe_messages": None if messages is None else [states.flatten(message) for message in messages],
+            "target_network": None if self._target_network is None else self._target_network.state_dict(),
+            "steps": self._steps,
+        }
+
+    def load_state_dict(self, saved: dict[str, Any], like: State) -> None:
+        """Take over what `state_dict` gave; `like` gives the hidden state's nest."""
+        self._running.load_state_dict(saved["running"])
+        self._reliability = saved["reliability"]
+        self._ring = deque(unpack(window, like) for window in saved["ring"])
+        messages = saved["probe_messages"]
+        self._probe = Probe(
+            None if messages is None else [states.unflatten(like, leaves) for leaves in messages],
+            [unpack(window, like) for window in saved["probe_windows"]],
+        )
+        if self._target_network is not None:
+            self._target_network.load_state_dict(saved["target_network"])
+        self._steps = saved["steps"]
+
+
+class Probe:
+    """Messages predicted at a state, and the windows that have followed it so far."""
+
+    def __init__(self, messages: list[State] | None = None, windows: Sequence[Past] = ()) -> None:
+        self.messages = messages
+        self.windows = list(windows)
+
+
+class RunningFidelity:
+    """R² by horizon over running sums, since that of a single window is noise."""
+
+    decay = 0.98
+
+    def __init__(self) -> None:
+        self._error: Tensor | None = None
+        self._power: Tensor | None = None
+
+    def update(self, error: Tensor, power: Tensor) -> None:
+        """Take in the squared error and the squared target of each horizon, [N] each, NaN where there is none."""
+        if self._error is None or self._power is None:
+            self._error, self._power = torch.zeros_like(error), torch.zeros_like(power)
+        known = ~error.isnan()
+        self._error = torch.where(known, torch.lerp(error, self._error, self.decay), self._error)
+        self._power = torch.where(known, torch.lerp(power, self._power, self.decay), self._power)
+
+    def r2(self) -> Tensor:
+        """[N]: 1 - squared error / squared target."""
+        if self._error is None or self._power is None:
+            return torch.full((1,), float("nan"))
+        return 1 - self._error / self._power
+
+    def state_dict(self) -> dict[str, Any]:
+        """The running sums."""
+        return {"error": self._error, "power": self._power}
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """Take over what `state_dict` gave."""
+        self._error, self._power = saved["error"], saved["power"]
+
+
+def pack(window: Past) -> dict[str, Any]:
+    """A window as a dict of lists of tensors, which `torch.load(weights_only=True)` takes."""
+    context = window.context
+    return {
+        **{name: getattr(window, name) for name in ("inputs", "targets", "mask", "ends")},
+        "start": states.flatten(window.start),
+        "context": None if context is None else list(context),
+    }
+
+
+def unpack(saved: dict[str, Any], like: State) -> Past:
+    """The window that `pack` took apart; `like` gives its state's nest."""
+    context = None if saved["context"] is None else Lookahead(*saved["context"])
+    return Past(**{**saved, "start": states.unflatten(like, saved["start"]), "context": context})
+
+
+def total_norm(leaves: Sequence[Tensor]) -> Tensor:
+    """The norm of all leaves together, 0-d."""
+    return torch.stack([leaf.norm() for leaf in leaves]).norm()
+
+
+def clip_gradients(optimizer: torch.optim.Optimizer, limit: float | None) -> Tensor:
+    """Scale the gradients of `optimizer`'s parameters down to norm `limit`; the norm they had."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if limit is not None:
+        return nn.utils.clip_grad_norm_(parameters, limit)
+    return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])

@@ -1,0 +1,164 @@
+"""Windows that were trained on, run once more: exact gradients of several windows, and λ-targets.
+
+A replay holds inputs and first states, never graphs; it runs the model with its present parameters, leaves their gradients
+and the random state alone, and has one graph alive at a time (λ-targets) or one over the windows it is asked for (exact).
+
+Source of λ-targets: Pemberton and Costa 2024, "BP(λ): Online Learning via Synthetic Gradients", arXiv 2401.07044. We
+compute the forward view that their eligibility traces equal, sweeping a ring of windows backwards, since a trace would hold
+B times D times the number of the synthesizer's parameters.
+
+Legend: B = lanes, N = horizons, K = windows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from . import states
+from .states import State
+from .targets import TargetRule, combine
+
+
+class Past(NamedTuple):
+    """A window as it was trained on.
+
+    Attributes:
+        inputs: [T, B, ...].
+        targets: [T, B, ...].
+        mask: [T, B] bool, or None.
+        ends: [B] bool, or None.
+        start: the state that it started from, cut from its graph.
+        context: what the synthesizer was given with that state.
+    """
+
+    inputs: Tensor
+    targets: Tensor
+    mask: Tensor | None
+    ends: Tensor | None
+    start: State
+    context: Any
+
+
+class Replayer(NamedTuple):
+    """How to run a window once more.
+
+    Attributes:
+        run: `run(inputs, state) -> (outputs, state)`, the model as training runs it, under autocast, say.
+        model: whose parameters are kept out of graphs.
+        loss: from outputs, targets and mask to the window's scalar.
+        initial_state: from the number of lanes to the state in which sequences start, or None.
+        state_batch_dim: where the lanes lie in the state's leaves.
+    """
+
+    run: Callable[[Tensor, State], tuple[Any, State]]
+    model: nn.Module
+    loss: Callable[[Any, Tensor, Tensor | None], Tensor]
+    initial_state: Callable[[int], State | None]
+    state_batch_dim: Any
+
+    def exact_gradients(self, windows: Sequence[Past]) -> list[list[Tensor]]:
+        """The gradient of each window's loss with respect to the first state of the first one.
+
+        Returns one list for each window, of the state's floating-point leaves, raw. A lane's gradient is zero behind the end
+        of its sequence. One graph runs over all windows.
+        """
+        gradients = []
+        with without_parameter_gradients(self.model), torch.enable_grad():
+            start = states.map_floating(lambda leaf: leaf.detach().requires_grad_(), windows[0].start)
+            leaves, state = states.floating(start), start
+            for window in windows:
+                outputs, last = self.run(window.inputs, state)
+                loss = self.loss(outputs, window.targets, window.mask)
+                gradients.append(_gradient([loss], leaves, [None], keep=True))
+                state = self._reset(last, window.ends)
+        return gradients
+
+    def lambda_targets(
+        self,
+        windows: Sequence[Past],
+        last_messages: list[State],
+        rule: TargetRule,
+        predict: Callable[[Past], list[State]],
+        lam: float,
+    ) -> list[list[State]]:
+        """The λ-targets of every window's first state, by one sweep backwards.
+
+        G_i(s_k) = own_i a_k + J_kᵀ Σ_j following_ij [(1 - λ) M_j(s_{k+1}) + λ G_j(s_{k+1})], where G stands for M behind the
+        last window.
+
+        Args:
+            windows: K consecutive ones, oldest first.
+            last_messages: the synthesizer's messages at the state behind the last window, zero in lanes that ended.
+            rule: the coefficients.
+            predict: the messages at a window's first state.
+            lam: λ; 0 is the bootstrapped target, 1 that of BPTT over the ring.
+
+        Returns:
+            For each window, oldest first, one target for each of the N horizons.
+        """
+        messages, targets = last_messages, last_messages
+        found: list[list[State]] = []
+        for window in reversed(windows):
+            mixed = [_mix(m, g, lam) for m, g in zip(messages, targets, strict=True)]
+            if window.ends is not None:
+                mixed = [states.reset_lanes(state, window.ends, None, self.state_batch_dim) for state in mixed]
+            targets = self._targets(window, mixed, rule)
+            messages = predict(window)
+            found.append(targets)
+        return found[::-1]
+
+    def _targets(self, window: Past, following: list[State], rule: TargetRule) -> list[State]:
+        """One target for each horizon at one window's first state; its graph is gone afterwards."""
+        targets = []
+        with without_parameter_gradients(self.model), torch.enable_grad():
+            start = states.map_floating(lambda leaf: leaf.detach().requires_grad_(), window.start)
+            outputs, last = self.run(window.inputs, start)
+            loss = self.loss(outputs, window.targets, window.mask)
+            for own, shares in zip(rule.own, rule.following, strict=True):
+                roots: list[Tensor] = [loss] if own else []
+                gradients: list[Tensor | None] = [loss.new_full((), own)] if own else []
+                if any(shares):
+                    roots += states.floating(last)
+                    gradients += combine(following, shares)
+                found = _gradient(roots, states.floating(start), gradients, keep=True)
+                targets.append(states.with_floating(window.start, found))
+        return targets
+
+    def _reset(self, state: State, ends: Tensor | None) -> State:
+        if ends is None:
+            return state
+        return states.reset_lanes(state, ends, self.initial_state(len(ends)), self.state_batch_dim)
+
+
+def _mix(message: State, target: State, lam: float) -> State:
+    pairs = zip(states.floating(message), states.floating(target), strict=True)
+    return states.with_floating(message, [torch.lerp(m, g, lam) for m, g in pairs])
+
+
+def _gradient(roots: list[Tensor], leaves: list[Tensor], gradients: list[Tensor | None], *, keep: bool) -> list[Tensor]:
+    pairs = [(root, gradient) for root, gradient in zip(roots, gradients, strict=True) if root.requires_grad]
+    if not pairs:
+        return [torch.zeros_like(leaf) for leaf in leaves]
+    found = torch.autograd.grad(
+        [root for root, _ in pairs], leaves, [gradient for _, gradient in pairs], retain_graph=keep, allow_unused=True
+    )
+    return [torch.zeros_like(leaf) if g is None else g for leaf, g in zip(leaves, found, strict=True)]
+
+
+@contextmanager
+def without_parameter_gradients(model: nn.Module) -> Iterator[None]:
+    """Keep the model's parameters out of the graphs made in the block, and leave the random state as it was."""
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    with torch.random.fork_rng(devices=sorted({p.get_device() for p in learning if p.is_cuda})):
+        for parameter in learning:
+            parameter.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for parameter in learning:
+                parameter.requires_grad_(True)
