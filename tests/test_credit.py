@@ -1,0 +1,236 @@
+"""The synthesizer's side of training: λ-targets, automatic scale, target network, exact resumption of each."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import dni_seq as dni
+from dni_seq import states
+from dni_seq.synthesizers import Regression
+from tests import problems, reference
+from tests.test_trainer import LANES, assert_same, trainer_initial
+
+T = 3
+
+KINDS = {
+    "bootstrap": {"state": {}, "settings": {}},
+    "lambda": {"state": {}, "settings": {"targets": "lambda", "lam": 0.7, "replay_windows": 4}},
+    "target-network": {"state": {}, "settings": {"target_network": 3}},
+    "auto": {"state": {}, "settings": {"synthetic_scale": "auto", "fidelity_every": 3, "replay_windows": 2}},
+    "multi-horizon": {"horizons": {"horizons": 2, "tail": True}, "settings": {"target_network": 3}},
+    "multi-horizon-drawn": {"horizons": {"horizons": 2, "draw": True}, "settings": {}},
+    "multi-horizon-auto": {"horizons": {"horizons": 2}, "settings": {"synthetic_scale": "auto", "fidelity_every": 3}},
+    "multi-horizon-lambda": {"horizons": {"horizons": 2}, "settings": {"targets": "lambda", "replay_windows": 4}},
+}
+
+
+def make_trainer(model, kind, lr=1e-2, synthesizer_lr=1e-2, **settings):
+    torch.manual_seed(5)
+    encoder = dni.LookaheadEncoder(T, nn.Embedding(problems.VOCABULARY, 4), nn.Embedding(problems.VOCABULARY, 4))
+    common = {"cells": model.cells, "batch_dim": model.state_batch_dim, "hidden": (16,), "encoder": encoder}
+    choice = KINDS[kind]
+    if "horizons" in choice:
+        synthesizer = dni.MultiHorizonSynthesizer(trainer_initial(model), **common, **choice["horizons"])
+    else:
+        synthesizer = dni.StateSynthesizer(trainer_initial(model), **common)
+    synthesizer.double()
+    return dni.SequenceTrainer(
+        model,
+        torch.optim.Adam(model.parameters(), lr),
+        problems.mean,
+        synthesizer=synthesizer,
+        synthesizer_optimizer=torch.optim.Adam(synthesizer.parameters(), synthesizer_lr),
+        state_batch_dim=model.state_batch_dim,
+        initial_state=lambda lanes: trainer_initial(model),
+        **{"synthetic_scale": 0.5, "discount": 0.8} | choice["settings"] | settings,
+    )
+
+
+def windows_of(steps, ends=None):
+    return list(dni.with_lookahead(problems.cut(problems.tokens(steps, LANES), T, ends), T))
+
+
+def steps(trainer, windows):
+    return [trainer.step(w.inputs, w.targets, ends=w.ends, lookahead=w.lookahead) for w in windows]
+
+
+@pytest.mark.parametrize("name", ["lstm", "odd-nest"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_resumes_to_the_bit(kind, name, tmp_path):
+    """Saved in the middle of a ring and of a comparison, with lanes that end."""
+    windows = windows_of(3 * 26, {3: [1], 9: [0, 2], 17: [2]})
+    whole = make_trainer(problems.make_model(name), kind)
+    expected = steps(whole, windows)
+    first = make_trainer(problems.make_model(name), kind)
+    steps(first, windows[:13])
+    torch.save(first.state_dict(), tmp_path / "trainer.pt")
+    second = make_trainer(problems.make_model(name, seed=3), kind)
+    second.load_state_dict(torch.load(tmp_path / "trainer.pt", weights_only=True))
+    resumed = steps(second, windows[13:])
+    assert [r.loss.item() for r in resumed] == [r.loss.item() for r in expected[13:]]
+    for a, b in zip(resumed, expected[13:], strict=True):
+        assert torch.equal(a.synthetic.scale, b.synthetic.scale)
+        assert torch.equal(a.synthetic.r2.nan_to_num(), b.synthetic.r2.nan_to_num())
+    assert_same(dict(second.model.named_parameters()), dict(whole.model.named_parameters()), rtol=0, atol=0)
+    learned = second.credit.synthesizer.state_dict()
+    assert all(torch.equal(value, learned[key]) for key, value in whole.credit.synthesizer.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_zero_messages_are_truncated_bptt_to_the_bit(kind):
+    """Identity 1 for every target kind: the synthesizer learns nothing, the RNN does."""
+    model = problems.make_model("lstm")
+    plain = copy.deepcopy(model)
+    windows = windows_of(30)
+    expected = reference.truncated_bptt(
+        plain, problems.mean, torch.optim.Adam(plain.parameters(), 1e-2), windows, trainer_initial(plain)
+    )
+    trainer = make_trainer(model, kind, synthesizer_lr=0.0)
+    for window, (loss, gradients) in zip(windows, expected, strict=True):
+        result = trainer.step(window.inputs, window.targets, lookahead=window.lookahead)
+        assert result.loss.item() == loss
+        assert_same(problems.gradients(model), gradients, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_ended_lanes_teach_and_receive_nothing_from_behind(kind):
+    """Identity 5 for every target kind: with all lanes ended at each window, updates are truncated BPTT's to the bit."""
+    model = problems.make_model("lstm")
+    plain = copy.deepcopy(model)
+    ends = {k: list(range(LANES)) for k in range(10)}
+    windows = windows_of(30, ends)
+    trainer = make_trainer(model, kind)
+    reset = dni.SequenceTrainer(
+        plain, torch.optim.Adam(plain.parameters(), 1e-2), problems.mean, initial_state=lambda lanes: trainer_initial(plain)
+    )
+    for window in windows:
+        a = trainer.step(window.inputs, window.targets, ends=window.ends, lookahead=window.lookahead)
+        b = reset.step(window.inputs, window.targets, ends=window.ends)
+        assert a.loss.item() == b.loss.item()
+    assert_same(dict(model.named_parameters()), dict(plain.named_parameters()), rtol=0, atol=0)
+
+
+class Fixed(nn.Module):
+    """Messages of a given kind, nothing to learn: the exact gradient of the next window, or noise of its size."""
+
+    def __init__(self, model, useful):
+        super().__init__()
+        self.oracle = reference.Oracle(model, problems.unreduced)
+        self.useful = useful
+        self.generator = torch.Generator().manual_seed(0)
+
+    def forward(self, trigger, context):
+        exact = self.oracle(trigger, context)
+        steps = context.valid.numel()  # the trainer's loss is a mean over the window
+        if self.useful:
+            return states.map_floating(lambda t: t / steps, exact)
+        return states.map_floating(lambda t: torch.randn(t.shape, generator=self.generator).to(t) * t.std() / steps, exact)
+
+    def target_rule(self, scale, discount):
+        return dni.targets.increments(scale, discount, [1.0], False)
+
+
+@pytest.mark.parametrize("useful", [True, False])
+def test_automatic_scale_trusts_what_is_true_and_nothing_else(useful):
+    model = problems.make_model("lstm")
+    trainer = dni.SequenceTrainer(
+        model,
+        problems.frozen(model),
+        problems.mean,
+        synthesizer=Fixed(model, useful),
+        synthetic_scale="auto",
+        fidelity_every=1,
+        initial_state=lambda lanes: trainer_initial(model),
+    )
+    results = steps(trainer, windows_of(3 * 60))
+    scales = torch.stack([result.synthetic.scale for result in results])
+    assert scales[0] == 0, "c rises from 0"
+    measured = [result.synthetic.fidelity for result in results if result.synthetic.fidelity is not None]
+    assert len(measured) == 60
+    if useful:
+        assert scales[-2] > 0.99
+        assert measured[-1].horizons[0].r2 == pytest.approx(1.0)
+    else:
+        # 60 comparisons of 60 numbers a lane: slopes of noise have a standard deviation near 0.1, negative ones count 0.
+        assert scales[-2] < 0.15
+
+
+def test_lambda_targets_reach_the_synthesizer():
+    """What is regressed on is what the replay gives, once for each window of the ring, the RNN frozen."""
+
+    class Listener(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros((), dtype=torch.float64))
+            self.targets = []
+
+        def forward(self, trigger, context):
+            return states.map_floating(lambda t: t * 0.1 + self.weight, trigger)
+
+        def regress(self, trigger, context, targets):
+            self.targets += targets
+            loss = self.weight**2
+            return Regression(loss, loss.detach()[None], loss.detach()[None], loss.detach()[None])
+
+    def heard(lam, ring):
+        model = problems.make_model("lstm")
+        listener = Listener()
+        trainer = dni.SequenceTrainer(
+            model,
+            problems.frozen(model),
+            problems.summed,
+            synthesizer=listener,
+            synthesizer_optimizer=torch.optim.SGD(listener.parameters(), 0.0),
+            targets="lambda",
+            lam=lam,
+            replay_windows=ring,
+            discount=0.8,
+            initial_state=lambda lanes: trainer_initial(model),
+        )
+        steps(trainer, windows_of(3 * 8, {2: [0]}))
+        return listener.targets
+
+    bootstrapped, mixed, exact = heard(0.0, 1), heard(0.5, 4), heard(1.0, 4)
+    assert len(bootstrapped) == len(mixed) == len(exact) == 8
+    for k, (a, b, c) in enumerate(zip(bootstrapped, mixed, exact, strict=True)):
+        # The ring's last window has the bootstrapped target whatever λ is, the ones before it have others.
+        for x, y, z in zip(a, b, c, strict=True):
+            same = torch.allclose(x, y) and torch.allclose(x, z)
+            assert same == (k % 4 == 3)
+
+
+def test_target_network_is_copied_every_so_many_windows():
+    trainer = make_trainer(problems.make_model("lstm"), "target-network")
+    windows = windows_of(3 * 5)
+    copies = []
+    for window in windows:
+        steps(trainer, [window])
+        live = trainer.credit.synthesizer.state_dict()
+        held = trainer.credit.state_dict()["target_network"]
+        copies.append(set(live) == set(held) and all(torch.equal(live[key], held[key]) for key in live))
+    assert copies == [False, False, True, False, False]
+
+
+BAD = {
+    "synthetic_scale": "automatic",
+    "targets": "td",
+    "lam": -0.1,
+    "replay_windows": 0,
+    "target_network": -1,
+    "fidelity_every": -1,
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_settings_are_checked_at_the_door(name):
+    with pytest.raises(ValueError, match=name):
+        make_trainer(problems.make_model("lstm"), "bootstrap", **{name: BAD[name]})
+
+
+def test_automatic_scale_needs_comparisons():
+    with pytest.raises(ValueError, match="fidelity_every"):
+        make_trainer(problems.make_model("lstm"), "auto", fidelity_every=0)
