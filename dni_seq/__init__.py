@@ -8,13 +8,14 @@ from .credit import Synthetic
 from .deferred import GradientAccumulator, backward, defer_backward
 from .exact_future import ExactFuture
 from .interfaces import BackwardInterface, BidirectionalInterface, ForwardInterface, synthesizer_context
-from .state_synthesizers import LookaheadEncoder, MultiHorizonSynthesizer, StateSynthesizer
+from .state_synthesizers import AuxiliaryTask, LookaheadEncoder, MultiHorizonSynthesizer, StateSynthesizer
 from .synthesizers import LSTM_CELLS, BasicSynthesizer, GatedCells, Normalized
 from .trainer import SequenceTrainer, StepResult
 from .windows import Lookahead, Window, with_lookahead
 
 __all__ = [
     "LSTM_CELLS",
+    "AuxiliaryTask",
     "BackwardInterface",
     "BasicSynthesizer",
     "BidirectionalInterface",

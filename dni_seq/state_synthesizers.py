@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from . import states
 from .states import State
-from .synthesizers import GatedCells, Normalized, Regression, zero_
+from .synthesizers import GatedCells, Normalized, Regression, RunningRMS, mean_squared, zero_
 from .targets import TargetRule, combine, increments
 from .windows import Lookahead
 
@@ -78,7 +78,7 @@ def _width(module: nn.Module) -> int:
 class StateNetwork(nn.Module):
     """An MLP from the whole state of a lane, and what it has ahead, to one message for each horizon.
 
-    The trunk sees every tensor and layer at once; each tensor of each layer of each horizon has a head of its own, so a layer
+    The trunk sees every tensor and layer at once; each tensor of each layer of each horizon has its own head, so a layer
     needs no index. Heads, and a linear path beside the trunk, start at zero.
 
     Args:
@@ -248,3 +248,31 @@ class MultiHorizonSynthesizer(nn.Module):
         generator = torch.Generator().manual_seed(int(self.draws))
         drawn = int(torch.randint(len(self.weights), (), generator=generator))
         return rule._replace(trained=[i == drawn for i in range(len(self.weights))])
+
+
+class AuxiliaryTask(nn.Module):
+    """Predict the synthetic gradient of the window's last state from the state behind the window's first step.
+
+    Its loss flows into the RNN, which so learns to know early where its state is going to matter.
+
+    Source: the auxiliary task of Jaderberg et al. 2017, section 3.1 ("DNI + Aux"). We differ in the target's unit, its
+    running root mean square, so that the weight of the task does not depend on the gradient's scale.
+
+    Args:
+        example: a state of the model.
+        hidden, batch_dim: see `StateNetwork`; no lookahead, since the RNN has none.
+        decay: of the running root mean square.
+    """
+
+    def __init__(self, example: State, *, hidden: Sequence[int] = (256,), batch_dim: Any = 1, decay: float = 0.99) -> None:
+        super().__init__()
+        self.network = StateNetwork(example, 1, hidden=hidden, batch_dim=batch_dim)
+        self.rms = RunningRMS(decay)
+
+    def forward(self, state: State, message: Sequence[Tensor]) -> Tensor:
+        """Mean squared error of the prediction at `state`, in units of the running root mean square of `message`."""
+        prediction = states.floating(self.network(state))
+        self.rms.update(list(message), list(message))
+        scales = self.rms.scales() or []
+        normal = [m / scale.clamp_min(Normalized.tiny) for m, scale in zip(message, scales, strict=True)]
+        return mean_squared([prediction], [normal]).loss

@@ -93,6 +93,9 @@ class SequenceTrainer:
             message stands for all windows to come.
         target_network: every so many windows a copy of the synthesizer is made, whose messages go into targets; 0 for off.
         fidelity_every: every so many windows messages are compared with exact gradients; 0 for never.
+        auxiliary: an `AuxiliaryTask` whose loss joins the window's; its parameters go to `synthesizer_optimizer`. The
+            model's outputs must then be one time-major tensor, since the window is run in two parts.
+        auxiliary_weight: w, the share of that loss.
         clip: largest norm of the model's gradient, None for no limit.
         synthesizer_clip: largest norm of the synthesizer's gradient, None for no limit.
         batch_dim: where the lanes lie in `inputs` and `targets`; windows are time-major, so 1.
@@ -122,6 +125,8 @@ class SequenceTrainer:
         replay_windows: int = 8,
         target_network: int = 0,
         fidelity_every: int = 0,
+        auxiliary: nn.Module | None = None,
+        auxiliary_weight: float = 0.1,
         clip: float | None = None,
         synthesizer_clip: float | None = 1.0,
         batch_dim: int = 1,
@@ -138,6 +143,12 @@ class SequenceTrainer:
             raise ValueError(f"clip must be positive, or None for no limit, got {clip}")
         if reduction not in ("mean", "lane-mean", "sum"):
             raise ValueError(f'reduction must be "mean", "lane-mean" or "sum", got {reduction!r}')
+        if auxiliary is not None and synthesizer is None:
+            raise ValueError("the auxiliary task predicts synthetic gradients: give a synthesizer too")
+        if not 0 <= auxiliary_weight < float("inf"):
+            raise ValueError(f"auxiliary_weight must be 0 or more, got {auxiliary_weight}")
+        self.auxiliary = auxiliary
+        self.auxiliary_weight = auxiliary_weight
         self.model = model
         self.optimizer = optimizer
         self.loss_fn = loss_fn
@@ -152,8 +163,9 @@ class SequenceTrainer:
         self._saved: dict[str, Any] | None = None
         self.credit: SyntheticCredit | None = None
         if synthesizer is not None:
-            if synthesizer_optimizer is None and any(p.requires_grad for p in synthesizer.parameters()):
-                synthesizer_optimizer = torch.optim.Adam(synthesizer.parameters(), lr=1e-3)
+            learning = [p for part in (synthesizer, auxiliary) if part is not None for p in part.parameters()]
+            if synthesizer_optimizer is None and any(p.requires_grad for p in learning):
+                synthesizer_optimizer = torch.optim.Adam(learning, lr=1e-3)
             _check_apart(optimizer, synthesizer_optimizer)
             self.credit = SyntheticCredit(synthesizer, synthesizer_optimizer, self._replayer(), settings)
 
@@ -186,10 +198,12 @@ class SequenceTrainer:
         self._zero_gradients()
         with defer_backward() as scope:
             trigger = self._make_trigger(start, context)
-            outputs, last = self._run(inputs, trigger)
+            outputs, early, last = self._run_window(inputs, trigger)
             loss = self._loss(outputs, targets, mask)
             backward(loss)
             exchange = None if self.credit is None else self.credit.inject(scope, last, ends, lookahead)
+            if exchange is not None and self.auxiliary is not None:
+                backward(self.auxiliary_weight * self.auxiliary(early, exchange.injected[0]))
         gradient_norm = clip_gradients(self.optimizer, self.clip)
         self.optimizer.step()
         last = states.detach(last)
@@ -239,6 +253,8 @@ class SequenceTrainer:
         parts: dict[str, Any] = {"model": self.model, "optimizer": self.optimizer}
         if self.credit is not None:
             parts["synthesizer"] = self.credit.synthesizer
+            if self.auxiliary is not None:
+                parts["auxiliary"] = self.auxiliary
             if self.credit.optimizer is not None:
                 parts["synthesizer_optimizer"] = self.credit.optimizer
         return parts
@@ -276,6 +292,15 @@ class SequenceTrainer:
         if start is None:
             return None
         return states.detach(start) if self.credit is None else self.credit.make_trigger(start, context)
+
+    def _run_window(self, inputs: Tensor, state: State | None) -> tuple[Any, State, State]:
+        """Outputs, the state that the auxiliary task reads, and the last state."""
+        if self.auxiliary is None or len(inputs) == 1:
+            outputs, last = self._run(inputs, state)
+            return outputs, last, last
+        first, early = self._run(inputs[:1], state)
+        rest, last = self._run(inputs[1:], early)
+        return torch.cat([first, rest]), early, last
 
     def _run(self, inputs: Tensor, state: State | None) -> tuple[Any, State]:
         device = inputs.device.type

@@ -17,10 +17,10 @@ from tests.test_trainer import LANES, assert_same, trainer_initial
 T = 3
 
 KINDS = {
-    "bootstrap": {"state": {}, "settings": {}},
-    "lambda": {"state": {}, "settings": {"targets": "lambda", "lam": 0.7, "replay_windows": 4}},
-    "target-network": {"state": {}, "settings": {"target_network": 3}},
-    "auto": {"state": {}, "settings": {"synthetic_scale": "auto", "fidelity_every": 3, "replay_windows": 2}},
+    "bootstrap": {"settings": {}},
+    "lambda": {"settings": {"targets": "lambda", "lam": 0.7, "replay_windows": 4}},
+    "target-network": {"settings": {"target_network": 3}},
+    "auto": {"settings": {"synthetic_scale": "auto", "fidelity_every": 3, "replay_windows": 2}},
     "multi-horizon": {"horizons": {"horizons": 2, "tail": True}, "settings": {"target_network": 3}},
     "multi-horizon-drawn": {"horizons": {"horizons": 2, "draw": True}, "settings": {}},
     "multi-horizon-auto": {"horizons": {"horizons": 2}, "settings": {"synthetic_scale": "auto", "fidelity_every": 3}},
@@ -43,10 +43,15 @@ def make_trainer(model, kind, lr=1e-2, synthesizer_lr=1e-2, **settings):
         torch.optim.Adam(model.parameters(), lr),
         problems.mean,
         synthesizer=synthesizer,
-        synthesizer_optimizer=torch.optim.Adam(synthesizer.parameters(), synthesizer_lr),
         state_batch_dim=model.state_batch_dim,
         initial_state=lambda lanes: trainer_initial(model),
-        **{"synthetic_scale": 0.5, "discount": 0.8} | choice["settings"] | settings,
+        **{
+            "synthesizer_optimizer": torch.optim.Adam(synthesizer.parameters(), synthesizer_lr),
+            "synthetic_scale": 0.5,
+            "discount": 0.8,
+            **choice["settings"],
+            **settings,
+        },
     )
 
 
@@ -234,3 +239,55 @@ def test_settings_are_checked_at_the_door(name):
 def test_automatic_scale_needs_comparisons():
     with pytest.raises(ValueError, match="fidelity_every"):
         make_trainer(problems.make_model("lstm"), "auto", fidelity_every=0)
+
+
+@pytest.mark.parametrize("name", ["lstm", "gru"])
+def test_auxiliary_task_trains_the_rnn_through_the_windows_first_step(name):
+    """With a frozen-at-zero RNN loss only the auxiliary loss is left: its gradient is that of a plain computation."""
+    model = problems.make_model(name)
+    torch.manual_seed(0)
+    window = windows_of(T)[0]
+    task = dni.AuxiliaryTask(trainer_initial(model), hidden=(8,)).double()
+    nn.init.normal_(task.network.heads.weight)
+
+    class Ones(nn.Module):
+        def forward(self, trigger, context):
+            return states.map_floating(lambda t: 2 * torch.ones_like(t), trigger)
+
+    def gradients(weight):
+        trainer = dni.SequenceTrainer(
+            model,
+            problems.frozen(model),
+            problems.mean,
+            synthesizer=Ones(),
+            synthesizer_optimizer=torch.optim.SGD(task.parameters(), 0.0),
+            auxiliary=task,
+            auxiliary_weight=weight,
+            initial_state=lambda lanes: trainer_initial(model),
+        )
+        trainer.step(window.inputs, window.targets)
+        return problems.gradients(model)
+
+    found = {key: value - zero for (key, value), zero in zip(gradients(0.5).items(), gradients(0.0).values(), strict=True)}
+    _, early = model(window.inputs[:1], trainer_initial(model))
+    prediction = torch.cat([leaf.flatten() for leaf in states.floating(task.network(early))])
+    model.zero_grad()
+    (0.5 * (prediction - 1).square().mean()).backward()  # messages of one value are 1 in units of their RMS
+    for key, parameter in model.named_parameters():
+        expected = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        torch.testing.assert_close(found[key], expected, rtol=1e-9, atol=1e-12)  # a difference of two gradients of size 1
+    assert found["embedding.weight"].abs().max() > 1e-3
+
+
+def test_auxiliary_task_is_saved_with_the_trainer():
+    model = problems.make_model("lstm")
+    task = dni.AuxiliaryTask(trainer_initial(model), hidden=(8,)).double()
+    trainer = make_trainer(model, "bootstrap", auxiliary=task, synthesizer_optimizer=None)
+    steps(trainer, windows_of(3 * 4))
+    other_model = problems.make_model("lstm", seed=1)
+    other_task = dni.AuxiliaryTask(trainer_initial(model), hidden=(8,)).double()
+    other = make_trainer(other_model, "bootstrap", auxiliary=other_task, synthesizer_optimizer=None)
+    other.load_state_dict(trainer.state_dict())
+    assert_same(dict(other_task.named_parameters()), dict(task.named_parameters()), rtol=0, atol=0)
+    with pytest.raises(ValueError, match="synthesizer"):
+        dni.SequenceTrainer(model, problems.frozen(model), problems.mean, auxiliary=task)

@@ -1,0 +1,168 @@
+"""The credit-assignment options that all scripts share, and the trainer's parts built from them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from .exact_future import ExactFuture
+from .options import above_zero, at_least, fraction, option
+from .state_synthesizers import AuxiliaryTask, LookaheadEncoder, MultiHorizonSynthesizer
+from .states import State, floating
+from .synthesizers import BasicSynthesizer, GatedCells, Normalized
+
+GROUP = "credit assignment"
+
+SYNTHESIZERS = ("none", "basic", "multi-horizon", "exact")
+
+EMBED = 32
+"""Size of the synthesizer's own embedding of a token."""
+
+
+def scale(value: str) -> float | Literal["auto"]:
+    """A `--synthetic-scale`.
+
+    Raises:
+        ValueError: it is neither a number of 0 or more nor "auto".
+    """
+    if value == "auto":
+        return "auto"
+    try:
+        number = float(value)
+    except ValueError:
+        number = -1.0
+    if not 0 <= number < float("inf"):
+        raise ValueError(f'--synthetic-scale must be 0 or more, or "auto", got {value!r}')
+    return number
+
+
+def _is_scale(value: str) -> str | None:
+    try:
+        scale(value)
+    except ValueError:
+        return '0 or more, or "auto"'
+    return None
+
+
+@dataclass(frozen=True)
+class CreditOptions:
+    """How gradients reach back over the window's start; the options of each script inherit these."""
+
+    synthesizer: str = option(
+        "basic", "what stands in for the gradient from behind the window", group=GROUP, choices=SYNTHESIZERS
+    )
+    synthetic_scale: str = option(
+        "0.1", "share of the synthetic gradient that is injected, or auto", group=GROUP, check=_is_scale, metavar="C|auto"
+    )
+    discount: float = option(0.9, "weight of each further window", group=GROUP, check=fraction)
+    horizons: int = option(1, "windows ahead that multi-horizon predicts one by one", group=GROUP, check=at_least(1))
+    tail: bool = option(False, "multi-horizon: one more head for all windows behind them", group=GROUP)
+    draw_horizon: bool = option(False, "multi-horizon: train one head a window, drawn at random", group=GROUP)
+    lookahead: int | None = option(
+        None, "steps ahead that multi-horizon sees", group=GROUP, check=at_least(0), shown="--horizons times --bptt"
+    )
+    synthesizer_hidden: int = option(512, "units of multi-horizon's two hidden layers", group=GROUP, check=at_least(1))
+    exact_steps: int = option(4, "exact: steps ahead whose gradient is computed", group=GROUP, check=at_least(1))
+    targets: str = option(
+        "bootstrap", "what the synthesizer is trained towards", group=GROUP, choices=("bootstrap", "lambda")
+    )
+    lam: float = option(
+        0.9, "lambda targets: 0 bootstrapped, 1 exact over the replayed windows", group=GROUP, check=fraction
+    )
+    replay_windows: int = option(8, "windows in a replay", group=GROUP, check=at_least(1))
+    auxiliary: float = option(
+        0.0, "weight of the loss of predicting the next synthetic gradient, 0 for off", group=GROUP, check=at_least(0)
+    )
+    target_network: int = option(
+        0, "windows between copies of the synthesizer that bootstrap the targets, 0 for off", group=GROUP, check=at_least(0)
+    )
+    fidelity_every: int = option(
+        0, "windows between comparisons with exact gradients, 0 for none (auto scale: 50)", group=GROUP, check=at_least(0)
+    )
+    synthesizer_lr: float = option(1e-3, "the synthesizer's learning rate", group=GROUP, check=above_zero)
+    synthesizer_clip: float = option(
+        1.0, "largest norm of the synthesizer's gradient, 0 for no limit", group=GROUP, check=at_least(0)
+    )
+
+
+def lookahead_of(options: CreditOptions, bptt: int) -> int:
+    """The steps of lookahead that the windows must carry."""
+    if options.synthesizer == "exact":
+        return options.exact_steps + (tail_lookahead(options, bptt) if options.tail else 0)
+    return tail_lookahead(options, bptt) if options.synthesizer == "multi-horizon" else 0
+
+
+def tail_lookahead(options: CreditOptions, bptt: int) -> int:
+    """The steps that a learned synthesizer sees."""
+    return options.horizons * bptt if options.lookahead is None else options.lookahead
+
+
+def build_synthesizer(
+    options: CreditOptions,
+    model: nn.Module,
+    loss_fn: Callable[[Any, Tensor], Tensor],
+    *,
+    bptt: int,
+    example: State,
+    cells: Any,
+    encode: Callable[[], tuple[nn.Module, nn.Module]],
+    reduction: str = "mean",
+) -> nn.Module | None:
+    """The synthesizer of the options, None for plain truncated BPTT.
+
+    Args:
+        options: which one, and its sizes.
+        model: that the exact future runs.
+        loss_fn: unreduced losses [T, B].
+        bptt: T.
+        example: a state of the model, leaves [L, B, H].
+        cells: which of its leaves are LSTM cells.
+        encode: makes the lookahead's encoders of inputs and targets, each with its width, for `LookaheadEncoder`.
+        reduction: the trainer's.
+    """
+    if options.synthesizer == "none":
+        return None
+    if options.synthesizer == "basic":
+        width = sum(leaf.shape[-1] for leaf in floating(example))
+        return Normalized(GatedCells(BasicSynthesizer(width, n_hidden=1), cells))
+    if options.synthesizer == "multi-horizon" or options.tail:
+        steps = tail_lookahead(options, bptt)
+        encoder = LookaheadEncoder(steps, *encode()) if steps else None
+        common: dict[str, Any] = {"cells": cells, "hidden": [options.synthesizer_hidden] * 2, "encoder": encoder}
+    if options.synthesizer == "multi-horizon":
+        return MultiHorizonSynthesizer(
+            example, horizons=options.horizons, tail=options.tail, draw=options.draw_horizon, **common
+        )
+    tail = MultiHorizonSynthesizer(example, horizons=1, **common) if options.tail else None
+    return ExactFuture(model, loss_fn, steps=options.exact_steps, window=bptt, reduction=reduction, tail=tail)
+
+
+def build_auxiliary(options: CreditOptions, example: State) -> nn.Module | None:
+    """The auxiliary task of the options, None where it is off."""
+    return AuxiliaryTask(example) if options.auxiliary and options.synthesizer != "none" else None
+
+
+def trainer_settings(options: CreditOptions) -> dict[str, Any]:
+    """The keyword arguments of `SequenceTrainer` that the options decide, but for the synthesizer and its optimizer."""
+    chosen = scale(options.synthetic_scale)
+    every = options.fidelity_every or (50 if chosen == "auto" else 0)
+    return {
+        "synthetic_scale": chosen,
+        "discount": options.discount,
+        "targets": options.targets,
+        "lam": options.lam,
+        "replay_windows": options.replay_windows,
+        "target_network": options.target_network,
+        "fidelity_every": every,
+        "auxiliary_weight": options.auxiliary,
+        "synthesizer_clip": options.synthesizer_clip or None,
+    }
+
+
+def learning_parameters(*parts: nn.Module | None) -> list[torch.nn.Parameter]:
+    """The parameters of those parts that are there, for one optimizer."""
+    return [parameter for part in parts if part is not None for parameter in part.parameters()]
