@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -18,6 +19,11 @@ from .synthesizers import BasicSynthesizer, GatedCells, Normalized
 GROUP = "credit assignment"
 
 SYNTHESIZERS = ("none", "basic", "multi-horizon", "exact")
+
+SCALES: Mapping[str, str] = MappingProxyType({"basic": "0.1", "multi-horizon": "auto", "exact": "1"})
+DISCOUNTS: Mapping[str, float] = MappingProxyType({"basic": 0.9, "multi-horizon": 1.0, "exact": 0.9})
+"""Defaults by synthesizer. One message for all windows to come bootstraps on itself and needs discounting; horizons that are
+trusted one by one do not."""
 
 EMBED = 32
 """Size of the synthesizer's own embedding of a token."""
@@ -48,6 +54,10 @@ def _is_scale(value: str) -> str | None:
     return None
 
 
+def _by_synthesizer(defaults: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in defaults.items())
+
+
 @dataclass(frozen=True)
 class CreditOptions:
     """How gradients reach back over the window's start; the options of each script inherit these."""
@@ -55,10 +65,17 @@ class CreditOptions:
     synthesizer: str = option(
         "basic", "what stands in for the gradient from behind the window", group=GROUP, choices=SYNTHESIZERS
     )
-    synthetic_scale: str = option(
-        "0.1", "share of the synthetic gradient that is injected, or auto", group=GROUP, check=_is_scale, metavar="C|auto"
+    synthetic_scale: str | None = option(
+        None,
+        "share of the synthetic gradient that is injected; auto: what comparisons with exact gradients find right",
+        group=GROUP,
+        check=_is_scale,
+        metavar="C|auto",
+        shown=_by_synthesizer(SCALES),
     )
-    discount: float = option(0.9, "weight of each further window", group=GROUP, check=fraction)
+    discount: float | None = option(
+        None, "weight of each further window", group=GROUP, check=fraction, shown=_by_synthesizer(DISCOUNTS)
+    )
     horizons: int = option(1, "windows ahead that multi-horizon predicts one by one", group=GROUP, check=at_least(1))
     tail: bool = option(False, "multi-horizon: one more head for all windows behind them", group=GROUP)
     draw_horizon: bool = option(False, "multi-horizon: train one head a window, drawn at random", group=GROUP)
@@ -148,11 +165,13 @@ def build_auxiliary(options: CreditOptions, example: State) -> nn.Module | None:
 
 def trainer_settings(options: CreditOptions) -> dict[str, Any]:
     """The keyword arguments of `SequenceTrainer` that the options decide, but for the synthesizer and its optimizer."""
-    chosen = scale(options.synthetic_scale)
+    given = options.synthetic_scale
+    chosen = scale(SCALES.get(options.synthesizer, "0") if given is None else given)
+    discount = DISCOUNTS.get(options.synthesizer, 1.0) if options.discount is None else options.discount
     every = options.fidelity_every or (50 if chosen == "auto" else 0)
     return {
         "synthetic_scale": chosen,
-        "discount": options.discount,
+        "discount": discount,
         "targets": options.targets,
         "lam": options.lam,
         "replay_windows": options.replay_windows,

@@ -1,0 +1,226 @@
+"""Options of a script: one typed dataclass is the command line, the config file and the checks.
+
+Each field of the dataclass is declared with `option(...)` and becomes `--field-name`; `parse` reads the command line and
+`--config FILE`, `build` joins layers of values into an instance whose every value has been checked.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import sys
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+Check = Callable[[Any], str | None]
+"""Takes a value, returns what it must be ("1 or more") where it is not that, else None."""
+
+Options = TypeVar("Options")
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    group: str,
+    choices: Sequence[str] | None = None,
+    check: Check | None = None,
+    convert: Callable[[Any], Any] | None = None,
+    metavar: str | None = None,
+    shown: str | None = None,
+) -> Any:
+    """A dataclass field that is an option of the command.
+
+    Args:
+        default: the value where neither the command line nor a config file gives one.
+        help: what it means, in a few words, with its unit.
+        group: the title under which `--help` lists it.
+        choices: the only values allowed.
+        check: a condition on the value, not applied to None.
+        convert: makes the value that is kept, of the same type, from a checked one; not applied to None.
+        metavar: the value's name in `--help`.
+        shown: the default's description in `--help`, where `default` itself does not say it.
+    """
+    details = {
+        "help": help,
+        "group": group,
+        "choices": choices,
+        "check": check,
+        "convert": convert,
+        "metavar": metavar,
+        "shown": shown,
+    }
+    return dataclasses.field(default=default, metadata=details)
+
+
+def at_least(least: int) -> Check:
+    """A whole number or a finite float of `least` or more."""
+
+    def check(value: float) -> str | None:
+        return None if math.isfinite(value) and value >= least else f"{least} or more"
+
+    return check
+
+
+def above_zero(value: float) -> str | None:
+    """A finite number above 0."""
+    return None if math.isfinite(value) and value > 0 else "above 0"
+
+
+def share(value: float) -> str | None:
+    """A share that leaves something: at least 0 and below 1."""
+    return None if 0 <= value < 1 else "at least 0 and below 1"
+
+
+def fraction(value: float) -> str | None:
+    """From 0 to 1, both included."""
+    return None if 0 <= value <= 1 else "from 0 to 1"
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """argparse, with its errors in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """End with the message on stderr and exit status 2."""
+        self.exit(2, f"{self.prog}: error: {message} (--help lists all options)\n")
+
+
+def report(prog: str, error: Exception) -> int:
+    """Print what went wrong, and what to do, as one line on stderr; the exit status for it, 2."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    print(f"{prog}: error: {text}", file=sys.stderr)
+    return 2
+
+
+def parse(cls: type, arguments: Sequence[str] | None, *, prog: str, description: str) -> dict[str, Any]:
+    """What the command line gives, over what its `--config FILE` gives: option names (of `cls`) and values.
+
+    Options that nobody gave are absent. A mistake in the syntax ends the process with one line on stderr and exit
+    status 2, `--help` prints all options with their defaults.
+
+    Raises:
+        ValueError: the config file is missing, not JSON, or names options that `cls` does not have.
+    """
+    parser = OneLineParser(
+        prog=prog,
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", metavar="FILE", help="read options from a JSON file, as a run's config.json is")
+    groups: dict[str, argparse._ArgumentGroup] = {}
+    kinds = _kinds(cls)
+    for field in dataclasses.fields(cls):
+        title = field.metadata["group"]
+        if title not in groups:
+            groups[title] = parser.add_argument_group(title)
+        _add_argument(groups[title], field, kinds[field.name])
+    given = vars(parser.parse_args(arguments))
+    config = given.pop("config", None)
+    return given if config is None else read_config(cls, config) | given
+
+
+def read_config(cls: type, path: str | Path) -> dict[str, Any]:
+    """The options in a JSON file, checked to be options of `cls`.
+
+    Raises:
+        ValueError: the file is missing, not a JSON object, or names options that `cls` does not have.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"cannot read the configuration {path}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"the configuration {path} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"the configuration {path} must be a JSON object of option names and values")
+    unknown = sorted(set(content) - {field.name for field in dataclasses.fields(cls)})
+    if unknown:
+        raise ValueError(f"the configuration {path} names unknown options: {', '.join(unknown)}")
+    return content
+
+
+def build(cls: type[Options], *layers: Mapping[str, Any]) -> Options:
+    """An instance of `cls` from layers of values, a later layer over the earlier ones, the defaults below all.
+
+    Raises:
+        ValueError: a value has the wrong type or breaks its option's check; the text names the option.
+    """
+    values = {name: value for layer in layers for name, value in layer.items()}
+    kinds = _kinds(cls)
+    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
+        if field.name in values:
+            values[field.name] = _checked(field, kinds[field.name], values[field.name])
+    return cls(**values)
+
+
+def flag(name: str) -> str:
+    """The command line's spelling of a field's name: `synthetic_scale` -> `--synthetic-scale`."""
+    return "--" + name.replace("_", "-")
+
+
+class _Kind(typing.NamedTuple):
+    """A field's type: `int | None` is (int, True)."""
+
+    plain: type
+    may_be_none: bool
+
+
+def _kinds(cls: type) -> dict[str, _Kind]:
+    """The type of each field of a dataclass."""
+    hints = typing.get_type_hints(cls)
+    kinds = {}
+    for field in dataclasses.fields(cls):
+        hint = hints[field.name]
+        parts = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+        (plain,) = (part for part in parts if part is not types.NoneType)
+        kinds[field.name] = _Kind(plain, types.NoneType in parts)
+    return kinds
+
+
+def _add_argument(group: argparse._ArgumentGroup, field: dataclasses.Field, kind: _Kind) -> None:
+    """Add one field to its group of options."""
+    details = field.metadata
+    text = details["help"].replace("%", "%%")
+    shown = details["shown"] or ("" if field.default is None else str(field.default))
+    if kind.plain is bool:
+        shown = shown.replace("True", "yes").replace("False", "no")
+    if shown:
+        text += f" (default: {shown.replace('%', '%%')})"
+    if kind.plain is bool:
+        group.add_argument(flag(field.name), action=argparse.BooleanOptionalAction, help=text)
+        return
+    group.add_argument(
+        flag(field.name),
+        type=kind.plain,
+        choices=details["choices"],
+        metavar=details["metavar"] or (None if details["choices"] else kind.plain.__name__.upper()),
+        help=text,
+    )
+
+
+def _checked(field: dataclasses.Field, kind: _Kind, value: Any) -> Any:
+    """`value` in the field's type, or a ValueError that names the option."""
+    if value is None and kind.may_be_none:
+        return None
+    if kind.plain is float and type(value) is int:
+        value = float(value)
+    if type(value) is not kind.plain:
+        raise ValueError(f"{flag(field.name)} must be {_TYPE_NAMES[kind.plain]}, got {value!r}")
+    choices, check = field.metadata["choices"], field.metadata["check"]
+    if choices is not None and value not in choices:
+        raise ValueError(f"{flag(field.name)} must be one of {', '.join(choices)}, got {value!r}")
+    wanted = check(value) if check is not None else None
+    if wanted is not None:
+        raise ValueError(f"{flag(field.name)} must be {wanted}, got {value}")
+    convert = field.metadata["convert"]
+    return value if convert is None else convert(value)
+
+
+_TYPE_NAMES = types.MappingProxyType({int: "a whole number", float: "a number", str: "a text", bool: "true or false"})

@@ -1,0 +1,363 @@
+"""Train a recurrent language model by truncated BPTT, with or without synthetic gradients.
+
+python scripts/train_lm.py
+    The embedded corpus, by characters; two minutes on two cores, then a sample of text.
+python scripts/train_lm.py --dataset ptb
+    Penn Treebank, by words, LSTM 2x200 on windows of 5 steps, 6 epochs; about half an hour on two cores.
+python scripts/train_lm.py --dataset ptb --synthesizer none
+    The same by plain truncated BPTT.
+python scripts/train_lm.py --run-dir runs/mine --resume auto
+    Go on where runs/mine was stopped or killed, or begin.
+tensorboard --logdir runs
+    Watch the curves.
+
+A run leaves in its directory: TensorBoard events, config.json, tokenizer.json, checkpoints/last.pt and best.pt (lowest
+validation loss), and summary.json. Ctrl-C saves a checkpoint and ends with status 130, SIGTERM with 143. Bad input ends
+with one line on stderr and status 2.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import dni_seq as dni
+from dni_seq import lm
+from dni_seq.checkpoint import random_state, save_checkpoint, set_random_state, write_json
+from dni_seq.evaluation import Score
+from dni_seq.lm_options import LanguageModelOptions, settle
+from dni_seq.lm_trainer import build_trainer
+from dni_seq.models.language_model import LanguageModel
+from dni_seq.options import parse, report
+from dni_seq.plan import Plan, config_of, plan_run
+from dni_seq.progress import Progress
+from dni_seq.rundir import RunDirectory, new_run_path
+from dni_seq.runlog import RunLog, peak_memory_mb, perplexity
+from dni_seq.stopping import StopSignals
+from dni_seq.streams import DataError, Tokenizer, WindowStream, load_tokenizer
+from dni_seq.streams.text import EMBEDDED
+from dni_seq.windows import Window
+
+LOG_EVERY = 50
+"""Steps between two points of the training curves."""
+
+SAVE_SECONDS = 60.0
+"""A kill loses about this much work at most; a checkpoint is written at each validation too."""
+
+EVAL_EVERY_OF_STREAM = 1000
+"""Steps between validations where the text is streamed, so that nobody knows how long an epoch is."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns its exit status."""
+    try:
+        given = parse(LanguageModelOptions, arguments, prog="train_lm", description=__doc__ or "")
+        if given.get("eval_only"):
+            return evaluate_only(plan_run(LanguageModelOptions, {"resume": "auto"} | given))
+        training = prepare(plan_run(LanguageModelOptions, given))
+    except (ValueError, OSError) as error:
+        return report("train_lm", error)
+    try:
+        with StopSignals() as stop:
+            return train(training, stop)
+    except DataError as error:
+        save(training, training.run.last)
+        going_on = f"to go on: --run-dir {training.run.path} --resume auto"
+        return report("train_lm", DataError(f"{error} (saved at step {training.steps}; {going_on})"))
+    except OSError as error:
+        return report("train_lm", error)
+    finally:
+        training.progress.close()
+        training.log.close()
+
+
+@dataclass
+class Counters:
+    """How far a run is; part of its checkpoint.
+
+    Attributes:
+        tokens: trained on so far.
+        seconds: the run's time so far, over all sessions, validation included.
+        best: lowest validation loss so far, None before the first.
+        validated_at: step of the latest validation.
+        logged_at: step of the latest point of the training curves.
+    """
+
+    tokens: int = 0
+    seconds: float = 0.0
+    best: float | None = None
+    validated_at: int = 0
+    logged_at: int = 0
+
+
+@dataclass
+class Training:
+    """The parts of a run, ready to train."""
+
+    options: LanguageModelOptions
+    run: RunDirectory
+    device: torch.device
+    tokenizer: Tokenizer
+    stream: WindowStream
+    valid: WindowStream
+    test: WindowStream
+    model: LanguageModel
+    trainer: dni.SequenceTrainer
+    counters: Counters
+    log: RunLog
+    progress: Progress
+    clock: float = field(default_factory=time.monotonic)
+    saved_at: float = field(default_factory=time.monotonic)
+
+    @property
+    def steps(self) -> int:
+        """Steps done."""
+        return self.trainer.steps
+
+    def done(self) -> bool:
+        """Whether a limit is reached, whichever comes first."""
+        limits = (
+            (self.options.max_steps, self.steps),
+            (self.options.max_tokens, self.counters.tokens),
+            (self.options.epochs, self.stream.epoch),
+        )
+        return any(limit is not None and reached >= limit for limit, reached in limits)
+
+    @property
+    def eval_every(self) -> int:
+        """Steps between validations."""
+        return self.options.eval_every or self.stream.windows_per_epoch or EVAL_EVERY_OF_STREAM
+
+    def tick(self) -> None:
+        """Take the time since the last call into the counters."""
+        now = time.monotonic()
+        self.counters.seconds += now - self.clock
+        self.clock = now
+
+
+def train(t: Training, stop: StopSignals) -> int:
+    """Step through the stream until the run is done, or until a signal; returns the exit status."""
+    while not t.done():
+        for window in t.stream:
+            step(t, window)
+            if t.steps % LOG_EVERY == 0:
+                log_point(t)
+                t.log.clear()
+            validation_due = t.steps % t.eval_every == 0
+            if validation_due:
+                validate(t)
+            if t.options.sample_every and t.steps % t.options.sample_every == 0:
+                sample(t, t.model)
+            if t.done():
+                break
+            if stop.received is not None:
+                save(t, t.run.last)
+                t.progress.say(f"stopped at step {t.steps}; to go on: --run-dir {t.run.path} --resume auto")
+                return stop.exit_status
+            if validation_due or time.monotonic() - t.saved_at > SAVE_SECONDS:
+                save(t, t.run.last)
+    finish(t)
+    return 0
+
+
+def step(t: Training, window: Window) -> None:
+    """Train on one window and take down its measurements."""
+    window = lm.on_device(window, t.device)
+    result = t.trainer.step(window.inputs, window.targets, ends=window.ends, mask=window.mask, lookahead=window.lookahead)
+    tokens = window.targets.numel() if window.mask is None else int(window.mask.sum())
+    t.counters.tokens += tokens
+    t.log.add(measurements(result), weight=tokens)
+    t.progress.step(tokens, lambda: figures(t.log.mean("train/loss")))
+
+
+def measurements(result: dni.StepResult) -> dict[str, Tensor]:
+    """What a step measured, by TensorBoard key."""
+    values = {"train/loss": result.loss, "gradient/norm": result.gradient_norm}
+    if result.synthetic is not None:
+        values |= {
+            "synthetic/loss": result.synthetic.loss,
+            "synthetic/cosine": result.synthetic.cosine,
+            "synthetic/r2": result.synthetic.r2,
+            "synthetic/injected_ratio": result.synthetic.injected_ratio,
+            "synthetic/scale": result.synthetic.scale,
+        }
+        if result.synthetic.fidelity is not None:
+            horizons = result.synthetic.fidelity.horizons
+            values["fidelity/cosine"] = torch.stack([horizon.cosine for horizon in horizons])
+            values["fidelity/r2"] = torch.stack([horizon.r2 for horizon in horizons])
+    return values
+
+
+def figures(loss: float) -> str:
+    """The latest figures in a few words."""
+    return f"loss {loss:.3f}, ppl {perplexity(loss):.1f}"
+
+
+def log_point(t: Training) -> None:
+    """A point of the training curves: averages since the last one, speed and memory."""
+    t.counters.logged_at = t.steps
+    t.log.write(t.steps)
+    t.log.scalars(
+        t.steps,
+        {"speed/tokens_per_second": t.progress.tokens_per_second(), "memory/peak_mb": peak_memory_mb(t.device)},
+    )
+
+
+def validate(t: Training) -> Score:
+    """Score the validation split; keep the checkpoint where it is the best so far."""
+    result = lm.score(t.model, t.valid, t.options)
+    t.counters.validated_at = t.steps
+    log_score(t, "valid", result)
+    if t.counters.best is None or result.loss < t.counters.best:
+        t.counters.best = result.loss
+        save(t, t.run.best)
+    return result
+
+
+def log_score(t: Training, split: str, result: Score) -> None:
+    """A score for TensorBoard and for the reader."""
+    t.log.scalars(
+        t.steps,
+        {
+            f"{split}/loss": result.loss,
+            f"{split}/perplexity": result.ppl,
+            f"{split}/bpc": result.bpc,
+            f"{split}/word_perplexity": result.word_ppl,
+        },
+    )
+    t.progress.say(f"step {t.steps}, epoch {t.stream.epoch}, {lm.describe(split, result)}")
+
+
+def sample(t: Training, model: LanguageModel) -> None:
+    """Draw some text."""
+    text = lm.sample_text(model, t.tokenizer, seed=t.options.seed)
+    t.log.text(t.steps, "sample", text)
+    t.progress.say(f"--- sample at step {t.steps} ---\n{text}\n---")
+
+
+def save(t: Training, path: Path) -> None:
+    """Write a checkpoint; the log is flushed first, so that it never lacks a step that the checkpoint has."""
+    t.tick()
+    t.log.flush()
+    content = {
+        "trainer": t.trainer.state_dict(),
+        "stream": t.stream.state_dict(),
+        "random": random_state(),
+        "counters": dataclasses.asdict(t.counters),
+        "log": t.log.state_dict(),
+        "config": config_of(t.options),
+    }
+    save_checkpoint(path, content)
+    t.saved_at = time.monotonic()
+
+
+def finish(t: Training) -> None:
+    """The end of a run: last validation and checkpoint, then the best checkpoint's scores, a sample, and the summary."""
+    if t.counters.logged_at != t.steps:
+        log_point(t)
+    if t.counters.validated_at != t.steps:
+        validate(t)
+    save(t, t.run.last)
+    best = lm.load_run(t.run, t.run.best, t.device).model
+    scores = {"valid": lm.score(best, t.valid, t.options), "test": lm.score(best, t.test, t.options)}
+    log_score(t, "test", scores["test"])
+    sample(t, best)
+    t.tick()
+    write_json(t.run.summary, summary(t, scores))
+    t.progress.say(f"{t.steps} steps in {t.counters.seconds:.0f} s; all in {t.run.path}")
+
+
+def summary(t: Training, scores: dict[str, Score]) -> dict[str, Any]:
+    """What summary.json holds."""
+    essentials = ("seed", "model", "tokenizer", "synthesizer", "bptt")
+    return {
+        "dataset": t.options.data_file or t.options.dataset or EMBEDDED,
+        **{name: getattr(t.options, name) for name in essentials},
+        "parameters": sum(parameter.numel() for parameter in t.model.parameters()),
+        "vocabulary": t.tokenizer.vocabulary_size,
+        "unknown": {"train": t.stream.unknown_share, "valid": t.valid.unknown_share, "test": t.test.unknown_share},
+        "torch": torch.__version__,
+        "steps": t.steps,
+        "tokens": t.counters.tokens,
+        "seconds": t.counters.seconds,
+        "tokens_per_second": t.counters.tokens / t.counters.seconds,
+        "peak_memory_mb": peak_memory_mb(t.device),
+        **{split: result._asdict() for split, result in scores.items()},
+    }
+
+
+def prepare(plan: Plan[LanguageModelOptions]) -> Training:
+    """Build all parts of the run, and only then its directory; nothing is written where something is wrong."""
+    options, checkpoint = plan.options, plan.checkpoint
+    torch.set_num_threads(options.threads)
+    device = lm.device_of(options.device)
+    corpus = lm.open_text(options)
+    options = settle(options, corpus)
+    run = plan.run or RunDirectory(new_run_path(run_name(options, corpus.name)))
+    tokenizer = lm.build_tokenizer(options, corpus) if checkpoint is None else load_tokenizer(run.tokenizer)
+    stream = lm.open_training(corpus, tokenizer, options)
+    valid = lm.open_split(corpus, "valid", tokenizer, options)
+    test = lm.open_split(corpus, "test", tokenizer, options)
+    torch.manual_seed(options.seed)
+    model = lm.build_model(options, tokenizer.vocabulary_size, device)
+    trainer = build_trainer(options, model, device)
+    counters = restore(checkpoint, trainer, stream)
+    run.create(config_of(options))
+    tokenizer.save(run.tokenizer)
+    log = RunLog(run.path, resumed_at=trainer.steps)
+    if checkpoint is not None:
+        log.load_state_dict(checkpoint["log"], device)
+    progress = Progress(total_steps(options, stream), trainer.steps)
+    if unknown := lm.describe_unknown({"train": stream, "valid": valid, "test": test}):
+        progress.say(unknown)
+    return Training(options, run, device, tokenizer, stream, valid, test, model, trainer, counters, log, progress)
+
+
+def restore(checkpoint: dict[str, Any] | None, trainer: dni.SequenceTrainer, stream: WindowStream) -> Counters:
+    """Put trainer, stream and random generators where a checkpoint was; without one they begin."""
+    if checkpoint is None:
+        return Counters()
+    trainer.load_state_dict(checkpoint["trainer"])
+    stream.load_state_dict(checkpoint["stream"])
+    set_random_state(checkpoint["random"])
+    return Counters(**checkpoint["counters"])
+
+
+def run_name(options: LanguageModelOptions, corpus: str) -> str:
+    """A readable name for a run's directory: what distinguishes it at a glance."""
+    text = Path(corpus).stem
+    size = f"{options.model}{options.layers}x{options.hidden}"
+    return f"{text}-{options.tokenizer}-{size}-{options.synthesizer}-T{options.bptt}-seed{options.seed}"
+
+
+def total_steps(options: LanguageModelOptions, stream: WindowStream) -> int | None:
+    """Steps in the whole run, None where nobody knows."""
+    limits = [options.max_steps]
+    if options.max_tokens is not None:
+        limits.append(math.ceil(options.max_tokens / (stream.lanes * stream.bptt)))
+    if options.epochs is not None and stream.windows_per_epoch is not None:
+        limits.append(options.epochs * stream.windows_per_epoch)
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
+def evaluate_only(plan: Plan[LanguageModelOptions]) -> int:
+    """Score a run's best checkpoint, or the one that --resume PATH names; nothing is written."""
+    if plan.run is None or plan.checkpoint is None:
+        raise ValueError("--eval-only needs --run-dir, the directory of a run that has a checkpoint")
+    path = plan.run.best if plan.options.resume == "auto" else Path(str(plan.options.resume))
+    for split, result in lm.score_run(plan.run, path, ("valid", "test"), plan.options):
+        print(lm.describe(split, result))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,63 @@
+"""The trainer that the options ask for."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import dni_seq as dni
+from dni_seq import lm
+from dni_seq.lm_options import LanguageModelOptions, settle
+from dni_seq.lm_trainer import build_trainer
+from dni_seq.streams import open_corpus
+
+CPU = torch.device("cpu")
+V, T, B = 9, 4, 3
+
+
+def trainer_of(**given) -> dni.SequenceTrainer:
+    tiny = {"embed": 6, "hidden": 6, "layers": 2, "dropout": 0.5, "bptt": T, "batch_size": B}
+    options = settle(LanguageModelOptions(**tiny | given), open_corpus())
+    torch.manual_seed(options.seed)
+    return build_trainer(options, lm.build_model(options, V, CPU), CPU)
+
+
+def losses_of(trainer: dni.SequenceTrainer, steps: int = 3) -> list[float]:
+    text = torch.arange((T + 1) * B).view(T + 1, B) % V
+    return [trainer.step(text[:-1], text[1:]).loss.item() for _ in range(steps)]
+
+
+@pytest.mark.parametrize("model", ["lstm", "gru"])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_a_synthesizer_for_every_cell_and_dtype(model, dtype):
+    trainer = trainer_of(model=model, dtype=dtype, synthetic_scale="0.5", discount=0.8, clip=0.3)
+    settings = trainer.credit.settings
+    assert (settings.scale, settings.discount, trainer.clip) == (0.5, 0.8, 0.3)
+    losses_of(trainer)
+    assert {parameter.dtype for parameter in trainer.credit.synthesizer.parameters()} == {getattr(torch, dtype)}
+    assert any(parameter.abs().sum() > 0 for parameter in trainer.credit.synthesizer.parameters())
+
+
+def test_nothing_injected_is_truncated_bptt_with_the_same_dropout():
+    plain = losses_of(trainer_of(synthesizer="none"))
+    assert losses_of(trainer_of(synthetic_scale="0")) == plain
+    assert losses_of(trainer_of(synthesizer="none", seed=2)) != plain
+
+
+def test_no_clipping():
+    assert trainer_of(clip=0.0).clip is None
+
+
+def test_learning_rates_reach_their_optimizers():
+    trainer = trainer_of(lr=0.5, synthesizer_lr=0.25)
+    assert trainer.optimizer.param_groups[0]["lr"] == 0.5
+    assert trainer.credit.optimizer.param_groups[0]["lr"] == 0.25
+
+
+def test_bfloat16_trains_by_autocast():
+    trainer = trainer_of(model="gru", dtype="bfloat16", synthesizer="none")
+    assert trainer.autocast == torch.bfloat16
+    half = losses_of(trainer)  # before the other trainer takes over the random numbers that dropout draws
+    full = losses_of(trainer_of(model="gru", synthesizer="none"))
+    # bfloat16 keeps 8 bits: a loss near ln 9 moves by less than a percent.
+    assert half == pytest.approx(full, rel=1e-2)
