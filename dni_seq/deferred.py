@@ -9,7 +9,7 @@ them. A scope that an exception leaves delivers nothing and forgets what it had.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, NamedTuple, Protocol, TypeVar
@@ -34,14 +34,10 @@ ParticipantT = TypeVar("ParticipantT", bound=Participant)
 
 
 class Deferred(NamedTuple):
-    """A tensor to backpropagate and the gradient with respect to it; None stands for that of a scalar, 1.
-
-    `source` is the participant that injected it, None for what the user backpropagates.
-    """
+    """A tensor to backpropagate and the gradient with respect to it; None stands for that of a scalar, 1."""
 
     tensor: Tensor
     gradient: Tensor | None
-    source: Participant | None
 
 
 class GradientAccumulator:
@@ -51,7 +47,7 @@ class GradientAccumulator:
         self._entries: list[Deferred] = []
         self._participants: dict[Hashable, Participant] = {}
 
-    def add(self, tensor: Tensor, gradient: Tensor | None = None, *, source: Participant | None = None) -> None:
+    def add(self, tensor: Tensor, gradient: Tensor | None = None) -> None:
         """Collect `tensor` with the gradient of the objective with respect to it (same shape; None: a scalar's 1).
 
         Raises:
@@ -59,39 +55,13 @@ class GradientAccumulator:
             ValueError: no gradient is given for a tensor of more than one element, or one of another shape.
         """
         _check(tensor, gradient)
-        self._entries.append(Deferred(tensor, gradient, source))
+        self._entries.append(Deferred(tensor, gradient))
 
     def participant(self, key: Hashable, make: Callable[[], ParticipantT]) -> ParticipantT:
         """The participant known by `key`, made by `make` at its first mention."""
         if key not in self._participants:
             self._participants[key] = make()
         return self._participants[key]  # type: ignore[return-value]
-
-    def product(
-        self,
-        source: Participant,
-        own: float,
-        roots: Sequence[tuple[Tensor, Tensor]],
-        inputs: Sequence[Tensor],
-    ) -> list[Tensor]:
-        """A vector-Jacobian product to `inputs` alone, leaving the graph whole and every `.grad` as it was.
-
-        Backpropagated are the entries that others than `source` have added, multiplied by `own`, and `roots`, pairs of a
-        tensor and a gradient. An input that none of them depends on gets zeros.
-        """
-        pairs = list(roots)
-        if own != 0:
-            for entry in self._entries:
-                if entry.source is not source:
-                    gradient = torch.ones_like(entry.tensor) if entry.gradient is None else entry.gradient
-                    pairs.append((entry.tensor, gradient if own == 1 else own * gradient))
-        if not pairs:
-            return [torch.zeros_like(leaf) for leaf in inputs]
-        tensors, gradients = zip(*pairs, strict=True)
-        found = torch.autograd.grad(tensors, list(inputs), gradients, retain_graph=True, allow_unused=True)
-        return [
-            torch.zeros_like(leaf) if gradient is None else gradient for leaf, gradient in zip(inputs, found, strict=True)
-        ]
 
     def deliver(self) -> None:
         """Run the one backward pass, with the participants' parts before and after it, and forget them all."""

@@ -190,7 +190,7 @@ class BackwardInterface(_Interface):
         scope = current_scope()
         if scope is not None:
             others = None if bootstrap is None else self._messages(bootstrap, trigger, ends, batch_dim)
-            self.exchange(scope).add_end(leaves, injected, End(leaves, others or messages, rule, others is None))
+            self.exchange(scope).add_end(End(leaves, injected, others or messages, rule, others is None))
         else:
             alone = GradientAccumulator()  # the leaves of a nest share a graph, which one pass frees
             for leaf, gradient in _receptive(leaves, injected):
@@ -336,12 +336,14 @@ class End(NamedTuple):
 
     Attributes:
         leaves: its floating-point leaves.
-        messages: by horizon, for the targets.
+        injected: the gradient that is injected there, leaf by leaf.
+        messages: by horizon, those that go into targets.
         rule: the coefficients.
-        same: whether these messages are also the ones injected.
+        same: whether it is these messages that were injected.
     """
 
     leaves: list[Tensor]
+    injected: list[Tensor]
     messages: list[State]
     rule: TargetRule
     same: bool
@@ -362,8 +364,8 @@ class Exchange:
         self._scope = scope
         self._triggers: list[tuple[State, Any]] = []
         self._ends: list[End] = []
-        self._trained: list[bool] = []
-        self._products: dict[int, list[Tensor]] = {}
+        self._rule: TargetRule | None = None
+        self._products: dict[int, list[Tensor | None]] = {}
         self.regressions: list[Regression] = []
         self.own_gradients: list[list[Tensor] | None] = []
         self.injected: list[list[Tensor]] = []
@@ -372,36 +374,43 @@ class Exchange:
         """Take the gradient of `state` as a target at the scope's end."""
         self._triggers.append((state, context))
 
-    def add_end(self, leaves: list[Tensor], injected: list[Tensor], end: End) -> None:
+    def add_end(self, end: End) -> None:
         """Inject into a last state.
 
         Raises:
             ValueError: the same state was given before in this scope.
         """
-        if any(leaf is other for leaf in leaves for end in self._ends for other in end.leaves):
+        if any(leaf is other for leaf in end.leaves for before in self._ends for other in before.leaves):
             raise ValueError("backward: this trigger was already given a synthetic gradient in this defer_backward scope")
-        for leaf, gradient in _receptive(leaves, injected):
-            self._scope.add(leaf, gradient, source=self)
+        for leaf, gradient in _receptive(end.leaves, end.injected):
+            self._scope.add(leaf, gradient)
         self._ends.append(end)
-        self.injected.append(injected)
+        self.injected.append(end.injected)
 
     def before_backward(self) -> None:
-        """The vector-Jacobian products of those targets that the one backward pass does not bring by itself."""
+        """The vector-Jacobian products for the targets, while the graph is whole.
+
+        What arrives at a trigger in the one backward pass is S = a + Jᵀ Σ weights · M. So own · a + Jᵀ Σ following · M
+        is own · S + Jᵀ Σ (following - own · weights) · M: a product that starts at the last states and never runs through
+        the losses, and none at all where the coefficients vanish, as they do for one factor that is both c and γ.
+        """
         if not self._triggers or not self._interface.learns:
             return
-        rule = self._ends[0].rule if self._ends else rule_of(self._interface.synthesizer, 1, 1)
-        self._trained = list(rule.trained)
+        self._rule = self._ends[0].rule if self._ends else rule_of(self._interface.synthesizer, 1, 1)
         inputs = self._inputs()
-        for i, own in enumerate(rule.own):
-            if self._trained[i] and not self._is_whole(i, own):
-                self._products[i] = self._product(i, own, inputs)
+        for i, trained in enumerate(self._rule.trained):
+            roots = [root for end in self._ends for root in _difference(end, i)] if trained else []
+            if roots:
+                tensors, gradients = zip(*roots, strict=True)
+                found = torch.autograd.grad(tensors, inputs, gradients, retain_graph=True, allow_unused=True)
+                self._products[i] = list(found)
 
     def after_backward(self) -> None:
         """Regress at every trigger towards its targets."""
         arrived = [taken(leaf) for leaf in self._inputs()]
-        rows = [self._products.get(i, arrived) if trained else None for i, trained in enumerate(self._trained)]
-        if all(row is None for row in rows):
+        if self._rule is None or not any(self._rule.trained):
             return
+        rows = [self._row(i, arrived) if trained else None for i, trained in enumerate(self._rule.trained)]
         position = 0
         for state, context in self._triggers:
             count = len(states.floating(state))
@@ -411,16 +420,22 @@ class Exchange:
             self.own_gradients.append(leaves[0])
             self.regressions.append(self._interface.regress(state, context, targets))
 
+    def _row(self, i: int, arrived: list[Tensor]) -> list[Tensor]:
+        """The target of horizon i at every trigger."""
+        own = self._rule.own[i] if self._rule is not None else 0.0
+        shares = arrived if own == 1 else [own * leaf for leaf in arrived]
+        products = self._products.get(i, [None] * len(shares))
+        return [leaf if product is None else leaf + product for leaf, product in zip(shares, products, strict=True)]
+
     def _inputs(self) -> list[Tensor]:
         return [leaf for state, _ in self._triggers for leaf in states.floating(state)]
 
-    def _is_whole(self, i: int, own: float) -> bool:
-        """Whether target i is what the one backward pass brings: all of the losses, and the messages as injected."""
-        return own == 1 and all(end.same and list(end.rule.following[i]) == list(end.rule.weights) for end in self._ends)
 
-    def _product(self, i: int, own: float, inputs: list[Tensor]) -> list[Tensor]:
-        roots: list[tuple[Tensor, Tensor]] = []
-        for end in self._ends:
-            if any(end.rule.following[i]):
-                roots += _receptive(end.leaves, combine(end.messages, end.rule.following[i]))
-        return self._scope.product(self, own, roots, inputs)
+def _difference(end: End, i: int) -> list[tuple[Tensor, Tensor]]:
+    """Where target i has other messages behind a last state than were injected: its leaves with that difference."""
+    own, following, weights = end.rule.own[i], end.rule.following[i], end.rule.weights
+    if end.same:
+        coefficients = [f - own * w for f, w in zip(following, weights, strict=True)]
+        return _receptive(end.leaves, combine(end.messages, coefficients)) if any(coefficients) else []
+    wanted = combine(end.messages, following)
+    return _receptive(end.leaves, [w - own * injected for w, injected in zip(wanted, end.injected, strict=True)])
