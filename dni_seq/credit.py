@@ -29,7 +29,7 @@ from .targets import TargetRule, rule_of
 from .windows import Lookahead
 
 RELIABILITY_DECAY = 0.9
-"""Share of a horizon's reliability that a new comparison keeps."""
+"""Share of the evidence on a horizon that a new comparison keeps."""
 
 
 class Synthetic(NamedTuple):
@@ -112,7 +112,8 @@ class SyntheticCredit:
         self.interface = BackwardInterface(synthesizer)
         self._target_network = copy.deepcopy(synthesizer) if settings.target_network else None
         self._running = RunningFidelity()
-        self._reliability: list[float] | None = None
+        self._evidence: Tensor | None = None
+        self._comparisons = 0
         self._ring: deque[Past] = deque()
         self._probe = Probe()
         self._steps = 0
@@ -125,8 +126,8 @@ class SyntheticCredit:
         if self.settings.targets == "lambda":
             rule = rule._replace(trained=[False] * len(rule.own))
         if self.settings.scale == "auto":
-            trust = self._reliability or [0.0] * len(rule.weights)
-            rule = rule._replace(weights=[weight * r for weight, r in zip(rule.weights, trust, strict=True)])
+            trust = self._reliability(len(rule.weights))
+            rule = rule._replace(weights=[w * r for w, r in zip(rule.weights, trust, strict=True)])
         return rule
 
     def make_trigger(self, start: State, context: Lookahead | None) -> State:
@@ -237,20 +238,32 @@ class SyntheticCredit:
         return found
 
     def _trust(self, found: StateFidelity) -> None:
-        slopes = [min(max(float(horizon.slope), 0.0), 1.0) for horizon in found.horizons]
-        if self._reliability is None:
-            self._reliability = [0.0] * len(slopes)
-        self._reliability = [
-            RELIABILITY_DECAY * old + (1 - RELIABILITY_DECAY) * new
-            for old, new in zip(self._reliability, slopes, strict=True)
-        ]
+        """Take a comparison into the running sums of overlap and power, whose ratio is each horizon's best share.
+
+        Sums are pooled before they are divided, so that states whose exact gradient is zero, as in a task that is not scored
+        yet, do not count as failures of the synthesizer.
+        """
+        sums = torch.tensor([[float(h.overlap), float(h.power)] for h in found.horizons], dtype=torch.float64)
+        previous = torch.zeros_like(sums) if self._evidence is None else self._evidence
+        self._evidence = torch.lerp(sums, previous, RELIABILITY_DECAY)
+        self._comparisons += 1
+
+    def _reliability(self, horizons: int) -> list[float]:
+        """The share of each horizon that comparisons found right, from 0 to 1; it rises from 0 with their number."""
+        if self._evidence is None:
+            return [0.0] * horizons
+        overlap, power = self._evidence.unbind(1)
+        slope = torch.where(power > 0, overlap / power, torch.zeros_like(power)).clamp(0, 1)
+        certainty = 1 - RELIABILITY_DECAY**self._comparisons
+        return [certainty * value for value in slope.tolist()]
 
     def state_dict(self) -> dict[str, Any]:
         """Everything but the synthesizer and its optimizer: running sums, reliabilities, ring, probe, target network."""
         messages = self._probe.messages
         return {
             "running": self._running.state_dict(),
-            "reliability": self._reliability,
+            "evidence": self._evidence,
+            "comparisons": self._comparisons,
             "ring": [pack(window) for window in self._ring],
             "probe_windows": [pack(window) for window in self._probe.windows],
             "probe_messages": None if messages is None else [states.flatten(message) for message in messages],
@@ -261,7 +274,7 @@ class SyntheticCredit:
     def load_state_dict(self, saved: dict[str, Any], like: State) -> None:
         """Take over what `state_dict` gave; `like` gives the hidden state's nest."""
         self._running.load_state_dict(saved["running"])
-        self._reliability = saved["reliability"]
+        self._evidence, self._comparisons = saved["evidence"], saved["comparisons"]
         self._ring = deque(unpack(window, like) for window in saved["ring"])
         messages = saved["probe_messages"]
         self._probe = Probe(

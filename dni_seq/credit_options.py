@@ -25,6 +25,10 @@ DISCOUNTS: Mapping[str, float] = MappingProxyType({"basic": 0.9, "multi-horizon"
 """Defaults by synthesizer. One message for all windows to come bootstraps on itself and needs discounting; horizons that are
 trusted one by one do not."""
 
+AUTO_FIDELITY_EVERY = 47
+"""Windows between two comparisons of an automatic scale. A prime: sequences of 2, 5 or 10 windows would be compared at the
+same place every time otherwise, at their first state, say, whose gradient is zero in a copying task."""
+
 EMBED = 32
 """Size of the synthesizer's own embedding of a token."""
 
@@ -98,7 +102,7 @@ class CreditOptions:
         0, "windows between copies of the synthesizer that bootstrap the targets, 0 for off", group=GROUP, check=at_least(0)
     )
     fidelity_every: int = option(
-        0, "windows between comparisons with exact gradients, 0 for none (auto scale: 50)", group=GROUP, check=at_least(0)
+        0, "windows between comparisons with exact gradients, 0 for none (auto scale: 47)", group=GROUP, check=at_least(0)
     )
     synthesizer_lr: float = option(1e-3, "the synthesizer's learning rate", group=GROUP, check=above_zero)
     synthesizer_clip: float = option(
@@ -168,7 +172,7 @@ def trainer_settings(options: CreditOptions) -> dict[str, Any]:
     given = options.synthetic_scale
     chosen = scale(SCALES.get(options.synthesizer, "0") if given is None else given)
     discount = DISCOUNTS.get(options.synthesizer, 1.0) if options.discount is None else options.discount
-    every = options.fidelity_every or (50 if chosen == "auto" else 0)
+    every = options.fidelity_every or (AUTO_FIDELITY_EVERY if chosen == "auto" else 0)
     return {
         "synthetic_scale": chosen,
         "discount": discount,

@@ -27,13 +27,17 @@ class Fidelity(NamedTuple):
         r2: 1 - squared error / squared exact gradient; 0 for a zero prediction.
         norm_ratio: norm of the prediction over that of the exact gradient.
         bias: norm of the mean error over the lanes, over the root mean square norm of a lane's exact gradient.
-        slope: <exact, prediction> / <prediction, prediction>, the factor that makes the prediction best; 0 for a zero one.
+        overlap: <exact, prediction>.
+        power: <prediction, prediction>.
+        slope: overlap / power, the factor that makes the prediction best; 0 for a zero one.
     """
 
     cosine: Tensor
     r2: Tensor
     norm_ratio: Tensor
     bias: Tensor
+    overlap: Tensor
+    power: Tensor
     slope: Tensor
 
 
@@ -48,6 +52,8 @@ def compare(prediction: Sequence[Tensor], exact: Sequence[Tensor], lane_dims: Se
         r2=1 - (p - e).square().sum() / ee,
         norm_ratio=(pp / ee).sqrt(),
         bias=(p - e).mean(0).norm() / e.square().sum(1).mean().sqrt(),
+        overlap=dot,
+        power=pp,
         slope=torch.where(pp > 0, dot / pp, zero),
     )
 

@@ -160,7 +160,7 @@ def test_automatic_scale_trusts_what_is_true_and_nothing_else(useful):
         assert scales[-2] > 0.99
         assert measured[-1].horizons[0].r2 == pytest.approx(1.0)
     else:
-        # 60 comparisons of 60 numbers a lane: slopes of noise have a standard deviation near 0.1, negative ones count 0.
+        # About 10 comparisons of 60 numbers count at a time: slopes of noise have a standard deviation near 0.04.
         assert scales[-2] < 0.15
 
 
