@@ -27,10 +27,16 @@ def parquet(column: str, rows: Sequence[str | None]) -> bytes:
     return file.getvalue()
 
 
+Faults = dict[str, list[str]]
+"""Path -> what goes wrong, request by request, when its content is asked for: "closes" in mid-file, "hangs", "short" (a
+length that the content does not have), or a status such as "503"; behind the last one all is well, unless that ends in "*".
+"""
+
+
 @contextmanager
-def serve(repositories: Repositories) -> Iterator[str]:
+def serve(repositories: Repositories, faults: Faults | None = None) -> Iterator[str]:
     """A hub of `repositories`; the value is its endpoint."""
-    handler = type("Handler", (HubHandler,), {"repositories": repositories})
+    handler = type("Handler", (HubHandler,), {"repositories": repositories, "faults": faults or {}})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
     thread.start()
@@ -40,6 +46,10 @@ def serve(repositories: Repositories) -> Iterator[str]:
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+HANG_SECONDS = 3.0
+"""How long a request hangs; clients of the tests wait for less."""
 
 
 @contextmanager
@@ -96,6 +106,7 @@ class HubHandler(BaseHTTPRequestHandler):
 
     protocol_version = "HTTP/1.1"
     repositories: Repositories = {}
+    faults: Faults = {}
 
     def log_message(self, *_: object) -> None:
         """Be quiet."""
@@ -173,21 +184,40 @@ class HubHandler(BaseHTTPRequestHandler):
         if path not in files:
             return self.send_body(404, b"{}", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": sha})
         content = files[path]
+        fault = self.fault(path)
+        if fault.isdigit():
+            return self.send_body(int(fault), b"{}", {"X-Error-Message": "try again later"})
+        if fault == "hangs":
+            threading.Event().wait(HANG_SECONDS)
+            self.close_connection = True
+            return None
         headers = {"X-Repo-Commit": sha, "ETag": f'"{hashlib.sha1(content).hexdigest()}"', "Accept-Ranges": "bytes"}
         asked = self.headers.get("Range")
         if not asked:
-            return self.send_body(200, content, headers)
+            return self.send_body(200, content, headers, fault)
         first, last = asked.removeprefix("bytes=").split("-")
         stop = min(int(last) + 1, len(content)) if last else len(content)
         headers["Content-Range"] = f"bytes {first}-{stop - 1}/{len(content)}"
-        return self.send_body(206, content[int(first) : stop], headers)
+        return self.send_body(206, content[int(first) : stop], headers, fault)
 
-    def send_body(self, status: int, body: bytes, headers: Mapping[str, str]) -> None:
+    def fault(self, path: str) -> str:
+        """What goes wrong with this request, "" for nothing."""
+        planned = self.faults.get(path) if self.command == "GET" else None
+        if not planned:
+            return ""
+        return planned[0].removesuffix("*") if planned[0].endswith("*") else planned.pop(0)
+
+    def send_body(self, status: int, body: bytes, headers: Mapping[str, str], fault: str = "") -> None:
         """Answer, without the body where only the head was asked for."""
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name, value)
-        self.send_header("Content-Length", str(len(body)))
+        self.send_header("Content-Length", str(len(body) - 10 * (fault == "short")))
         self.end_headers()
-        if self.command != "HEAD":
+        if self.command == "HEAD":
+            return
+        if fault:
+            self.wfile.write(body[: len(body) // 2 if fault == "closes" else -10])
+            self.close_connection = True
+        else:
             self.wfile.write(body)

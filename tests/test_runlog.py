@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 
-from dni_seq.runlog import RunLog, peak_memory_mb, perplexity
+from dni_seq.runlog import KEYS, RunLog, peak_memory_mb, perplexity
 
 event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
 
@@ -107,3 +108,9 @@ def test_perplexity():
 def test_peak_memory_is_of_this_process():
     # A Python with torch loaded takes more than 50 MB, and this test less than 100 GB.
     assert 50 < peak_memory_mb(CPU) < 100_000
+
+
+def test_the_readme_lists_every_key_with_its_meaning():
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    for key, meaning in KEYS.items():
+        assert f"| `{key}` | {meaning} |" in readme

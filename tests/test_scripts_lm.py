@@ -37,7 +37,7 @@ def start(script: str, *arguments: str, cwd: Path) -> subprocess.Popen:
 
 def call(script: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess:
     process = start(script, *arguments, cwd=cwd)
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=600)
     return subprocess.CompletedProcess(arguments, process.returncode, out, err)
 
 
@@ -91,7 +91,8 @@ def test_a_run_leaves_everything_it_promises(trained):
 
 def test_the_curves_have_the_keys_of_the_design(trained):
     curves = points(trained)
-    assert set(curves) == set(KEYS)
+    # Fidelity is measured only where it is asked for.
+    assert set(curves) == {key for key in KEYS if not key.startswith("fidelity/")}
     for key in ("train/loss", "train/perplexity", "gradient/norm", "synthetic/loss", "speed/tokens_per_second"):
         assert list(curves[key]) == [6]
     assert list(curves["valid/loss"]) == [2, 4, 6]
@@ -148,7 +149,7 @@ def test_a_signal_ends_with_a_checkpoint(tmp_path, number, status):
         time.sleep(0.05)
     time.sleep(0.5)
     process.send_signal(number)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=600)
     assert process.returncode == status, err
     assert "--resume auto" in out
     assert not (run / "summary.json").exists()
@@ -195,7 +196,7 @@ def test_bad_input_is_one_line_and_status_2(trained, tmp_path):
         ("--data-file", "latin.txt"): "UTF-8",
         ("--data-file", "short.txt"): "short.txt",
         ("--batch-size", "1000000"): "--batch-size",
-        ("--tokenizer", "sentencepiece"): "not there yet",
+        ("--tokenizer", "letters"): "invalid choice: 'letters'",
         ("--tied", "--embed", "8"): "embed equal to hidden",
         ("--device", "nothing"): "--device nothing",
         ("--resume", "text.pt"): "not a checkpoint",
@@ -223,7 +224,7 @@ def test_bad_input_is_one_line_and_status_2(trained, tmp_path):
         capture_output=True,
         text=True,
         check=True,
-        timeout=120,
+        timeout=600,
     )
     lines = result.stderr.splitlines()
     assert lines[1::2] == ["status 2"] * len(cases)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import subprocess
@@ -15,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from dni_seq.streams import DataError, open_corpus
+from dni_seq.streams import hub as hub_module
 from tests import hub
 
 READ = """
@@ -27,7 +29,7 @@ def read(name):
     stream = WindowStream(corpus.train, train_tokenizer(corpus.level, corpus.train), lanes=2, bptt=4)
     reader = corpus.train.read()
     next(reader)
-    again = list(corpus.train.read(json.loads(json.dumps(reader.position()))))
+    again = [piece.text for piece in corpus.train.read(json.loads(json.dumps(reader.position())))]
     return {"splits": splits, "again": again, "level": corpus.level, "tokens": stream.tokens_per_epoch}
 
 def attempt(name):
@@ -119,7 +121,7 @@ def test_what_the_hub_lacks_is_one_line(tmp_path: Path) -> None:
         assert name in result["error"] or SHAKESPEARE in result["error"]
         assert "\n" not in result["error"]
         assert all(escape in result["error"] for escape in ESCAPES)
-    assert "no split validation, test" in results["tinyshakespeare"]["error"]
+    assert "1 rows, too few to hold out text for valid and test" in results["tinyshakespeare"]["error"]
 
 
 def test_rows_that_hold_no_text_are_one_line(tmp_path: Path) -> None:
@@ -133,7 +135,9 @@ def test_rows_that_hold_no_text_are_one_line(tmp_path: Path) -> None:
         tmp_path,
     )
     assert results["ptb"]["error"] == "ptb/train: a row has no text in column 'sentence'"
-    assert results["wikitext-2"]["error"] == "wikitext-2/train: a row has no text in column 'text'"
+    assert results["wikitext-2"]["error"] == (
+        "wikitext-2/train has no column 'text' but 'line': name the text's with --text-column"
+    )
     assert results["tinyshakespeare"]["error"].startswith("tinyshakespeare")
     assert "\n" not in results["tinyshakespeare"]["error"]
 
@@ -156,3 +160,167 @@ def test_offline_asks_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(DataError, match="HF_HUB_OFFLINE"):
         open_corpus("ptb", data_dir="no such directory")
+
+
+OPEN = """
+import json, sys, time
+from dni_seq.streams import DataError, open_corpus
+
+real = time.sleep
+time.sleep = lambda seconds: real(min(seconds, 0.01))  # the pauses between attempts, minutes in all
+
+def attempt(task):
+    options = {"data_dir": "no such directory"} | task
+    position, name = options.pop("position", None), options.pop("name")
+    texts, result = [], {}
+    try:
+        corpus = open_corpus(name, **options)
+        reader = corpus.train.read(position)
+        result = {"valid": list(corpus.valid), "test": list(corpus.test), "level": corpus.level}
+        for piece in reader:
+            texts.append(piece.text)
+    except DataError as error:
+        result["error"] = str(error)
+    try:
+        result["position"] = reader.position()
+    except NameError:
+        pass
+    return result | {"texts": texts}
+
+print(json.dumps([attempt(task) for task in json.loads(sys.argv[1])]))
+"""
+
+SHARDS = [[f"shard {shard} row {row}" for row in range(100)] for shard in range(3)]
+ROWS = [text + "\n" for shard in SHARDS for text in shard]
+
+
+def attempt(repositories: hub.Repositories, home: Path, tasks: list[dict], faults: hub.Faults | None = None) -> list[dict]:
+    """What a new interpreter makes of tasks, options of `open_corpus`, at a hub with faults."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    with hub.serve(repositories, faults) as endpoint:
+        settings = {
+            "HF_ENDPOINT": endpoint,
+            "HF_HOME": str(home),
+            "HF_HUB_DOWNLOAD_TIMEOUT": "1",
+            "HF_HUB_ETAG_TIMEOUT": "1",
+        }
+        done = subprocess.run(
+            [sys.executable, "-c", OPEN, json.dumps(tasks)],
+            env={**kept, **settings, "HF_UPDATE_DOWNLOAD_COUNTS": "0"},
+            capture_output=True,
+            text=True,
+            timeout=100,
+            check=False,
+        )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def sharded(name: str) -> dict[str, bytes]:
+    """Three files of training rows, and other splits under other names."""
+    shards = {f"{name}/train-{i}.parquet": hub.parquet("text", rows) for i, rows in enumerate(SHARDS)}
+    others = {f"{name}/{split}-0.parquet": hub.parquet("text", [split]) for split in ("validation", "test")}
+    card = "".join(f"  - split: {split}\n    path: {name}/{split}-*\n" for split in ("train", "validation", "test"))
+    return {"README.md": f"---\nconfigs:\n- config_name: default\n  data_files:\n{card}---\n".encode(), **shards, **others}
+
+
+def test_a_link_that_dies_in_mid_stream_is_resumed_at_the_exact_row(tmp_path: Path) -> None:
+    """Every kind of fault, twice in a row in the second of three files; the last one for ever, then healed."""
+    kinds = ["closes", "hangs", "short", "429", "503"]
+    repositories = {f"faulty/{kind}": {"main": sharded(kind)} for kind in [*kinds, "dead"]}
+    faults: hub.Faults = {f"{kind}/train-1.parquet": [kind] * 2 for kind in kinds}
+    faults["dead/train-1.parquet"] = ["503*"]
+    results = attempt(repositories, tmp_path, [{"name": name} for name in repositories], faults)
+    for result in results[:-1]:
+        assert result["texts"] == ROWS
+        assert (result["valid"], result["test"]) == (["validation\n"], ["test\n"])
+        assert "error" not in result
+    dead = results[-1]
+    assert dead["texts"] == ROWS[:100]
+    assert dead["error"].startswith("faulty/dead/train: reading failed 6 times: ")
+    assert "503" in dead["error"]
+    assert "\n" not in dead["error"]
+    (healed,) = attempt(repositories, tmp_path, [{"name": "faulty/dead", "position": dead["position"]}])
+    assert healed["texts"] == ROWS[100:]
+
+
+def test_any_repository_by_its_id(tmp_path: Path) -> None:
+    rows = [f"text {i}" for i in range(100)]
+    table = {"train.parquet": hub.parquet("body", rows)}
+    configs = {**wikitext("text")}
+    empty = {**sharded("empty"), **{f"empty/train-{i}.parquet": hub.parquet("text", []) for i in range(3)}}
+    repositories: hub.Repositories = {
+        "any/one": {"main": table},
+        "any/two": {"main": {"train.parquet": hub.parquet("text", rows[:2])}},
+        "any/empty": {"main": empty},
+        "any/test-alone": {"main": {"data/test-0.parquet": hub.parquet("text", rows)}},
+        WIKITEXT: {"main": configs},
+        PTB: {"main": PTB_SCRIPT, "refs/convert/parquet": PTB_PARQUET},
+        "HuggingFaceFW/fineweb": {
+            "main": {"sample/10BT/0.parquet": hub.parquet("text", rows)}
+            | {
+                "README.md": b"---\nconfigs:\n- config_name: sample-10BT\n  data_files:\n"
+                b"  - split: train\n    path: sample/10BT/*\n---\n"
+            }
+        },
+    }
+    one, other, two, empty_, alone, wiki, unnamed, script, revision, absent, fine = attempt(
+        repositories,
+        tmp_path,
+        [
+            {"name": "any/one"},
+            {"name": "any/one", "text_column": "title"},
+            {"name": "any/two"},
+            {"name": "any/empty"},
+            {"name": "any/test-alone"},
+            {"name": WIKITEXT, "config": "wikitext-2-v1"},
+            {"name": WIKITEXT},
+            {"name": PTB},
+            {"name": PTB, "revision": "refs/convert/parquet", "text_column": "sentence"},
+            {"name": "any/none"},
+            {"name": "fineweb"},
+        ],
+    )
+    lines = [row + "\n" for row in rows]
+    # The first documents are held out, one twentieth of those looked at for each split.
+    for held_out in (one, fine):
+        assert (held_out["valid"], held_out["test"], held_out["texts"]) == (lines[:5], lines[5:10], lines[10:])
+    assert one["level"] == "sentencepiece"
+    assert "no column 'title' but 'body'" in other["error"]
+    assert "2 rows, too few to hold out" in two["error"]
+    assert empty_["texts"] == []
+    assert "no split train but test" in alone["error"]
+    assert wiki["texts"] == ["\n", " = Title = \n", "\n", " Some text . \n"]
+    assert "--dataset-config" in unnamed["error"]
+    assert "wikitext-2-v1" in unnamed["error"]
+    assert "--dataset-revision refs/convert/parquet" in script["error"]
+    assert revision["texts"] == [sentence + "\n" for sentence in SENTENCES]
+    assert "any/none cannot be read from the Hub" in absent["error"]
+
+
+def test_enwik8_is_split_by_its_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a file of the Hub, and as a local one; the borders are in the middle of lines."""
+    text = "".join(f"line {i} é\n" for i in range(1000))
+    borders = {"train": (0, 9_000), "valid": (9_000, 9_500), "test": (9_500, 10_000)}
+    wanted = {split: text.encode()[start:stop].decode("utf-8", "ignore") for split, (start, stop) in borders.items()}
+    monkeypatch.setattr(hub_module, "TEXT8_SPLITS", borders)
+    (tmp_path / "enwik8").mkdir()
+    (tmp_path / "enwik8" / "enwik8.gz").write_bytes(gzip.compress(text.encode()))
+    corpus = open_corpus("enwik8", data_dir=tmp_path)
+    for split, expected in wanted.items():
+        documents = getattr(corpus, split)
+        assert "".join(documents) == expected.removesuffix("\n") + "\n"
+        pieces, reader = list(documents.read()), documents.read()
+        for index in range(len(pieces)):
+            assert list(documents.read(json.loads(json.dumps(reader.position())))) == pieces[index:]
+            next(reader)
+    assert (corpus.level, corpus.train.small, corpus.test.small) == ("char", False, True)
+    code = OPEN.replace(
+        "real = time.sleep", f"from dni_seq.streams import hub; hub.TEXT8_SPLITS = {borders}; real = time.sleep"
+    )
+    monkeypatch.setattr(sys.modules[__name__], "OPEN", code)
+    repositories: hub.Repositories = {"LTCB/enwik8": {"main": {"enwik8.gz": gzip.compress(text.encode())}}}
+    (result,) = attempt(repositories, tmp_path / "home", [{"name": "enwik8"}])
+    assert "error" not in result
+    assert "".join(result["texts"]).strip() == wanted["train"].strip()
+    assert "".join(result["test"]).strip() == wanted["test"].strip()

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from dni_seq.streams import DataError, Documents, open_corpus, train_tokenizer
-from dni_seq.streams.files import CHUNK
+from dni_seq.streams.formats import CHUNK
 from dni_seq.streams.lanes import HeldLanes
 from dni_seq.streams.pydoc import distinct_topics
 
@@ -81,7 +81,7 @@ def test_missing_splits_are_held_out_at_the_end(lines: int, given: tuple[str, ..
 
 def test_too_few_lines_to_hold_out_is_an_error(tmp_path: Path) -> None:
     path = write(tmp_path / "own.txt", "one line\nanother")
-    with pytest.raises(DataError, match=r"2 lines.*--valid-file and --test-file"):
+    with pytest.raises(DataError, match=r"2 documents.*--valid-file and --test-file"):
         open_corpus(data_file=path)
     assert list(open_corpus(data_file=path, valid_file=path).test) == ["another\n"]
 
@@ -153,20 +153,20 @@ def test_reading_resumes_at_any_position(source: str, tmp_path: Path) -> None:
         position = json.loads(json.dumps(reader.position()))
         again = documents.read(position)
         assert again.position() == position
-        assert list(again) == texts[count:]
+        assert [piece.text for piece in again] == texts[count:]
         # A second resume, from a reader that was itself resumed.
         second = documents.read(position)
         assert next(second, None) == next(reader, None)
-        assert list(documents.read(second.position())) == texts[count + 1 :]
+        assert [piece.text for piece in documents.read(second.position())] == texts[count + 1 :]
 
 
 def test_readers_do_not_disturb_each_other(tmp_path: Path) -> None:
     documents = open_corpus(data_file=write(tmp_path / "own.txt", "".join(f"{i}\n" for i in range(40)))).train
     first, second = documents.read(), documents.read()
     pairs = [(next(first), next(second)) for _ in range(3)]
-    assert pairs == [(f"{i}\n", f"{i}\n") for i in range(3)]
+    assert [(mine.text, yours.text) for mine, yours in pairs] == [(f"{i}\n", f"{i}\n") for i in range(3)]
     next(first)
-    assert next(documents.read(second.position())) == "3\n"
+    assert next(documents.read(second.position())).text == "3\n"
 
 
 def test_the_embedded_corpus_is_english_in_three_apart_splits() -> None:

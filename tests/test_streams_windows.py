@@ -14,7 +14,8 @@ import torch
 
 from dni_seq.streams import CharTokenizer, DataError, Documents, WindowStream, WordTokenizer, open_corpus
 from dni_seq.streams import lanes as lanes_module
-from dni_seq.streams.documents import ListedDocuments, Position, Reader
+from dni_seq.streams import runs as runs_module
+from dni_seq.streams.documents import ListedDocuments, Piece, Position, Reader
 from dni_seq.streams.lanes import HeldLanes, StreamedLanes
 from dni_seq.windows import Window, with_lookahead
 
@@ -47,9 +48,9 @@ class Counting(Reader):
     def __init__(self, number: int) -> None:
         self.number = number
 
-    def __next__(self) -> str:
+    def __next__(self) -> Piece:
         self.number += 1
-        return "".join(ALPHABET[int(digit)] for digit in str(self.number - 1)) * 20 + "\n"
+        return Piece("".join(ALPHABET[int(digit)] for digit in str(self.number - 1)) * 20 + "\n", True)
 
     def position(self) -> Position:
         return {"number": self.number}
@@ -59,7 +60,7 @@ class Counting(Reader):
 def documents(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Documents:
     """Text of each kind; streamed ones in blocks and pieces so small that windows cross many of them."""
     monkeypatch.setattr(lanes_module, "RUN", 23)
-    monkeypatch.setattr(lanes_module, "PIECE", 50)
+    monkeypatch.setattr(runs_module, "PIECE", 50)
     return Endless() if request.param == "endless" else Listed(small=request.param == "held")
 
 
@@ -108,7 +109,7 @@ def test_lanes_hold_the_text_in_its_order(lanes: int, bptt: int) -> None:
 
 def test_streamed_lanes_are_runs_of_text(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lanes_module, "RUN", 40)
-    monkeypatch.setattr(lanes_module, "PIECE", 100)
+    monkeypatch.setattr(runs_module, "PIECE", 100)
     stream = WindowStream(Listed(small=False), TOKENIZER, lanes=3, bptt=7)
     windows = list(stream)
     inputs = torch.cat([w.inputs for w in windows])
@@ -276,10 +277,10 @@ def test_many_words_are_held_as_int32_and_few_as_uint16() -> None:
 
 def test_an_error_in_mid_stream_leaves_a_position_to_resume_from(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lanes_module, "RUN", 30)
-    monkeypatch.setattr(lanes_module, "PIECE", 10)
+    monkeypatch.setattr(runs_module, "PIECE", 10)
 
     class Failing(Counting):
-        def __next__(self) -> str:
+        def __next__(self) -> Piece:
             if self.number == 12:
                 raise DataError("the link is dead")
             return super().__next__()
@@ -354,5 +355,5 @@ def test_a_window_costs_little() -> None:
 
 
 def test_streamed_lanes_are_chosen_where_documents_are_large() -> None:
-    assert isinstance(lanes_module.open_lanes(Endless(), TOKENIZER, 2), StreamedLanes)
-    assert isinstance(lanes_module.open_lanes(Listed(), TOKENIZER, 2), HeldLanes)
+    assert isinstance(WindowStream(Endless(), TOKENIZER, lanes=2, bptt=3)._lanes, StreamedLanes)
+    assert isinstance(WindowStream(Listed(), TOKENIZER, lanes=2, bptt=3)._lanes, HeldLanes)

@@ -99,9 +99,9 @@ def test_a_vocabulary_is_made_of_a_bounded_sample(kind: str, monkeypatch: pytest
     assert "d" not in vocabulary
 
 
-@pytest.mark.parametrize("kind", ["sentencepiece", "byte", ""])
+@pytest.mark.parametrize("kind", ["byte", ""])
 def test_other_kinds_are_refused(kind: str) -> None:
-    with pytest.raises(DataError, match="use word or char"):
+    with pytest.raises(DataError, match="use word, char or sentencepiece"):
         train_tokenizer(kind, LINES)
 
 

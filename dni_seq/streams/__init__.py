@@ -1,5 +1,6 @@
 """Text to windows: documents, tokens, lanes, windows."""
 
+from dni_seq.streams.shuffle import ShuffledDocuments
 from dni_seq.streams.text import Corpus, DataError, Documents, known_datasets, open_corpus
 from dni_seq.streams.tokens import (
     CharTokenizer,
@@ -15,6 +16,7 @@ __all__ = [
     "Corpus",
     "DataError",
     "Documents",
+    "ShuffledDocuments",
     "Tokenizer",
     "WindowStream",
     "WordTokenizer",

@@ -1,144 +1,173 @@
-"""Text in local files, read line by line through `datasets`, as text on the Hub is."""
+"""Text in local files: one file, several, or all that a pattern matches."""
 
 from __future__ import annotations
 
-import codecs
 import glob
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from dni_seq.streams.documents import (
     DataError,
-    StreamedDocuments,
-    as_it_is,
-    first_line,
-    source_errors,
+    Documents,
+    PartOfDocuments,
+    Piece,
+    Position,
+    Reader,
 )
+from dni_seq.streams.formats import COMPRESSIONS, FileFormat, read_file
 
 IN_MEMORY_BYTES = 1 << 26
-"""A file up to this size is held in memory as token ids; a larger one is streamed in constant memory."""
+"""Files up to this size in all are held in memory as token ids; larger ones are streamed in constant memory."""
+
+PACKED = 4
+"""How much larger a compressed file is taken to be when it is unpacked."""
 
 HELD_OUT = 20
-"""One line in this many is held out for each split that has no file of its own."""
+"""One document in this many is held out for each split that has no file of its own."""
 
-CHUNK = 1 << 20
+MARKS = 4096
+"""Positions noted at most on the way through files whose documents are counted."""
+
+
+class FileDocuments(Documents):
+    """The documents of files, one file after the other.
+
+    Raises:
+        DataError: a file is missing, is no regular file, or is empty.
+    """
+
+    def __init__(self, name: str, paths: Sequence[Path], form: FileFormat) -> None:
+        self._sizes = {path: _size(path) for path in paths}
+        self._form = form
+        unpacked = sum(
+            size * (PACKED if path.suffix in COMPRESSIONS or path.suffix == ".parquet" else 1)
+            for path, size in self._sizes.items()
+        )
+        super().__init__(name, small=unpacked <= IN_MEMORY_BYTES)
+
+    def read(self, position: Position | None = None) -> Reader:
+        """A reader; a position is the file's number and the position in it."""
+        return _FilesReader([*self._sizes.items()], self._form, **(position or {"file": 0, "inner": None}))
+
+
+class _FilesReader(Reader):
+    """Reads files one after the other."""
+
+    def __init__(self, files: Sequence[tuple[Path, int]], form: FileFormat, file: int, inner: Position | None) -> None:
+        self._files, self._form, self._number = files, form, file
+        if not file < len(files):
+            raise DataError("the saved position is in a file that is no longer there: resume with the same data")
+        self._reader = read_file(*files[file], form, inner)
+
+    def __next__(self) -> Piece:
+        while True:
+            try:
+                return next(self._reader)
+            except StopIteration:
+                if self._number + 1 == len(self._files):
+                    raise
+            self._number += 1
+            self._reader = read_file(*self._files[self._number], self._form, None)
+
+    def position(self) -> Position:
+        return {"file": self._number, "inner": self._reader.position()}
 
 
 def load_own_files(
-    data_file: str | Path, valid_file: str | Path | None, test_file: str | Path | None
-) -> dict[str, StreamedDocuments]:
-    """A user's own text, keyed "train", "valid" and "test".
+    data_file: str | Path, valid_file: str | Path | None, test_file: str | Path | None, form: FileFormat
+) -> dict[str, Documents]:
+    """A user's own text, keyed "train", "valid" and "test"; each a file, or a pattern for several.
 
-    A split without a file is held out of `data_file`: its last twentieth, in lines, is the test text and the twentieth
-    before it the validation text (the last one, where only that is missing). At least one line goes to each.
+    A split without a file is held out of `data_file`: its last twentieth, in documents, is the test text and the twentieth
+    before it the validation text (the last one, where only that is missing). At least one document goes to each. The
+    documents are counted for that, which takes a pass through the files.
 
     Raises:
-        DataError: a file cannot be used, or has too few lines to hold text out.
+        DataError: a file cannot be used, or has too few documents to hold some out.
     """
-    paths = {"train": Path(data_file)}
-    paths |= {split: Path(path) for split, path in (("valid", valid_file), ("test", test_file)) if path is not None}
-    lines = {split: count_lines(path) for split, path in paths.items()}
-    splits = load_lines(paths, as_it_is, {split: str(path) for split, path in paths.items()})
-    missing = [split for split in ("valid", "test") if split not in paths]
-    if not missing:
-        return splits
-    share = max(1, lines["train"] // HELD_OUT)
-    kept = lines["train"] - share * len(missing)
-    if kept < 1:
-        raise DataError(
-            f"{data_file} has {lines['train']} lines, too few to hold out text for {' and '.join(missing)}: "
-            f"give {' and '.join(f'--{split}-file' for split in missing)}"
-        )
-    whole = splits["train"]
-    splits["train"] = whole.part(whole.name, 0, kept)
-    for index, split in enumerate(missing):
-        splits[split] = whole.part(f"{whole.name} ({split})", kept + index * share, share)
+    given = {"train": data_file, "valid": valid_file, "test": test_file}
+    splits: dict[str, Documents] = {
+        split: FileDocuments(str(name), matching(name), form) for split, name in given.items() if name is not None
+    }
+    missing = [split for split in given if split not in splits]
+    if missing:
+        splits |= hold_out(splits["train"], missing)
     return splits
 
 
-def load_lines(
-    paths: Mapping[str, Path], render: Callable[[str], str], names: Mapping[str, str]
-) -> dict[str, StreamedDocuments]:
-    """The lines of each split's file, after `count_lines` has found the files in order.
+def hold_out(whole: Documents, missing: Sequence[str]) -> dict[str, Documents]:
+    """The training text and the `missing` splits out of one text, as `load_own_files` tells.
 
     Raises:
-        DataError: a file cannot be read.
+        DataError: there are too few documents.
     """
-    import datasets
-
-    # Without the escape, `datasets` would take a "[" or "*" in a path for a pattern.
-    patterns = {split: [glob.escape(str(path.resolve()))] for split, path in paths.items()}
-    try:
-        with uncounted():
-            loaded = datasets.load_dataset("text", data_files=patterns, streaming=True, keep_linebreaks=True)
-    except source_errors() as error:
-        raise DataError(f"{', '.join(map(str, paths.values()))}: {first_line(error)}") from error
-    return {
-        split: StreamedDocuments(
-            names[split],
-            loaded[split],
-            column="text",
-            render=render,
-            small=path.stat().st_size <= IN_MEMORY_BYTES,
+    total, marks = _count(whole)
+    share = max(1, total // HELD_OUT)
+    kept = total - share * len(missing)
+    if kept < 1:
+        raise DataError(
+            f"{whole.name} has {total} document{'s' * (total != 1)} (lines, or rows), too few to hold out text for "
+            f"{' and '.join(missing)}: give {' and '.join(f'--{split}-file' for split in missing)}"
         )
-        for split, path in paths.items()
-    }
+    splits: dict[str, Documents] = {"train": PartOfDocuments(whole.name, whole, start=None, count=kept, small=whole.small)}
+    for number, split in enumerate(missing):
+        first = kept + number * share
+        mark = max(index for index in marks if index <= first)
+        splits[split] = PartOfDocuments(
+            f"{whole.name} ({split})", whole, start=marks[mark], skip=first - mark, count=share, small=whole.small
+        )
+    return splits
 
 
-def count_lines(path: Path) -> int:
-    r"""The lines of a text file, ended by \n, \r\n or \r.
+def _count(documents: Documents) -> tuple[int, Mapping[int, Position]]:
+    """The number of documents, and the positions of some of them by their index, 0 among them."""
+    reader = documents.read()
+    marks, every, count = {0: reader.position()}, 1, 0
+    for piece in reader:
+        count += piece.ends
+        if piece.ends and count % every == 0:
+            marks[count] = reader.position()
+            if len(marks) > MARKS:
+                every *= 2
+                marks = {index: mark for index, mark in marks.items() if index % every == 0}
+    return count, marks
+
+
+def load_lines(paths: Mapping[str, Path], form: FileFormat, names: Mapping[str, str]) -> dict[str, Documents]:
+    """The documents of each split's file.
 
     Raises:
-        DataError: there is no such file, it is no regular file, cannot be read, is empty, or is not UTF-8.
+        DataError: a file cannot be used.
     """
+    return {split: FileDocuments(names[split], [path], form) for split, path in paths.items()}
+
+
+def matching(name: str | Path) -> list[Path]:
+    """The file of that name, or else all files that it matches as a pattern (`**` for any folders), in their order.
+
+    Raises:
+        DataError: there is none.
+    """
+    if Path(name).exists():
+        return [Path(name)]
+    paths = [Path(found) for found in sorted(glob.glob(str(name), recursive=True)) if Path(found).is_file()]
+    if not paths:
+        raise DataError(f"no such file: {name}")
+    return paths
+
+
+def _size(path: Path) -> int:
+    """The bytes of a file that can be read."""
     if not path.exists():
         raise DataError(f"no such file: {path}")
     if not path.is_file():
         kind = "a directory" if path.is_dir() else "not a regular file"
-        raise DataError(f"{path} is {kind}: give a text file")
-    lines, last = 0, ""
+        raise DataError(f"{path} is {kind}: give a text file, or a pattern such as 'DIR/*.txt'")
     try:
-        with path.open(encoding="utf-8") as file:
-            while chunk := file.read(CHUNK):
-                lines += chunk.count("\n")
-                last = chunk[-1]
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path} is not UTF-8 at byte {first_invalid_byte(path)}: convert it, for example with iconv"
-        ) from error
+        with path.open("rb") as file:
+            first = file.read(1)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from error
-    if not last:
+    if not first:
         raise DataError(f"{path} is empty: give a file with text")
-    return lines + (last != "\n")
-
-
-def first_invalid_byte(path: Path) -> int:
-    """The offset of the first byte that is not UTF-8; the file's size where it ends within a character."""
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    offset = 0
-    with path.open("rb") as file:
-        while True:
-            chunk = file.read(CHUNK)
-            held = len(decoder.getstate()[0])
-            try:
-                decoder.decode(chunk, final=not chunk)
-            except UnicodeDecodeError as error:
-                return offset - held + error.start
-            if not chunk:
-                return offset
-            offset += len(chunk)
-
-
-@contextmanager
-def uncounted() -> Iterator[None]:
-    """Keep `datasets` from reporting the use of a local file to its download counter on the network."""
-    from datasets import config
-
-    counted = config.HF_UPDATE_DOWNLOAD_COUNTS
-    config.HF_UPDATE_DOWNLOAD_COUNTS = False
-    try:
-        yield
-    finally:
-        config.HF_UPDATE_DOWNLOAD_COUNTS = counted
+    return path.stat().st_size

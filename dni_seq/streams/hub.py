@@ -1,6 +1,6 @@
 """Text on the Hugging Face Hub, streamed through `datasets`.
 
-The table of known corpora is here. A corpus found as `DIR/NAME/NAME.{train,valid,test}.txt` is read from there instead.
+The table of known corpora is here. A corpus found in the data directory (`local_corpus`) is read from there instead.
 """
 
 from __future__ import annotations
@@ -9,51 +9,69 @@ import os
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 from dni_seq.streams.documents import (
+    BytesOfDocuments,
     DataError,
-    StreamedDocuments,
+    Documents,
+    PartOfDocuments,
+    Position,
     as_it_is,
     first_line,
-    source_errors,
     stripped_line,
 )
-from dni_seq.streams.files import count_lines, load_lines
+from dni_seq.streams.files import FileDocuments, load_lines
+from dni_seq.streams.formats import COMPRESSIONS, FileFormat
+from dni_seq.streams.rows import RowDocuments, leave_retrying_to_us, source_errors
 
-SPLITS = MappingProxyType({"train": "train", "valid": "validation", "test": "test"})
-"""Our names of the splits, and the Hub's."""
+SPLITS = MappingProxyType({"train": ("train",), "valid": ("validation", "valid", "val", "dev"), "test": ("test",)})
+"""Our names of the splits, and the names that data sets on the Hub have for them."""
 
 PREFLIGHT_SECONDS = 5.0
 """How long the Hub may take to answer at all."""
 
+HELD_OUT_OF = 2000
+"""Where a data set on the Hub lacks splits, they come out of its first documents, so many of them at most."""
+
+HELD_OUT = 20
+"""One in so many of those documents is held out for each split that is lacking."""
+
 INSTEAD = "put the files in --data-dir, give --data-file, or leave --dataset out for the embedded corpus"
+
+TEXT8_SPLITS = MappingProxyType(
+    {"train": (0, 90_000_000), "valid": (90_000_000, 95_000_000), "test": (95_000_000, 100_000_000)}
+)
+"""The bytes of text8's and enwik8's splits, as published results have them."""
 
 
 @dataclass(frozen=True)
 class HubCorpus:
-    """One row of the table.
+    """A corpus on the Hub; a row of the table.
 
     Attributes:
-        hub_id: the repository, "owner/name".
+        hub_id: the repository, "owner/name", or a text file, "hf://datasets/owner/name/file".
         config: the configuration's name, or None where there is one alone.
         revision: the branch, or None for the main one.
-        level: the tokenizer that suits the text, "word" or "char".
+        level: the tokenizer that suits the text.
         render: makes a document of a row's text.
         small: whether its token ids may be held in memory.
-        column: the column that holds the text.
+        column: the column that holds the text; None for "text", or the only one that holds strings.
+        single: whether a copy on disk is one file, split by `TEXT8_SPLITS`.
     """
 
     hub_id: str
-    config: str | None
-    revision: str | None
-    level: str
-    render: Callable[[str], str]
-    small: bool = True
-    column: str = "text"
+    config: str | None = None
+    revision: str | None = None
+    level: str = "sentencepiece"
+    render: Callable[[str], str] = as_it_is
+    small: bool = False
+    column: str | None = "text"
+    single: bool = False
 
 
 CORPORA: Mapping[str, HubCorpus] = MappingProxyType(
@@ -61,57 +79,162 @@ CORPORA: Mapping[str, HubCorpus] = MappingProxyType(
         # PTB's files have a blank around each line, its Hub rows have none: stripped, both are the same text.
         "ptb": HubCorpus(
             "ptb-text-only/ptb_text_only",
-            None,
-            "refs/convert/parquet",
-            "word",
-            stripped_line,
+            revision="refs/convert/parquet",
+            level="word",
+            render=stripped_line,
+            small=True,
             column="sentence",
         ),
-        "wikitext-2": HubCorpus("Salesforce/wikitext", "wikitext-2-v1", None, "word", as_it_is),
-        "tinyshakespeare": HubCorpus("karpathy/tiny_shakespeare", None, "refs/convert/parquet", "char", as_it_is),
+        "wikitext-2": HubCorpus("Salesforce/wikitext", "wikitext-2-v1", level="word", small=True),
+        "wikitext-103": HubCorpus("Salesforce/wikitext", "wikitext-103-v1", level="word"),
+        "text8": HubCorpus("afmck/text8", level="char", single=True),
+        "enwik8": HubCorpus("hf://datasets/LTCB/enwik8/enwik8.gz", level="char", single=True),
+        "tinyshakespeare": HubCorpus("karpathy/tiny_shakespeare", revision="refs/convert/parquet", level="char", small=True),
+        "pg19": HubCorpus("emozilla/pg19"),
+        "fineweb": HubCorpus("HuggingFaceFW/fineweb", "sample-10BT"),
+        "c4": HubCorpus("allenai/c4", "en"),
     }
 )
 
 
-def load_corpus(name: str, data_dir: Path) -> dict[str, StreamedDocuments]:
-    """The splits of the table's corpus `name`, from `data_dir` where they are there, else from the Hub.
+def find_corpus(
+    name: str, config: str | None = None, revision: str | None = None, column: str | None = None
+) -> HubCorpus | None:
+    """The corpus of the table, or any "owner/name" on the Hub, with what is given over it; None for another name."""
+    corpus = CORPORA.get(name)
+    if corpus is None and name.count("/") == 1:
+        corpus = HubCorpus(name, column=None)
+    if corpus is None:
+        return None
+    return replace(
+        corpus,
+        config=corpus.config if config is None else config,
+        revision=corpus.revision if revision is None else revision,
+        column=corpus.column if column is None else column,
+    )
+
+
+def local_corpus(name: str, corpus: HubCorpus, data_dir: Path, form: FileFormat) -> dict[str, Documents] | None:
+    """The corpus out of `data_dir`, None where it is not there.
+
+    Its files are NAME/NAME.{train,valid,test}.txt, or, of text8 and enwik8, NAME/NAME; each may be compressed.
 
     Raises:
-        DataError: local files cannot be used, or the Hub cannot be reached or does not have the corpus.
+        DataError: there are some of its files, not all, or they cannot be used.
     """
-    corpus = CORPORA[name]
-    paths = {split: data_dir / name / f"{name}.{split}.txt" for split in SPLITS}
+    form = replace(form, render=corpus.render)
     names = {split: f"{name}/{split}" for split in SPLITS}
+    paths = {split: _packed(data_dir / name / f"{name}.{split}.txt") for split in SPLITS}
     if any(path.exists() for path in paths.values()):
-        for path in paths.values():
-            count_lines(path)
-        return load_lines(paths, corpus.render, names)
-    return load_from_hub(name, corpus, names)
+        return load_lines(paths, form, names)
+    whole = _packed(data_dir / name / name)
+    if corpus.single and whole.is_file():
+        return _split_by_bytes(names, FileDocuments(name, [whole], form))
+    return None
 
 
-def load_from_hub(name: str, corpus: HubCorpus, names: Mapping[str, str]) -> dict[str, StreamedDocuments]:
+def _packed(path: Path) -> Path:
+    """The path, or that of the compressed file where there is one instead."""
+    packed = (path.with_name(path.name + ending) for ending in COMPRESSIONS)
+    return path if path.exists() else next((other for other in packed if other.exists()), path)
+
+
+def _split_by_bytes(names: Mapping[str, str], whole: Documents) -> dict[str, Documents]:
+    """The splits of `TEXT8_SPLITS`; the held-out ones are held in memory, or each pass would read what is before them."""
+    return {
+        split: BytesOfDocuments(names[split], whole, start=start, stop=stop, small=split != "train")
+        for split, (start, stop) in TEXT8_SPLITS.items()
+    }
+
+
+def hub_corpus(name: str, corpus: HubCorpus) -> dict[str, Documents]:
     """The splits of `corpus`, streamed.
+
+    Where it lacks "valid" or "test", each is one twentieth of the first `HELD_OUT_OF` documents of "train", which then
+    begins behind them.
 
     Raises:
         DataError: the Hub cannot be reached, or does not have the corpus in this form.
     """
     check_reachable(name)
+    names = {split: f"{name}/{split}" for split in SPLITS}
+    loaded = _load(name, corpus)
+    theirs = {split: next((each for each in options if each in loaded), None) for split, options in SPLITS.items()}
+    if theirs["train"] is None:
+        raise DataError(f"{corpus.hub_id} on the Hub has no split train but {', '.join(loaded)}: {INSTEAD}")
+    splits: dict[str, Documents] = {}
+    for split, their in theirs.items():
+        if their is not None:
+            column = corpus.column or _text_column(corpus.hub_id, loaded[their])
+            splits[split] = RowDocuments(
+                names[split], loaded[their], column=column, render=corpus.render, small=corpus.small
+            )
+    if corpus.hub_id.startswith("hf://"):
+        return _split_by_bytes(names, splits["train"])
+    return splits | hold_out_first(splits["train"], names, [split for split in SPLITS if split not in splits])
+
+
+def _load(name: str, corpus: HubCorpus) -> Any:
+    """The data set, split by split."""
     import datasets
 
+    leave_retrying_to_us()
     errors: tuple[type[Exception], ...] = (*source_errors(), RuntimeError)
     try:
-        loaded = datasets.load_dataset(corpus.hub_id, corpus.config, revision=corpus.revision, streaming=True)
+        if corpus.hub_id.startswith("hf://"):
+            files = {"train": corpus.hub_id}
+            return datasets.load_dataset("text", data_files=files, streaming=True, keep_linebreaks=True)
+        return datasets.load_dataset(corpus.hub_id, corpus.config, revision=corpus.revision, streaming=True)
     except errors as error:
-        raise DataError(f"{name} cannot be read from the Hub ({corpus.hub_id}: {first_line(error)}): {INSTEAD}") from error
-    absent = [split for split in SPLITS.values() if split not in loaded]
-    if absent:
-        raise DataError(f"{corpus.hub_id} on the Hub has no split {', '.join(absent)}: {INSTEAD}")
-    return {
-        split: StreamedDocuments(
-            names[split], loaded[theirs], column=corpus.column, render=corpus.render, small=corpus.small
+        advice = INSTEAD
+        if "script" in str(error):
+            advice = f"--dataset {corpus.hub_id} --dataset-revision refs/convert/parquet may have the text; else {INSTEAD}"
+        elif "Config name is missing" in str(error):
+            configs = [line.strip(" -") for line in str(error).splitlines() if "available" in line]
+            advice = f"choose one with --dataset-config ({' '.join(configs)})"
+        raise DataError(f"{name} cannot be read from the Hub ({corpus.hub_id}: {first_line(error)}): {advice}") from error
+
+
+def _text_column(hub_id: str, rows: Any) -> str:
+    """The column "text", or the only one of strings."""
+    try:
+        features = rows.features or rows._resolve_features().features
+    except source_errors() as error:
+        raise DataError(f"{hub_id} cannot be read from the Hub ({first_line(error)}): {INSTEAD}") from error
+    columns = [name for name, feature in features.items() if getattr(feature, "dtype", None) in ("string", "large_string")]
+    if "text" in columns:
+        return "text"
+    if len(columns) == 1:
+        return columns[0]
+    raise DataError(
+        f"{hub_id} has no column 'text' but {', '.join(map(repr, features))}: name the text's with --text-column"
+    )
+
+
+def hold_out_first(whole: Documents, names: Mapping[str, str], missing: Sequence[str]) -> dict[str, Documents]:
+    """The training text and the `missing` splits, held out of its first documents.
+
+    Raises:
+        DataError: there are too few documents, or they cannot be read.
+    """
+    if not missing:
+        return {}
+    reader = whole.read()
+    marks: list[Position] = [reader.position()]
+    while len(marks) <= HELD_OUT_OF and (piece := next(reader, None)):
+        if piece.ends:
+            marks.append(reader.position())
+    share = max(1, (len(marks) - 1) // HELD_OUT)
+    if len(marks) - 1 <= share * len(missing):
+        raise DataError(
+            f"{whole.name} has {len(marks) - 1} rows, too few to hold out text for {' and '.join(missing)}: {INSTEAD}"
         )
-        for split, theirs in SPLITS.items()
+    splits: dict[str, Documents] = {
+        split: PartOfDocuments(names[split], whole, start=marks[number * share], count=share, small=True)
+        for number, split in enumerate(missing)
     }
+    start = marks[share * len(missing)]
+    return splits | {"train": PartOfDocuments(whole.name, whole, start=start, count=None, small=whole.small)}
 
 
 def check_reachable(name: str) -> None:

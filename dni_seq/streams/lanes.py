@@ -1,65 +1,78 @@
 """B continuous lanes of token ids, in memory or streamed.
 
 A text of N tokens is cut into B lanes of n = N // B tokens: lane b holds tokens [b n, (b + 1) n). `HeldLanes` cuts the
-whole text so. `StreamedLanes` reads the text in blocks of B times `RUN` tokens, cuts each block so, and joins the blocks'
-lanes end to end: every lane is a sequence of runs of text, and memory is that of two blocks. Both leave out the fewer
+whole text so. `StreamedLanes` reads the text in blocks of B runs of tokens, cuts each block so, and joins the blocks'
+lanes end to end: every lane is a sequence of runs of text, and memory is that of four blocks. Both leave out the fewer
 than B tokens that remain at the end.
 
-Legend: B = lanes, n = tokens in a lane.
+Legend: T = window length in steps, B = lanes, n = tokens in a lane, m = lookahead in steps.
 """
 
 from __future__ import annotations
 
-import sys
-import zlib
 from abc import ABC, abstractmethod
 from collections import deque
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
+import torch
+from torch import Tensor
 
-from dni_seq.streams.documents import DataError, Documents, Position, Reader
+from dni_seq.streams.ahead import Ahead
+from dni_seq.streams.documents import Documents, Position
+from dni_seq.streams.runs import Ids, Tally, TokenRun, check_same, checksum, compact, too_short
 from dni_seq.streams.tokens import Tokenizer
+from dni_seq.windows import Lookahead, Window
 
 RUN = 1 << 14
-"""Tokens of running text that a lane takes out of each streamed block."""
+"""Tokens of running text that a lane takes out of each streamed block, fewer where there are many lanes."""
 
-PIECE = 1 << 16
-"""Characters after which joined documents are tokenized; one call for many short lines is much faster."""
-
-Ids = npt.NDArray[Any]
-
-
-class Tally(NamedTuple):
-    """What has been read of a text.
-
-    Attributes:
-        tokens: their number.
-        characters: the characters they stand for.
-        unknown: how many of the tokens were not in the vocabulary.
-    """
-
-    tokens: int = 0
-    characters: int = 0
-    unknown: int = 0
+BLOCK = 1 << 22
+"""Tokens of a streamed block, at most."""
 
 
 class Lanes(ABC):
     """B lanes of one epoch, read from the front.
 
     Attributes:
-        count: B.
         length: n, the tokens in a lane, or None where it is not known before the end.
     """
 
-    count: int
     length: int | None
 
     @property
     @abstractmethod
     def tally(self) -> Tally:
-        """What has been read from the documents so far; a streamed text is counted again in each epoch."""
+        """What has been read of the text so far; a streamed text is counted again in each epoch."""
+
+    @abstractmethod
+    def window(self, steps: int, lookahead: int) -> tuple[Window, bool]:
+        """The next window of up to `steps`, with its lookahead where that is above 0, and whether the epoch ends with it.
+
+        Raises:
+            DataError: the text cannot be read; the position is as it was.
+        """
+
+    @abstractmethod
+    def rewind(self, epoch: int) -> None:
+        """Go to the start of an epoch, counted from 0."""
+
+    @abstractmethod
+    def position(self) -> Position:
+        """Where the next window starts; JSON can hold it."""
+
+    @abstractmethod
+    def seek(self, position: Position, epoch: int) -> None:
+        """Go to a position, in an epoch, of lanes over the same text, with the same tokenizer and B.
+
+        Raises:
+            DataError: the text or the tokenizer is another one; the lanes are where they were.
+        """
+
+
+class RunningLanes(Lanes):
+    """Lanes of text that runs on over the ends of documents, all of the same length."""
 
     @abstractmethod
     def peek(self, tokens: int) -> Ids:
@@ -73,24 +86,26 @@ class Lanes(ABC):
     def advance(self, tokens: int) -> None:
         """Move on by `tokens`, no more than `peek` has shown."""
 
-    @abstractmethod
-    def rewind(self) -> None:
-        """Go back to the start of the text."""
+    def window(self, steps: int, lookahead: int) -> tuple[Window, bool]:
+        """The next window; the last one of an epoch is as short as it has to be, and all lanes end with it."""
+        # One step past the window tells whether the epoch ends with it.
+        tokens = self.peek(steps + max(lookahead, 1) + 1)
+        ids = torch.from_numpy(tokens.astype(np.int64))  # [at most T + m + 1, B]
+        left, lanes = len(ids) - 1, ids.shape[1]
+        steps = min(steps, left)
+        last = left == steps
+        window = Window(
+            inputs=ids[:steps],
+            targets=ids[1 : steps + 1],
+            ends=torch.ones(lanes, dtype=torch.bool) if last else None,
+            lookahead=_look(ids[steps:], lookahead) if lookahead else None,
+        )
+        if not last:
+            self.advance(steps)
+        return window, last
 
-    @abstractmethod
-    def position(self) -> Position:
-        """Where the lanes stand; JSON can hold it."""
 
-    @abstractmethod
-    def seek(self, position: Position) -> None:
-        """Go to a position of lanes over the same text, with the same tokenizer and B.
-
-        Raises:
-            DataError: the text or the tokenizer is another one.
-        """
-
-
-class HeldLanes(Lanes):
+class HeldLanes(RunningLanes):
     """Lanes of a finite text, held as uint16 or int32 ids.
 
     Raises:
@@ -98,16 +113,11 @@ class HeldLanes(Lanes):
     """
 
     def __init__(self, documents: Documents, tokenizer: Tokenizer, count: int) -> None:
-        self.count, self._name = count, documents.name
-        run = _TokenRun(documents.read(), tokenizer, Tally())
-        ids = run.take(None)
-        self._tally = run.tally
-        self.length = len(ids) // count
-        if self.length < 2:
-            raise _too_short(self._name, count)
-        # Time-major, so that a window is one piece of memory.
-        self._ids = np.ascontiguousarray(ids[: self.length * count].reshape(count, self.length).T)
-        self._checksum = _checksum(self._ids)
+        self._documents, self._tokenizer, self._count = documents, tokenizer, count
+        self._ordered = documents.in_epoch(0)
+        self._ids, self._tally = _hold(self._ordered, tokenizer, count)
+        self.length = len(self._ids)
+        self._checksum = checksum(self._ids)
         self._at = 0
 
     @property
@@ -123,74 +133,102 @@ class HeldLanes(Lanes):
         """Move on by `tokens`."""
         self._at += tokens
 
-    def rewind(self) -> None:
-        """Go back to the start of the text."""
+    def rewind(self, epoch: int) -> None:
+        """Go to the start of an epoch's text, which is read again where its order is another one."""
+        ordered = self._documents.in_epoch(epoch)
+        if ordered is not self._ordered:
+            self._ids, _ = _hold(ordered, self._tokenizer, self._count)
+            self._ordered, self._checksum = ordered, checksum(self._ids)
         self._at = 0
 
     def position(self) -> Position:
         """Tokens passed in each lane, and the text's checksum."""
         return {"at": self._at, "checksum": self._checksum}
 
-    def seek(self, position: Position) -> None:
+    def seek(self, position: Position, epoch: int) -> None:
         """Go to a position in the same text."""
-        _check_same(self._name, position, self._checksum)
-        self._at = position["at"]
+        at, saved = position["at"], position["checksum"]
+        ordered, ids = self._documents.in_epoch(epoch), self._ids
+        if ordered is not self._ordered:
+            ids, _ = _hold(ordered, self._tokenizer, self._count)
+        check_same(self._documents.name, saved, checksum(ids))
+        self._ordered, self._ids, self._checksum, self._at = ordered, ids, saved, at
+
+
+def _hold(documents: Documents, tokenizer: Tokenizer, count: int) -> tuple[Ids, Tally]:
+    """The lanes of a text, [n, B], and its tally."""
+    run = TokenRun(documents.read(), tokenizer, Tally())
+    ids = run.take(None)
+    length = len(ids) // count
+    if length < 2:
+        raise too_short(documents.name, count, 2 * count)
+    # Time-major, so that a window is one piece of memory.
+    return np.ascontiguousarray(ids[: length * count].reshape(count, length).T), run.tally
 
 
 class _Block(NamedTuple):
-    """A block in the buffer: where its text starts, its checksum, and its length in tokens a lane."""
+    """A block of a streamed text.
 
-    mark: Position
+    Attributes:
+        ids: [tokens a lane, B].
+        checksum: of its text's tokens.
+        mark: where its text starts.
+        tally: behind it.
+    """
+
+    ids: Ids
     checksum: int
-    length: int
+    mark: Position
+    tally: Tally
 
 
-class StreamedLanes(Lanes):
-    """Lanes of a text that is too large to hold or has no end.
+class StreamedLanes(RunningLanes):
+    """Lanes of a text that is too large to hold or has no end; a thread reads and tokenizes one block ahead.
 
-    Memory is that of two blocks and of the longest document.
+    Memory is that of two blocks in use and two in the making, of the longest piece of a document, and of what the source
+    holds.
 
     Raises:
         DataError: the text has fewer than two tokens a lane.
     """
 
     length = None
-    _run: _TokenRun
-    _start: Position  # of the text that `_run` was to read when the buffer was empty
+    _ahead: Ahead[_Block]
+    _start: Position  # of the text that `_ahead` was to read when the buffer was empty
     _buffer: Ids  # [tokens, B]
     _blocks: deque[_Block]
     _at: int
 
     def __init__(self, documents: Documents, tokenizer: Tokenizer, count: int) -> None:
-        self.count = count
-        self._documents, self._tokenizer = documents, tokenizer
-        self._restart(_TokenRun(documents.read(), tokenizer, Tally()))
+        self._documents, self._tokenizer, self._count = documents, tokenizer, count
+        self._tally = Tally()
+        self._restart(TokenRun(documents.in_epoch(0).read(), tokenizer, Tally()))
         self.peek(2)
 
     @property
     def tally(self) -> Tally:
-        """What has been read of the text, in all epochs."""
-        return self._run.tally
+        """What has been taken of the text, in all epochs, by whole blocks."""
+        return self._tally
 
     def peek(self, tokens: int) -> Ids:
         """The next tokens; a view."""
-        while len(self._buffer) - self._at < tokens and self._read_block():
+        while len(self._buffer) - self._at < tokens and self._take_block():
             pass
         shown = self._buffer[self._at : self._at + tokens]
         if len(shown) < 2:
-            raise _too_short(self._documents.name, self.count)
+            raise too_short(self._documents.name, self._count, 2 * self._count)
         return shown
 
     def advance(self, tokens: int) -> None:
         """Move on by `tokens`, and drop blocks that are behind."""
         self._at += tokens
-        while len(self._blocks) > 1 and self._at >= self._blocks[0].length:
-            length = self._blocks.popleft().length
+        while len(self._blocks) > 1 and self._at >= len(self._blocks[0].ids):
+            length = len(self._blocks.popleft().ids)
             self._buffer, self._at = self._buffer[length:], self._at - length
 
-    def rewind(self) -> None:
+    def rewind(self, epoch: int) -> None:
         """Read the text again from its start."""
-        self._restart(_TokenRun(self._documents.read(), self._tokenizer, self.tally))
+        self._restart(TokenRun(self._documents.in_epoch(epoch).read(), self._tokenizer, self.tally))
 
     def position(self) -> Position:
         """Where the first block of the buffer starts, and how far its lanes have been read."""
@@ -199,113 +237,69 @@ class StreamedLanes(Lanes):
         block = self._blocks[0]
         return {**block.mark, "at": self._at, "checksum": block.checksum}
 
-    def seek(self, position: Position) -> None:
+    def seek(self, position: Position, epoch: int) -> None:
         """Read the block of a position again, and go on in it."""
-        documents = self._documents.read(position["documents"])
-        run = _TokenRun(documents, self._tokenizer, Tally(*position["tally"]))
+        saved, at = position["checksum"], position["at"]
+        documents = self._documents.in_epoch(epoch).read(position["documents"])
+        run = TokenRun(documents, self._tokenizer, Tally(*position["tally"]))
         run.take(position["skip"])
-        self._restart(run)
-        if position["checksum"] is not None:
-            checksum = self._blocks[0].checksum if self._read_block() else None
-            _check_same(self._documents.name, position, checksum)
-        self._at = position["at"]
+        ahead, start = self._reading(run)
+        block = None if saved is None else next(ahead, None)
+        if saved is not None:
+            check_same(self._documents.name, saved, block and block.checksum)
+        self._begin(ahead, start, Tally(*position["tally"]))
+        if block is not None:
+            self._add(block)
+        self._at = at
 
-    def _restart(self, run: _TokenRun) -> None:
+    def _restart(self, run: TokenRun) -> None:
         """Read from `run` into an empty buffer."""
-        self._run, self._start = run, run.mark()
-        self._buffer = np.zeros((0, self.count), _compact(self._tokenizer))
+        tally = run.tally
+        self._begin(*self._reading(run), tally)
+
+    def _reading(self, run: TokenRun) -> tuple[Ahead[_Block], Position]:
+        """A thread that reads blocks, and where they start."""
+        start = run.mark()
+        return Ahead(_blocks(run, self._count)), start
+
+    def _begin(self, ahead: Ahead[_Block], start: Position, tally: Tally) -> None:
+        """Take what `ahead` reads into an empty buffer."""
+        self._ahead, self._start, self._tally = ahead, start, tally
+        self._buffer = np.zeros((0, self._count), compact(self._tokenizer))
         self._blocks = deque()
         self._at = 0
 
-    def _read_block(self) -> bool:
+    def _take_block(self) -> bool:
         """Add a block to the buffer; False at the end of the text."""
-        mark = self._run.mark()
-        ids = self._run.take(self.count * RUN)
-        length = len(ids) // self.count
+        block = next(self._ahead, None)
+        if block is not None:
+            self._add(block)
+        return block is not None
+
+    def _add(self, block: _Block) -> None:
+        self._blocks.append(block)
+        self._buffer = np.concatenate([self._buffer, block.ids])
+        self._tally = block.tally
+
+
+def _blocks(run: TokenRun, count: int) -> Iterator[_Block]:
+    """The blocks of a text, to its end."""
+    size = max(1, min(RUN, BLOCK // count)) * count
+    while True:
+        mark = run.mark()
+        ids = run.take(size)
+        length = len(ids) // count
         if length == 0:
-            return False
-        lanes = ids[: length * self.count].reshape(self.count, length).T
-        self._blocks.append(_Block(mark, _checksum(ids), length))
-        self._buffer = np.concatenate([self._buffer, lanes])
-        return True
+            return
+        lanes = ids[: length * count].reshape(count, length).T
+        yield _Block(lanes, checksum(ids), mark, run.tally)
 
 
-class _TokenRun:
-    """The tokens of documents as one run, read piece by piece."""
-
-    def __init__(self, reader: Reader, tokenizer: Tokenizer, tally: Tally) -> None:
-        self.tally = tally
-        self._reader, self._tokenizer = reader, tokenizer
-        self._piece: Ids = np.zeros(0, _compact(tokenizer))
-        self._taken = 0
-        self._piece_start = self._here()
-
-    def take(self, count: int | None) -> Ids:
-        """The next `count` tokens, or all that are left where it is None or they are fewer."""
-        parts = [self._piece[:0]]
-        missing = sys.maxsize if count is None else count
-        while missing > 0 and (self._taken < len(self._piece) or self._read_piece()):
-            parts.append(self._piece[self._taken : self._taken + missing])
-            self._taken += len(parts[-1])
-            missing -= len(parts[-1])
-        return np.concatenate(parts)
-
-    def mark(self) -> Position:
-        """Where the next token is: a position of the documents, the tokens to skip behind it, the tally there."""
-        if self._taken == len(self._piece):
-            return {**self._here(), "skip": 0}
-        return {**self._piece_start, "skip": self._taken}
-
-    def _here(self) -> Position:
-        """Where the reader is."""
-        return {"documents": self._reader.position(), "tally": list(self.tally)}
-
-    def _read_piece(self) -> bool:
-        """Tokenize the next documents; False at the end."""
-        self._piece_start = self._here()
-        texts, characters = [], 0
-        for text in self._reader:
-            texts.append(text)
-            characters += len(text)
-            if characters >= PIECE:
-                break
-        if not texts:
-            return False
-        ids = self._tokenizer.lookup("".join(texts))
-        tokens, seen, unknown = self.tally
-        self.tally = Tally(tokens + len(ids), seen + characters, unknown + int(np.count_nonzero(ids < 0)))
-        self._piece = np.maximum(ids, self._tokenizer.unknown_id).astype(self._piece.dtype)
-        self._taken = 0
-        return True
-
-
-def open_lanes(documents: Documents, tokenizer: Tokenizer, count: int) -> Lanes:
-    """B = `count` lanes, held in memory where the documents are small, else streamed.
-
-    Raises:
-        DataError: the text has fewer than two tokens a lane.
-    """
-    return (HeldLanes if documents.small else StreamedLanes)(documents, tokenizer, count)
-
-
-def _compact(tokenizer: Tokenizer) -> type[np.uint16] | type[np.int32]:
-    """The smallest of the two types that holds the tokenizer's ids."""
-    return np.uint16 if tokenizer.vocabulary_size <= 1 << 16 else np.int32
-
-
-def _checksum(ids: Ids) -> int:
-    """Tells one text's tokens from another's."""
-    return zlib.crc32(ids.tobytes())
-
-
-def _too_short(name: str, lanes: int) -> DataError:
-    """A lane needs one token to read and one to predict."""
-    return DataError(
-        f"{name} is too short: {lanes} lanes need {2 * lanes} tokens or more; give more text or fewer lanes (--batch-size)"
-    )
-
-
-def _check_same(name: str, position: Position, checksum: int | None) -> None:
-    """A position means nothing in another text."""
-    if position["checksum"] != checksum:
-        raise DataError(f"{name} or its tokenizer has changed since the position was saved: resume with the same data")
+def _look(ids: Tensor, m: int) -> Lookahead:
+    """The lookahead of m steps out of the tokens [at most m + 1, B] that follow a window."""
+    seen, lanes = len(ids) - 1, ids.shape[1]
+    if seen >= m:
+        return Lookahead(ids[:m], ids[1 : m + 1], torch.ones(m, lanes, dtype=torch.bool))
+    inputs, targets = ids.new_zeros(2, m, lanes)
+    inputs[:seen], targets[:seen] = ids[:seen], ids[1:]
+    return Lookahead(inputs, targets, (torch.arange(m) < seen)[:, None].repeat(1, lanes))

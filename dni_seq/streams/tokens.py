@@ -1,4 +1,4 @@
-"""Text to token ids and back, by words or by characters.
+"""Text to token ids and back, by words, by characters, or by SentencePiece (`dni_seq.streams.subwords`).
 
 Ids are int32. The unknown token has id 0 in both vocabularies; the words or characters follow by descending frequency,
 equal ones in alphabetical order, so that the same text always gives the same ids.
@@ -11,8 +11,8 @@ import os
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import repeat
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, ClassVar
 
 import numpy as np
@@ -25,47 +25,28 @@ Ids = npt.NDArray[np.int32]
 SAMPLE_CHARACTERS = 1 << 26
 """A vocabulary is made from at most this much text, so that it ends on a stream that does not."""
 
+JOINED = 1 << 16
+"""Characters of a sample that are counted at once."""
+
 FORMAT = "dni_seq tokenizer 1"
 
 
 class Tokenizer(ABC):
-    """What both tokenizers share: a vocabulary, its file, and an unknown token with id 0.
+    """What all tokenizers share.
 
     Attributes:
-        kind: "word" or "char".
+        kind: "word", "char" or "sentencepiece".
         vocabulary: the text of each id.
     """
 
     kind: ClassVar[str]
-    special: ClassVar[tuple[str, ...]]
-    """The entries that every vocabulary starts with; the first stands for everything unknown."""
     unknown_id: ClassVar[int] = 0
-
-    def __init__(self, vocabulary: Sequence[str]) -> None:
-        if tuple(vocabulary[: len(self.special)]) != self.special or len(set(vocabulary)) != len(vocabulary):
-            raise DataError(
-                f"a {self.kind} vocabulary has distinct entries and starts with {', '.join(map(repr, self.special))}"
-            )
-        self.vocabulary = tuple(vocabulary)
-        self._id_of = {entry: index for index, entry in enumerate(self.vocabulary)}
+    vocabulary: tuple[str, ...]
 
     @property
     def vocabulary_size(self) -> int:
         """The number of ids."""
         return len(self.vocabulary)
-
-    @classmethod
-    def vocabulary_of(cls, counts: Counter[str], vocab_size: int | None) -> list[str]:
-        """The `vocab_size` most frequent entries, the special ones included; all where it is None.
-
-        Raises:
-            DataError: `vocab_size` leaves no room for a single entry of the text.
-        """
-        least = len(cls.special) + 1
-        if vocab_size is not None and vocab_size < least:
-            raise DataError(f"a {cls.kind} vocabulary needs {least} entries or more: raise --vocab-size {vocab_size}")
-        ranked = sorted(counts.keys() - set(cls.special), key=lambda entry: (-counts[entry], entry))
-        return [*cls.special, *ranked][:vocab_size]
 
     @abstractmethod
     def lookup(self, text: str) -> Ids:
@@ -83,28 +64,84 @@ class Tokenizer(ABC):
             ValueError: an id is not in the vocabulary.
         """
 
+    @abstractmethod
+    def content(self) -> dict[str, Any]:
+        """What the tokenizer's file holds, beside its kind."""
+
+    def save(self, path: str | Path) -> None:
+        """Write the tokenizer as JSON, whole or not at all."""
+        path = Path(path)
+        content = {"format": FORMAT, "kind": self.kind, **self.content()}
+        temporary = path.with_name(path.name + ".tmp")
+        temporary.write_text(json.dumps(content), encoding="ascii")
+        os.replace(temporary, path)
+
+    def checked(self, ids: Any) -> list[int]:
+        """Ids as a list.
+
+        Raises:
+            ValueError: an id is not in the vocabulary.
+        """
+        numbers: list[int] = np.asarray(ids).reshape(-1).tolist()
+        wrong = [number for number in numbers if not 0 <= number < self.vocabulary_size]
+        if wrong:
+            raise ValueError(f"token id {wrong[0]} is not in a vocabulary of {self.vocabulary_size}")
+        return numbers
+
+
+class ListTokenizer(Tokenizer):
+    """A tokenizer whose vocabulary is a list of words or characters, with the unknown token as id 0."""
+
+    special: ClassVar[tuple[str, ...]]
+    """The entries that every vocabulary starts with; the first stands for everything unknown."""
+
+    def __init__(self, vocabulary: Sequence[str]) -> None:
+        if tuple(vocabulary[: len(self.special)]) != self.special or len(set(vocabulary)) != len(vocabulary):
+            raise DataError(
+                f"a {self.kind} vocabulary has distinct entries and starts with {', '.join(map(repr, self.special))}"
+            )
+        self.vocabulary = tuple(vocabulary)
+        self._id_of = {entry: index for index, entry in enumerate(self.vocabulary)}
+
+    @classmethod
+    def vocabulary_of(cls, counts: Counter[str], vocab_size: int | None) -> list[str]:
+        """The `vocab_size` most frequent entries, the special ones included; all where it is None.
+
+        Raises:
+            DataError: `vocab_size` leaves no room for a single entry of the text.
+        """
+        least = len(cls.special) + 1
+        if vocab_size is not None and vocab_size < least:
+            raise DataError(f"a {cls.kind} vocabulary needs {least} entries or more: raise --vocab-size {vocab_size}")
+        ranked = sorted(counts.keys() - set(cls.special), key=lambda entry: (-counts[entry], entry))
+        return [*cls.special, *ranked][:vocab_size]
+
+    def content(self) -> dict[str, Any]:
+        """The vocabulary."""
+        return {"vocabulary": self.vocabulary}
+
+    @classmethod
+    def from_content(cls, content: Mapping[str, Any]) -> ListTokenizer:
+        """The tokenizer of a file's content.
+
+        Raises:
+            DataError: it is not a tokenizer's.
+        """
+        vocabulary = content.get("vocabulary")
+        if not isinstance(vocabulary, list) or not all(isinstance(entry, str) for entry in vocabulary):
+            raise DataError("its vocabulary is not a list of strings")
+        return cls(vocabulary)
+
     def entries(self, ids: Any) -> list[str]:
         """The vocabulary's entry of each id.
 
         Raises:
             ValueError: an id is not in the vocabulary.
         """
-        numbers = np.asarray(ids).reshape(-1).tolist()
-        wrong = [number for number in numbers if not 0 <= number < self.vocabulary_size]
-        if wrong:
-            raise ValueError(f"token id {wrong[0]} is not in a vocabulary of {self.vocabulary_size}")
-        return [self.vocabulary[number] for number in numbers]
-
-    def save(self, path: str | Path) -> None:
-        """Write the tokenizer as JSON, whole or not at all."""
-        path = Path(path)
-        content = {"format": FORMAT, "kind": self.kind, "vocabulary": self.vocabulary}
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text(json.dumps(content), encoding="ascii")
-        os.replace(temporary, path)
+        return [self.vocabulary[number] for number in self.checked(ids)]
 
 
-class WordTokenizer(Tokenizer):
+class WordTokenizer(ListTokenizer):
     """Words between blanks; each newline is the token <eos>.
 
     Decoding joins words by one blank, so that it gives back a text whose words are one blank apart and lines without blanks
@@ -122,15 +159,14 @@ class WordTokenizer(Tokenizer):
             DataError: `vocab_size` is too small.
         """
         counts: Counter[str] = Counter()
-        for text in _sample(documents):
+        for text in sample(documents):
             counts.update(text.split())
         return cls(cls.vocabulary_of(counts, vocab_size))
 
     def lookup(self, text: str) -> Ids:
         """The ids of words and line ends, -1 for each unknown word; [tokens]."""
         words = text.replace("\n", " <eos> ").split()
-        id_of = self._id_of
-        return np.fromiter((id_of.get(word, -1) for word in words), np.int32, len(words))
+        return np.fromiter(map(self._id_of.get, words, repeat(-1)), np.int32, len(words))
 
     def decode(self, ids: Any) -> str:
         """The words of `ids`, one blank apart, with a newline for each <eos>."""
@@ -143,7 +179,7 @@ class WordTokenizer(Tokenizer):
         return "\n".join(" ".join(words) for words in lines)
 
 
-class CharTokenizer(Tokenizer):
+class CharTokenizer(ListTokenizer):
     """Unicode characters, the newline one of them. The replacement character U+FFFD stands for unknown ones."""
 
     kind = "char"
@@ -166,7 +202,7 @@ class CharTokenizer(Tokenizer):
             DataError: `vocab_size` is too small.
         """
         counts: Counter[str] = Counter()
-        for text in _sample(documents):
+        for text in sample(documents):
             counts.update(text)
         return cls(cls.vocabulary_of(counts, vocab_size))
 
@@ -180,22 +216,16 @@ class CharTokenizer(Tokenizer):
         return "".join(self.entries(ids))
 
 
-_KINDS: Mapping[str, type[WordTokenizer] | type[CharTokenizer]] = MappingProxyType(
-    {"word": WordTokenizer, "char": CharTokenizer}
-)
+KINDS = ("word", "char", "sentencepiece")
 
 
 def train_tokenizer(kind: str, documents: Iterable[str], vocab_size: int | None = None) -> Tokenizer:
-    """A tokenizer of `kind` "word" or "char" for a text.
+    """A tokenizer of `kind` "word", "char" or "sentencepiece" for a text.
 
     Raises:
-        DataError: `kind` is another one, or `vocab_size` is too small.
+        DataError: `kind` is another one, or `vocab_size` is too small, or too large for the text.
     """
-    if kind == "sentencepiece":
-        raise DataError("--tokenizer sentencepiece is not there yet: use word or char")
-    if kind not in _KINDS:
-        raise DataError(f"unknown tokenizer {kind!r}: use {' or '.join(_KINDS)}")
-    return _KINDS[kind].train(documents, vocab_size)
+    return _class_of(kind).train(documents, vocab_size)
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
@@ -210,22 +240,35 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         raise DataError(f"no tokenizer can be read from {path}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is not a tokenizer file: {first_line(error)}") from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT or content.get("kind") not in [*_KINDS]:
+    if not isinstance(content, dict) or content.get("format") != FORMAT or content.get("kind") not in [*KINDS]:
         raise DataError(f"{path} is not a tokenizer file of this version ({FORMAT})")
-    vocabulary = content.get("vocabulary")
-    if not isinstance(vocabulary, list) or not all(isinstance(entry, str) for entry in vocabulary):
-        raise DataError(f"{path} is not a tokenizer file: its vocabulary is not a list of strings")
     try:
-        return _KINDS[content["kind"]](vocabulary)
+        return _class_of(content["kind"]).from_content(content)
     except DataError as error:
         raise DataError(f"{path} is not a tokenizer file: {error}") from error
 
 
-def _sample(documents: Iterable[str]) -> Iterator[str]:
-    """The first documents, up to `SAMPLE_CHARACTERS` in all."""
-    left = SAMPLE_CHARACTERS
+def _class_of(kind: str) -> Any:
+    """The tokenizers' classes by kind; the one that needs another package is imported on use."""
+    if kind == "sentencepiece":
+        from dni_seq.streams.subwords import SubwordTokenizer
+
+        return SubwordTokenizer
+    classes = {each.kind: each for each in (WordTokenizer, CharTokenizer)}
+    if kind not in classes:
+        raise DataError(f"unknown tokenizer {kind!r}: use {', '.join(KINDS[:-1])} or {KINDS[-1]}")
+    return classes[kind]
+
+
+def sample(documents: Iterable[str]) -> Iterator[str]:
+    """The first pieces of documents, up to `SAMPLE_CHARACTERS` in all, joined so that they are not too short."""
+    left, held, length = SAMPLE_CHARACTERS, [], 0
     for text in documents:
-        yield text[:left]
-        left -= len(text)
+        held.append(text[:left])
+        left, length = left - len(text), length + len(text)
+        if length >= JOINED or left <= 0:
+            yield "".join(held)
+            held, length = [], 0
         if left <= 0:
             return
+    yield "".join(held)

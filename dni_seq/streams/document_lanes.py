@@ -1,0 +1,182 @@
+"""B lanes of whole documents: a lane ends with its document, and takes the next one that no lane has yet.
+
+Windows are padded under their mask and never cross a document's end. A document of one token has nothing to predict and is
+passed over. Memory is that of B documents of at most `LONGEST_DOCUMENT` tokens.
+
+Legend: T = window length in steps, B = lanes, m = lookahead in steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from dni_seq.streams.ahead import Ahead
+from dni_seq.streams.documents import DataError, Documents, Position
+from dni_seq.streams.lanes import Lanes
+from dni_seq.streams.runs import (
+    Tally,
+    TokenizedDocument,
+    check_same,
+    checksum,
+    tokenized_documents,
+    too_short,
+)
+from dni_seq.streams.tokens import Tokenizer
+from dni_seq.windows import Lookahead, Window
+
+
+@dataclass
+class _Dealt:
+    """A document in a lane.
+
+    Attributes:
+        document: its tokens.
+        number: how many documents of the epoch were dealt before it.
+        at: tokens passed.
+    """
+
+    document: TokenizedDocument
+    number: int
+    at: int = 0
+
+    @property
+    def left(self) -> int:
+        """Steps left to predict."""
+        return len(self.document.ids) - 1 - self.at
+
+
+class DocumentLanes(Lanes):
+    """Lanes that end with each document; a thread reads and tokenizes ahead.
+
+    Raises:
+        DataError: no document has two tokens.
+    """
+
+    length = None
+
+    def __init__(self, documents: Documents, tokenizer: Tokenizer, count: int) -> None:
+        self._documents, self._tokenizer, self._count = documents, tokenizer, count
+        self._tally = Tally()
+        self._lanes: list[_Dealt | None] = []
+        self.rewind(0)
+        if self._next is None:
+            raise too_short(documents.name, count, 2)
+
+    @property
+    def tally(self) -> Tally:
+        """What has been taken of the text, in all epochs, by whole documents."""
+        return self._tally
+
+    def window(self, steps: int, lookahead: int) -> tuple[Window, bool]:
+        """The next window, as short as its longest lane; lanes without a document are masked and end."""
+        self._deal_all()
+        lanes = self._lanes
+        steps = min(steps, max(dealt.left for dealt in lanes if dealt))
+        tokens = np.zeros((steps + lookahead + 1, self._count), np.int64)
+        seen = np.zeros(self._count, np.int64)  # steps to predict that are in `tokens`
+        for lane, dealt in enumerate(lanes):
+            if dealt is not None:
+                shown = dealt.document.ids[dealt.at : dealt.at + steps + lookahead + 1]
+                tokens[: len(shown), lane], seen[lane] = shown, len(shown) - 1
+        ends = np.array([dealt is None or dealt.left <= steps for dealt in lanes])
+        for lane, dealt in enumerate(lanes):
+            if dealt is not None:
+                dealt.at += steps
+                if ends[lane]:
+                    lanes[lane] = None
+        last = self._next is None and all(ends)
+        return _window(tokens, seen, ends, steps, lookahead), last
+
+    def rewind(self, epoch: int) -> None:
+        """Go to the start of an epoch."""
+        reader = self._documents.in_epoch(epoch).read()
+        self._start = {"documents": reader.position(), "tally": list(self._tally)}
+        self._begin(_flat(Ahead(tokenized_documents(reader, self._tokenizer, self._tally))))
+
+    def position(self) -> Position:
+        """Where the oldest document in a lane starts, how many were dealt since, and which of them are where."""
+        live = [dealt for dealt in self._lanes if dealt is not None]
+        oldest = min(live, key=lambda dealt: dealt.number, default=None)
+        if oldest is not None:
+            mark, first = oldest.document.mark, oldest.number
+        else:
+            mark, first = (self._start if self._next is None else self._next.mark), self._number
+        return {
+            **mark,
+            "dealt": self._number - first,
+            "lanes": [None if dealt is None else [dealt.number - first, dealt.at] for dealt in self._lanes],
+            "checksum": _checksum(live),
+        }
+
+    def seek(self, position: Position, epoch: int) -> None:
+        """Read the documents from the oldest one on, and go on in them."""
+        lanes, number, saved = position["lanes"], position["dealt"], position["checksum"]
+        start = {"documents": position["documents"], "tally": position["tally"]}
+        reader = self._documents.in_epoch(epoch).read(start["documents"])
+        tally = Tally(*start["tally"])
+        documents = _flat(Ahead(tokenized_documents(reader, self._tokenizer, tally)))
+        wanted = {place[0] for place in lanes if place is not None}
+        found: dict[int, TokenizedDocument] = {}
+        for index in range(number):
+            document = next(documents, None)
+            if document is None:
+                raise DataError(
+                    f"{self._documents.name} has changed since the position was saved: resume with the same data"
+                )
+            tally = document.tally
+            if index in wanted:
+                found[index] = document
+        dealt = [None if place is None else _Dealt(found[place[0]], *place) for place in lanes]
+        check_same(self._documents.name, saved, _checksum([each for each in dealt if each is not None]))
+        self._start, self._tally = start, tally
+        self._begin(documents)
+        self._lanes, self._number = dealt, number
+
+    def _begin(self, documents: Iterator[TokenizedDocument]) -> None:
+        """Deal from `documents`, to empty lanes."""
+        following = next(documents, None)
+        self._source, self._next, self._number = documents, following, 0
+        self._lanes = [None] * self._count
+
+    def _deal_all(self) -> None:
+        """Give each empty lane a document, while there are any."""
+        for lane, dealt in enumerate(self._lanes):
+            if dealt is not None or self._next is None:
+                continue
+            document = self._next
+            following = next(self._source, None)
+            self._lanes[lane] = _Dealt(document, self._number)
+            self._next, self._tally = following, document.tally
+            self._number += 1
+
+
+def _window(tokens: np.ndarray, seen: np.ndarray, ends: np.ndarray, steps: int, m: int) -> Window:
+    """A window of tokens [steps + m + 1, B], of which each lane has `seen` steps to predict."""
+    ids = torch.from_numpy(tokens)
+    counted = torch.arange(steps + m)[:, None] < torch.from_numpy(seen)
+    inputs, targets = ids[:-1], ids[1:]
+    mask = counted[:steps]
+    return Window(
+        inputs=inputs[:steps],
+        targets=targets[:steps],
+        mask=None if mask.all() else mask,
+        ends=torch.from_numpy(ends) if ends.any() else None,
+        lookahead=Lookahead(inputs[steps:], targets[steps:], counted[steps:]) if m else None,
+    )
+
+
+def _flat(batches: Iterator[list[TokenizedDocument]]) -> Iterator[TokenizedDocument]:
+    """The documents one by one."""
+    return (document for batch in batches for document in batch)
+
+
+def _checksum(live: list[_Dealt]) -> int:
+    """Tells the documents in the lanes from others."""
+    value = 0
+    for dealt in live:
+        value = checksum(dealt.document.ids, value)
+    return value

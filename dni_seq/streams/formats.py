@@ -1,0 +1,329 @@
+"""Readers of single local files: plain text by lines, JSON by lines, Parquet; the first two may be compressed.
+
+Memory is bounded: that of `CHUNK` bytes of text, whatever the length of its lines; of one line of JSON; of one row group's
+batch of Parquet. Positions are byte offsets of the uncompressed text, so that resuming in a plain file is immediate.
+"""
+
+from __future__ import annotations
+
+import bz2
+import codecs
+import gzip
+import io
+import json
+import lzma
+import weakref
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import IO, Any
+
+from dni_seq.streams.documents import DataError, Piece, Position, Reader, WholeReader, as_it_is, first_line
+
+CHUNK = 1 << 20
+"""Bytes of text read at once; a longer line is cut, before a blank where there is one."""
+
+ROWS = 64
+"""Rows of Parquet read at once."""
+
+DAMAGED: tuple[type[Exception], ...] = (OSError, EOFError, zlib.error, lzma.LZMAError)
+"""What reading a compressed file raises; zstandard's own error joins them where it is installed."""
+
+
+@dataclass(frozen=True)
+class FileFormat:
+    """How to make text of a file's content.
+
+    Attributes:
+        column: the field or column that holds the text, in JSON and Parquet.
+        errors: "strict" or "replace": what happens with bytes that are not UTF-8.
+        render: makes a document of a line, or of a column's text.
+    """
+
+    column: str = "text"
+    errors: str = "strict"
+    render: Callable[[str], str] = as_it_is
+
+
+def read_file(path: Path, size: int, form: FileFormat, position: Position | None) -> Reader:
+    """A reader of a file by its name's ending, from a position on.
+
+    Args:
+        path: the file.
+        size: its bytes when it was first looked at; a plain file that has grown is read so far, one that is shorter is an
+            error, and so is any other that has changed its size.
+        form: how to read it.
+        position: None for the start.
+    """
+    kind = Path(path.stem) if path.suffix in COMPRESSIONS else path
+    if kind.suffix in (".jsonl", ".ndjson", ".json"):
+        return _JsonReader(path, size, form, **(position or {"lines": None, "offset": 0}))
+    if path.suffix == ".parquet":
+        return _ParquetReader(path, size, form, **(position or {"group": 0, "row": 0, "offset": 0}))
+    return _LineReader(path, size, form.errors, form.render, **(position or {"byte": 0, "line": 0}))
+
+
+class _LineReader(Reader):
+    r"""Lines of a text file, ended by \n, \r\n or \r, each a document.
+
+    A chunk is what ends before the last line end within `CHUNK` bytes of its start; where there is none, before the last
+    blank; else all of them. So a position, the chunk's start and the lines passed in it, leads to the same pieces again.
+    """
+
+    def __init__(self, path: Path, size: int, errors: str, render: Callable[[str], str], byte: int, line: int) -> None:
+        self._path, self._errors, self._render = path, errors, render
+        self._size = size
+        self._start = self._next = byte
+        self._lines: list[str] = []
+        self._line, self._skip = 0, line
+        self._file: IO[bytes] | None = None
+        self._rest = b""
+
+    def __next__(self) -> Piece:
+        while self._line >= len(self._lines):
+            self._read_chunk()
+        text = self._lines[self._line]
+        self._line += 1
+        if text.endswith("\n"):
+            return Piece(self._render(text), True)
+        return Piece(text, False)
+
+    def position(self) -> Position:
+        if self._line >= len(self._lines):
+            return {"byte": self._next, "line": self._skip}
+        return {"byte": self._start, "line": self._line}
+
+    def _read_chunk(self) -> None:
+        """Read the next chunk's lines; StopIteration at the file's end."""
+        data, last = self._fill()
+        usable = len(data) if last else _usable(data)
+        try:
+            text, used = codecs.utf_8_decode(data[:usable], self._errors, last)
+        except UnicodeDecodeError as error:
+            raise DataError(
+                f"{self._path} is not UTF-8 at byte {self._next + error.start}: convert it, for example with iconv, "
+                "or take --invalid-utf8 replace"
+            ) from error
+        if not data:
+            raise StopIteration
+        if "\r" in text:
+            text = text.replace("\r\n", "\n").replace("\r", "\n")
+        lines = text.split("\n")
+        self._lines = [line + "\n" for line in lines[:-1]]
+        if lines[-1]:
+            self._lines.append(lines[-1] + "\n" if last else lines[-1])
+        self._start, self._next, self._rest = self._next, self._next + used, data[used:]
+        self._line, self._skip = self._skip, 0
+
+    def _fill(self) -> tuple[bytes, bool]:
+        """CHUNK bytes and one more from the chunk's start on, or fewer where the file ends with them; whether it does."""
+        try:
+            if self._file is None:
+                self._file = _open(self._path)
+                weakref.finalize(self, self._file.close)
+                self._file.seek(self._next)
+            # One byte more tells whether the file goes on.
+            data = self._rest + self._file.read(CHUNK + 1 - len(self._rest))
+        except (*DAMAGED, *_zstandard_errors()) as error:
+            raise DataError(f"{self._path}: reading stopped: {_reason(error)}") from error
+        if self._path.suffix not in COMPRESSIONS and self._next + len(data) >= self._size:
+            data = data[: max(0, self._size - self._next)]
+            if self._next + len(data) < self._size:
+                raise DataError(_changed(self._path))
+            return data, True
+        if len(data) <= CHUNK:
+            check_size(self._path, self._size)
+            return data, True
+        return data, False
+
+
+def _usable(data: bytes) -> int:
+    """How many of the first CHUNK bytes to take."""
+    # The last byte may be the first half of \r\n.
+    line = max(data.rfind(b"\n", 0, CHUNK), data.rfind(b"\r", 0, CHUNK - 1)) + 1
+    if line:
+        return line
+    blank = data.rfind(b" ", 1, CHUNK)
+    if blank > 0:
+        return blank
+    return CHUNK - (data[CHUNK - 1 : CHUNK] == b"\r")
+
+
+class _JsonReader(WholeReader):
+    """Objects of JSON, one a line; a document is the text in one of their fields."""
+
+    def __init__(self, path: Path, size: int, form: FileFormat, lines: Position | None, offset: int) -> None:
+        super().__init__(offset)
+        self._path, self._form = path, form
+        self._lines = _LineReader(path, size, form.errors, str, **(lines or {"byte": 0, "line": 0}))
+
+    def next_text(self) -> str:
+        while True:
+            parts = []
+            for piece in self._lines:
+                parts.append(piece.text)
+                if piece.ends:
+                    break
+            line = "".join(parts)
+            if not parts:
+                raise StopIteration
+            if line.strip():
+                return self._form.render(self._text_of(line))
+
+    def here(self) -> Position:
+        return {"lines": self._lines.position()}
+
+    def _text_of(self, line: str) -> str:
+        """The text in a line."""
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{self._path}: a line is not JSON ({first_line(error)}): {_shortened(line)}") from error
+        if not isinstance(row, dict):
+            raise DataError(f"{self._path}: a line is not a JSON object: {_shortened(line)}")
+        return text_in(row, self._form.column, str(self._path))
+
+
+class _ParquetReader(WholeReader):
+    """Rows of a Parquet file; a document is the text in one of their columns."""
+
+    def __init__(self, path: Path, size: int, form: FileFormat, group: int, row: int, offset: int) -> None:
+        super().__init__(offset)
+        self._path, self._form, self._size = path, form, size
+        self._group, self._row = group, row
+        self._texts: Iterator[Any] | None = None
+        self._file: Any = None
+
+    def next_text(self) -> str:
+        import pyarrow
+
+        try:
+            text = self._next_value()
+        except (OSError, pyarrow.ArrowException) as error:
+            raise DataError(f"{self._path}: reading stopped: {_reason(error)}") from error
+        if not isinstance(text, str):
+            raise DataError(_no_text(str(self._path), self._form.column))
+        return self._form.render(text)
+
+    def here(self) -> Position:
+        return {"group": self._group, "row": self._row}
+
+    def _next_value(self) -> Any:
+        if self._file is None:
+            self._file = _open_parquet(self._path, self._size, self._form.column)
+            weakref.finalize(self, self._file.close)
+        while self._group < self._file.num_row_groups:
+            if self._texts is None:
+                self._texts = self._values(self._group, self._row)
+            for text in self._texts:
+                self._row += 1
+                return text
+            self._group, self._row, self._texts = self._group + 1, 0, None
+        raise StopIteration
+
+    def _values(self, group: int, row: int) -> Iterator[Any]:
+        """A column's values in a row group, from a row on."""
+        passed = 0
+        for batch in self._file.iter_batches(ROWS, row_groups=[group], columns=[self._form.column]):
+            if passed + len(batch) > row:
+                for value in batch.column(0)[max(0, row - passed) :]:
+                    yield value.as_py()
+            passed += len(batch)
+
+
+def _open_parquet(path: Path, size: int, column: str) -> Any:
+    """A Parquet file that has the column."""
+    import pyarrow.parquet
+
+    check_size(path, size)
+    file = pyarrow.parquet.ParquetFile(path)
+    if column not in file.schema_arrow.names:
+        raise DataError(_no_column(str(path), column, file.schema_arrow.names))
+    return file
+
+
+def text_in(row: Mapping[str, Any], column: str, where: str) -> str:
+    """The text in a row's column.
+
+    Raises:
+        DataError: there is no such column, or it holds no text.
+    """
+    if column not in row:
+        raise DataError(_no_column(where, column, [*row]))
+    if not isinstance(row[column], str):
+        raise DataError(_no_text(where, column))
+    return row[column]
+
+
+def _no_column(where: str, column: str, columns: list[str]) -> str:
+    return f"{where} has no column {column!r} but {', '.join(map(repr, columns))}: name the text's with --text-column"
+
+
+def _no_text(where: str, column: str) -> str:
+    return f"{where}: a row has no text in column {column!r}"
+
+
+def check_size(path: Path, size: int) -> None:
+    """Raise a DataError where a file has no longer the size that it had when it was first looked at."""
+    try:
+        now = path.stat().st_size
+    except OSError as error:
+        raise DataError(f"{path}: reading stopped: {_reason(error)}") from error
+    if now != size:
+        raise DataError(_changed(path))
+
+
+def _changed(path: Path) -> str:
+    return f"{path} has changed while it was read: start again with a file that stays"
+
+
+def _open(path: Path) -> IO[bytes]:
+    """A file's bytes, uncompressed."""
+    file: IO[bytes] = COMPRESSIONS.get(path.suffix, _plain)(path)
+    return file
+
+
+def _plain(path: Path) -> IO[bytes]:
+    return path.open("rb")
+
+
+def _open_zstandard(path: Path) -> IO[bytes]:
+    """The bytes of a .zst file; Python has no reader of its own before 3.14."""
+    try:
+        import zstandard
+    except ImportError as error:
+        raise DataError(f"{path} needs the package zstandard: pip install zstandard, or unpack the file") from error
+    raw = zstandard.ZstdDecompressor().stream_reader(path.open("rb"), read_across_frames=True, closefd=True)
+    return io.BufferedReader(raw, CHUNK)
+
+
+def _zstandard_errors() -> tuple[type[Exception], ...]:
+    """What zstandard raises, where it is installed."""
+    try:
+        import zstandard
+    except ImportError:
+        return ()
+    return (zstandard.ZstdError,)
+
+
+def _reason(error: BaseException) -> str:
+    """Why reading failed, in one line."""
+    return getattr(error, "strerror", None) or first_line(error)
+
+
+def _shortened(line: str) -> str:
+    """The start of a line."""
+    return repr(line[:60])
+
+
+COMPRESSIONS: Mapping[str, Callable[[Path], Any]] = MappingProxyType(
+    {
+        ".gz": gzip.open,
+        ".xz": lzma.open,
+        ".bz2": bz2.open,
+        ".zst": _open_zstandard,
+    }
+)
+"""How to open a file by the last ending of its name."""

@@ -1,0 +1,124 @@
+"""Rows of a streaming `datasets.IterableDataset` as documents, read through faults of the network.
+
+A read that fails for a reason that may pass is tried again, with growing pauses, from the exact row. What is in the way of
+every read, such as a missing file, fails at once.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Iterator
+from types import MappingProxyType
+from typing import Any
+
+from dni_seq.streams.documents import DataError, Documents, Position, Reader, WholeReader, first_line
+from dni_seq.streams.formats import text_in
+
+PAUSES = (1.0, 2.0, 4.0, 8.0, 16.0)
+"""Seconds to wait before each further attempt to read a row; `huggingface_hub` has about as many of its own in each."""
+
+ROWS_TO_SKIP = 64
+"""Rows after which the data set is asked for its state, which takes time; positions between count rows from there."""
+
+CHARACTERS_TO_SKIP = 1 << 20
+"""Characters of rows after which it is asked too, so that resuming never has much to skip."""
+
+NOT_WORTH_RETRYING = frozenset({400, 401, 403, 404, 410, 416})
+"""Answers of the server that will be the same next time."""
+
+
+class RowDocuments(Documents):
+    """Rows of a streaming data set; a position is a state of it and the rows behind that.
+
+    Args:
+        name: what messages call them.
+        dataset: a `datasets.IterableDataset` that has not been iterated.
+        column: the column that holds the text.
+        render: makes a document of a row's text.
+        small: as in `Documents`.
+    """
+
+    def __init__(self, name: str, dataset: Any, *, column: str, render: Callable[[str], str], small: bool) -> None:
+        super().__init__(name, small=small)
+        self.dataset, self.column, self.render = dataset, column, render
+
+    def read(self, position: Position | None = None) -> Reader:
+        """A reader over a copy of the data set, because a data set keeps the state of its last iteration."""
+        return _RowReader(self, **(position or {"state": None, "rows": 0, "offset": 0}))
+
+
+class _RowReader(WholeReader):
+    """Reads a data set of its own, opened anew where reading fails, and turns its errors into `DataError`."""
+
+    def __init__(self, documents: RowDocuments, state: Position | None, rows: int, offset: int) -> None:
+        super().__init__(offset)
+        self._documents = documents
+        self._state, self._rows, self._characters = state, rows, 0
+        self._dataset: Any = None
+        self._iterator: Iterator[Any] = iter(())
+
+    def next_text(self) -> str:
+        documents = self._documents
+        text = documents.render(text_in(self._patient_row(), documents.column, documents.name))
+        self._rows += 1
+        self._characters += len(text)
+        if self._rows >= ROWS_TO_SKIP or self._characters >= CHARACTERS_TO_SKIP:
+            self._state, self._rows, self._characters = self._dataset.state_dict(), 0, 0
+        return text
+
+    def here(self) -> Position:
+        return {"state": copy.deepcopy(self._state), "rows": self._rows}
+
+    def _patient_row(self) -> Any:
+        """The next row, at last; StopIteration at the end."""
+        for pause in (*PAUSES, None):
+            try:
+                return self._row()
+            except source_errors() as error:
+                self._dataset = None
+                if pause is None or not may_pass(error):
+                    tried = "" if pause is not None else f" {len(PAUSES) + 1} times"
+                    cause = first_line(error.__cause__ or error)
+                    raise DataError(f"{self._documents.name}: reading failed{tried}: {cause}") from error
+            time.sleep(pause)
+        raise AssertionError
+
+    def _row(self) -> Any:
+        """The next row; StopIteration at the end."""
+        if self._dataset is None:
+            dataset = copy.deepcopy(self._documents.dataset)
+            if self._state is not None:
+                dataset.load_state_dict(copy.deepcopy(self._state))
+            iterator = iter(dataset)
+            for _ in range(self._rows):
+                next(iterator)
+            self._dataset, self._iterator = dataset, iterator
+        return next(self._iterator)
+
+
+def source_errors() -> tuple[type[Exception], ...]:
+    """What reading through `datasets` raises when the source is at fault; httpx2's errors are no OSError."""
+    import httpx2
+
+    return (OSError, ValueError, httpx2.HTTPError)
+
+
+def may_pass(error: BaseException) -> bool:
+    """Whether a read that failed so may succeed later."""
+    response = getattr(error, "response", None)
+    if response is not None:
+        return response.status_code not in NOT_WORTH_RETRYING
+    return not isinstance(error, FileNotFoundError)
+
+
+def leave_retrying_to_us() -> None:
+    """Keep `datasets` from 20 attempts of its own, minutes apart, below each of ours."""
+    from datasets import config
+
+    once = MappingProxyType({"MAX_RETRIES": 1, "RETRY_INTERVAL": 0})
+    for name, value in once.items():
+        setattr(config, f"STREAMING_READ_{name}", value)
+        setattr(config, f"STREAMING_OPEN_{name}", value)
+    config.STREAMING_READ_SERVER_UNAVAILABLE_RETRY_INTERVAL = 0
+    config.STREAMING_READ_RATE_LIMIT_RETRY_INTERVAL = 0

@@ -1,0 +1,84 @@
+"""Documents in an order drawn anew for each epoch, exact on resumption.
+
+Documents are taken in blocks, and each block is permuted as a whole by its own draw, a function of the seed, the epoch and
+the block's number. A position is that of the block and the place in it; going there reads the block again.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from dni_seq.streams.documents import Documents, Piece, Position, Reader
+
+BLOCK_DOCUMENTS = 10_000
+"""Documents in a block of a streamed text; a text that is held in memory is one block."""
+
+BLOCK_CHARACTERS = 1 << 24
+"""Characters after which a block of a streamed text ends too, with the document that reaches them."""
+
+
+class ShuffledDocuments(Documents):
+    """Whole documents in a random order.
+
+    Args:
+        documents: in their own order.
+        seed: the order is a function of it and of the epoch.
+        epoch: counted from 0.
+    """
+
+    def __init__(self, documents: Documents, seed: int, epoch: int = 0) -> None:
+        super().__init__(documents.name, small=documents.small)
+        self._documents, self._seed, self._epoch = documents, seed, epoch
+
+    def in_epoch(self, epoch: int) -> Documents:
+        """The same documents in the order of `epoch`."""
+        return ShuffledDocuments(self._documents, self._seed, epoch)
+
+    def read(self, position: Position | None = None) -> Reader:
+        """A reader in the order of the epoch, or, from a position on, of the position's epoch."""
+        if position is None:
+            return _ShuffledReader(self._documents.read(), self.small, self._seed, self._epoch, 0, 0)
+        reader = self._documents.read(position["block"])
+        return _ShuffledReader(reader, self.small, self._seed, position["epoch"], position["number"], position["taken"])
+
+
+class _ShuffledReader(Reader):
+    """Holds one block, in its new order."""
+
+    def __init__(self, reader: Reader, whole: bool, seed: int, epoch: int, number: int, taken: int) -> None:
+        self._reader, self._whole = reader, whole
+        self._seed, self._epoch, self._number, self._taken = seed, epoch, number, taken
+        self._start = reader.position()
+        self._pieces: list[Piece] | None = None
+
+    def __next__(self) -> Piece:
+        if self._pieces is None:
+            self._pieces = self._read_block(self._number)
+        if self._taken >= len(self._pieces):
+            start = self._reader.position()
+            following = self._read_block(self._number + 1)
+            if not following:
+                raise StopIteration
+            self._start, self._pieces, self._taken = start, following, 0
+            self._number += 1
+        self._taken += 1
+        return self._pieces[self._taken - 1]
+
+    def position(self) -> Position:
+        return {"block": self._start, "number": self._number, "taken": self._taken, "epoch": self._epoch}
+
+    def _read_block(self, number: int) -> list[Piece]:
+        """The pieces of the next documents, as block `number`, permuted by whole documents; empty at the end of the text."""
+        block: list[list[Piece]] = [[]]
+        characters = 0
+        for piece in self._reader:
+            block[-1].append(piece)
+            characters += len(piece.text)
+            if not piece.ends:
+                continue
+            if not self._whole and (len(block) >= BLOCK_DOCUMENTS or characters >= BLOCK_CHARACTERS):
+                break
+            block.append([])
+        documents = [document for document in block if document]
+        order = np.random.default_rng([self._seed, self._epoch, number]).permutation(len(documents))
+        return [piece for index in order for piece in documents[index]]
