@@ -1,0 +1,244 @@
+"""Feed-forward classifiers of digits with interfaces between their layers: a perceptron and a convolutional network.
+
+Source: Jaderberg et al. 2017, arXiv 1608.05343, section 3.3 and appendix: fully connected layers of 256 units, each with
+batch normalisation and ReLU; synthesizers that see the activation, and for cDNI the label; convolutional ones for a
+convolutional network. We differ in sizes, which are arguments here, in synthesizers without batch normalisation, and in
+`dni.Normalized`, which keeps synthesizers in the scale of their targets.
+
+Legend: B = images, H = hidden units or filters, K = classes.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dni_seq.interfaces import BackwardInterface, BidirectionalInterface, synthesizer_context
+from dni_seq.synthesizers import BasicSynthesizer, Normalized, zero_
+
+CLASSES = 10
+SIDE = 28  # of an image, pixels
+
+UNLOCKS = ("none", "backward", "full")
+DECOUPLINGS = ("last", "every")
+
+
+class SynthesizerSettings(NamedTuple):
+    """Size of the synthesizers of a network.
+
+    Attributes:
+        layers: number of hidden layers; 0 for a linear map.
+        hidden: units of a hidden layer, or filters.
+        context: whether synthetic gradients are conditioned on the label (cDNI).
+    """
+
+    layers: int = 1
+    hidden: int = 256
+    context: bool = False
+
+
+class FeedForward(nn.Module):
+    """A chain of parts, decoupled from each other where an interface stands between them.
+
+    Args:
+        parts: the parts, in the order of the forward pass; the last one gives the logits.
+        interfaces: one between each part and the next, all of a kind.
+        input_shape: the shape in which the first part takes an image.
+        context: whether the synthesizers are conditioned on the label.
+
+    Raises:
+        ValueError: there is not one interface between each part and the next.
+    """
+
+    def __init__(
+        self,
+        parts: Sequence[nn.Module],
+        interfaces: Sequence[BackwardInterface | BidirectionalInterface],
+        *,
+        input_shape: tuple[int, ...],
+        context: bool = False,
+    ) -> None:
+        super().__init__()
+        if len(interfaces) != len(parts) - 1:
+            raise ValueError(f"{len(parts)} parts have {len(parts) - 1} places for interfaces, got {len(interfaces)}")
+        self.parts = nn.ModuleList(parts)
+        self.interfaces = nn.ModuleList(interfaces)
+        self.input_shape = input_shape
+        self.context = context
+
+    def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Logits [B, K] of `images` [B, 1, 28, 28]; `labels` [B] condition the synthesizers of a network in training.
+
+        In training, synthetic gradients are backpropagated on the way, so `zero_grad` goes before it.
+        """
+        inputs = self.shaped(images)
+        with synthesizer_context(self.label_context(labels)):
+            x = self.parts[0](inputs)
+            for interface, part in zip(self.interfaces, list(self.parts)[1:], strict=True):
+                x = part(interface(x, inputs) if isinstance(interface, BidirectionalInterface) else interface(x))
+        return x
+
+    def shaped(self, images: Tensor) -> Tensor:
+        """The images as the first part takes them."""
+        return images.reshape(len(images), *self.input_shape)
+
+    def label_context(self, labels: Tensor | None) -> Tensor | None:
+        """The labels as the synthesizers' context, one-hot [B, K]; None for a network whose synthesizers take none."""
+        return F.one_hot(labels, CLASSES).float() if self.context and labels is not None else None
+
+    def synthesizer_parameters(self) -> list[nn.Parameter]:
+        """The parameters of all synthesizers; the others are the network's."""
+        return list(self.interfaces.parameters())
+
+
+class ConvSynthesizer(nn.Module):
+    """A convolutional synthesizer; its last layer starts at zero, so that messages do.
+
+    Args:
+        channels: of the trigger.
+        output_channels: of the message.
+        settings: number of hidden layers, their filters, and whether a label [B, K] is the context.
+        size: height and width of the message; that of the trigger where it is None.
+    """
+
+    def __init__(self, channels: int, output_channels: int, settings: SynthesizerSettings, size: int | None = None) -> None:
+        super().__init__()
+        widths = [channels, *[settings.hidden] * settings.layers, output_channels]
+        self.layers = nn.ModuleList(
+            nn.Conv2d(inside, outside, 5, padding=2) for inside, outside in itertools.pairwise(widths)
+        )
+        self.label = nn.Linear(CLASSES, widths[1]) if settings.context else None
+        self.size = size
+        zero_(self.layers[-1])
+        if settings.layers == 0:
+            zero_(self.label)
+
+    def forward(self, trigger: Tensor, context: Tensor | None = None) -> Tensor:
+        """The message [B, output_channels, h, w] for `trigger` [B, channels, h', w'].
+
+        Raises:
+            ValueError: a context is given to a synthesizer without one, or missing.
+        """
+        if (self.label is None) != (context is None):
+            raise ValueError("ConvSynthesizer: give a context, the one-hot labels, if and only if it is built with one")
+        x = trigger if self.size is None else F.adaptive_avg_pool2d(trigger, self.size)
+        x = self.layers[0](x)
+        if self.label is not None:
+            x = x + self.label(context)[:, :, None, None]
+        for layer in list(self.layers)[1:]:
+            x = layer(F.relu(x))
+        return x
+
+
+class WithoutContext(nn.Module):
+    """A synthesizer that does not look at the context: a synthetic input must not know the label that it is to predict."""
+
+    def __init__(self, synthesizer: nn.Module) -> None:
+        super().__init__()
+        self.synthesizer = synthesizer
+
+    def forward(self, trigger: Tensor, context: Tensor | None = None) -> Tensor:
+        """The message for `trigger` alone."""
+        return self.synthesizer(trigger, None)
+
+
+def mlp(
+    layers: int = 3,
+    hidden: int = 256,
+    *,
+    unlock: str = "none",
+    decouple: str = "every",
+    synthesizer: SynthesizerSettings = SynthesizerSettings(),  # noqa: B008 - immutable
+) -> FeedForward:
+    """A perceptron: `layers` - 1 hidden layers with batch normalisation and ReLU, and a linear one to the logits.
+
+    Args:
+        layers: number of layers with weights.
+        hidden: units of a hidden layer.
+        unlock: "none" for plain backpropagation, "backward" for synthetic gradients, "full" for synthetic inputs too.
+        decouple: "last", between the last hidden layer and the output, or "every", behind each hidden layer.
+        synthesizer: the synthesizers' size.
+
+    Raises:
+        ValueError: a setting is unknown or out of its range.
+    """
+    check_network(layers, hidden, unlock, decouple)
+    pixels = SIDE * SIDE
+    widths = [pixels, *[hidden] * (layers - 1)]
+    blocks: list[nn.Module] = [
+        nn.Sequential(nn.Linear(inside, outside, bias=False), nn.BatchNorm1d(outside), nn.ReLU())
+        for inside, outside in itertools.pairwise(widths)
+    ]
+    parts = grouped([*blocks, nn.Linear(hidden, CLASSES)], unlock, decouple)
+
+    def interface() -> BackwardInterface | BidirectionalInterface:
+        size, context_dim = synthesizer, CLASSES if synthesizer.context else None
+        gradient = Normalized(BasicSynthesizer(hidden, size.layers, size.hidden, context_dim=context_dim))
+        if unlock == "backward":
+            return BackwardInterface(gradient)
+        return BidirectionalInterface(WithoutContext(BasicSynthesizer(hidden, size.layers, size.hidden, pixels)), gradient)
+
+    interfaces = [interface() for _ in parts[1:]]
+    return FeedForward(parts, interfaces, input_shape=(pixels,), context=synthesizer.context)
+
+
+def cnn(
+    layers: int = 3,
+    hidden: int = 32,
+    *,
+    unlock: str = "none",
+    decouple: str = "every",
+    synthesizer: SynthesizerSettings = SynthesizerSettings(),  # noqa: B008 - immutable
+) -> FeedForward:
+    """A convolutional network: `layers` - 1 layers of 5x5 filters with batch normalisation and ReLU, and a linear one.
+
+    Behind each of the first two convolutions the image is pooled to half its side. Arguments and errors are those of `mlp`;
+    `hidden` is the number of filters, the synthesizers are convolutional networks.
+    """
+    check_network(layers, hidden, unlock, decouple)
+    blocks: list[nn.Module] = []
+    sizes: list[int] = []  # of the image behind each block
+    size = SIDE
+    for i in range(layers - 1):
+        convolution = nn.Conv2d(1 if i == 0 else hidden, hidden, 5, padding=2, bias=False)
+        pool: list[nn.Module] = [nn.MaxPool2d(2)] if i < 2 else []
+        size = size // 2 if pool else size
+        blocks.append(nn.Sequential(convolution, nn.BatchNorm2d(hidden), nn.ReLU(), *pool))
+        sizes.append(size)
+    readout = nn.Sequential(nn.Flatten(), nn.Linear(hidden * size * size, CLASSES))
+    parts = grouped([*blocks, readout], unlock, decouple)
+
+    def interface(side: int) -> BackwardInterface | BidirectionalInterface:
+        gradient = Normalized(ConvSynthesizer(hidden, hidden, synthesizer))
+        if unlock == "backward":
+            return BackwardInterface(gradient)
+        return BidirectionalInterface(
+            WithoutContext(ConvSynthesizer(1, hidden, synthesizer._replace(context=False), side)), gradient
+        )
+
+    interfaces = [interface(side) for side in sizes[len(sizes) - len(parts) + 1 :]]
+    return FeedForward(parts, interfaces, input_shape=(1, SIDE, SIDE), context=synthesizer.context)
+
+
+def check_network(layers: int, hidden: int, unlock: str, decouple: str) -> None:
+    """Raise a ValueError that says which setting of a network to change."""
+    if layers < 2:
+        raise ValueError(f"layers must be 2 or more, got {layers}")
+    if hidden < 1:
+        raise ValueError(f"hidden must be 1 or more, got {hidden}")
+    for name, value, choices in (("unlock", unlock, UNLOCKS), ("decouple", decouple, DECOUPLINGS)):
+        if value not in choices:
+            raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+
+
+def grouped(blocks: list[nn.Module], unlock: str, decouple: str) -> list[nn.Module]:
+    """The layers as parts between which interfaces go: all in one, all but the last in one, or each on its own."""
+    if unlock == "none":
+        return [nn.Sequential(*blocks)]
+    if decouple == "last":
+        return [nn.Sequential(*blocks[:-1]), blocks[-1]]
+    return blocks
