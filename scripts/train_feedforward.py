@@ -87,7 +87,13 @@ class FeedForwardOptions:
     synthesizer_hidden: int | None = option(
         None, "units or filters of a synthesizer's hidden layer", group=_CREDIT, check=at_least(1), shown="--hidden"
     )
-    synthesizer_lr: float = option(1e-2, "learning rate of the synthesizers, likewise", group=_CREDIT, check=above_zero)
+    synthesizer_lr: float | None = option(
+        None,
+        "learning rate of the synthesizers, likewise",
+        group=_CREDIT,
+        check=above_zero,
+        shown="1e-2; 3e-3 for a full unlock",
+    )
     epochs: int = option(60, "passes over the training images", group=_RUN, check=at_least(1))
     batch_size: int = option(200, "images of a step", group=_RUN, check=at_least(2))
     lr: float | None = option(
@@ -185,9 +191,10 @@ def make_optimizer(model: FeedForward, options: FeedForwardOptions) -> torch.opt
     # Without the label a synthesizer needs long to learn: the network has to be slow.
     blind = options.unlock != "none" and not options.context
     rate = options.lr or (1e-4 if blind else 1e-3)
+    synthesizer_rate = options.synthesizer_lr or (3e-3 if options.unlock == "full" else 1e-2)
     groups: list[dict[str, Any]] = [{"params": list(model.parts.parameters()), "lr": rate}]
     if model.synthesizer_parameters():
-        groups.append({"params": model.synthesizer_parameters(), "lr": options.synthesizer_lr})
+        groups.append({"params": model.synthesizer_parameters(), "lr": synthesizer_rate})
     return torch.optim.Adam(groups, fused=True)
 
 

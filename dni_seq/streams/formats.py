@@ -123,7 +123,7 @@ class _LineReader(Reader):
             if self._file is None:
                 self._file = _open(self._path)
                 weakref.finalize(self, self._file.close)
-                self._file.seek(self._next)
+                _pass(self._file, self._next)
             # One byte more tells whether the file goes on.
             data = self._rest + self._file.read(CHUNK + 1 - len(self._rest))
         except (*DAMAGED, *_zstandard_errors()) as error:
@@ -283,6 +283,15 @@ def _open(path: Path) -> IO[bytes]:
     """A file's bytes, uncompressed."""
     file: IO[bytes] = COMPRESSIONS.get(path.suffix, _plain)(path)
     return file
+
+
+def _pass(file: IO[bytes], count: int) -> None:
+    """Go to byte `count` of a file just opened; a packed one is unpacked up to there."""
+    if file.seekable():
+        file.seek(count)
+        return
+    while count > 0 and (data := file.read(min(count, CHUNK))):
+        count -= len(data)
 
 
 def _plain(path: Path) -> IO[bytes]:
