@@ -185,7 +185,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=CASES, help="one case")
     parser.add_argument("--folder", help="where the files are kept, 0.7 GB (default: a temporary one)")
-    parser.add_argument("--output", help="file that gets a line of JSON a case")
+    parser.add_argument("--output", help="file of results, a line of JSON a case; those of other cases stay")
     given = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as temporary:
@@ -195,10 +195,21 @@ def main() -> int:
             subprocess.run(
                 [sys.executable, "-c", f"{PREPARE}prepare(Path({str(folder)!r}))"], check=True, cwd=Path(__file__).parent
             )
-        results = [measured(name, folder) for name in CASES if given.only in (None, name)]
-    if given.output:
-        Path(given.output).write_text("".join(json.dumps(result) + "\n" for result in results), encoding="utf-8")
+        for name in CASES:
+            if given.only in (None, name):
+                keep(measured(name, folder), given.output)
     return 0
+
+
+def keep(result: dict[str, Any], output: str | None) -> None:
+    """Put a result in the place of that of the same case."""
+    print(json.dumps(result), flush=True)
+    if output is None:
+        return
+    path = Path(output)
+    kept = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    results = {each["case"]: each for each in [*map(json.loads, kept), result]}
+    path.write_text("".join(json.dumps(results[name]) + "\n" for name in CASES if name in results), encoding="utf-8")
 
 
 PREPARE = "from pathlib import Path; from streams import *; "
@@ -212,9 +223,7 @@ def measured(name: str, folder: Path) -> dict[str, Any]:
         [sys.executable, "-c", code], check=True, cwd=Path(__file__).parent, stdout=subprocess.PIPE, text=True
     )
     versions = {"python": platform.python_version(), "torch": torch.__version__}
-    result = {"case": name, "tokenizer": kind, **json.loads(done.stdout), **versions}
-    print(json.dumps(result), flush=True)
-    return result
+    return {"case": name, "tokenizer": kind, **json.loads(done.stdout), **versions}
 
 
 if __name__ == "__main__":
