@@ -251,3 +251,20 @@ def test_killed_readers_go_on_with_the_same_windows(tmp_path: Path) -> None:
     assert len(logs[1]) == steps
     assert len(logs[0]) > steps  # some were done twice
     assert set(logs[0]) == set(logs[1])
+
+
+def test_an_interpreter_exits_while_a_thread_reads(tmp_path: Path) -> None:
+    """C++ code below a thread aborts the process if the thread is still in it when the interpreter ends."""
+    path = tmp_path / "own.txt"
+    path.write_text("some words of a line that goes on\n" * 200_000)
+    code = f"""
+from dni_seq.streams import WindowStream, files, open_corpus, train_tokenizer
+files.IN_MEMORY_BYTES = 0
+documents = open_corpus(data_file={str(path)!r}, valid_file={str(path)!r}, test_file={str(path)!r}).train
+tokenizer = train_tokenizer("sentencepiece", ["some words of a line that goes on\\\\n"] * 10)
+for reset in (False, True):
+    next(iter(WindowStream(documents, tokenizer, lanes=50, bptt=5, document_reset=reset)))
+    kept = WindowStream(documents, tokenizer, lanes=50, bptt=5, document_reset=reset)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100, check=False)
+    assert (done.returncode, done.stderr) == (0, "")

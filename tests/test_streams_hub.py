@@ -324,3 +324,47 @@ def test_enwik8_is_split_by_its_bytes(tmp_path: Path, monkeypatch: pytest.Monkey
     assert "error" not in result
     assert "".join(result["texts"]).strip() == wanted["train"].strip()
     assert "".join(result["test"]).strip() == wanted["test"].strip()
+
+
+def test_a_run_whose_stream_dies_is_saved_and_goes_on(tmp_path: Path) -> None:
+    """The command itself: begins, loses the second file of three, and ends where a run that never lost it ends."""
+    files = sharded("long")
+    for shard in range(3):
+        files[f"long/train-{shard}.parquet"] = hub.parquet(
+            "text", [f"row {row} of shard {shard} " * 60 for row in range(150)]
+        )
+    for split in ("validation", "test"):
+        files[f"long/{split}-0.parquet"] = hub.parquet("text", ["row and shard"] * 50)
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    command = [sys.executable, str(Path(__file__).parent.parent / "scripts" / "train_lm.py")]
+    options = ["--dataset", "any/long", "--tokenizer", "char", "--batch-size", "2", "--bptt", "600", "--synthesizer", "none"]
+    options += ["--embed", "4", "--hidden", "4", "--layers", "1", "--dropout", "0"]
+
+    def call(run: str, *arguments: str, faults: hub.Faults | None = None) -> subprocess.CompletedProcess[str]:
+        with hub.serve({"any/long": {"main": files}}, faults) as endpoint:
+            settings = {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "home"), "HF_UPDATE_DOWNLOAD_COUNTS": "0"}
+            return subprocess.run(
+                [*command, "--run-dir", str(tmp_path / run), *arguments],
+                env={**kept, **settings, "OMP_NUM_THREADS": "1"},
+                capture_output=True,
+                text=True,
+                timeout=300,
+                check=False,
+            )
+
+    whole = call("whole", *options, "--max-steps", "200")
+    assert whole.returncode == 0, whole.stderr
+    begun = call("dies", *options, "--max-steps", "1")
+    assert begun.returncode == 0, begun.stderr
+    died = call("dies", "--resume", "auto", "--max-steps", "200", faults={"long/train-1.parquet": ["403*"]})
+    assert died.returncode == 2, died.stderr
+    (line,) = [line for line in died.stderr.splitlines() if "error" in line]
+    assert "any/long/train: reading failed" in line
+    assert 10 < int(line.split("saved at step ")[1].split(";")[0]) < 190
+    assert "--resume auto" in line
+    resumed = call("dies", "--resume", "auto", "--max-steps", "200")
+    assert resumed.returncode == 0, resumed.stderr
+    summaries = [json.loads((tmp_path / run / "summary.json").read_text()) for run in ("whole", "dies")]
+    assert summaries[0]["steps"] == summaries[1]["steps"] == 200
+    for split in ("valid", "test"):
+        assert summaries[0][split] == summaries[1][split]

@@ -8,10 +8,33 @@ from collections import deque
 from collections.abc import Iterator
 from typing import Generic, TypeVar
 
+from dni_seq.streams.documents import Piece, Position, Reader
+
 Item = TypeVar("Item")
 
-EXIT_SECONDS = 2.0
+EXIT_SECONDS = 5.0
 """How long the end of a thread is waited for."""
+
+
+class StoppableReader(Reader):
+    """A reader that ends early once it is stopped, from any thread."""
+
+    def __init__(self, reader: Reader) -> None:
+        self._reader = reader
+        self._stopped = False
+
+    def __next__(self) -> Piece:
+        if self._stopped:
+            raise StopIteration
+        return next(self._reader)
+
+    def position(self) -> Position:
+        """That of the reader."""
+        return self._reader.position()
+
+    def stop(self) -> None:
+        """No more pieces."""
+        self._stopped = True
 
 
 class Ahead(Generic[Item]):
@@ -19,13 +42,17 @@ class Ahead(Generic[Item]):
 
     What the iterator raises is raised behind the items before it, and again at each further call. The thread ends with the
     iterator, at `close`, and when nobody holds this object any more.
+
+    Args:
+        items: the iterator.
+        source: what it reads from; stopped where the rest is not wanted, so that the thread ends soon.
     """
 
-    def __init__(self, items: Iterator[Item]) -> None:
+    def __init__(self, items: Iterator[Item], source: StoppableReader) -> None:
         self._channel: _Channel[Item] = _Channel()
         # The thread must not hold `self`, or nothing would ever end it.
         thread = threading.Thread(target=_fill, args=(self._channel, items), name="dni_seq text", daemon=True)
-        self._close = weakref.finalize(self, _end, self._channel, thread)
+        self._close = weakref.finalize(self, _end, self._channel, source, thread)
         thread.start()
 
     def __iter__(self) -> Iterator[Item]:
@@ -35,7 +62,7 @@ class Ahead(Generic[Item]):
         return self._channel.get()
 
     def close(self) -> None:
-        """End the thread once it has made the item that it is at."""
+        """End the thread."""
         self._close()
 
 
@@ -80,8 +107,9 @@ class _Channel(Generic[Item]):
             self._changed.notify_all()
 
 
-def _end(channel: _Channel[Item], thread: threading.Thread) -> None:
-    """Let the thread end; an interpreter that exits while it runs would abort. A source that hangs is left to itself."""
+def _end(channel: _Channel[Item], source: StoppableReader, thread: threading.Thread) -> None:
+    """Let the thread end; an interpreter that exits while it runs may abort. A source that hangs is left to itself."""
+    source.stop()
     channel.close()
     thread.join(EXIT_SECONDS)
 

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from dni_seq.streams.ahead import Ahead
-from dni_seq.streams.documents import DataError, Documents, Position
+from dni_seq.streams.ahead import Ahead, StoppableReader
+from dni_seq.streams.documents import DataError, Documents, Position, Reader
 from dni_seq.streams.lanes import Lanes
 from dni_seq.streams.runs import (
     Tally,
@@ -95,7 +95,7 @@ class DocumentLanes(Lanes):
         """Go to the start of an epoch."""
         reader = self._documents.in_epoch(epoch).read()
         self._start = {"documents": reader.position(), "tally": list(self._tally)}
-        self._begin(_flat(Ahead(tokenized_documents(reader, self._tokenizer, self._tally))))
+        self._begin(self._reading(reader, self._tally))
 
     def position(self) -> Position:
         """Where the oldest document in a lane starts, how many were dealt since, and which of them are where."""
@@ -118,7 +118,7 @@ class DocumentLanes(Lanes):
         start = {"documents": position["documents"], "tally": position["tally"]}
         reader = self._documents.in_epoch(epoch).read(start["documents"])
         tally = Tally(*start["tally"])
-        documents = _flat(Ahead(tokenized_documents(reader, self._tokenizer, tally)))
+        documents = self._reading(reader, tally)
         wanted = {place[0] for place in lanes if place is not None}
         found: dict[int, TokenizedDocument] = {}
         for index in range(number):
@@ -135,6 +135,12 @@ class DocumentLanes(Lanes):
         self._start, self._tally = start, tally
         self._begin(documents)
         self._lanes, self._number = dealt, number
+
+    def _reading(self, reader: Reader, tally: Tally) -> Iterator[TokenizedDocument]:
+        """A thread's documents, one by one."""
+        source = StoppableReader(reader)
+        batches = Ahead(tokenized_documents(source, self._tokenizer, tally), source)
+        return (document for batch in batches for document in batch)
 
     def _begin(self, documents: Iterator[TokenizedDocument]) -> None:
         """Deal from `documents`, to empty lanes."""
@@ -167,11 +173,6 @@ def _window(tokens: np.ndarray, seen: np.ndarray, ends: np.ndarray, steps: int, 
         ends=torch.from_numpy(ends) if ends.any() else None,
         lookahead=Lookahead(inputs[steps:], targets[steps:], counted[steps:]) if m else None,
     )
-
-
-def _flat(batches: Iterator[list[TokenizedDocument]]) -> Iterator[TokenizedDocument]:
-    """The documents one by one."""
-    return (document for batch in batches for document in batch)
 
 
 def _checksum(live: list[_Dealt]) -> int:

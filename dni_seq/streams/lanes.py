@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dni_seq.streams.ahead import Ahead
-from dni_seq.streams.documents import Documents, Position
+from dni_seq.streams.ahead import Ahead, StoppableReader
+from dni_seq.streams.documents import Documents, Position, Reader
 from dni_seq.streams.runs import Ids, Tally, TokenRun, check_same, checksum, compact, too_short
 from dni_seq.streams.tokens import Tokenizer
 from dni_seq.windows import Lookahead, Window
@@ -202,7 +202,7 @@ class StreamedLanes(RunningLanes):
     def __init__(self, documents: Documents, tokenizer: Tokenizer, count: int) -> None:
         self._documents, self._tokenizer, self._count = documents, tokenizer, count
         self._tally = Tally()
-        self._restart(TokenRun(documents.in_epoch(0).read(), tokenizer, Tally()))
+        self.rewind(0)
         self.peek(2)
 
     @property
@@ -228,7 +228,7 @@ class StreamedLanes(RunningLanes):
 
     def rewind(self, epoch: int) -> None:
         """Read the text again from its start."""
-        self._restart(TokenRun(self._documents.in_epoch(epoch).read(), self._tokenizer, self.tally))
+        self._begin(*self._reading(self._documents.in_epoch(epoch).read(), self.tally, 0), self.tally)
 
     def position(self) -> Position:
         """Where the first block of the buffer starts, and how far its lanes have been read."""
@@ -240,27 +240,24 @@ class StreamedLanes(RunningLanes):
     def seek(self, position: Position, epoch: int) -> None:
         """Read the block of a position again, and go on in it."""
         saved, at = position["checksum"], position["at"]
-        documents = self._documents.in_epoch(epoch).read(position["documents"])
-        run = TokenRun(documents, self._tokenizer, Tally(*position["tally"]))
-        run.take(position["skip"])
-        ahead, start = self._reading(run)
+        reader = self._documents.in_epoch(epoch).read(position["documents"])
+        tally = Tally(*position["tally"])
+        ahead, start = self._reading(reader, tally, position["skip"])
         block = None if saved is None else next(ahead, None)
         if saved is not None:
             check_same(self._documents.name, saved, block and block.checksum)
-        self._begin(ahead, start, Tally(*position["tally"]))
+        self._begin(ahead, start, tally)
         if block is not None:
             self._add(block)
         self._at = at
 
-    def _restart(self, run: TokenRun) -> None:
-        """Read from `run` into an empty buffer."""
-        tally = run.tally
-        self._begin(*self._reading(run), tally)
-
-    def _reading(self, run: TokenRun) -> tuple[Ahead[_Block], Position]:
-        """A thread that reads blocks, and where they start."""
+    def _reading(self, reader: Reader, tally: Tally, skip: int) -> tuple[Ahead[_Block], Position]:
+        """A thread that reads blocks behind `skip` tokens, and where they start."""
+        source = StoppableReader(reader)
+        run = TokenRun(source, self._tokenizer, tally)
+        run.take(skip)
         start = run.mark()
-        return Ahead(_blocks(run, self._count)), start
+        return Ahead(_blocks(run, self._count), source), start
 
     def _begin(self, ahead: Ahead[_Block], start: Position, tally: Tally) -> None:
         """Take what `ahead` reads into an empty buffer."""

@@ -7,6 +7,7 @@ every read, such as a missing file, fails at once.
 from __future__ import annotations
 
 import copy
+import pickle
 import time
 from collections.abc import Callable, Iterator
 from types import MappingProxyType
@@ -41,11 +42,18 @@ class RowDocuments(Documents):
 
     def __init__(self, name: str, dataset: Any, *, column: str, render: Callable[[str], str], small: bool) -> None:
         super().__init__(name, small=small)
-        self.dataset, self.column, self.render = dataset, column, render
+        self.column, self.render = column, render
+        # A data set keeps the state of its last iteration, so each reader has its own. Copying it later could meet a
+        # thread that changes what its copies share, such as the cache of a file system.
+        self._frozen = pickle.dumps(dataset)
 
     def read(self, position: Position | None = None) -> Reader:
-        """A reader over a copy of the data set, because a data set keeps the state of its last iteration."""
+        """A reader over a copy of the data set."""
         return _RowReader(self, **(position or {"state": None, "rows": 0, "offset": 0}))
+
+    def dataset(self) -> Any:
+        """A copy of the data set."""
+        return pickle.loads(self._frozen)
 
 
 class _RowReader(WholeReader):
@@ -87,7 +95,7 @@ class _RowReader(WholeReader):
     def _row(self) -> Any:
         """The next row; StopIteration at the end."""
         if self._dataset is None:
-            dataset = copy.deepcopy(self._documents.dataset)
+            dataset = self._documents.dataset()
             if self._state is not None:
                 dataset.load_state_dict(copy.deepcopy(self._state))
             iterator = iter(dataset)
