@@ -22,6 +22,7 @@ from . import states
 from .deferred import GradientAccumulator
 from .diagnostics import StateFidelity, fidelity
 from .interfaces import BackwardInterface, Exchange, silence, synthesizer_context
+from .optimization import clipped_step, total_norm
 from .replay import Past, Replayer
 from .states import State
 from .synthesizers import Regression, predict
@@ -211,9 +212,7 @@ class SyntheticCredit:
     def _step_optimizer(self) -> Tensor:
         if self.optimizer is None:
             return torch.zeros(())
-        norm = clip_gradients(self.optimizer, self.settings.clip)
-        self.optimizer.step()
-        return norm
+        return clipped_step(self.optimizer, self.settings.clip)
 
     def _measure(self, window: Past) -> StateFidelity | None:
         """Compare messages with exact gradients where a comparison is due; update the reliabilities."""
@@ -340,16 +339,3 @@ def unpack(saved: dict[str, Any], like: State) -> Past:
     """The window that `pack` took apart; `like` gives its state's nest."""
     context = None if saved["context"] is None else Lookahead(*saved["context"])
     return Past(**{**saved, "start": states.unflatten(like, saved["start"]), "context": context})
-
-
-def total_norm(leaves: Sequence[Tensor]) -> Tensor:
-    """The norm of all leaves together, 0-d."""
-    return torch.stack([leaf.norm() for leaf in leaves]).norm()
-
-
-def clip_gradients(optimizer: torch.optim.Optimizer, limit: float | None) -> Tensor:
-    """Scale the gradients of `optimizer`'s parameters down to norm `limit`; the norm they had."""
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    if limit is not None:
-        return nn.utils.clip_grad_norm_(parameters, limit)
-    return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])

@@ -20,7 +20,7 @@ GROUP = "credit assignment"
 
 SYNTHESIZERS = ("none", "basic", "multi-horizon", "exact")
 
-SCALES: Mapping[str, str] = MappingProxyType({"basic": "0.1", "multi-horizon": "auto", "exact": "1"})
+SCALES: Mapping[str, str] = MappingProxyType({"basic": "auto", "multi-horizon": "auto", "exact": "1"})
 DISCOUNTS: Mapping[str, float] = MappingProxyType({"basic": 0.9, "multi-horizon": 1.0, "exact": 0.9})
 """Defaults by synthesizer. One message for all windows to come bootstraps on itself and needs discounting; horizons that are
 trusted one by one do not."""
@@ -108,6 +108,14 @@ class CreditOptions:
     synthesizer_clip: float = option(
         1.0, "largest norm of the synthesizer's gradient, 0 for no limit", group=GROUP, check=at_least(0)
     )
+
+
+def state_products(options: CreditOptions) -> int:
+    """The vector-Jacobian products to the state alone that a window takes, by which the LSTM's kernel is chosen."""
+    if options.synthesizer == "none":
+        return 0
+    several = options.synthesizer == "multi-horizon" and options.targets == "bootstrap" and not options.draw_horizon
+    return options.horizons + options.tail if several else 1
 
 
 def lookahead_of(options: CreditOptions, bptt: int) -> int:

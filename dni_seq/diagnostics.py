@@ -89,17 +89,18 @@ def fidelity(
     """
     if len(windows) < len(messages):
         raise ValueError(f"{len(messages)} horizons need as many windows to compare with, got {len(windows)}")
-    exact = replayer.exact_gradients(windows)
     all_dims = states.spread(replayer.state_batch_dim, windows[0].start, "state_batch_dim")
     dims = [d for d, leaf in zip(all_dims, states.flatten(windows[0].start), strict=True) if states.is_floating(leaf)]
-    weights = [discount**n for n in range(len(exact))]
-    true_total = _sum(exact, weights)
     heads = [states.floating(message) for message in messages]
-    total = _sum(heads, weights[: len(heads)])
-    truths = [true_total] if bootstrapped else exact[: len(heads)]
+    weights = [discount**n for n in range(len(heads))]
+    if bootstrapped:
+        truths = [replayer.discounted_gradient(windows, discount)]
+    else:
+        truths = replayer.exact_gradients(windows[: len(heads)])
+    total, true_total = _sum(heads, weights), _sum(truths, weights)
     return StateFidelity(
         horizons=[compare(head, truth, dims) for head, truth in zip(heads, truths, strict=True)],
-        total=compare(total, true_total if bootstrapped else _sum(exact[: len(heads)], weights[: len(heads)]), dims),
+        total=compare(total, true_total, dims),
         parts=_parts(total, true_total, dims),
     )
 
@@ -140,11 +141,10 @@ def bptt_gradients(replayer: Replayer, windows: Sequence[Past]) -> list[Tensor]:
         roots: list[Tensor] = [loss]
         gradients: list[Tensor | None] = [None]
         if len(windows) > 1:
-            state = replayer._reset(last, windows[0].ends)
+            state = replayer.reset(last, windows[0].ends)
             behind = [windows[1]._replace(start=states.detach(state)), *windows[2:]]
-            injected = _sum(replayer.exact_gradients(behind), [1.0] * len(behind))
             roots += states.floating(state)
-            gradients += injected
+            gradients += replayer.discounted_gradient(behind, 1.0)
         pairs = [(root, gradient) for root, gradient in zip(roots, gradients, strict=True) if root.requires_grad]
         found: Any = torch.autograd.grad(
             [root for root, _ in pairs], parameters, [gradient for _, gradient in pairs], allow_unused=True

@@ -6,8 +6,16 @@ import torch
 from torch import nn
 
 from . import lm
-from .credit_options import EMBED, build_auxiliary, build_synthesizer, learning_parameters, trainer_settings
+from .credit_options import (
+    EMBED,
+    build_auxiliary,
+    build_synthesizer,
+    learning_parameters,
+    state_products,
+    trainer_settings,
+)
 from .lm_options import LanguageModelOptions
+from .models.kernels import native_up_to
 from .models.language_model import LanguageModel, token_losses
 from .synthesizers import LSTM_CELLS
 from .trainer import SequenceTrainer
@@ -17,6 +25,7 @@ def build_trainer(options: LanguageModelOptions, model: LanguageModel, device: t
     """The trainer of the options, with its optimizers."""
     dtype = model.projection.weight.dtype
     example = model.initial_state(1)
+    model.native_steps = native_up_to(state_products(options))
     synthesizer = build_synthesizer(
         options,
         model,

@@ -65,18 +65,29 @@ class Replayer(NamedTuple):
         """The gradient of each window's loss with respect to the first state of the first one.
 
         Returns one list for each window, of the state's floating-point leaves, raw. A lane's gradient is zero behind the end
-        of its sequence. One graph runs over all windows.
+        of its sequence. One graph runs over all windows, one backward pass starts at each.
         """
-        gradients = []
+        with self._unrolled(windows) as (leaves, losses):
+            return [_gradient([loss], leaves, [None], keep=True) for loss in losses]
+
+    def discounted_gradient(self, windows: Sequence[Past], discount: float) -> list[Tensor]:
+        """Σ_n discount^n times the n-th of `exact_gradients`, by one backward pass."""
+        with self._unrolled(windows) as (leaves, losses):
+            weights: list[Tensor | None] = [loss.new_full((), discount**n) for n, loss in enumerate(losses)]
+            return _gradient(losses, leaves, weights, keep=False)
+
+    @contextmanager
+    def _unrolled(self, windows: Sequence[Past]) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+        """The leaves of the first state, and the losses of all windows run from it in one graph."""
+        losses = []
         with without_parameter_gradients(self.model), torch.enable_grad():
             start = states.map_floating(lambda leaf: leaf.detach().requires_grad_(), windows[0].start)
-            leaves, state = states.floating(start), start
+            state = start
             for window in windows:
                 outputs, last = self.run(window.inputs, state)
-                loss = self.loss(outputs, window.targets, window.mask)
-                gradients.append(_gradient([loss], leaves, [None], keep=True))
-                state = self._reset(last, window.ends)
-        return gradients
+                losses.append(self.loss(outputs, window.targets, window.mask))
+                state = self.reset(last, window.ends)
+            yield states.floating(start), losses
 
     def lambda_targets(
         self,
@@ -129,7 +140,8 @@ class Replayer(NamedTuple):
                 targets.append(states.with_floating(window.start, found))
         return targets
 
-    def _reset(self, state: State, ends: Tensor | None) -> State:
+    def reset(self, state: State, ends: Tensor | None) -> State:
+        """`state` with the lanes that `ends` marks back in the initial state."""
         if ends is None:
             return state
         return states.reset_lanes(state, ends, self.initial_state(len(ends)), self.state_batch_dim)

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from . import states
-from .credit import CreditSettings, Synthetic, SyntheticCredit, clip_gradients
+from .credit import CreditSettings, Synthetic, SyntheticCredit
 from .deferred import backward, defer_backward
+from .optimization import clipped_step
 from .replay import Past, Replayer
 from .states import State
 from .windows import Lookahead
@@ -204,8 +205,7 @@ class SequenceTrainer:
             exchange = None if self.credit is None else self.credit.inject(scope, last, ends, lookahead)
             if exchange is not None and self.auxiliary is not None:
                 backward(self.auxiliary_weight * self.auxiliary(early, exchange.injected[0]))
-        gradient_norm = clip_gradients(self.optimizer, self.clip)
-        self.optimizer.step()
+        gradient_norm = clipped_step(self.optimizer, self.clip)
         last = states.detach(last)
         synthetic = None
         if self.credit is not None and exchange is not None:

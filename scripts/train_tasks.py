@@ -46,10 +46,12 @@ from dni_seq.credit_options import (
     build_synthesizer,
     learning_parameters,
     lookahead_of,
+    state_products,
     trainer_settings,
 )
 from dni_seq.lm import device_of, on_device
 from dni_seq.lm_trainer import adam
+from dni_seq.models.kernels import native_up_to
 from dni_seq.models.sequence_model import SequenceModel
 from dni_seq.options import parse, report
 from dni_seq.plan import Plan, config_of, plan_run
@@ -332,6 +334,7 @@ def prepare(plan: Plan[TaskOptions]) -> Training:
 def build_trainer(options: TaskOptions, task: Task, model: SequenceModel, device: torch.device) -> dni.SequenceTrainer:
     """The trainer of the options, with its optimizers; a window's loss is the sum over time and the mean over lanes."""
     example = model.initial_state(1)
+    model.native_steps = native_up_to(state_products(options))
     synthesizer = build_synthesizer(
         options,
         model,

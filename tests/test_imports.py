@@ -17,6 +17,7 @@ LEVELS = {
     "states": 0,
     "deferred": 0,
     "windows": 0,
+    "optimization": 0,
     "synthesizers": 1,
     "targets": 2,
     "replay": 3,

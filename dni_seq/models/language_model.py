@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from .kernels import native_up_to, run_rnn
+
 CELLS = ("lstm", "gru")
 _INITIAL_RANGE = 0.1  # of the embedding's and the projection's weights, as in the example
 
@@ -30,6 +32,9 @@ class LanguageModel(nn.Module):
         layers: L.
         dropout: share of activations zeroed after the embedding, between layers and before the projection.
         tied: the projection uses the embedding's weights.
+
+    Attributes:
+        native_steps: the longest window that PyTorch's native LSTM kernel runs on the CPU; see `kernels.native_up_to`.
 
     Raises:
         ValueError: unknown cell, sizes below 1, dropout outside [0, 1), or tied weights with embed != hidden.
@@ -56,6 +61,7 @@ class LanguageModel(nn.Module):
         between = dropout if layers > 1 else 0.0
         kind = nn.LSTM if cell == "lstm" else nn.GRU
         self.rnn = kind(embed, hidden, layers, dropout=between)
+        self.native_steps = native_up_to(0)
         self.projection = nn.Linear(hidden, vocabulary_size)
         nn.init.uniform_(self.embedding.weight, -_INITIAL_RANGE, _INITIAL_RANGE)
         nn.init.uniform_(self.projection.weight, -_INITIAL_RANGE, _INITIAL_RANGE)
@@ -69,7 +75,7 @@ class LanguageModel(nn.Module):
         `state` None means the initial one, zeros.
         """
         embedded = self.dropout(self.embedding(tokens))  # [T, B, E]
-        outputs, state = self.rnn(embedded, state)  # [T, B, H]
+        outputs, state = run_rnn(self.rnn, embedded, state, self.native_steps)  # [T, B, H]
         return self.projection(self.dropout(outputs)), state
 
     def initial_state(self, lanes: int) -> Tensor | LSTMState:

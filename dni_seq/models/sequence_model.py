@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from .kernels import native_up_to, run_rnn
 from .language_model import CELLS, LSTMState
 
 
@@ -20,6 +21,9 @@ class SequenceModel(nn.Module):
         cell: "lstm", whose state is (h, c), each [L, B, H], or "gru", whose state is h [L, B, H].
         hidden: H, hidden units a layer.
         layers: L.
+
+    Attributes:
+        native_steps: the longest window that PyTorch's native LSTM kernel runs on the CPU; see `kernels.native_up_to`.
 
     Raises:
         ValueError: unknown cell, or a size below 1.
@@ -36,11 +40,12 @@ class SequenceModel(nn.Module):
         self.cell, self.hidden, self.layers = cell, hidden, layers
         kind = nn.LSTM if cell == "lstm" else nn.GRU
         self.rnn = kind(input_size, hidden, layers)
+        self.native_steps = native_up_to(0)
         self.readout = nn.Linear(hidden, output_size)
 
     def forward(self, inputs: Tensor, state: Tensor | LSTMState | None = None) -> tuple[Tensor, Tensor | LSTMState]:
         """Read inputs [T, B, D] from `state` on, None for zeros; return outputs [T, B, O] and the last state."""
-        outputs, state = self.rnn(inputs, state)  # [T, B, H]
+        outputs, state = run_rnn(self.rnn, inputs, state, self.native_steps)  # [T, B, H]
         return self.readout(outputs), state
 
     def initial_state(self, lanes: int) -> Tensor | LSTMState:
