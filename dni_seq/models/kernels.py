@@ -11,7 +11,7 @@ Legend: T = window length, B = lanes, E = input size, H = hidden units.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -19,10 +19,10 @@ from torch import Tensor, nn
 
 
 def native_up_to(products: int) -> int:
-    """The longest window, in steps, for which the native kernel is at least as quick, given a window's products to the state.
+    """The longest window, in steps, for which the native kernel is at least as quick.
 
     Args:
-        products: vector-Jacobian products to the state alone, beside the one backward pass.
+        products: vector-Jacobian products to the state alone that a window takes, beside the one backward pass.
     """
     return 2 if products == 0 else 4 if products == 1 else 16
 
@@ -31,11 +31,9 @@ def run_rnn(rnn: nn.Module, inputs: Tensor, state: Any, native: int) -> tuple[Te
     """`rnn(inputs, state)` for inputs [T, B, E], through the native kernel where T is at most `native`."""
     # float64 never runs through oneDNN, and under autocast oneDNN's kernel is the one that knows bfloat16.
     short = len(inputs) <= native and isinstance(rnn, nn.LSTM) and inputs.dtype == torch.float32
-    if not short or inputs.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+    native_wins = short and inputs.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
+    with _native_kernels() if native_wins else nullcontext():
         result: tuple[Tensor, Any] = rnn(inputs, state)
-        return result
-    with _native_kernels():
-        result = rnn(inputs, state)
     return result
 
 
@@ -44,7 +42,7 @@ def _native_kernels() -> Iterator[None]:
     """PyTorch's native CPU kernels inside; a backward pass uses the kernels of its forward pass wherever it runs."""
     # The public context manager, torch.backends.mkldnn.flags, warns of settings that it is not given to change.
     enabled = torch.backends.mkldnn.enabled
-    torch.backends.mkldnn.enabled = False
+    torch.backends.mkldnn.enabled = False  # type: ignore[assignment]
     try:
         yield
     finally:
