@@ -22,7 +22,7 @@ from . import states
 from .deferred import GradientAccumulator
 from .diagnostics import StateFidelity, fidelity
 from .interfaces import BackwardInterface, Exchange, silence, synthesizer_context
-from .optimization import clipped_step, total_norm
+from .optimization import clipped_step
 from .replay import Past, Replayer
 from .states import State
 from .synthesizers import Regression, predict
@@ -115,6 +115,7 @@ class SyntheticCredit:
         self._running = RunningFidelity()
         self._evidence: Tensor | None = None
         self._comparisons = 0
+        self._reliability: list[float] | None = None
         self._ring: deque[Past] = deque()
         self._probe = Probe()
         self._steps = 0
@@ -127,7 +128,7 @@ class SyntheticCredit:
         if self.settings.targets == "lambda":
             rule = rule._replace(trained=[False] * len(rule.own))
         if self.settings.scale == "auto":
-            trust = self._reliability(len(rule.weights))
+            trust = self._reliability or [0.0] * len(rule.weights)
             rule = rule._replace(weights=[w * r for w, r in zip(rule.weights, trust, strict=True)])
         return rule
 
@@ -168,7 +169,7 @@ class SyntheticCredit:
         if self._target_network is not None and self._steps % self.settings.target_network == 0:
             self._target_network.load_state_dict(self.synthesizer.state_dict())
         measured = None if window is None else self._measure(window)
-        injected = total_norm(exchange.injected[0])
+        injected = nn.utils.get_total_norm(exchange.injected[0])
         own = exchange.own_gradients[0] if exchange.own_gradients else None
         unknown = injected.new_full((), float("nan"))
         if regression is None:
@@ -178,7 +179,7 @@ class SyntheticCredit:
         return Synthetic(
             loss=regression.loss,
             gradient_norm=norm,
-            injected_ratio=unknown if own is None else injected / total_norm(own),
+            injected_ratio=unknown if own is None else injected / nn.utils.get_total_norm(own),
             cosine=regression.cosine,
             r2=self._running.r2(),
             scale=torch.tensor(self.rule.weights),
@@ -246,11 +247,12 @@ class SyntheticCredit:
         previous = torch.zeros_like(sums) if self._evidence is None else self._evidence
         self._evidence = torch.lerp(sums, previous, RELIABILITY_DECAY)
         self._comparisons += 1
+        self._reliability = self._found_reliable()
 
-    def _reliability(self, horizons: int) -> list[float]:
+    def _found_reliable(self) -> list[float] | None:
         """The share of each horizon that comparisons found right, from 0 to 1; it rises from 0 with their number."""
         if self._evidence is None:
-            return [0.0] * horizons
+            return None
         overlap, power = self._evidence.unbind(1)
         slope = torch.where(power > 0, overlap / power, torch.zeros_like(power)).clamp(0, 1)
         certainty = 1 - RELIABILITY_DECAY**self._comparisons
@@ -274,6 +276,7 @@ class SyntheticCredit:
         """Take over what `state_dict` gave; `like` gives the hidden state's nest."""
         self._running.load_state_dict(saved["running"])
         self._evidence, self._comparisons = saved["evidence"], saved["comparisons"]
+        self._reliability = self._found_reliable()
         self._ring = deque(unpack(window, like) for window in saved["ring"])
         messages = saved["probe_messages"]
         self._probe = Probe(

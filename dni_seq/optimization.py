@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
 
@@ -36,8 +34,3 @@ def clipped_step(optimizer: torch.optim.Optimizer, limit: float | None) -> Tenso
 
 def _divides_gradients(optimizer: torch.optim.Optimizer) -> bool:
     return all(group.get("fused") for group in optimizer.param_groups) and hasattr(optimizer, "_step_supports_amp_scaling")
-
-
-def total_norm(leaves: Sequence[Tensor]) -> Tensor:
-    """The norm of all leaves together, 0-d."""
-    return torch.stack([leaf.norm() for leaf in leaves]).norm()

@@ -2,24 +2,23 @@
 
 Source: the recipe starts from Jaderberg et al. 2017, arXiv 1608.05343, section 3.1. We differ in the heads by horizon (each
 predicts the gradient of one window ahead, so that none but the tail bootstraps on itself), in the lookahead of more than one
-step, in `GatedCells` and in `Normalized`; docs/synthetic-gradients.md measures each.
+step, in bounded cells and in normalised targets; docs/synthetic-gradients.md measures each.
 
-Legend: B = lanes, H = hidden units, L = layers, K = horizons, m = lookahead in steps.
+Legend: B = lanes, H = hidden units, L = layers, S = numbers in one lane's state, N, K = horizons, m = lookahead in steps.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from . import states
+from .state_network import Packing, StateNetwork
 from .states import State
-from .synthesizers import GatedCells, Normalized, Regression, RunningRMS, mean_squared, zero_
+from .synthesizers import Normalized, Regression, RunningRMS, check_like, mean_squared
 from .targets import TargetRule, combine, increments
 from .windows import Lookahead
 
@@ -75,103 +74,116 @@ def _width(module: nn.Module) -> int:
     )
 
 
-class StateNetwork(nn.Module):
-    """An MLP from the whole state of a lane, and what it has ahead, to one message for each horizon.
+class StateHeads(nn.Module):
+    """Messages by horizon for a recurrent state: a `StateNetwork` that sees bounded cells and learns normalised targets.
 
-    The trunk sees every tensor and layer at once; each tensor of each layer of each horizon has its own head, so a layer
-    needs no index. Heads, and a linear path beside the trunk, start at zero.
+    It computes what `Normalized(GatedCells(StateNetwork(...)))` computes, on packed states: a short window's step is made of
+    small operations, and this takes a third as many.
 
     Args:
-        example: a state; leaves [L, B, H] or [B, H], shapes but for B are taken from it.
-        horizons: number of messages.
+        example: a state of the model, such as `model.initial_state(1)`.
+        horizons: N, number of messages.
+        cells: which leaves are LSTM cells, such as `LSTM_CELLS`; False for none.
         hidden: sizes of the trunk's hidden layers.
         batch_dim: where the lanes lie in the state's leaves, an int or a nest.
-        encoder: context encoder with an attribute `features`, None for a synthesizer without context.
+        encoder: a `LookaheadEncoder`, None for the purely online case.
+        decay: share of the running mean square that an update keeps, in the long run.
     """
+
+    cell: Tensor
+    mean_square: Tensor
+    counts: Tensor
 
     def __init__(
         self,
         example: State,
         horizons: int = 1,
         *,
-        hidden: Sequence[int] = (512, 512),
-        batch_dim: Any = 1,
-        encoder: nn.Module | None = None,
-    ) -> None:
-        super().__init__()
-        if horizons < 1:
-            raise ValueError(f"horizons must be positive, got {horizons}")
-        leaves = states.flatten(example)
-        dims = states.spread(batch_dim, example, "batch_dim")
-        self._dims = [d % leaf.dim() for d, leaf in zip(dims, leaves, strict=True) if states.is_floating(leaf)]
-        shapes = [leaf.movedim(d, 0).shape[1:] for d, leaf in zip(self._dims, states.floating(example), strict=True)]
-        self._sizes = [shape.numel() for shape in shapes]
-        self.horizons = horizons
-        self.encoder = encoder
-        size = sum(self._sizes)
-        widths = [size + (0 if encoder is None else int(encoder.features)), *hidden]  # type: ignore[arg-type]
-        self.trunk = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(widths))
-        self.heads = nn.Linear(widths[-1], horizons * size)
-        self.linear = nn.Linear(size, horizons * size, bias=False)
-        zero_(self.heads)
-        zero_(self.linear)
-
-    def predict(self, trigger: State, context: Any) -> list[State]:
-        """One message for each horizon, in the unit that this network is trained in."""
-        leaves = states.floating(trigger)
-        flat = torch.cat(
-            [leaf.movedim(d, 0).flatten(1) for d, leaf in zip(self._dims, leaves, strict=True)], dim=1
-        )  # [B, S]
-        out = self.heads(self._trunk(flat, context)) + self.linear(flat)
-        messages = []
-        for message in out.chunk(self.horizons, dim=1):
-            pieces = message.split(self._sizes, dim=1)
-            shaped = [
-                piece.reshape(leaf.movedim(d, 0).shape).movedim(0, d)
-                for piece, leaf, d in zip(pieces, leaves, self._dims, strict=True)
-            ]
-            messages.append(states.with_floating(trigger, shaped))
-        return messages
-
-    def forward(self, trigger: State, context: Any = None) -> State:
-        """The message of a network of one horizon."""
-        (message,) = self.predict(trigger, context)
-        return message
-
-    def _trunk(self, flat: Tensor, context: Any) -> Tensor:
-        if self.encoder is not None:
-            flat = torch.cat([flat, self.encoder(context)], dim=1)
-        elif context is not None:
-            raise ValueError("a context is given; build the synthesizer with an encoder (LookaheadEncoder) to use it")
-        for layer in self.trunk:
-            flat = F.gelu(layer(flat))
-        return flat
-
-
-class StateSynthesizer(Normalized):
-    """One synthesizer for a recurrent state, its target bootstrapped: a_k + γ J_kᵀ M(s_{k+1}).
-
-    Args:
-        example: a state of the model, such as `model.initial_state(1)`.
-        cells: which leaves are LSTM cells, such as `LSTM_CELLS`; False for none.
-        hidden: sizes of the trunk's hidden layers.
-        batch_dim: where the lanes lie in the state's leaves, an int or a nest.
-        encoder: a `LookaheadEncoder`, None for the purely online case.
-        decay: of the running root mean square.
-    """
-
-    def __init__(
-        self,
-        example: State,
-        *,
         cells: Any = False,
-        hidden: Sequence[int] = (512, 512),
+        hidden: Sequence[int] = (256,),
         batch_dim: Any = 1,
         encoder: nn.Module | None = None,
         decay: float = 0.99,
     ) -> None:
-        network = StateNetwork(example, 1, hidden=hidden, batch_dim=batch_dim, encoder=encoder)
-        super().__init__(GatedCells(network, cells), decay)
+        super().__init__()
+        self.network = StateNetwork(example, horizons, hidden=hidden, batch_dim=batch_dim, encoder=encoder)
+        self.decay = decay
+        self.register_buffer("cell", self.packing.marks(cells, example, "cells"), persistent=False)
+        segments = len(self.packing.lengths)
+        dtype = states.floating(example)[0].dtype
+        self.register_buffer("mean_square", torch.zeros(horizons, segments, dtype=dtype))
+        self.register_buffer("counts", torch.zeros(horizons, 1, dtype=dtype))
+
+    @property
+    def packing(self) -> Packing:
+        """How states lie side by side."""
+        return self.network.packing
+
+    def predict(self, trigger: State, context: Any) -> list[State]:
+        """One message a horizon, raw; exactly zero before the first regression."""
+        messages = self._normal(trigger, context) * self._scales()
+        return [self.packing.unpack(message, trigger) for message in messages.unbind(1)]
+
+    def forward(self, trigger: State, context: Any = None) -> State:
+        """The raw message of one horizon."""
+        (message,) = self.predict(trigger, context)
+        return message
+
+    def regress(self, trigger: State, context: Any, targets: list[State | None]) -> Regression:
+        """Mean squared error in normalised units; takes the targets into the statistics first.
+
+        Raises:
+            ValueError: a target has not the shape of its message.
+        """
+        trained = [i for i, target in enumerate(targets) if target is not None]
+        like = states.floating(trigger)
+        for target in targets:
+            if target is not None:
+                check_like(like, states.floating(target), "trigger", "real message")
+        packed = [self.packing.pack(states.floating(target)) for target in targets if target is not None]
+        wanted = torch.stack(packed, dim=1)  # [B, n, S]
+        self._update(trained, wanted)
+        wanted = wanted / self._scales()[trained].clamp_min(Normalized.tiny)
+        found = self._normal(trigger, context)[:, trained]
+        error = (found - wanted).square().mean((0, 2))
+        with torch.no_grad():
+            power = wanted.square().mean((0, 2))
+            norms = (found.square().mean((0, 2)) * power).sqrt()
+            cosine = (found * wanted).mean((0, 2)) / norms.clamp_min(Normalized.tiny)
+            rows = wanted.new_full((3, len(targets)), float("nan"))
+            rows[:, trained] = torch.stack([error, power, cosine])
+        return Regression(error.mean(), *rows.unbind())
+
+    def _normal(self, trigger: State, context: Any) -> Tensor:
+        """[B, N, S], in units of the targets' root mean square."""
+        flat = self.packing.pack(states.floating(trigger))
+        bounded = torch.where(self.cell, flat.tanh(), flat)
+        gate = torch.where(self.cell, 1 - bounded.square(), 1)
+        return self.network.packed(bounded, context) * gate[:, None]
+
+    def _scales(self) -> Tensor:
+        """[N, S], the root mean square of every number's segment; zero before the first update."""
+        return self.mean_square.sqrt()[:, self.packing.segment]
+
+    @torch.no_grad()
+    def _update(self, trained: list[int], wanted: Tensor) -> None:
+        """Take targets [B, n, S] of the horizons `trained` into the mean squares, as `RunningRMS` does."""
+        counts = self.counts[trained] + 1
+        weight = (1 / counts).clamp_min(1 - self.decay)
+        fresh = self.packing.segment_means(wanted.square().mean(0))
+        self.mean_square[trained] = torch.lerp(self.mean_square[trained], fresh, weight)
+        self.counts[trained] = counts
+
+
+class StateSynthesizer(StateHeads):
+    """One synthesizer for a recurrent state, its target bootstrapped: a_k + γ J_kᵀ M(s_{k+1}).
+
+    Args:
+        example, cells, hidden, batch_dim, encoder, decay: see `StateHeads`.
+    """
+
+    def __init__(self, example: State, **settings: Any) -> None:
+        super().__init__(example, 1, **settings)
 
 
 class MultiHorizonSynthesizer(nn.Module):
@@ -190,7 +202,7 @@ class MultiHorizonSynthesizer(nn.Module):
         horizons: K.
         tail: whether a last head stands for all windows behind the K-th.
         draw: train one head, drawn at random, a window: one vector-Jacobian product instead of K.
-        cells, hidden, batch_dim, encoder, decay: see `StateSynthesizer`.
+        cells, hidden, batch_dim, encoder, decay: see `StateHeads`.
 
     Attributes:
         weights: w, one number a head, the tail's last; 1 at first. Set it, or single entries, at any time.
@@ -208,21 +220,16 @@ class MultiHorizonSynthesizer(nn.Module):
         horizons: int = 1,
         tail: bool = False,
         draw: bool = False,
-        cells: Any = False,
-        hidden: Sequence[int] = (512, 512),
-        batch_dim: Any = 1,
-        encoder: nn.Module | None = None,
-        decay: float = 0.99,
+        **settings: Any,
     ) -> None:
         super().__init__()
-        if horizons < 1:
-            raise ValueError(f"horizons must be positive, got {horizons}")
         self.horizons = horizons
         self.tail = tail
         self.draw = draw
         self.weights = [1.0] * (horizons + tail)
-        network = StateNetwork(example, horizons + tail, hidden=hidden, batch_dim=batch_dim, encoder=encoder)
-        self.heads = Normalized(GatedCells(network, cells), decay)
+        if horizons < 1:
+            raise ValueError(f"horizons must be positive, got {horizons}")
+        self.heads = StateHeads(example, horizons + tail, **settings)
         self.register_buffer("draws", torch.zeros((), dtype=torch.int64))
 
     def predict(self, trigger: State, context: Any) -> list[State]:

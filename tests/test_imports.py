@@ -21,6 +21,7 @@ LEVELS = {
     "synthesizers": 1,
     "targets": 2,
     "replay": 3,
+    "state_network": 2,
     "state_synthesizers": 3,
     "interfaces": 4,
     "exact_future": 4,

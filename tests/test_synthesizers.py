@@ -10,7 +10,9 @@ from torch import nn
 
 import dni_seq as dni
 from dni_seq import states
-from dni_seq.synthesizers import RunningRMS, predict
+from dni_seq.state_network import StateNetwork
+from dni_seq.state_synthesizers import StateHeads
+from dni_seq.synthesizers import RunningRMS, predict, regress
 from tests import problems, reference
 from tests.test_trainer import CLOSE, LANES, assert_same, run, summed_gradients, trainer_initial
 
@@ -237,6 +239,36 @@ def test_gated_cells_bound_what_goes_in_and_what_comes_out():
     assert torch.equal(message[1], torch.zeros_like(c)), "a saturated cell has no gradient"
 
 
+@pytest.mark.parametrize("name", problems.MODELS)
+def test_packed_heads_are_the_composition_of_the_plain_parts(name):
+    """Messages, losses, diagnostics and gradients, over several regressions of some or all horizons."""
+    torch.manual_seed(0)
+    model = problems.make_model(name)
+    state = model(problems.tokens(T, LANES), trainer_initial(model))[1]
+    settings = {"hidden": (6,), "batch_dim": model.state_batch_dim}
+    packed = StateHeads(state, 3, cells=model.cells, **settings).double()
+    network = StateNetwork(state, 3, **settings).double()
+    nn.init.normal_(packed.network.heads.weight)
+    network.load_state_dict(packed.network.state_dict())
+    plain = dni.Normalized(dni.GatedCells(network, model.cells))
+    for skipped in ([], [1], [0, 2], []):
+        state = states.map_floating(lambda leaf: 2 * torch.randn_like(leaf), state)
+        targets = [states.map_floating(lambda leaf: 1e-4 * torch.randn_like(leaf), state) for _ in range(3)]
+        targets = [None if i in skipped else target for i, target in enumerate(targets)]
+        for one, other in zip(predict(packed, state, None), predict(plain, state, None), strict=True):
+            for a, b in zip(states.floating(one), states.floating(other), strict=True):
+                torch.testing.assert_close(a, b, **CLOSE)
+        found, expected = (regress(synthesizer, state, None, targets) for synthesizer in (packed, plain))
+        for a, b in zip(found, expected, strict=True):
+            torch.testing.assert_close(a, b, equal_nan=True, **CLOSE)
+        gradients = [
+            torch.autograd.grad(step.loss, net.parameters()) for step, net in ((found, packed.network), (expected, network))
+        ]
+        for a, b in zip(*gradients, strict=True):
+            assert a.abs().max() > 0
+            torch.testing.assert_close(a, b, **CLOSE)
+
+
 def test_running_rms_is_the_mean_of_all_then_forgets():
     rms = RunningRMS(decay=0.9)
     values = [1.0, 3.0, 2.0]
@@ -286,7 +318,7 @@ def test_missing_and_surplus_context_name_the_cure():
     with pytest.raises(ValueError, match="with_lookahead"):
         multi_horizon(model).predict(trainer_initial(model), None)
     with pytest.raises(ValueError, match="encoder"):
-        dni.StateSynthesizer(trainer_initial(model)).double().synthesizer.predict(trainer_initial(model), object())
+        dni.StateSynthesizer(trainer_initial(model)).double().predict(trainer_initial(model), object())
     with pytest.raises(ValueError, match="steps must be positive"):
         dni.LookaheadEncoder(0, nn.Embedding(2, 2), nn.Embedding(2, 2))
     exact = dni.ExactFuture(model, problems.mean, steps=2, window=2)

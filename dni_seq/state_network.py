@@ -1,0 +1,138 @@
+"""An MLP from a whole recurrent state to messages, in packed form: one vector a lane instead of a nest of tensors.
+
+Short windows pay for every small operation, so what is done leaf by leaf elsewhere is done here once, on all leaves side by
+side. `Packing` leads from a nest to its packed form and back.
+
+Legend: B = lanes, H = hidden units, L = layers, S = numbers in one lane's state, G = segments of it, N = horizons.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from . import states
+from .states import State
+from .synthesizers import zero_
+
+
+class Packing(nn.Module):
+    """How a state's leaves lie side by side in one vector a lane.
+
+    A segment is what shares one scale: a layer of a leaf [L, B, H], or a whole leaf of any other rank.
+
+    Args:
+        example: a state; leaves [L, B, H] or [B, H], shapes but for B are taken from it.
+        batch_dim: where the lanes lie in the state's leaves, an int or a nest.
+
+    Attributes:
+        size: S.
+        segment: [S], the segment of each number, 0 to G - 1.
+        lengths: [G], how many numbers a segment has.
+    """
+
+    segment: Tensor
+    lengths: Tensor
+
+    def __init__(self, example: State, batch_dim: Any = 1) -> None:
+        super().__init__()
+        dims = states.spread(batch_dim, example, "batch_dim")
+        floating = [(leaf, d) for leaf, d in zip(states.flatten(example), dims, strict=True) if states.is_floating(leaf)]
+        self._dims = [d % leaf.dim() for leaf, d in floating]
+        shapes = [leaf.movedim(d, 0).shape[1:] for leaf, d in floating]
+        self._sizes = [shape.numel() for shape in shapes]
+        self.size = sum(self._sizes)
+        layered = [leaf.dim() == 3 and d != 0 for leaf, d in zip(states.floating(example), self._dims, strict=True)]
+        counts = [shape[0] if several else 1 for shape, several in zip(shapes, layered, strict=True)]
+        lengths = [size // count for size, count in zip(self._sizes, counts, strict=True) for _ in range(count)]
+        self.register_buffer("lengths", torch.tensor(lengths), persistent=False)
+        numbers = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+        self.register_buffer("segment", numbers, persistent=False)
+
+    def pack(self, leaves: Sequence[Tensor]) -> Tensor:
+        """[B, S] of a state's floating-point leaves."""
+        flat = [leaf.movedim(d, 0).flatten(1) for leaf, d in zip(leaves, self._dims, strict=True)]
+        return torch.cat(flat, dim=1)
+
+    def unpack(self, packed: Tensor, like: State) -> State:
+        """The nest of `like` that holds `packed` [B, S]."""
+        leaves = []
+        pieces = packed.split(self._sizes, dim=1)
+        for piece, leaf, d in zip(pieces, states.floating(like), self._dims, strict=True):
+            leaves.append(piece.reshape(leaf.movedim(d, 0).shape).movedim(0, d))
+        return states.with_floating(like, leaves)
+
+    def marks(self, setting: Any, example: State, name: str) -> Tensor:
+        """[S] bool: the numbers of the leaves that `setting`, one bool or a nest of them, marks."""
+        values = states.spread(setting, example, name)
+        chosen = [bool(v) for v, leaf in zip(values, states.flatten(example), strict=True) if states.is_floating(leaf)]
+        return torch.tensor(chosen).repeat_interleave(torch.tensor(self._sizes))
+
+    def segment_means(self, values: Tensor) -> Tensor:
+        """[N, G], the mean of `values` [N, S] over each segment."""
+        sums = values.new_zeros(len(values), len(self.lengths)).index_add_(1, self.segment, values)
+        return sums / self.lengths
+
+
+class StateNetwork(nn.Module):
+    """An MLP from the whole state of a lane, and what it has ahead, to one message for each horizon.
+
+    The trunk sees every tensor and layer at once; each tensor of each layer of each horizon has its own head, so a layer
+    needs no index. Heads start at zero.
+
+    Args:
+        example: a state; leaves [L, B, H] or [B, H], shapes but for B are taken from it.
+        horizons: N, number of messages.
+        hidden: sizes of the trunk's hidden layers; none is a linear map.
+        batch_dim: where the lanes lie in the state's leaves, an int or a nest.
+        encoder: context encoder with an attribute `features`, None for a synthesizer without context.
+
+    Raises:
+        ValueError: `horizons` is not positive; at a call, a context is given that no encoder would read.
+    """
+
+    def __init__(
+        self,
+        example: State,
+        horizons: int = 1,
+        *,
+        hidden: Sequence[int] = (256,),
+        batch_dim: Any = 1,
+        encoder: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        if horizons < 1:
+            raise ValueError(f"horizons must be positive, got {horizons}")
+        self.packing = Packing(example, batch_dim)
+        self.horizons = horizons
+        self.encoder = encoder
+        ahead = 0 if encoder is None else int(encoder.features)  # type: ignore[arg-type]
+        widths = [self.packing.size + ahead, *hidden]
+        self.trunk = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(widths))
+        self.heads = nn.Linear(widths[-1], horizons * self.packing.size)
+        zero_(self.heads)
+
+    def packed(self, flat: Tensor, context: Any) -> Tensor:
+        """[B, N, S] of packed states [B, S], in the unit that this network is trained in."""
+        if self.encoder is not None:
+            flat = torch.cat([flat, self.encoder(context)], dim=1)
+        elif context is not None:
+            raise ValueError("a context is given; build the synthesizer with an encoder (LookaheadEncoder) to use it")
+        for layer in self.trunk:
+            flat = F.gelu(layer(flat))
+        return self.heads(flat).unflatten(1, (self.horizons, self.packing.size))
+
+    def predict(self, trigger: State, context: Any) -> list[State]:
+        """One message for each horizon, in the unit that this network is trained in."""
+        messages = self.packed(self.packing.pack(states.floating(trigger)), context)
+        return [self.packing.unpack(message, trigger) for message in messages.unbind(1)]
+
+    def forward(self, trigger: State, context: Any = None) -> State:
+        """The message of a network of one horizon."""
+        (message,) = self.predict(trigger, context)
+        return message
