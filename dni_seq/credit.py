@@ -26,7 +26,7 @@ from .optimization import clipped_step
 from .replay import Past, Replayer
 from .states import State
 from .synthesizers import Regression, predict
-from .targets import TargetRule, rule_of
+from .targets import TargetRule, drawn, rule_of
 from .windows import Lookahead
 
 RELIABILITY_DECAY = 0.9
@@ -65,6 +65,7 @@ class CreditSettings(NamedTuple):
     targets: Literal["bootstrap", "lambda"] = "bootstrap"
     lam: float = 0.9
     replay_windows: int = 8
+    regress_every: int = 1
     target_network: int = 0
     fidelity_every: int = 0
 
@@ -79,8 +80,9 @@ class CreditSettings(NamedTuple):
             raise ValueError(f"synthesizer_clip must be positive, or None for no limit, got {self.clip}")
         if self.targets not in ("bootstrap", "lambda"):
             raise ValueError(f'targets must be "bootstrap" or "lambda", got {self.targets!r}')
-        if self.replay_windows < 1:
-            raise ValueError(f"replay_windows must be positive, got {self.replay_windows}")
+        for name, count in (("replay_windows", self.replay_windows), ("regress_every", self.regress_every)):
+            if count < 1:
+                raise ValueError(f"{name} must be positive, got {count}")
         for name, count in (("target_network", self.target_network), ("fidelity_every", self.fidelity_every)):
             if count < 0:
                 raise ValueError(f"{name} must be 0 (off) or more windows, got {count}")
@@ -125,7 +127,8 @@ class SyntheticCredit:
         """The coefficients of targets and injection at the coming window."""
         scale = 1.0 if self.settings.scale == "auto" else self.settings.scale
         rule = rule_of(self.synthesizer, scale, self.settings.discount)
-        if self.settings.targets == "lambda":
+        # Drawn, since every second window, say, would be the same windows of short sequences each time.
+        if self.settings.targets == "lambda" or drawn(self.settings.regress_every, self._steps):
             rule = rule._replace(trained=[False] * len(rule.own))
         if self.settings.scale == "auto":
             trust = self._reliability or [0.0] * len(rule.weights)

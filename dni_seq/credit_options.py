@@ -86,7 +86,14 @@ class CreditOptions:
     lookahead: int | None = option(
         None, "steps ahead that multi-horizon sees", group=GROUP, check=at_least(0), shown="--horizons times --bptt"
     )
-    synthesizer_hidden: int = option(512, "units of multi-horizon's two hidden layers", group=GROUP, check=at_least(1))
+    synthesizer_hidden: int = option(256, "units of multi-horizon's hidden layers", group=GROUP, check=at_least(1))
+    synthesizer_layers: int = option(1, "hidden layers of multi-horizon", group=GROUP, check=at_least(0))
+    message_clip: float = option(
+        10.0,
+        "largest number in a message, in units of the running root mean square of its targets, 0 for no limit",
+        group=GROUP,
+        check=at_least(0),
+    )
     exact_steps: int = option(4, "exact: steps ahead whose gradient is computed", group=GROUP, check=at_least(1))
     targets: str = option(
         "bootstrap", "what the synthesizer is trained towards", group=GROUP, choices=("bootstrap", "lambda")
@@ -95,6 +102,9 @@ class CreditOptions:
         0.9, "lambda targets: 0 bootstrapped, 1 exact over the replayed windows", group=GROUP, check=fraction
     )
     replay_windows: int = option(8, "windows in a replay", group=GROUP, check=at_least(1))
+    regress_every: int = option(
+        1, "train the synthesizer at one window of so many, drawn at random", group=GROUP, check=at_least(1)
+    )
     auxiliary: float = option(
         0.0, "weight of the loss of predicting the next synthetic gradient, 0 for off", group=GROUP, check=at_least(0)
     )
@@ -157,11 +167,17 @@ def build_synthesizer(
         return None
     if options.synthesizer == "basic":
         width = sum(leaf.shape[-1] for leaf in floating(example))
-        return Normalized(GatedCells(BasicSynthesizer(width, n_hidden=1), cells))
+        return Normalized(GatedCells(BasicSynthesizer(width, n_hidden=1), cells), limit=options.message_clip or None)
     if options.synthesizer == "multi-horizon" or options.tail:
         steps = tail_lookahead(options, bptt)
         encoder = LookaheadEncoder(steps, *encode()) if steps else None
-        common: dict[str, Any] = {"cells": cells, "hidden": [options.synthesizer_hidden] * 2, "encoder": encoder}
+        hidden = [options.synthesizer_hidden] * options.synthesizer_layers
+        common: dict[str, Any] = {
+            "cells": cells,
+            "hidden": hidden,
+            "encoder": encoder,
+            "limit": options.message_clip or None,
+        }
     if options.synthesizer == "multi-horizon":
         return MultiHorizonSynthesizer(
             example, horizons=options.horizons, tail=options.tail, draw=options.draw_horizon, **common
@@ -187,6 +203,7 @@ def trainer_settings(options: CreditOptions) -> dict[str, Any]:
         "targets": options.targets,
         "lam": options.lam,
         "replay_windows": options.replay_windows,
+        "regress_every": options.regress_every,
         "target_network": options.target_network,
         "fidelity_every": every,
         "auxiliary_weight": options.auxiliary,

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from . import states
 from .state_network import Packing, StateNetwork
 from .states import State
-from .synthesizers import Normalized, Regression, RunningRMS, check_like, mean_squared
-from .targets import TargetRule, combine, increments
+from .synthesizers import Normalized, Regression, RunningRMS, check_like, checked_limit, limited, mean_squared
+from .targets import TargetRule, combine, drawn, increments
 from .windows import Lookahead
 
 
@@ -88,6 +88,7 @@ class StateHeads(nn.Module):
         batch_dim: where the lanes lie in the state's leaves, an int or a nest.
         encoder: a `LookaheadEncoder`, None for the purely online case.
         decay: share of the running mean square that an update keeps, in the long run.
+        limit: the largest number in a message, in units of its segment's running root mean square; None for no limit.
     """
 
     cell: Tensor
@@ -104,8 +105,10 @@ class StateHeads(nn.Module):
         batch_dim: Any = 1,
         encoder: nn.Module | None = None,
         decay: float = 0.99,
+        limit: float | None = None,
     ) -> None:
         super().__init__()
+        self.limit = checked_limit(limit)
         self.network = StateNetwork(example, horizons, hidden=hidden, batch_dim=batch_dim, encoder=encoder)
         self.decay = decay
         self.register_buffer("cell", self.packing.marks(cells, example, "cells"), persistent=False)
@@ -121,7 +124,7 @@ class StateHeads(nn.Module):
 
     def predict(self, trigger: State, context: Any) -> list[State]:
         """One message a horizon, raw; exactly zero before the first regression."""
-        messages = self._normal(trigger, context) * self._scales()
+        messages = limited(self._normal(trigger, context), self.limit) * self._scales()
         return [self.packing.unpack(message, trigger) for message in messages.unbind(1)]
 
     def forward(self, trigger: State, context: Any = None) -> State:
@@ -179,7 +182,7 @@ class StateSynthesizer(StateHeads):
     """One synthesizer for a recurrent state, its target bootstrapped: a_k + γ J_kᵀ M(s_{k+1}).
 
     Args:
-        example, cells, hidden, batch_dim, encoder, decay: see `StateHeads`.
+        example, cells, hidden, batch_dim, encoder, decay, limit: see `StateHeads`.
     """
 
     def __init__(self, example: State, **settings: Any) -> None:
@@ -202,7 +205,7 @@ class MultiHorizonSynthesizer(nn.Module):
         horizons: K.
         tail: whether a last head stands for all windows behind the K-th.
         draw: train one head, drawn at random, a window: one vector-Jacobian product instead of K.
-        cells, hidden, batch_dim, encoder, decay: see `StateHeads`.
+        cells, hidden, batch_dim, encoder, decay, limit: see `StateHeads`.
 
     Attributes:
         weights: w, one number a head, the tail's last; 1 at first. Set it, or single entries, at any time.
@@ -251,10 +254,8 @@ class MultiHorizonSynthesizer(nn.Module):
         rule = increments(scale, discount, self.weights, self.tail)
         if not self.draw:
             return rule
-        # Seeded by a counter that is saved with the module: draws go on exactly and leave the global random state alone.
-        generator = torch.Generator().manual_seed(int(self.draws))
-        drawn = int(torch.randint(len(self.weights), (), generator=generator))
-        return rule._replace(trained=[i == drawn for i in range(len(self.weights))])
+        chosen = drawn(len(self.weights), int(self.draws))
+        return rule._replace(trained=[i == chosen for i in range(len(self.weights))])
 
 
 class AuxiliaryTask(nn.Module):

@@ -313,14 +313,20 @@ class Normalized(nn.Module):
     Args:
         synthesizer: the module to wrap.
         decay: how much of the statistics an update keeps.
+        limit: the largest number in a message, in units of the running root mean square of what it predicts; larger ones
+            are cut to it. None for no limit.
+
+    Raises:
+        ValueError: `limit` is not positive.
     """
 
     tiny = 1e-30
 
-    def __init__(self, synthesizer: nn.Module, decay: float = 0.99) -> None:
+    def __init__(self, synthesizer: nn.Module, decay: float = 0.99, limit: float | None = None) -> None:
         super().__init__()
         self.synthesizer = synthesizer
         self.rms = RunningRMS(decay)
+        self.limit = checked_limit(limit)
 
     def predict(self, trigger: State, context: Any) -> list[State]:
         """One message a horizon, raw; exactly zero before the first regression."""
@@ -329,7 +335,7 @@ class Normalized(nn.Module):
         if scales is None:
             return [states.map_floating(torch.zeros_like, message) for message in messages]
         source = iter(scales)
-        return [states.map_floating(lambda leaf: leaf * next(source), message) for message in messages]
+        return [states.map_floating(lambda leaf: limited(leaf, self.limit) * next(source), message) for message in messages]
 
     def forward(self, trigger: State, context: Any = None) -> State:
         """The raw message of a synthesizer of one horizon."""
@@ -349,6 +355,18 @@ class Normalized(nn.Module):
             for i, target in enumerate(targets)
         ]
         return mean_squared(messages, normal)
+
+
+def checked_limit(limit: float | None) -> float | None:
+    """A limit of messages, or a ValueError where it is not positive."""
+    if limit is not None and not limit > 0:
+        raise ValueError(f"limit must be positive, or None for no limit, got {limit}")
+    return limit
+
+
+def limited(message: Tensor, limit: float | None) -> Tensor:
+    """`message`, in normalised units, with its numbers cut to what `limit` allows."""
+    return message if limit is None else message.clamp(-limit, limit)
 
 
 def _divided(state: State, scales: list[Tensor]) -> State:

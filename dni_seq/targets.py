@@ -77,3 +77,8 @@ def combine(messages: list[State], weights: Sequence[float]) -> list[Tensor]:
 def _weighted_sum(leaves: list[Tensor], weights: Sequence[float]) -> Tensor:
     terms = [leaf if weight == 1 else leaf * weight for leaf, weight in zip(leaves, weights, strict=True) if weight != 0]
     return torch.stack(terms).sum(0) if len(terms) > 1 else terms[0] if terms else torch.zeros_like(leaves[0])
+
+
+def drawn(choices: int, count: int) -> int:
+    """A number from 0 to `choices` - 1, drawn by a counter: it can be saved, and leaves the global random state alone."""
+    return int(torch.randint(choices, (), generator=torch.Generator().manual_seed(count)))

@@ -92,6 +92,8 @@ class SequenceTrainer:
         lam: λ: 0 is the bootstrapped target, 1 that of exact BPTT over the replayed windows.
         replay_windows: K, how many windows are replayed: for λ-targets, and for the fidelity of a synthesizer whose one
             message stands for all windows to come.
+        regress_every: n: the synthesizer is trained at one window of n, drawn at random, and predicts at all of them.
+            λ-targets are not thinned out.
         target_network: every so many windows a copy of the synthesizer is made, whose messages go into targets; 0 for off.
         fidelity_every: every so many windows messages are compared with exact gradients; 0 for never.
         auxiliary: an `AuxiliaryTask` whose loss joins the window's; its parameters go to `synthesizer_optimizer`. The
@@ -124,6 +126,7 @@ class SequenceTrainer:
         targets: Literal["bootstrap", "lambda"] = "bootstrap",
         lam: float = 0.9,
         replay_windows: int = 8,
+        regress_every: int = 1,
         target_network: int = 0,
         fidelity_every: int = 0,
         auxiliary: nn.Module | None = None,
@@ -137,7 +140,15 @@ class SequenceTrainer:
         autocast: torch.dtype | None = None,
     ) -> None:
         settings = CreditSettings(
-            synthetic_scale, discount, synthesizer_clip, targets, lam, replay_windows, target_network, fidelity_every
+            synthetic_scale,
+            discount,
+            synthesizer_clip,
+            targets,
+            lam,
+            replay_windows,
+            regress_every,
+            target_network,
+            fidelity_every,
         )
         settings.check()
         if clip is not None and not clip > 0:

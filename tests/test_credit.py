@@ -291,3 +291,41 @@ def test_auxiliary_task_is_saved_with_the_trainer():
     assert_same(dict(other_task.named_parameters()), dict(task.named_parameters()), rtol=0, atol=0)
     with pytest.raises(ValueError, match="synthesizer"):
         dni.SequenceTrainer(model, problems.frozen(model), problems.mean, auxiliary=task)
+
+
+def test_regressions_can_be_thinned_out_without_thinning_messages():
+    torch.manual_seed(0)
+    text = problems.tokens(1200, 3)
+    model = problems.make_model("gru")
+    synthesizer = dni.StateSynthesizer(torch.zeros(1, 3, 5), hidden=(4,)).double()
+    trainer = dni.SequenceTrainer(
+        model, problems.frozen(model), problems.mean, synthesizer=synthesizer, synthetic_scale=1.0, regress_every=3
+    )
+    learned, injected = [], []
+    for window in problems.cut(text, 2):
+        before = [p.clone() for p in synthesizer.parameters()]
+        synthetic = trainer.step(window.inputs, window.targets).synthetic
+        changed = any(not torch.equal(a, b) for a, b in zip(before, synthesizer.parameters(), strict=True))
+        assert changed == (not synthetic.loss.isnan())
+        learned.append(changed)
+        injected.append(synthetic.scale.item())
+    # 600 draws of 1/3: three sigma are 0.06. The first of an odd and an even pair are drawn alike.
+    assert sum(learned) / len(learned) == pytest.approx(1 / 3, abs=0.06)
+    assert sum(learned[::2]) / len(learned[::2]) == pytest.approx(1 / 3, abs=0.09)
+    assert set(injected) == {1.0}
+
+
+@pytest.mark.parametrize("make", [dni.StateSynthesizer, lambda *args, **kwargs: None])
+def test_messages_are_cut_relative_to_their_running_rms(make):
+    torch.manual_seed(0)
+    state = (torch.randn(1, 4, 3), torch.randn(1, 4, 3))
+    synthesizer = make(state, hidden=(4,), limit=2.0) or dni.Normalized(dni.BasicSynthesizer(6, n_hidden=1), limit=2.0)
+    for parameter in synthesizer.parameters():
+        nn.init.normal_(parameter, std=5.0)
+    target = tuple(scale * torch.ones(1, 4, 3) for scale in (1e-3, 1e-5))
+    synthesizer.regress(state, None, [target])
+    message = synthesizer(state, None)
+    for leaf, scale in zip(message, (1e-3, 1e-5), strict=True):
+        assert leaf.abs().max().item() == pytest.approx(2 * scale, rel=1e-4)
+    with pytest.raises(ValueError, match="limit must be positive"):
+        dni.Normalized(dni.BasicSynthesizer(6), limit=0.0)
