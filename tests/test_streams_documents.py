@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from dni_seq.streams import documents as documents_module
 from dni_seq.streams import lanes as lanes_module
 from dni_seq.streams import runs as runs_module
 from dni_seq.streams import shuffle as shuffle_module
-from dni_seq.streams.documents import ListedDocuments
+from dni_seq.streams.documents import ListedDocuments, Piece, Position, Reader
 from dni_seq.windows import Window, counted, with_lookahead
 
 ALPHABET = "abcdefghijklmnopqrstuvwxyz"
@@ -268,3 +269,42 @@ for reset in (False, True):
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100, check=False)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("reset", [False, True])
+def test_a_link_that_dies_between_two_epochs_loses_no_window(reset: bool) -> None:
+    """The last window of an epoch is handed out before the text is opened again, so it never goes down with that."""
+
+    class Dying(Listed):
+        dead = False
+
+        def read(self, position: Position | None = None) -> Reader:
+            if self.dead:
+                return Dead()
+            return super().read(position)
+
+    class Dead(Reader):
+        def __next__(self) -> Piece:
+            raise DataError("the link is dead")
+
+        def position(self) -> Position:
+            return {"index": 0, "offset": 0}
+
+    def make() -> tuple[Dying, WindowStream]:
+        documents = Dying()
+        return documents, WindowStream(documents, TOKENIZER, lanes=3, bptt=7, document_reset=reset)
+
+    whole = list(islice(forever(make()[1]), 400))
+    documents, stream = make()
+    seen = list(islice(stream, 5))
+    documents.dead = True
+    with pytest.raises(DataError, match="the link is dead"):
+        seen.extend(forever(stream))
+    state = json.loads(json.dumps(stream.state_dict()))
+    assert 5 < len(seen) < 300
+    _, resumed = make()
+    resumed.load_state_dict(state)
+    seen.extend(islice(forever(resumed), 50))
+    for mine, expected in zip(seen, whole, strict=False):
+        assert torch.equal(mine.inputs, expected.inputs)
+        assert torch.equal(mine.targets, expected.targets)

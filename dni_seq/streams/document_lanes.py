@@ -62,17 +62,20 @@ class DocumentLanes(Lanes):
         self._documents, self._tokenizer, self._count = documents, tokenizer, count
         self._tally = Tally()
         self._lanes: list[_Dealt | None] = []
+        self._next: TokenizedDocument | None = None
         self.rewind(0)
+        self._read_first()
         if self._next is None:
             raise too_short(documents.name, count, 2)
 
     @property
     def tally(self) -> Tally:
-        """What has been taken of the text, in all epochs, by whole documents."""
-        return self._tally
+        """What has been taken of the text, in all epochs, by whole documents, the next one included."""
+        return self._tally if self._next is None else self._next.tally
 
     def window(self, steps: int, lookahead: int) -> tuple[Window, bool]:
         """The next window, as short as its longest lane; lanes without a document are masked and end."""
+        self._read_first()
         self._deal_all()
         lanes = self._lanes
         steps = min(steps, max(dealt.left for dealt in lanes if dealt))
@@ -143,10 +146,16 @@ class DocumentLanes(Lanes):
         return (document for batch in batches for document in batch)
 
     def _begin(self, documents: Iterator[TokenizedDocument]) -> None:
-        """Deal from `documents`, to empty lanes."""
-        following = next(documents, None)
-        self._source, self._next, self._number = documents, following, 0
+        """Deal from `documents`, to empty lanes; nothing is read before the next window, which may fail."""
+        self._source, self._next, self._number = documents, None, 0
         self._lanes = [None] * self._count
+        self._begun = False
+
+    def _read_first(self) -> None:
+        """Read the first document to deal, unless that is done."""
+        if not self._begun:
+            self._next = next(self._source, None)
+            self._begun = True
 
     def _deal_all(self) -> None:
         """Give each empty lane a document, while there are any."""
