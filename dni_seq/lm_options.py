@@ -13,7 +13,7 @@ from types import MappingProxyType
 from typing import Any, ClassVar
 
 from .credit_options import GROUP as CREDIT
-from .credit_options import CreditOptions
+from .credit_options import CreditOptions, tail_lookahead
 from .models.language_model import CELLS
 from .options import above_zero, at_least, option, share
 from .streams import Corpus
@@ -71,6 +71,7 @@ class LanguageModelOptions(CreditOptions):
 
     MAY_CHANGE: ClassVar[frozenset[str]] = frozenset(
         {
+            "bptt",
             "epochs",
             "max_steps",
             "max_tokens",
@@ -219,4 +220,8 @@ def settle(options: LanguageModelOptions, corpus: Corpus) -> LanguageModelOption
     if options.max_steps is not None or options.max_tokens is not None:
         del defaults["epochs"]
     missing = {name: value for name, value in defaults.items() if getattr(options, name) is None}
-    return dataclasses.replace(options, **missing)
+    settled = dataclasses.replace(options, **missing)
+    if settled.synthesizer != "multi-horizon" and not settled.tail:
+        return settled
+    # The synthesizer's size depends on it, so it stays where a resumed run changes --bptt.
+    return dataclasses.replace(settled, lookahead=tail_lookahead(settled, settled.bptt))
