@@ -244,6 +244,12 @@ def sample(t: Training, model: LanguageModel) -> None:
     t.progress.say(f"--- sample at step {t.steps} ---\n{text}\n---")
 
 
+def say_unknown(t: Training) -> None:
+    """How much of the text is not in the vocabulary, of a streamed text as far as it has been read; nothing where all is."""
+    if unknown := lm.describe_unknown({"train": t.stream, "valid": t.valid, "test": t.test}):
+        t.progress.say(unknown)
+
+
 def save(t: Training, path: Path) -> None:
     """Write a checkpoint; the log is flushed first, so that it never lacks a step that the checkpoint has."""
     t.tick()
@@ -270,6 +276,7 @@ def finish(t: Training) -> None:
     best = lm.load_run(t.run, t.run.best, t.device).model
     scores = {"valid": lm.score(best, t.valid, t.options), "test": lm.score(best, t.test, t.options)}
     log_score(t, "test", scores["test"])
+    say_unknown(t)
     sample(t, best)
     t.tick()
     write_json(t.run.summary, summary(t, scores))
@@ -317,9 +324,9 @@ def prepare(plan: Plan[LanguageModelOptions]) -> Training:
     if checkpoint is not None:
         log.load_state_dict(checkpoint["log"], device)
     progress = Progress(total_steps(options, stream), trainer.steps)
-    if unknown := lm.describe_unknown({"train": stream, "valid": valid, "test": test}):
-        progress.say(unknown)
-    return Training(options, run, device, tokenizer, stream, valid, test, model, trainer, counters, log, progress)
+    training = Training(options, run, device, tokenizer, stream, valid, test, model, trainer, counters, log, progress)
+    say_unknown(training)
+    return training
 
 
 def restore(checkpoint: dict[str, Any] | None, trainer: dni.SequenceTrainer, stream: WindowStream) -> Counters:
