@@ -198,6 +198,30 @@ def test_invalid_utf8_is_replaced_on_request(tmp_path: Path) -> None:
     assert whole(corpus.train)[:11] == "good\nb\ufffdd\n\ufffd\n"
 
 
+def test_text_that_is_not_utf8_in_parquet_is_named_or_replaced(tmp_path: Path) -> None:
+    rows = pa.array([b"good", b"b\xffd", b"more"] * 20)
+    unchecked = pa.StringArray.from_buffers(len(rows), *rows.buffers()[1:])
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": unchecked}), path, row_group_size=10)
+    with pytest.raises(DataError, match=r"a\.parquet is not UTF-8 at byte 1 of row 1 of row group 0.*invalid-utf8 replace"):
+        open_corpus(data_file=path)
+    documents = of(path, errors="replace")
+    assert list(documents) == ["good\n", "b\ufffdd\n", "more\n"] * 20
+    reader = documents.read()
+    for _ in range(13):
+        next(reader)
+    assert [piece.text for piece in documents.read(reader.position())] == (["good\n", "b\ufffdd\n", "more\n"] * 20)[13:]
+
+
+def test_half_a_surrogate_pair_in_json_is_named_or_replaced(tmp_path: Path) -> None:
+    """It could be printed nowhere; whole pairs are characters."""
+    path = write(tmp_path / "a.jsonl", rb'{"text": "\ud83d\ude00 a\ud800b"}' + b"\n")
+    with pytest.raises(DataError, match=r"a\.jsonl: .* half of a surrogate pair.*--invalid-utf8 replace") as caught:
+        whole(of(path))
+    assert str(caught.value).isascii()
+    assert whole(of(path, errors="replace")) == "\U0001f600 a\ufffdb\n"
+
+
 @pytest.mark.parametrize("kind", ["word", "char", "sentencepiece"])
 def test_strange_characters_survive(kind: str, tmp_path: Path) -> None:
     text = (

@@ -12,6 +12,7 @@ import gzip
 import io
 import json
 import lzma
+import re
 import weakref
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -151,6 +152,10 @@ def _usable(data: bytes) -> int:
     return CHUNK - (data[CHUNK - 1 : CHUNK] == b"\r")
 
 
+_HALVES = re.compile("[\ud800-\udfff]")
+"""What JSON can escape and UTF-8 cannot hold."""
+
+
 class _JsonReader(WholeReader):
     """Objects of JSON, one a line; a document is the text in one of their fields."""
 
@@ -183,7 +188,15 @@ class _JsonReader(WholeReader):
             raise DataError(f"{self._path}: a line is not JSON ({first_line(error)}): {_shortened(line)}") from error
         if not isinstance(row, dict):
             raise DataError(f"{self._path}: a line is not a JSON object: {_shortened(line)}")
-        return text_in(row, self._form.column, str(self._path))
+        text = text_in(row, self._form.column, str(self._path))
+        if text.isascii() or not _HALVES.search(text):
+            return text
+        if self._form.errors == "strict":
+            raise DataError(
+                f"{self._path}: a line escapes half of a surrogate pair, which is no character: mend it, "
+                f"or take --invalid-utf8 replace: {_shortened(line)}"
+            )
+        return _HALVES.sub("\ufffd", text)
 
 
 class _ParquetReader(WholeReader):
@@ -229,8 +242,20 @@ class _ParquetReader(WholeReader):
         for batch in self._file.iter_batches(ROWS, row_groups=[group], columns=[self._form.column]):
             if passed + len(batch) > row:
                 for value in batch.column(0)[max(0, row - passed) :]:
-                    yield value.as_py()
+                    yield self._decoded(value)
             passed += len(batch)
+
+    def _decoded(self, value: Any) -> Any:
+        """What an Arrow scalar holds; Parquet does not see to it that text is UTF-8."""
+        try:
+            return value.as_py()
+        except UnicodeDecodeError as error:
+            if self._form.errors == "strict":
+                where = f"byte {error.start} of row {self._row} of row group {self._group}"
+                raise DataError(
+                    f"{self._path} is not UTF-8 at {where}, counted from 0: convert it, or take --invalid-utf8 replace"
+                ) from error
+            return value.as_buffer().to_pybytes().decode("utf-8", self._form.errors)
 
 
 def _open_parquet(path: Path, size: int, column: str) -> Any:

@@ -117,7 +117,7 @@ def may_pass(error: BaseException) -> bool:
     response = getattr(error, "response", None)
     if response is not None:
         return response.status_code not in NOT_WORTH_RETRYING
-    return not isinstance(error, FileNotFoundError)
+    return not isinstance(error, (FileNotFoundError, UnicodeError))
 
 
 def leave_retrying_to_us() -> None:
