@@ -16,7 +16,7 @@ from dni_seq.streams.documents import (
 )
 from dni_seq.streams.formats import COMPRESSIONS, FileFormat, read_file
 
-IN_MEMORY_BYTES = 1 << 26
+IN_MEMORY_BYTES = 1 << 25
 """Files up to this size in all are held in memory as token ids; larger ones are streamed in constant memory."""
 
 PACKED = 4

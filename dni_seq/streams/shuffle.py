@@ -11,7 +11,10 @@ import numpy as np
 from dni_seq.streams.documents import Documents, Piece, Position, Reader
 
 BLOCK_DOCUMENTS = 10_000
-"""Documents in a block of a streamed text; a text that is held in memory is one block."""
+"""Documents in a block of a streamed text."""
+
+HELD_DOCUMENTS = 1_000_000
+"""Documents in a block of a text that is held in memory, mostly all of it; empty lines take much more room than tokens."""
 
 BLOCK_CHARACTERS = 1 << 24
 """Characters after which a block of a streamed text ends too, with the document that reaches them."""
@@ -70,13 +73,13 @@ class _ShuffledReader(Reader):
     def _read_block(self, number: int) -> list[Piece]:
         """The pieces of the next documents, as block `number`, permuted by whole documents; empty at the end of the text."""
         block: list[list[Piece]] = [[]]
-        characters = 0
+        most, characters = HELD_DOCUMENTS if self._whole else BLOCK_DOCUMENTS, 0
         for piece in self._reader:
             block[-1].append(piece)
             characters += len(piece.text)
             if not piece.ends:
                 continue
-            if not self._whole and (len(block) >= BLOCK_DOCUMENTS or characters >= BLOCK_CHARACTERS):
+            if len(block) >= most or (not self._whole and characters >= BLOCK_CHARACTERS):
                 break
             block.append([])
         documents = [document for document in block if document]
