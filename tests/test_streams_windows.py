@@ -319,6 +319,27 @@ def test_a_large_file_is_streamed_and_resumed(tmp_path: Path, monkeypatch: pytes
         assert_same(next(iter(resumed)), windows[index + 1])
 
 
+@pytest.mark.parametrize("change", ["grown", "one more"])
+def test_a_position_in_other_files_is_refused(change: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is before the position is as it was, but what is held out is not: the run would train on it."""
+    from dni_seq.streams import files
+
+    monkeypatch.setattr(files, "IN_MEMORY_BYTES", 0)
+    (tmp_path / "1.txt").write_text(TEXT * 3, encoding="utf-8")
+
+    def make() -> WindowStream:
+        return WindowStream(open_corpus(data_file=tmp_path / "*.txt").train, TOKENIZER, lanes=2, bptt=6)
+
+    stream = make()
+    next(iter(stream))
+    state = json.loads(json.dumps(stream.state_dict()))
+    make().load_state_dict(state)
+    with (tmp_path / ("1.txt" if change == "grown" else "2.txt")).open("a", encoding="utf-8") as file:
+        file.write(TEXT)
+    with pytest.raises(DataError, match="has changed since the position was saved"):
+        make().load_state_dict(state)
+
+
 def test_an_endless_stream_takes_constant_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lanes_module, "RUN", 1 << 10)
     stream = WindowStream(Endless(), TOKENIZER, lanes=8, bptt=64, lookahead=16)

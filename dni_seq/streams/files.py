@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -44,19 +45,27 @@ class FileDocuments(Documents):
             for path, size in self._sizes.items()
         )
         super().__init__(name, small=unpacked <= IN_MEMORY_BYTES)
+        self._checksum = zlib.crc32(repr([*self._sizes.values()]).encode())
 
     def read(self, position: Position | None = None) -> Reader:
-        """A reader; a position is the file's number and the position in it."""
-        return _FilesReader([*self._sizes.items()], self._form, **(position or {"file": 0, "inner": None}))
+        """A reader; a position is the file's number, the position in it, and a checksum of all files' sizes.
+
+        Raises:
+            DataError: the position is one in other files, or in files that have grown since; the splits would be others.
+        """
+        position = position or {"sizes": self._checksum, "file": 0, "inner": None}
+        if position["sizes"] != self._checksum:
+            raise DataError(f"{self.name} has changed since the position was saved: resume with the same data")
+        return _FilesReader([*self._sizes.items()], self._form, **position)
 
 
 class _FilesReader(Reader):
     """Reads files one after the other."""
 
-    def __init__(self, files: Sequence[tuple[Path, int]], form: FileFormat, file: int, inner: Position | None) -> None:
-        self._files, self._form, self._number = files, form, file
-        if not file < len(files):
-            raise DataError("the saved position is in a file that is no longer there: resume with the same data")
+    def __init__(
+        self, files: Sequence[tuple[Path, int]], form: FileFormat, sizes: int, file: int, inner: Position | None
+    ) -> None:
+        self._files, self._form, self._sizes, self._number = files, form, sizes, file
         self._reader = read_file(*files[file], form, inner)
 
     def __next__(self) -> Piece:
@@ -70,7 +79,7 @@ class _FilesReader(Reader):
             self._reader = read_file(*self._files[self._number], self._form, None)
 
     def position(self) -> Position:
-        return {"file": self._number, "inner": self._reader.position()}
+        return {"sizes": self._sizes, "file": self._number, "inner": self._reader.position()}
 
 
 def load_own_files(
