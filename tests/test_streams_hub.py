@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from dni_seq.streams import DataError, open_corpus
+from dni_seq.streams import DataError, known_datasets, open_corpus
 from dni_seq.streams import hub as hub_module
 from tests import hub
 
@@ -164,7 +164,7 @@ def test_offline_asks_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
 
 OPEN = """
 import json, sys, time
-from dni_seq.streams import DataError, open_corpus
+from dni_seq.streams import DataError, known_datasets, open_corpus
 
 real = time.sleep
 time.sleep = lambda seconds: real(min(seconds, 0.01))  # the pauses between attempts, minutes in all
@@ -296,6 +296,38 @@ def test_any_repository_by_its_id(tmp_path: Path) -> None:
     assert "--dataset-revision refs/convert/parquet" in script["error"]
     assert revision["texts"] == [sentence + "\n" for sentence in SENTENCES]
     assert "any/none cannot be read from the Hub" in absent["error"]
+
+
+def test_every_name_of_the_table_streams(tmp_path: Path) -> None:
+    """Repositories with the configuration, revision and column of each row of it; enwik8, a file, is below."""
+    texts = {split: [f"{split} text {i}" for i in range(60)] for split in SPLITS}
+    names = [name for name in hub_module.CORPORA if name != "enwik8"]
+    repositories: dict[str, dict[str, dict[str, bytes]]] = {}
+    for corpus in (hub_module.CORPORA[name] for name in names):
+        files = repositories.setdefault(corpus.hub_id, {}).setdefault(
+            corpus.revision or "main", {"README.md": b"---\nconfigs:\n"}
+        )
+        config = corpus.config or "default"
+        files["README.md"] += f"- config_name: {config}\n  data_files:\n".encode()
+        for split, rows in texts.items():
+            path = f"{config}/{split}.parquet"
+            content = hub.parquet(str(corpus.column), rows)
+            if corpus.hub_id == "allenai/c4":
+                path = f"{config}/{split}.json.gz"
+                content = gzip.compress("".join(json.dumps({"url": "", "text": row}) + "\n" for row in rows).encode())
+            files["README.md"] += f"  - split: {split}\n    path: {path}\n".encode()
+            files[path] = content
+    for revisions in repositories.values():
+        for files in revisions.values():
+            files["README.md"] += b"---\n"
+    results = attempt(repositories, tmp_path, [{"name": name} for name in names])
+    for name, result in zip(names, results, strict=True):
+        assert "error" not in result, (name, result)
+        found = {"train": result["texts"], "validation": result["valid"], "test": result["test"]}
+        assert found == {split: [row + "\n" for row in rows] for split, rows in texts.items()}, name
+        assert result["level"] == hub_module.CORPORA[name].level
+    design = "ptb, wikitext-2, wikitext-103, text8, enwik8, tinyshakespeare, pg19, fineweb, c4, pydoc"
+    assert known_datasets() == design.split(", ")
 
 
 def test_enwik8_is_split_by_its_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -275,6 +275,27 @@ def test_many_words_are_held_as_int32_and_few_as_uint16() -> None:
         assert held.peek(70_001)[:count, 0].tolist() == list(range(2, count + 2))
 
 
+def test_text_is_read_ahead_of_the_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a thread: while nobody asks for a window, the block behind the one in use is read, and not many further."""
+    monkeypatch.setattr(lanes_module, "RUN", 100)
+    monkeypatch.setattr(runs_module, "PIECE", 10)
+    readers: list[Counting] = []
+    documents = Endless()
+    monkeypatch.setattr(documents, "read", lambda position=None: readers.append(Counting(0)) or readers[-1])
+    stream = WindowStream(documents, TOKENIZER, lanes=2, bptt=4)
+    next(iter(stream))
+
+    def blocks_read() -> float:
+        return sum(20 * len(str(number)) + 1 for number in range(readers[-1].number)) / (2 * 100)
+
+    deadline = time.monotonic() + 60
+    while blocks_read() < 2 and time.monotonic() < deadline:
+        time.sleep(0.001)
+    time.sleep(0.05)
+    # One in use, one that waits for the windows, one in the making, and the rest of a document.
+    assert 2 <= blocks_read() < 3.5
+
+
 def test_an_error_in_mid_stream_leaves_a_position_to_resume_from(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lanes_module, "RUN", 30)
     monkeypatch.setattr(runs_module, "PIECE", 10)
