@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
+import os
+import subprocess
 import sys
 import time
 from importlib import metadata
@@ -20,6 +23,7 @@ from dni_seq.streams import digits
 from dni_seq.streams.documents import DataError
 from scripts import feedforward_table, train_feedforward
 from scripts.train_feedforward import FeedForwardOptions
+from tests import hub
 
 
 @pytest.fixture(autouse=True)
@@ -110,6 +114,33 @@ def test_rows_of_the_hub_become_images():
     torch.testing.assert_close(
         images, digits.scaled(torch.tensor([0, 255], dtype=torch.uint8)[:, None, None].expand(2, 28, 28))
     )
+
+
+def test_mnist_is_read_from_the_hub(tmp_path):
+    """The real `datasets` code, in an interpreter of its own, against a hub on the loopback interface."""
+    import numpy as np
+    from datasets import ClassLabel, Dataset, Features, Image
+
+    files = {"README.md": b""}
+    for name, labels in (("train", [4, 9, 1]), ("test", [7])):
+        pixels = [np.full((28, 28), 20 * label, dtype=np.uint8) for label in labels]
+        features = Features({"image": Image(), "label": ClassLabel(num_classes=10)})
+        file = io.BytesIO()
+        Dataset.from_dict({"image": pixels, "label": labels}, features=features).to_parquet(file)
+        files[f"mnist/{name}-00000-of-00001.parquet"] = file.getvalue()
+    code = (
+        "from dni_seq.streams import digits\n"
+        "data = digits.load('mnist')\n"
+        "grey = (data.train_images * digits.DEVIATION + digits.MEAN) * 255\n"
+        "print(data.train_labels.tolist(), data.test_labels.tolist(), grey[:, 0, 0, 0].round().int().tolist())\n"
+    )
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    with hub.serve({"ylecun/mnist": {"main": files}}) as endpoint:
+        settings = {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path), "HF_UPDATE_DOWNLOAD_COUNTS": "0"}
+        done = subprocess.run(
+            [sys.executable, "-c", code], env={**kept, **settings}, capture_output=True, text=True, timeout=200, check=False
+        )
+    assert done.stdout == "[4, 9, 1] [7] [80, 180, 20]\n", done.stderr
 
 
 def test_what_is_missing_is_said(monkeypatch):

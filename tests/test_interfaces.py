@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
 import dni_seq as dni
+from dni_seq.deferred import current_scope
 from dni_seq.interfaces import current_context
 
 # Sums of products in another order, of gradients of size 1: a hundred times float64's epsilon.
@@ -533,6 +534,32 @@ def test_a_synthesizer_that_detaches_its_message(way):
 
     with pytest.raises(RuntimeError, match=r"trainable parameters.*detach"):
         run()
+
+
+@pytest.mark.parametrize("way", ["call", "send", "hook", "scope"])
+def test_an_exception_of_the_synthesizer_passes(way):
+    """As it is, wherever the synthesizer is called; and no scope or context stays behind."""
+
+    def fails(message):
+        raise KeyError("mine")
+
+    interface = dni.BackwardInterface(Returns(fails))
+
+    def run():
+        if way == "call":
+            interface(x64(grad=True) * 1)
+        elif way == "send":
+            interface.send(x64(), x64())
+        elif way == "hook":
+            interface.make_trigger(x64()).sum().backward()
+        else:
+            with dni.defer_backward():
+                dni.backward(interface.make_trigger(x64()).sum())
+
+    with pytest.raises(KeyError, match="mine"), dni.synthesizer_context("labels"):
+        run()
+    assert current_scope() is None
+    assert current_context() is None
 
 
 def test_a_frozen_synthesizer_is_used_and_not_trained():

@@ -137,6 +137,20 @@ def test_heads_learn_a_predictable_future(name, draw):
     assert torch.allclose(drawn, torch.full((3,), expected, dtype=torch.float64), atol=0.1)  # 3 sigma of 500 draws: 0.06
 
 
+def test_layers_in_the_same_state_get_messages_of_their_own():
+    """One map for all layers, without an index of the layer, could not tell them apart."""
+    synthesizer = dni.MultiHorizonSynthesizer(torch.zeros(2, 1, 4), horizons=1, hidden=(8,))
+    interface = dni.BackwardInterface(synthesizer)
+    optimizer = torch.optim.Adam(synthesizer.parameters(), lr=1e-2)
+    trigger = torch.randn(1, 3, 4).expand(2, 3, 4)  # [L, B, H]
+    message = torch.tensor([1.0, -1.0])[:, None, None].expand(2, 3, 4)
+    for _ in range(200):
+        optimizer.zero_grad()
+        interface.send(message, trigger)
+        optimizer.step()
+    assert (interface.receive(trigger) * message > 0.5).all()
+
+
 def test_messages_start_at_exactly_zero_and_are_truncated_bptt():
     text = problems.tokens(STEPS, LANES)
     model = problems.make_model("lstm")
