@@ -346,6 +346,9 @@ def test_every_run_of_the_study_can_be_built():
     """Their settings pass the options' checks, and no two of a part are the same."""
     runs = [run for part in feedforward_table.PARTS.values() for run in part()]
     assert len({run.key() for run in runs}) == len(runs)
+    found = [{"part": r.part, "method": r.method, "settings": r.settings, "test_error": 5.0} for r in runs]
+    unlocked = [line.rsplit("|", 2)[0] for line in feedforward_table.by_depth(found).splitlines()]
+    assert [line.count("–") for line in unlocked] == [0, 0, 1, 0, 1, 1, 1], "the full unlock stays at three layers"
     for run in runs:
         train_feedforward.make_model(run.options())
 
