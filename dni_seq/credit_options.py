@@ -12,16 +12,24 @@ from torch import Tensor, nn
 
 from .exact_future import ExactFuture
 from .options import above_zero, at_least, fraction, option
-from .state_synthesizers import AuxiliaryTask, LookaheadEncoder, MultiHorizonSynthesizer
+from .published import NextInput, PublishedSynthesizer
+from .state_network import StateNetwork
+from .state_synthesizers import AuxiliaryTask, Horizons, LookaheadEncoder, StateHeads
 from .states import State, floating
 from .synthesizers import BasicSynthesizer, GatedCells, Normalized
 
 GROUP = "credit assignment"
 
-SYNTHESIZERS = ("none", "basic", "multi-horizon", "exact")
+SYNTHESIZERS = ("none", "basic", "paper", "state", "multi-horizon", "exact")
+"""basic: one message, from each layer's state alone; paper: as published (`published.py`); state: the network of
+multi-horizon with one message for all windows; exact: the gradient itself."""
 
-SCALES: Mapping[str, str] = MappingProxyType({"basic": "auto", "multi-horizon": "auto", "exact": "1"})
-DISCOUNTS: Mapping[str, float] = MappingProxyType({"basic": 0.9, "multi-horizon": 1.0, "exact": 0.9})
+SCALES: Mapping[str, str] = MappingProxyType(
+    {"basic": "auto", "paper": "0.1", "state": "auto", "multi-horizon": "auto", "exact": "1"}
+)
+DISCOUNTS: Mapping[str, float] = MappingProxyType(
+    {"basic": 0.9, "paper": 0.1, "state": 0.9, "multi-horizon": 1.0, "exact": 0.9}
+)
 """Defaults by synthesizer. One message for all windows to come bootstraps on itself and needs discounting; horizons that are
 trusted one by one do not."""
 
@@ -80,14 +88,28 @@ class CreditOptions:
     discount: float | None = option(
         None, "weight of each further window", group=GROUP, check=fraction, shown=_by_synthesizer(DISCOUNTS)
     )
-    horizons: int = option(1, "windows ahead that multi-horizon predicts one by one", group=GROUP, check=at_least(1))
-    tail: bool = option(False, "multi-horizon: one more head for all windows behind them", group=GROUP)
-    draw_horizon: bool = option(False, "multi-horizon: train one head a window, drawn at random", group=GROUP)
-    lookahead: int | None = option(
-        None, "steps ahead that multi-horizon sees", group=GROUP, check=at_least(0), shown="--horizons times --bptt"
+    horizons: int = option(
+        1, "windows ahead that multi-horizon predicts one by one; paper: from 2 on", group=GROUP, check=at_least(1)
     )
-    synthesizer_hidden: int = option(256, "units of multi-horizon's hidden layers", group=GROUP, check=at_least(1))
-    synthesizer_layers: int = option(1, "hidden layers of multi-horizon", group=GROUP, check=at_least(0))
+    tail: bool = option(False, "with horizons: one more head for all windows behind them", group=GROUP)
+    draw_horizon: bool = option(False, "with horizons: train one head a window, drawn at random", group=GROUP)
+    lookahead: int | None = option(
+        None,
+        "steps ahead that paper, state and multi-horizon see",
+        group=GROUP,
+        check=at_least(0),
+        shown="--horizons times --bptt, paper the next step's input",
+    )
+    normalize: bool | None = option(
+        None, "train the synthesizer in units of its targets' size", group=GROUP, shown="yes, paper no"
+    )
+    gate: bool | None = option(
+        None, "bound what the synthesizer sees and says of an LSTM's cells", group=GROUP, shown="yes, paper no"
+    )
+    synthesizer_hidden: int = option(
+        256, "units of the hidden layers of state and multi-horizon", group=GROUP, check=at_least(1)
+    )
+    synthesizer_layers: int = option(1, "hidden layers of state and multi-horizon", group=GROUP, check=at_least(0))
     message_clip: float = option(
         10.0,
         "largest number in a message, in units of the running root mean square of its targets, 0 for no limit",
@@ -132,12 +154,14 @@ def lookahead_of(options: CreditOptions, bptt: int) -> int:
     """The steps of lookahead that the windows must carry."""
     if options.synthesizer == "exact":
         return options.exact_steps + (tail_lookahead(options, bptt) if options.tail else 0)
-    return tail_lookahead(options, bptt) if options.synthesizer == "multi-horizon" else 0
+    return tail_lookahead(options, bptt) if options.synthesizer in ("paper", "state", "multi-horizon") else 0
 
 
 def tail_lookahead(options: CreditOptions, bptt: int) -> int:
     """The steps that a learned synthesizer sees."""
-    return options.horizons * bptt if options.lookahead is None else options.lookahead
+    if options.lookahead is not None:
+        return options.lookahead
+    return 1 if options.synthesizer == "paper" else options.horizons * bptt
 
 
 def build_synthesizer(
@@ -160,30 +184,75 @@ def build_synthesizer(
         bptt: T.
         example: a state of the model, leaves [L, B, H].
         cells: which of its leaves are LSTM cells.
-        encode: makes the lookahead's encoders of inputs and targets, each with its width, for `LookaheadEncoder`.
+        encode: makes the lookahead's encoders of inputs and targets, each `EMBED` wide.
         reduction: the trainer's.
     """
     if options.synthesizer == "none":
         return None
-    if options.synthesizer == "basic":
+    if options.synthesizer == "exact":
+        tail = build_learned(options, bptt, example, cells, encode) if options.tail else None
+        return ExactFuture(model, loss_fn, steps=options.exact_steps, window=bptt, reduction=reduction, tail=tail)
+    return build_learned(options, bptt, example, cells, encode)
+
+
+def build_learned(
+    options: CreditOptions,
+    bptt: int,
+    example: State,
+    cells: Any,
+    encode: Callable[[], tuple[nn.Module, nn.Module]],
+) -> nn.Module:
+    """A synthesizer that learns; that of exact's tail is a multi-horizon one of one horizon. Arguments as above."""
+    kind = options.synthesizer
+    horizons, tail = (1, False) if kind == "exact" else (options.horizons, options.tail)
+    normalize = kind != "paper" if options.normalize is None else options.normalize
+    if not (kind != "paper" if options.gate is None else options.gate):
+        cells = False
+    limit = options.message_clip or None
+    if kind == "basic":
         width = sum(leaf.shape[-1] for leaf in floating(example))
-        return Normalized(GatedCells(BasicSynthesizer(width, n_hidden=1), cells), limit=options.message_clip or None)
-    if options.synthesizer == "multi-horizon" or options.tail:
-        steps = tail_lookahead(options, bptt)
-        encoder = LookaheadEncoder(steps, *encode()) if steps else None
-        hidden = [options.synthesizer_hidden] * options.synthesizer_layers
-        common: dict[str, Any] = {
-            "cells": cells,
-            "hidden": hidden,
-            "encoder": encoder,
-            "limit": options.message_clip or None,
-        }
-    if options.synthesizer == "multi-horizon":
-        return MultiHorizonSynthesizer(
-            example, horizons=options.horizons, tail=options.tail, draw=options.draw_horizon, **common
-        )
-    tail = MultiHorizonSynthesizer(example, horizons=1, **common) if options.tail else None
-    return ExactFuture(model, loss_fn, steps=options.exact_steps, window=bptt, reduction=reduction, tail=tail)
+        return dressed(BasicSynthesizer(width, n_hidden=1), cells, normalize, limit)
+    steps = tail_lookahead(options, bptt)
+    if kind == "paper":
+        return build_published(options, example, steps, cells, normalize, encode)
+    encoder = LookaheadEncoder(steps, *encode()) if steps else None
+    count = 1 if kind == "state" else horizons + tail
+    size: dict[str, Any] = {"hidden": [options.synthesizer_hidden] * options.synthesizer_layers, "encoder": encoder}
+    if normalize:
+        heads: nn.Module = StateHeads(example, count, cells=cells, limit=limit, **size)
+    else:
+        heads = GatedCells(StateNetwork(example, count, **size), cells)
+    return heads if kind == "state" else Horizons(heads, horizons=horizons, tail=tail, draw=options.draw_horizon)
+
+
+def build_published(
+    options: CreditOptions,
+    example: State,
+    steps: int,
+    cells: Any,
+    normalize: bool,
+    encode: Callable[[], tuple[nn.Module, nn.Module]],
+) -> nn.Module:
+    """The recipe as published, and what is added to it: a lookahead that is asked for sees targets too."""
+    leaves = floating(example)
+    encoder: nn.Module | None = None
+    if options.lookahead is None:
+        encoder = NextInput(encode()[0], EMBED + 1)
+    elif steps:
+        encoder = LookaheadEncoder(steps, *encode())
+    count = options.horizons + options.tail
+    width = sum(leaf.shape[-1] for leaf in leaves)
+    network = PublishedSynthesizer(width, hidden=leaves[0].shape[-1], encoder=encoder, horizons=count)
+    heads = dressed(network, cells, normalize, options.message_clip or None)
+    if count == 1:
+        return heads
+    return Horizons(heads, horizons=options.horizons, tail=options.tail, draw=options.draw_horizon)
+
+
+def dressed(network: nn.Module, cells: Any, normalize: bool, limit: float | None) -> nn.Module:
+    """A network with its cells bounded, and normalised, its messages limited, where that is wanted."""
+    gated = GatedCells(network, cells)
+    return Normalized(gated, limit=limit) if normalize else gated
 
 
 def build_auxiliary(options: CreditOptions, example: State) -> nn.Module | None:

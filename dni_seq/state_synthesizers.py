@@ -18,7 +18,17 @@ from torch import Tensor, nn
 from . import states
 from .state_network import Packing, StateNetwork
 from .states import State
-from .synthesizers import Normalized, Regression, RunningRMS, check_like, checked_limit, limited, mean_squared
+from .synthesizers import (
+    Normalized,
+    Regression,
+    RunningRMS,
+    check_like,
+    checked_limit,
+    limited,
+    mean_squared,
+    predict,
+    regress,
+)
 from .targets import TargetRule, combine, drawn, increments
 from .windows import Lookahead
 
@@ -189,7 +199,7 @@ class StateSynthesizer(StateHeads):
         super().__init__(example, 1, **settings)
 
 
-class MultiHorizonSynthesizer(nn.Module):
+class Horizons(nn.Module):
     """K synthesizers in one: horizon n predicts the gradient of the loss of the n-th window ahead.
 
         target of E_1(s_k) = a_k                            exact, without bootstrap
@@ -201,11 +211,10 @@ class MultiHorizonSynthesizer(nn.Module):
     without training anew; only the tail's target depends on γ.
 
     Args:
-        example: a state of the model.
+        heads: `predict(trigger, context)` gives E_1..E_K and the tail, a list of messages.
         horizons: K.
         tail: whether a last head stands for all windows behind the K-th.
         draw: train one head, drawn at random, a window: one vector-Jacobian product instead of K.
-        cells, hidden, batch_dim, encoder, decay, limit: see `StateHeads`.
 
     Attributes:
         weights: w, one number a head, the tail's last; 1 at first. Set it, or single entries, at any time.
@@ -216,28 +225,20 @@ class MultiHorizonSynthesizer(nn.Module):
 
     draws: Tensor
 
-    def __init__(
-        self,
-        example: State,
-        *,
-        horizons: int = 1,
-        tail: bool = False,
-        draw: bool = False,
-        **settings: Any,
-    ) -> None:
+    def __init__(self, heads: nn.Module, *, horizons: int = 1, tail: bool = False, draw: bool = False) -> None:
         super().__init__()
+        if horizons < 1:
+            raise ValueError(f"horizons must be positive, got {horizons}")
         self.horizons = horizons
         self.tail = tail
         self.draw = draw
         self.weights = [1.0] * (horizons + tail)
-        if horizons < 1:
-            raise ValueError(f"horizons must be positive, got {horizons}")
-        self.heads = StateHeads(example, horizons + tail, **settings)
+        self.heads = heads
         self.register_buffer("draws", torch.zeros((), dtype=torch.int64))
 
     def predict(self, trigger: State, context: Any) -> list[State]:
         """E_1..E_K and the tail, raw."""
-        return self.heads.predict(trigger, context)
+        return predict(self.heads, trigger, context)
 
     def forward(self, trigger: State, context: Any = None) -> State:
         """The raw gradient of all the windows predicted, undiscounted: Σ_n w_n E_n + w_tail tail."""
@@ -247,7 +248,7 @@ class MultiHorizonSynthesizer(nn.Module):
     def regress(self, trigger: State, context: Any, targets: list[State | None]) -> Regression:
         """One regression step of the heads that have a target."""
         self.draws += 1
-        return self.heads.regress(trigger, context, targets)
+        return regress(self.heads, trigger, context, targets)
 
     def target_rule(self, scale: float, discount: float) -> TargetRule:
         """The rule above, for one window."""
@@ -256,6 +257,25 @@ class MultiHorizonSynthesizer(nn.Module):
             return rule
         chosen = drawn(len(self.weights), int(self.draws))
         return rule._replace(trained=[i == chosen for i in range(len(self.weights))])
+
+
+class MultiHorizonSynthesizer(Horizons):
+    """`Horizons` by one network that sees the whole state, and what it has ahead, and has a head for each of them.
+
+    Args:
+        example: a state of the model.
+        horizons, tail, draw: see `Horizons`.
+        cells, hidden, batch_dim, encoder, decay: see `StateHeads`.
+
+    Raises:
+        ValueError: `horizons` is not positive.
+    """
+
+    def __init__(
+        self, example: State, *, horizons: int = 1, tail: bool = False, draw: bool = False, **settings: Any
+    ) -> None:
+        heads = StateHeads(example, horizons + tail, **settings)
+        super().__init__(heads, horizons=horizons, tail=tail, draw=draw)
 
 
 class AuxiliaryTask(nn.Module):

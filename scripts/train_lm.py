@@ -87,6 +87,8 @@ class Counters:
     Attributes:
         tokens: trained on so far.
         seconds: the run's time so far, over all sessions, validation included.
+        process_seconds: the same in CPU time of the process, which other work on the machine does not lengthen.
+        curve: (tokens, seconds, process seconds, bits per character) at each validation, its own time included.
         best: lowest validation loss so far, None before the first.
         validated_at: step of the latest validation.
         logged_at: step of the latest point of the training curves.
@@ -94,6 +96,8 @@ class Counters:
 
     tokens: int = 0
     seconds: float = 0.0
+    process_seconds: float = 0.0
+    curve: list[list[float]] = field(default_factory=list)
     best: float | None = None
     validated_at: int = 0
     logged_at: int = 0
@@ -116,6 +120,7 @@ class Training:
     log: RunLog
     progress: Progress
     clock: float = field(default_factory=time.monotonic)
+    process_clock: float = field(default_factory=time.process_time)
     saved_at: float = field(default_factory=time.monotonic)
 
     @property
@@ -139,9 +144,10 @@ class Training:
 
     def tick(self) -> None:
         """Take the time since the last call into the counters."""
-        now = time.monotonic()
+        now, process_now = time.monotonic(), time.process_time()
         self.counters.seconds += now - self.clock
-        self.clock = now
+        self.counters.process_seconds += process_now - self.process_clock
+        self.clock, self.process_clock = now, process_now
 
 
 def train(t: Training, stop: StopSignals) -> int:
@@ -216,6 +222,8 @@ def validate(t: Training) -> Score:
     """Score the validation split; keep the checkpoint where it is the best so far."""
     result = lm.score(t.model, t.valid, t.options)
     t.counters.validated_at = t.steps
+    t.tick()
+    t.counters.curve.append([t.counters.tokens, t.counters.seconds, t.counters.process_seconds, result.bpc])
     log_score(t, "valid", result)
     if t.counters.best is None or result.loss < t.counters.best:
         t.counters.best = result.loss
@@ -296,8 +304,10 @@ def summary(t: Training, scores: dict[str, Score]) -> dict[str, Any]:
         "steps": t.steps,
         "tokens": t.counters.tokens,
         "seconds": t.counters.seconds,
+        "process_seconds": t.counters.process_seconds,
         "tokens_per_second": t.counters.tokens / t.counters.seconds,
         "peak_memory_mb": peak_memory_mb(t.device),
+        "curve": t.counters.curve,
         **{split: result._asdict() for split, result in scores.items()},
     }
 

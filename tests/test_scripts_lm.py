@@ -82,6 +82,7 @@ def test_a_run_leaves_everything_it_promises(trained):
     assert (summary["dataset"], summary["synthesizer"], summary["seed"]) == ("pydoc", "basic", 1111)
     assert summary["tokens_per_second"] == pytest.approx(summary["tokens"] / summary["seconds"])
     assert summary["peak_memory_mb"] > 50
+    assert summary["process_seconds"] > 0
     for split in ("valid", "test"):
         score = summary[split]
         assert score["ppl"] == pytest.approx(torch.tensor(score["loss"]).exp().item(), rel=1e-5)
@@ -99,6 +100,11 @@ def test_the_curves_have_the_keys_of_the_design(trained):
     summary = json.loads((trained / "summary.json").read_text())
     assert curves["test/loss"] == {6: pytest.approx(summary["test"]["loss"])}
     assert summary["valid"]["loss"] == pytest.approx(min(curves["valid/loss"].values()))
+    tokens, seconds, process_seconds, bpc = zip(*summary["curve"], strict=True)
+    assert tokens == (512, 1024, 1536)
+    assert bpc == pytest.approx(list(curves["valid/bpc"].values()))
+    for times, total in ((seconds, summary["seconds"]), (process_seconds, summary["process_seconds"])):
+        assert 0 < times[0] < times[1] < times[2] < total
 
 
 @pytest.mark.parametrize("synthesizer", ["none", "basic"])
@@ -118,6 +124,8 @@ def test_three_steps_and_three_more_are_six(trained, synthesizer, tmp_path):
     assert_same(one["log"], two["log"], "log")
     assert_same(one["stream"], two["stream"], "stream")
     assert_same(one["random"], two["random"], "random")
+    assert [point[0] for point in two["counters"]["curve"]] == [512, 768, 1024, 1536]  # the first session's end is a point
+    assert two["counters"]["process_seconds"] > two["counters"]["curve"][1][2]
     curves, resumed = points(whole), points(tmp_path / "run")
     for key in set(curves) - {"speed/tokens_per_second", "memory/peak_mb"}:
         # The first session ended at step 3, which gave it a point of its own; all others are equal, bit for bit.

@@ -56,6 +56,12 @@ KINDS = {
         | {f"synthetic/{name}/horizon_{n}" for name in ("cosine", "r2", "scale") for n in (1, 2)}
         | {f"fidelity/{name}_{n}" for name in ("cosine", "r2") for n in (1, 2)},
     ),
+    "paper": (("--synthesizer", "paper"), SYNTHETIC),
+    "paper-with-horizons": (
+        ("--synthesizer", "paper", "--horizons", "2", "--tail", "--lookahead", "3", "--normalize", "--gate"),
+        SYNTHETIC | {f"synthetic/{name}/horizon_{n}" for name in ("cosine", "r2", "scale") for n in (1, 2, 3)},
+    ),
+    "state": (("--synthesizer", "state", "--synthetic-scale", "0.5", "--no-normalize", "--no-gate"), SYNTHETIC),
     "purely-online": (("--synthesizer", "multi-horizon", "--lookahead", "0", "--synthetic-scale", "0.5"), SYNTHETIC),
     "exact": (("--synthesizer", "exact", "--exact-steps", "3"), {"synthetic/scale"}),
     "exact-with-tail": (("--synthesizer", "exact", "--exact-steps", "3", "--tail"), {"synthetic/loss", "synthetic/scale"}),

@@ -1,0 +1,117 @@
+"""The synthesizers that the options build: what each switch takes away or adds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import dni_seq as dni
+from dni_seq.credit_options import EMBED, SYNTHESIZERS, CreditOptions, build_synthesizer, lookahead_of, trainer_settings
+from dni_seq.models.sequence_model import SequenceModel
+from dni_seq.options import build
+from dni_seq.synthesizers import predict, regress
+from dni_seq.targets import rule_of
+from dni_seq.windows import Lookahead
+
+BPTT, LANES = 2, 3
+
+
+def made(**given: Any) -> tuple[nn.Module, tuple[torch.Tensor, torch.Tensor], Lookahead | None]:
+    """A synthesizer whose every weight is random, a state with saturated cells, and its context."""
+    options = build(CreditOptions, given)
+    torch.manual_seed(0)
+    model = SequenceModel(2, 2, hidden=8)
+    synthesizer = build_synthesizer(
+        options,
+        model,
+        lambda outputs, targets: (outputs - targets).square().mean(-1),
+        bptt=BPTT,
+        example=model.initial_state(1),
+        cells=dni.LSTM_CELLS,
+        encode=lambda: (nn.Linear(2, EMBED), nn.Linear(2, EMBED)),
+    )
+    assert synthesizer is not None
+    for parameter in synthesizer.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    state = (torch.randn(1, LANES, 8), torch.full((1, LANES, 8), 20.0))
+    steps = lookahead_of(options, BPTT)
+    ahead = Lookahead(torch.randn(steps, LANES, 2), torch.randn(steps, LANES, 2), torch.ones(steps, LANES).bool(), None)
+    return synthesizer, state, ahead if steps else None
+
+
+def message(synthesizer: nn.Module, state: Any, ahead: Lookahead | None) -> torch.Tensor:
+    with torch.no_grad():
+        return torch.cat([torch.cat([h, c]) for h, c in predict(synthesizer, state, ahead)])
+
+
+LEARNED = ("basic", "paper", "state", "multi-horizon")
+
+
+def test_the_published_recipe_sees_the_next_input_and_not_its_target():
+    synthesizer, state, ahead = made(synthesizer="paper")
+    assert ahead is not None
+    assert len(ahead.inputs) == 1
+    first = message(synthesizer, state, ahead)
+    assert torch.equal(message(synthesizer, state, ahead._replace(targets=ahead.targets + 1)), first)
+    assert not torch.equal(message(synthesizer, state, ahead._replace(inputs=ahead.inputs + 1)), first)
+    gone = ahead._replace(valid=torch.zeros(1, LANES).bool())
+    assert torch.equal(
+        message(synthesizer, state, gone), message(synthesizer, state, gone._replace(inputs=ahead.inputs + 1))
+    )
+
+
+def test_a_lookahead_that_is_asked_for_shows_the_targets():
+    synthesizer, state, ahead = made(synthesizer="paper", lookahead=3)
+    assert ahead is not None
+    assert len(ahead.inputs) == 3
+    changed = ahead._replace(targets=ahead.targets + 1)
+    assert not torch.equal(message(synthesizer, state, changed), message(synthesizer, state, ahead))
+    assert made(synthesizer="paper", lookahead=0)[2] is None
+
+
+def test_the_published_recipe_consumes_a_tenth_in_both_places():
+    synthesizer, _, _ = made(synthesizer="paper")
+    settings = trainer_settings(CreditOptions(synthesizer="paper"))
+    rule = rule_of(synthesizer, settings["synthetic_scale"], settings["discount"])
+    assert (rule.own, rule.following, rule.weights) == ([1.0], [[0.1]], [0.1])
+
+
+@pytest.mark.parametrize("kind", LEARNED)
+def test_the_gate_closes_saturated_cells(kind):
+    """1 - tanh²(20) is zero in float32."""
+    for gate in (True, False):
+        synthesizer, state, ahead = made(synthesizer=kind, gate=gate, normalize=False)
+        with torch.no_grad():
+            ((h, c),) = predict(synthesizer, state, ahead)
+        assert h.abs().min() > 0
+        assert (c == 0).all() if gate else c.abs().min() > 0
+
+
+@pytest.mark.parametrize("kind", LEARNED)
+def test_normalised_messages_are_in_units_of_their_targets(kind):
+    """The same weights, drawn from the same seed: zero before the first target, then as large as the targets."""
+    synthesizer, state, ahead = made(synthesizer=kind, normalize=False)
+    bare = message(synthesizer, state, ahead)
+    assert bare.any()
+    synthesizer, state, ahead = made(synthesizer=kind, normalize=True)
+    assert not message(synthesizer, state, ahead).any()
+    regress(synthesizer, state, ahead, [tuple(torch.full_like(leaf, 1000.0) for leaf in state)])
+    torch.testing.assert_close(message(synthesizer, state, ahead), bare * 1000)
+
+
+def test_horizons_and_a_tail_can_be_added_to_the_published_recipe():
+    synthesizer, state, ahead = made(synthesizer="paper", horizons=2, tail=True)
+    assert len(predict(synthesizer, state, ahead)) == 3
+    rule = rule_of(synthesizer, 0.5, 0.1)
+    assert rule.own == [1.0, 0.0, 0.0]
+    assert rule.following == [[0.0, 0.0, 0.0], [1.0, 0.0, 0.0], [0.0, 1.0, 0.1]]
+    assert rule.weights == pytest.approx([0.5, 0.05, 0.005])
+
+
+def test_every_name_is_built_or_none():
+    for kind in set(SYNTHESIZERS) - {"none"}:
+        synthesizer, state, ahead = made(synthesizer=kind)
+        assert len(predict(synthesizer, state, ahead)) == 1
