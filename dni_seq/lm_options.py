@@ -221,7 +221,8 @@ def settle(options: LanguageModelOptions, corpus: Corpus) -> LanguageModelOption
         del defaults["epochs"]
     missing = {name: value for name, value in defaults.items() if getattr(options, name) is None}
     settled = dataclasses.replace(options, **missing)
-    if settled.synthesizer != "multi-horizon" and not settled.tail:
+    sized = settled.synthesizer in ("state", "multi-horizon") or (settled.synthesizer == "exact" and settled.tail)
+    if not sized:
         return settled
     # The synthesizer's size depends on it, so it stays where a resumed run changes --bptt.
     return dataclasses.replace(settled, lookahead=tail_lookahead(settled, settled.bptt))

@@ -16,9 +16,8 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-import statistics
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -27,6 +26,7 @@ from typing import Any, NamedTuple
 from dni_seq.options import build, option, parse, report
 from dni_seq.streams import digits
 from dni_seq.streams.digits import Digits
+from dni_seq.study import append_line, around_tables, markdown, read_lines, spread, write_tables
 from scripts.train_feedforward import FeedForwardOptions, train
 
 METHODS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
@@ -130,13 +130,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
     try:
         options = build(StudyOptions, parse(StudyOptions, arguments, prog=_PROG, description=__doc__ or ""))
-        before, after = around_tables(Path(options.tables))
+        around_tables(Path(options.tables), MARKS)
         if options.part != "none":
             study(list(PARTS) if options.part == "all" else [options.part], Path(options.results))
+        write_tables(Path(options.tables), MARKS, tables(read_lines(Path(options.results))))
     except (ValueError, OSError) as error:
         return report(_PROG, error)
-    results = Path(options.results)
-    Path(options.tables).write_text(f"{before}{MARKS[0]}\n\n{tables(lines(results))}\n{MARKS[1]}{after}", encoding="utf-8")
     return 0
 
 
@@ -144,28 +143,14 @@ _PROG = "feedforward_table"
 MARKS = ("<!-- tables: written by scripts/feedforward_table.py -->", "<!-- end of tables -->")
 
 
-def around_tables(page: Path) -> tuple[str, str]:
-    """What stands before and behind the tables on the page.
-
-    Raises:
-        ValueError: the page has no marks.
-        OSError: as from the file system.
-    """
-    text = page.read_text(encoding="utf-8")
-    if not all(mark in text for mark in MARKS):
-        raise ValueError(f"{page} lacks the lines {' and '.join(MARKS)}: put them where the tables go")
-    return text.split(MARKS[0])[0], text.split(MARKS[1])[1]
-
-
 def study(parts: Sequence[str], results: Path) -> None:
     """Make the runs of `parts` that are not on record, each a line at the end of `results` as soon as it is through."""
     data = digits.load("digits")
-    done = {line["key"] for line in lines(results)}
+    done = {line["key"] for line in read_lines(results)}
     for run in (run for part in parts for run in PARTS[part]() if run.key() not in done):
         line = measure(run, data)
         print(f"{line['test_error']:6.2f} %  {line['seconds']:6.1f} s  {run.part} {run.method} {run.settings}", flush=True)
-        with results.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        append_line(results, line)
 
 
 def measure(run: Run, data: Digits) -> dict[str, Any]:
@@ -187,19 +172,6 @@ def held_out(data: Digits) -> Digits:
     return digits.split(data.train_images, data.train_labels)
 
 
-def lines(results: Path) -> list[dict[str, Any]]:
-    """The runs on record."""
-    return [json.loads(line) for line in results.read_text(encoding="utf-8").splitlines()] if results.exists() else []
-
-
-def spread(found: Iterable[dict[str, Any]]) -> str:
-    """Mean and standard deviation of test errors, percent, with the number of seeds."""
-    errors = [line["test_error"] for line in found]
-    if len(errors) < 2:
-        return f"{errors[0]:.1f} (1)" if errors else "–"
-    return f"{statistics.mean(errors):.1f} ± {statistics.stdev(errors):.1f} ({len(errors)})"
-
-
 def matching(found: list[dict[str, Any]], part: str, method: str, **settings: Any) -> list[dict[str, Any]]:
     """The runs of a part and method that have these settings, whatever their seed."""
     return [
@@ -210,10 +182,9 @@ def matching(found: list[dict[str, Any]], part: str, method: str, **settings: An
     ]
 
 
-def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table of Markdown."""
-    table = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(row) + " |" for row in table) + "\n"
+def errors(found: list[dict[str, Any]]) -> list[float]:
+    """Test errors, percent."""
+    return [line["test_error"] for line in found]
 
 
 def tables(found: list[dict[str, Any]]) -> str:
@@ -229,7 +200,9 @@ def by_depth(found: list[dict[str, Any]]) -> str:
     rows = []
     for layers in DEPTHS:
         places = [(method, "every" if (layers, place) == (2, "last") else place) for method, place in COLUMNS]
-        cells = [spread(matching(found, "depth", method, layers=layers, **placed(place))) for method, place in places]
+        cells = [
+            spread(errors(matching(found, "depth", method, layers=layers, **placed(place)))) for method, place in places
+        ]
         rows.append([str(layers), *cells])
     return markdown(header, rows)
 
@@ -237,7 +210,7 @@ def by_depth(found: list[dict[str, Any]]) -> str:
 def of_sporadic(found: list[dict[str, Any]]) -> str:
     """Updates in a random order, by their probability."""
     rows = [
-        [method, *(spread(matching(found, "sporadic", method, layers=4, p_update=p)) for p in P_UPDATES)]
+        [method, *(spread(errors(matching(found, "sporadic", method, layers=4, p_update=p))) for p in P_UPDATES)]
         for method in SPORADIC
     ]
     return markdown(["4 layers, random order", *(f"p = {p}" for p in P_UPDATES)], rows)

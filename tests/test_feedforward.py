@@ -21,6 +21,7 @@ from dni_seq.models import feedforward
 from dni_seq.models.feedforward import ConvSynthesizer, SynthesizerSettings, WithoutContext
 from dni_seq.streams import digits
 from dni_seq.streams.documents import DataError
+from dni_seq.study import read_lines
 from scripts import feedforward_table, train_feedforward
 from scripts.train_feedforward import FeedForwardOptions
 from tests import hub
@@ -394,6 +395,6 @@ def test_a_killed_study_goes_on(tmp_path, monkeypatch):
     for part in (runs[:1], runs):
         monkeypatch.setattr(feedforward_table, "PARTS", {"depth": lambda part=part: part})
         feedforward_table.study(["depth"], results)
-    found = feedforward_table.lines(results)
+    found = read_lines(results)
     assert [line["settings"]["seed"] for line in found] == [0, 1]
     assert all(0 < line["test_error"] < 90 for line in found)
