@@ -146,7 +146,7 @@ class Study:
 
     def _begin(self, cell: Cell, outcome: Outcome) -> list[Running]:
         """Start a cell that is not on record and that no other process has; its process, none if there is nothing to do."""
-        if cell.key() in self._done() or self._take_over(cell):
+        if cell.key() in self._done():
             return []
         run, lock = RunDirectory(self.scratch / cell.name()), self._lock(cell)
         if lock is None:
@@ -169,17 +169,6 @@ class Study:
             )
         print(f"begins     {cell.name()}", flush=True)
         return [Running(cell, run, process, lock)]
-
-    def _take_over(self, cell: Cell) -> bool:
-        """Whether the same training is on record as another cell, whose line then serves this one too."""
-        for line in read_lines(self.results):
-            script, about, options = json.loads(line["key"])
-            if (script, about.get("data"), options) == (cell.script, cell.about.get("data"), cell.options):
-                rest = {name: value for name, value in line.items() if name not in about}
-                append_line(self.results, {**rest, **cell.about, "key": cell.key(), "same_as": line["key"]})
-                print(f"on record  {cell.name()}", flush=True)
-                return True
-        return False
 
     def _lock(self, cell: Cell) -> BinaryIO | None:
         """The cell's lock, None where another process has it."""

@@ -74,6 +74,7 @@ def draw_panel(panel: Any, lines: list[Line], curve_of: Callable[[Line], Curve],
     for column, color in colors.items():
         curves = [curve for line in lines if line["column"] == column if (curve := curve_of(line))]
         if not curves:
+            panel.plot([], [], color=color, label=column)  # for the legend, which one panel shows for all
             continue
         between = linear if is_text(lines[0]) else step
         x, values = joined(curves, between)

@@ -217,13 +217,12 @@ def tuning(lines: list[Line]) -> str:
 
 
 def spent(lines: list[Line]) -> str:
-    """Process-hours, by part and task; a line that stands for a run that another line has is not counted again."""
-    own = [line for line in lines if "same_as" not in line]
+    """Process-hours, by part and task; runs that later ones replace are counted too."""
     rows = []
-    for part, task in sorted(in_order((line["part"], line["task"]) for line in own)):
-        found = [line for line in own if (line["part"], line["task"]) == (part, task)]
+    for part, task in sorted(in_order((line["part"], line["task"]) for line in lines)):
+        found = [line for line in lines if (line["part"], line["task"]) == (part, task)]
         rows.append([part, task, str(len(found)), hours(found, "process_seconds"), hours(found, "seconds")])
-    rows.append(["all", "", str(len(own)), hours(own, "process_seconds"), hours(own, "seconds")])
+    rows.append(["all", "", str(len(lines)), hours(lines, "process_seconds"), hours(lines, "seconds")])
     return "### time spent\n\n" + markdown(
         ["part", "task", "runs", "CPU hours", "hours of wall time, summed over processes"], rows
     )

@@ -36,7 +36,7 @@ def run(study, cells, minutes=lambda cell: 1.0, limit=None) -> Outcome:
     return study.run(cells, minutes, limit, StopSignals())
 
 
-def test_each_cell_is_a_line_once(study, capsys):
+def test_each_cell_is_a_line_once(study):
     good = cell(1, updates=30, synthesizer="multi-horizon", fidelity_every=7, synthetic_scale="0.5", start=3)
     bad = cell(2, updates=30, synthesizer="none", start=0)
     outcome = run(study, [good, bad])
@@ -57,22 +57,15 @@ def test_each_cell_is_a_line_once(study, capsys):
     # A failed cell keeps its log; nothing else stays.
     assert {path.name for path in study.scratch.iterdir()} == {f"{bad.name()}.{ending}" for ending in ("log", "lock")}
 
-    # The same training under another name is not run again: it takes no second, and has no directory.
-    twin = Cell(good.script, {"part": "ablation", "variant": "default"}, good.options)
     started = time.monotonic()
-    outcome = run(study, [good, twin])
+    assert run(study, [good]) == Outcome()
     assert time.monotonic() - started < 1
-    assert outcome == Outcome()
-    first, second = read_lines(study.results)
-    assert (second["key"], second["same_as"], second["part"]) == (twin.key(), good.key(), "ablation")
-    assert "task" not in second
-    assert (second["result"], second["seconds"]) == (first["result"], first["seconds"])
-    assert "on record" in capsys.readouterr().out
+    assert len(read_lines(study.results)) == 1
 
 
 def test_a_stopped_cell_goes_on_where_it_was(study):
     """One vector is learned within 120 updates at this rate, which the log tells: then the cell is stopped."""
-    learning = {"bptt": 4, "hidden": 32, "batch_size": 32, "lr": 0.02, "updates": 1000, "synthesizer": "none"}
+    learning = {"bptt": 4, "hidden": 32, "batch_size": 32, "lr": 0.02, "updates": 500, "synthesizer": "none"}
     one, other = cell(1, **learning), cell(2, **learning)
     study.jobs = 1
     stop, log = StopSignals(), study.scratch / f"{one.name()}.log"
@@ -91,12 +84,12 @@ def test_a_stopped_cell_goes_on_where_it_was(study):
     saved = study.scratch / one.name() / "checkpoints" / "last.pt"
     content = load_checkpoint(saved)
     curve = content["counters"]["curve"]
-    assert content["trainer"]["steps"] < 1000
+    assert content["trainer"]["steps"] < 500
     content["counters"]["seconds"] += 1000  # a run that began anew would know nothing of these
     save_checkpoint(saved, {name: value for name, value in content.items() if name not in ("format", "version")})
     assert run(study, [one]).done == 1
     (line,) = read_lines(study.results)
-    assert line["updates"] == 1000
+    assert line["updates"] == 500
     assert line["seconds"] > 1000
     assert line["curve"][: len(curve)] == curve != []
     assert line["result"]["length"] == line["curve"][-1][1]
