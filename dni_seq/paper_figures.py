@@ -6,12 +6,12 @@ import bisect
 import statistics
 from collections.abc import Callable
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
-from .paper_tables import Line, in_order, is_text, latest, title
+from .paper_tables import COLUMNS, Line, columns_of, in_order, is_text, latest, title
 
-COLORS = ("#4c4c4c", "#d95f02", "#e6ab02", "#1b9e77", "#7570b3")
-"""In the order of the columns."""
+COLORS = MappingProxyType(dict(zip(COLUMNS, ("#4c4c4c", "#d95f02", "#e6ab02", "#1b9e77", "#7570b3"), strict=True)))
 
 POINTS = 400
 """Points of a drawn curve."""
@@ -53,12 +53,6 @@ def draw_curves(lines: list[Line], base: Path) -> list[Path]:
     return drawn
 
 
-def columns_of(lines: list[Line]) -> dict[str, str]:
-    """The color of each column."""
-    columns = in_order(line["column"] for line in lines)
-    return {column: COLORS[i % len(COLORS)] for i, column in enumerate(columns)}
-
-
 def axes_of(line: Line) -> dict[str, Callable[[Line], Curve]]:
     """Horizontal axes of a task, with the curve of a line over each."""
     if is_text(line):
@@ -69,9 +63,10 @@ def axes_of(line: Line) -> dict[str, Callable[[Line], Curve]]:
     return {"updates": lambda line: [(0, 0), *map(tuple, line["curve"]), (line["updates"], line["result"]["length"])]}
 
 
-def draw_panel(panel: Any, lines: list[Line], curve_of: Callable[[Line], Curve], colors: dict[str, str]) -> None:
+def draw_panel(panel: Any, lines: list[Line], curve_of: Callable[[Line], Curve], columns: list[str]) -> None:
     """The columns of one T."""
-    for column, color in colors.items():
+    for column in columns:
+        color = COLORS[column]
         curves = [curve for line in lines if line["column"] == column if (curve := curve_of(line))]
         if not curves:
             panel.plot([], [], color=color, label=column)  # for the legend, which one panel shows for all

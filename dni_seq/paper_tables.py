@@ -18,6 +18,9 @@ TASKS = ("copy", "repeat-copy", "ptb")
 
 MARKS = ("<!-- tables: written by scripts/reproduce_paper.py -->", "<!-- end of tables -->")
 
+COLUMNS = ("none", "paper", "paper-aux", "multi-horizon", "exact")
+"""In the order of tables and curves."""
+
 WITHOUT, EXACT = "none", "exact"
 """The columns between which the headroom lies."""
 
@@ -55,6 +58,11 @@ def latest(lines: Iterable[Line]) -> list[Line]:
 def in_order(values: Iterable[Any]) -> list[Any]:
     """Each value once, in the order in which they come first."""
     return list(dict.fromkeys(values))
+
+
+def columns_of(lines: list[Line]) -> list[str]:
+    """The columns that lines have, in their order."""
+    return sorted({line["column"] for line in lines}, key=COLUMNS.index)
 
 
 def tables(lines: list[Line]) -> str:
@@ -99,7 +107,7 @@ def grid(lines: list[Line], cell: Callable[[list[Line]], str]) -> str:
     """Columns of the study down, T across."""
     widths = sorted({line["bptt"] for line in lines})
     rows = []
-    for column in in_order(line["column"] for line in lines):
+    for column in columns_of(lines):
         row = [[line for line in lines if (line["column"], line["bptt"]) == (column, bptt)] for bptt in widths]
         rows.append([f"`{column}`", *(cell(found) if found else NOTHING for found in row)])
     return markdown(["", *(f"T = {bptt}" for bptt in widths)], rows)
@@ -182,7 +190,7 @@ def cost(found: list[Line]) -> str:
 def ablation(lines: list[Line]) -> str:
     """One change a row, with what it gains over its base, seed by seed."""
     rows = []
-    for column in in_order(line["column"] for line in lines):
+    for column in columns_of(lines):
         of_base = [line for line in lines if line["column"] == column]
         variants = in_order(line["variant"] for line in of_base)
         plain = {line["seed"]: test_result(line) for line in of_base if line["variant"] == variants[0]}

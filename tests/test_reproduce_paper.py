@@ -16,7 +16,7 @@ from dni_seq.lm_options import LanguageModelOptions
 from dni_seq.models.sequence_model import SequenceModel
 from dni_seq.options import build
 from dni_seq.paper_figures import axes_of, draw_curves, joined, linear, step
-from dni_seq.paper_tables import MARKS, better, beyond_spread, tables
+from dni_seq.paper_tables import COLUMNS, MARKS, better, beyond_spread, tables
 from dni_seq.study import append_line, read_lines
 from dni_seq.task_options import TaskOptions
 from scripts import reproduce_paper
@@ -106,6 +106,12 @@ def test_the_cells_of_a_table():
     assert "synthesizer_lr" not in found[0].options
     copy = cells("table1", "--task", "copy", "--bptt", "4", "--seeds", "1", "--budget", "paper")
     assert [(c.options["start"], c.options["batch_size"], c.options["lr"]) for c in copy] == [(5, 256, 7e-5)] * 5
+
+
+def test_columns_have_one_order():
+    assert tuple(reproduce_paper.COLUMNS) == COLUMNS
+    text = tables([line("exact", 0, 1.9), line("none", 0, 2.0)])
+    assert text.index("| `none` |") < text.index("| `exact` |")
 
 
 def test_tuning_gives_every_column_the_same_grid():
