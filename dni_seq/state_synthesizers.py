@@ -265,7 +265,7 @@ class MultiHorizonSynthesizer(Horizons):
     Args:
         example: a state of the model.
         horizons, tail, draw: see `Horizons`.
-        cells, hidden, batch_dim, encoder, decay: see `StateHeads`.
+        cells, hidden, batch_dim, encoder, decay, limit: see `StateHeads`.
 
     Raises:
         ValueError: `horizons` is not positive.

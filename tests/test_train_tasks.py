@@ -49,7 +49,7 @@ def points(run: Path) -> dict[str, dict[int, float]]:
 
 KINDS = {
     "none": ((), set()),
-    "basic": (("--synthesizer", "basic"), SYNTHETIC),
+    "basic": (("--synthesizer", "basic", "--synthetic-scale", "0.1"), SYNTHETIC),
     "multi-horizon": (
         ("--synthesizer", "multi-horizon", "--horizons", "2", "--fidelity-every", "7", "--synthetic-scale", "0.5"),
         SYNTHETIC
@@ -66,7 +66,7 @@ KINDS = {
     "exact": (("--synthesizer", "exact", "--exact-steps", "3"), {"synthetic/scale"}),
     "exact-with-tail": (("--synthesizer", "exact", "--exact-steps", "3", "--tail"), {"synthetic/loss", "synthetic/scale"}),
     "lambda": (("--synthesizer", "basic", "--targets", "lambda", "--replay-windows", "4"), {"synthetic/loss"}),
-    "auxiliary": (("--synthesizer", "basic", "--auxiliary", "0.1"), SYNTHETIC),
+    "auxiliary": (("--synthesizer", "basic", "--synthetic-scale", "0.1", "--auxiliary", "0.1"), SYNTHETIC),
 }
 
 
