@@ -85,15 +85,23 @@ def fraction(value: float) -> str | None:
 class OneLineParser(argparse.ArgumentParser):
     """argparse, with its errors in one line."""
 
+    def __init__(self, *, prog: str, **settings: Any):
+        super().__init__(prog=program(prog), **settings)
+
     def error(self, message: str) -> NoReturn:
         """End with the message on stderr and exit status 2."""
         self.exit(2, f"{self.prog}: error: {message} (--help lists all options)\n")
 
 
+def program(script: str) -> str:
+    """What a script calls itself: by its own name, or as the command that runs it (`dni-seq train`)."""
+    return sys.argv[0] if sys.argv[0].startswith("dni-seq ") else script
+
+
 def report(prog: str, error: Exception) -> int:
     """Print what went wrong, and what to do, as one line on stderr; the exit status for it, 2."""
     text = " ".join(str(error).split()) or type(error).__name__
-    print(f"{prog}: error: {text}", file=sys.stderr)
+    print(f"{program(prog)}: error: {text}", file=sys.stderr)
     return 2
 
 
