@@ -1,9 +1,9 @@
-"""The trainer of a language-model run, built from its options: optimizers, synthesizer, compilation."""
+"""The trainer of a language-model run, built from its options: optimizers, synthesizer, compilation; what it is seen by."""
 
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from . import lm
 from .credit_options import (
@@ -17,8 +17,10 @@ from .credit_options import (
 from .lm_options import LanguageModelOptions
 from .models.kernels import native_up_to
 from .models.language_model import LanguageModel, token_losses
-from .synthesizers import LSTM_CELLS
+from .states import floating
+from .synthesizers import LSTM_CELLS, predict
 from .trainer import SequenceTrainer
+from .windows import Lookahead
 
 
 def build_trainer(options: LanguageModelOptions, model: LanguageModel, device: torch.device) -> SequenceTrainer:
@@ -61,6 +63,28 @@ def token_encoders(vocabulary_size: int) -> tuple[nn.Module, nn.Module]:
     """One embedding of the synthesizer's own, for the inputs and the targets that it looks ahead at."""
     embedding = nn.Embedding(vocabulary_size, EMBED)
     return embedding, embedding
+
+
+@torch.no_grad()
+def messages(trainer: SequenceTrainer, lookahead: Lookahead | None) -> list[Tensor]:
+    """The synthesizer's raw messages at the trainer's state, a flat tensor for each horizon; none without a synthesizer.
+
+    Args:
+        trainer: behind a step.
+        lookahead: that of the step's window.
+    """
+    if trainer.credit is None:
+        return []
+    predicted = predict(trainer.credit.synthesizer, trainer.state, lookahead)
+    return [torch.cat([leaf.flatten() for leaf in floating(message)]) for message in predicted]
+
+
+def cell_size(trainer: SequenceTrainer) -> dict[str, float]:
+    """Root mean square and largest absolute value of an LSTM's cells, by TensorBoard key; nothing for other models."""
+    if not isinstance(trainer.state, tuple):
+        return {}
+    cells = trainer.state[1].float()
+    return {"state/cell_rms": float(cells.square().mean().sqrt()), "state/cell_max": float(cells.abs().max())}
 
 
 def compile_model(model: LanguageModel, options: LanguageModelOptions, device: torch.device) -> None:

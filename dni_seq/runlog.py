@@ -1,4 +1,4 @@
-"""What a run reports to TensorBoard: the keys with their meaning, averages over steps, and the writer.
+"""What a run reports to TensorBoard: the keys with their meaning, the dashboard, averages over steps, and the writer.
 
 Measurements stay tensors until a point is written, so that a step never waits for a GPU to hand over a number.
 """
@@ -6,8 +6,9 @@ Measurements stay tensors until a point is written, so that a step never waits f
 from __future__ import annotations
 
 import math
+import platform
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -27,6 +28,8 @@ KEYS = MappingProxyType(
         "test/perplexity": "exp(test/loss)",
         "test/bpc": "bits a character of the test split's text",
         "test/word_perplexity": "perplexity a word (line ends are words) of the test split's text",
+        "best/valid_perplexity": "perplexity of the validation split with the best checkpoint, at the end of the run",
+        "best/valid_bpc": "bits a character of the validation split's text, likewise",
         "synthetic/loss": "the synthesizer's regression loss, in its own unit (normalised: 1 is no better than zero)",
         "synthetic/cosine": "cosine between predicted and target gradient; /horizon_n for the n-th window ahead",
         "synthetic/r2": "1 - squared error / squared target; /horizon_n for the n-th window ahead",
@@ -35,11 +38,54 @@ KEYS = MappingProxyType(
         "fidelity/cosine_n": "cosine between the message of horizon n and the exact gradient of the n-th window ahead",
         "fidelity/r2_n": "1 - squared error / squared exact gradient, of the same",
         "gradient/norm": "norm of the parameters' gradient before clipping",
+        "gradient/synthesizer_norm": "norm of the synthesizer's gradient before clipping",
+        "state/cell_rms": "root mean square of the LSTM's cells behind the latest window",
+        "state/cell_max": "largest absolute value of an LSTM's cell behind the latest window",
         "speed/tokens_per_second": "tokens trained on a second, since the last point",
         "memory/peak_mb": "peak memory of the process, or of the GPU where one is used, MiB",
     }
 )
-"""Every key and its meaning; the horizontal axis is the number of training steps."""
+"""Every curve and its meaning; the horizontal axis is the number of training steps."""
+
+OTHER_KEYS = MappingProxyType(
+    {
+        "config": "text: the run's options as a table",
+        "sample/best": "text: what the model writes whenever a validation is the best so far",
+        "sample/regular": "text: the same every --sample-every steps",
+        "messages/horizon_n": "histogram: the synthesizer's messages at the latest state, raw, every 1,000 steps",
+    }
+)
+"""What is no curve."""
+
+Layout = Mapping[str, Mapping[str, Sequence[str]]]
+"""Categories of charts; a chart is a title and the keys it shows, each the beginning of a key as a regular expression."""
+
+LAYOUT: Layout = MappingProxyType(
+    {
+        "perplexity": {
+            "training and validation": ["train/perplexity", "valid/perplexity"],
+            "validation: truncated BPTT against synthetic gradients, a line a run": ["valid/perplexity"],
+        },
+        "synthetic gradients": {
+            "cosine with exact gradients, by horizon": [r"fidelity/cosine_\d+"],
+            "R² against exact gradients, by horizon": [r"fidelity/r2_\d+"],
+            "share injected, by horizon": ["synthetic/scale"],
+            "injected over own gradient": ["synthetic/injected_ratio"],
+        },
+        "stability": {
+            "gradient norms": ["gradient/norm", "gradient/synthesizer_norm"],
+            "size of cells": ["state/cell_rms", "state/cell_max"],
+        },
+        "resources": {
+            "tokens a second": ["speed/tokens_per_second"],
+            "peak memory, MiB": ["memory/peak_mb"],
+        },
+    }
+)
+"""The dashboard of a language-model run: TensorBoard's tab "Custom Scalars"."""
+
+FINAL = ("best/valid_perplexity", "best/valid_bpc", "test/perplexity", "test/bpc", "speed/tokens_per_second")
+"""The curves whose last points are a run's scores in TensorBoard's tab "HParams"."""
 
 
 BY_HORIZON = ("synthetic/", "fidelity/")
@@ -102,6 +148,41 @@ class RunLog:
         """Write `text` as it is, line ends included (TensorBoard renders Markdown)."""
         self._writer.add_text(key, "\n".join("    " + line for line in text.split("\n")), step)
 
+    def histogram(self, step: int, key: str, values: Tensor) -> None:
+        """Write the distribution of `values`, those that are finite."""
+        values = values.detach().float()
+        self._writer.add_histogram(key, values[values.isfinite()].cpu(), step)
+
+    def dashboard(self, layout: Layout) -> None:
+        """Lay out the charts of TensorBoard's tab "Custom Scalars"."""
+        charts = {
+            category: {title: ["Multiline", list(keys)] for title, keys in group.items()}
+            for category, group in layout.items()
+        }
+        self._writer.add_custom_scalars(charts)
+
+    def configuration(self, step: int, config: Mapping[str, Any]) -> None:
+        """Write the options of the session that begins at `step` as a table, with what versions it runs on."""
+        rows = [f"| {name} | {'' if value is None else value} |" for name, value in {**config, **versions()}.items()]
+        self._writer.add_text("config", "\n".join(["| option | value |", "|---|---|", *rows]), step)
+
+    def hyperparameters(self, config: Mapping[str, Any], final: Sequence[str]) -> None:
+        """List the run in TensorBoard's tab "HParams", once, at its end.
+
+        `SummaryWriter.add_hparams` would put it into a run of its own, or into a second event file of this one.
+
+        Args:
+            config: the options that decide what is learned; those that are None are left out.
+            final: keys whose last points are the run's scores; write them before.
+        """
+        from torch.utils.tensorboard.summary import hparams
+
+        # TensorBoard shows truth values as 0.0 and 1.0 unless they are texts.
+        chosen = {name: str(value) if isinstance(value, bool) else value for name, value in config.items()}
+        file: Any = self._writer.file_writer
+        for summary in hparams(chosen, dict.fromkeys(final, 0.0)):
+            file.add_summary(summary)
+
     def flush(self) -> None:
         """Hand all points to the file, so that a checkpoint never knows of steps that the log does not."""
         self._writer.flush()
@@ -118,6 +199,22 @@ class RunLog:
         """Go on with the averages of `state_dict`, on `device`."""
         self._sums = {key: total.to(device) for key, total in state["sums"].items()}
         self._weights = {key: weight.to(device) for key, weight in state["weights"].items()}
+
+
+def versions() -> dict[str, str]:
+    """What a report of a bug needs to name: versions of Python, torch and dni_seq, and the system."""
+    from importlib import metadata
+
+    try:
+        own = metadata.version("dni-seq")
+    except metadata.PackageNotFoundError:  # a clone on the path, not installed
+        own = "not installed"
+    return {
+        "dni_seq": own,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+    }
 
 
 def perplexity(loss: float) -> float:

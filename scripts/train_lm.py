@@ -35,13 +35,13 @@ from dni_seq import lm
 from dni_seq.checkpoint import random_state, save_checkpoint, set_random_state, write_json
 from dni_seq.evaluation import Score
 from dni_seq.lm_options import LanguageModelOptions, settle
-from dni_seq.lm_trainer import build_trainer
+from dni_seq.lm_trainer import build_trainer, cell_size, messages
 from dni_seq.models.language_model import LanguageModel
 from dni_seq.options import parse, report
 from dni_seq.plan import Plan, config_of, plan_run
 from dni_seq.progress import Progress
 from dni_seq.rundir import RunDirectory, new_run_path
-from dni_seq.runlog import RunLog, peak_memory_mb, perplexity
+from dni_seq.runlog import FINAL, LAYOUT, RunLog, peak_memory_mb, perplexity
 from dni_seq.stopping import StopSignals
 from dni_seq.streams import DataError, Tokenizer, WindowStream, load_tokenizer
 from dni_seq.streams.text import EMBEDDED
@@ -49,6 +49,9 @@ from dni_seq.windows import Window
 
 LOG_EVERY = 50
 """Steps between two points of the training curves."""
+
+HISTOGRAM_EVERY = 1000
+"""Steps between two histograms of the synthesizer's messages."""
 
 SAVE_SECONDS = 60.0
 """A kill loses about this much work at most; a checkpoint is written at each validation too."""
@@ -162,7 +165,7 @@ def train(t: Training, stop: StopSignals) -> int:
             if validation_due:
                 validate(t)
             if t.options.sample_every and t.steps % t.options.sample_every == 0:
-                sample(t, t.model)
+                t.log.text(t.steps, "sample/regular", sample(t, t.model))
             if t.done():
                 break
             if stop.received is not None:
@@ -182,6 +185,9 @@ def step(t: Training, window: Window) -> None:
     tokens = window.targets.numel() if window.mask is None else int(window.mask.sum())
     t.counters.tokens += tokens
     t.log.add(measurements(result), weight=tokens)
+    if t.steps % HISTOGRAM_EVERY == 0:
+        for horizon, message in enumerate(messages(t.trainer, window.lookahead), start=1):
+            t.log.histogram(t.steps, f"messages/horizon_{horizon}", message)
     t.progress.step(tokens, lambda: figures(t.log.mean("train/loss")))
 
 
@@ -190,6 +196,7 @@ def measurements(result: dni.StepResult) -> dict[str, Tensor]:
     values = {"train/loss": result.loss, "gradient/norm": result.gradient_norm}
     if result.synthetic is not None:
         values |= {
+            "gradient/synthesizer_norm": result.synthetic.gradient_norm,
             "synthetic/loss": result.synthetic.loss,
             "synthetic/cosine": result.synthetic.cosine,
             "synthetic/r2": result.synthetic.r2,
@@ -209,12 +216,16 @@ def figures(loss: float) -> str:
 
 
 def log_point(t: Training) -> None:
-    """A point of the training curves: averages since the last one, speed and memory."""
+    """A point of the training curves: averages since the last one, size of the cells, speed and memory."""
     t.counters.logged_at = t.steps
     t.log.write(t.steps)
     t.log.scalars(
         t.steps,
-        {"speed/tokens_per_second": t.progress.tokens_per_second(), "memory/peak_mb": peak_memory_mb(t.device)},
+        {
+            **cell_size(t.trainer),
+            "speed/tokens_per_second": t.progress.tokens_per_second(),
+            "memory/peak_mb": peak_memory_mb(t.device),
+        },
     )
 
 
@@ -227,6 +238,7 @@ def validate(t: Training) -> Score:
     log_score(t, "valid", result)
     if t.counters.best is None or result.loss < t.counters.best:
         t.counters.best = result.loss
+        t.log.text(t.steps, "sample/best", lm.sample_text(t.model, t.tokenizer, seed=t.options.seed))
         save(t, t.run.best)
     return result
 
@@ -245,11 +257,11 @@ def log_score(t: Training, split: str, result: Score) -> None:
     t.progress.say(f"step {t.steps}, epoch {t.stream.epoch}, {lm.describe(split, result)}")
 
 
-def sample(t: Training, model: LanguageModel) -> None:
-    """Draw some text."""
+def sample(t: Training, model: LanguageModel) -> str:
+    """Draw some text for the reader."""
     text = lm.sample_text(model, t.tokenizer, seed=t.options.seed)
-    t.log.text(t.steps, "sample", text)
     t.progress.say(f"--- sample at step {t.steps} ---\n{text}\n---")
+    return text
 
 
 def say_unknown(t: Training) -> None:
@@ -284,6 +296,9 @@ def finish(t: Training) -> None:
     best = lm.load_run(t.run, t.run.best, t.device).model
     scores = {"valid": lm.score(best, t.valid, t.options), "test": lm.score(best, t.test, t.options)}
     log_score(t, "test", scores["test"])
+    t.log.scalars(t.steps, {"best/valid_perplexity": scores["valid"].ppl, "best/valid_bpc": scores["valid"].bpc})
+    deciding = {name: value for name, value in config_of(t.options).items() if name not in t.options.MAY_CHANGE}
+    t.log.hyperparameters(deciding, FINAL)
     say_unknown(t)
     sample(t, best)
     t.tick()
@@ -331,6 +346,8 @@ def prepare(plan: Plan[LanguageModelOptions]) -> Training:
     run.create(config_of(options))
     tokenizer.save(run.tokenizer)
     log = RunLog(run.path, resumed_at=trainer.steps)
+    log.dashboard(LAYOUT)
+    log.configuration(trainer.steps, config_of(options))
     if checkpoint is not None:
         log.load_state_dict(checkpoint["log"], device)
     progress = Progress(total_steps(options, stream), trainer.steps)

@@ -20,7 +20,7 @@ updates, as averages since the last point where not said otherwise:
     task/training_length       the length that is trained now
     task/error_bits            mean error of the training sequences that ended, bits a bit (adding: task/error, a share of 1)
     task/fresh_error_bits      mean error of a check on fresh sequences (adding: task/fresh_error)
-    synthetic/..., fidelity/..., gradient/norm, memory/peak_mb
+    synthetic/..., fidelity/..., gradient/..., memory/peak_mb
                                as in dni_seq/runlog.py, ratios over the windows where they mean something
     speed/updates_per_second   of this session, the checks' time included
 Ctrl-C saves a checkpoint and ends with status 130, SIGTERM with 143. Bad input ends with one line on stderr and status 2.
@@ -33,6 +33,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -57,7 +58,7 @@ from dni_seq.options import parse, report
 from dni_seq.plan import Plan, config_of, plan_run
 from dni_seq.progress import Progress
 from dni_seq.rundir import RunDirectory, new_run_path
-from dni_seq.runlog import RunLog, peak_memory_mb
+from dni_seq.runlog import LAYOUT, Layout, RunLog, peak_memory_mb
 from dni_seq.stopping import StopSignals
 from dni_seq.task_options import TaskOptions
 from dni_seq.tasks import TASKS, Curriculum, Stage, Task, TaskStream, mean_error
@@ -68,6 +69,17 @@ LOG_EVERY = 100
 
 SAVE_SECONDS = 60.0
 """A kill loses about this much work at most."""
+
+DASHBOARD: Layout = MappingProxyType(
+    {
+        "length": {"solved, and in training": ["task/length", "task/training_length"]},
+        "error": {"of training sequences and of checks": ["task/error", "task/fresh_error"]},
+        "synthetic gradients": LAYOUT["synthetic gradients"],
+        "stability": {"gradient norms": ["gradient/norm", "gradient/synthesizer_norm"]},
+        "resources": {"updates a second": ["speed/updates_per_second"], "peak memory, MiB": ["memory/peak_mb"]},
+    }
+)
+"""TensorBoard's tab "Custom Scalars"."""
 
 CHECK_SEED = 2**31
 """Added to the seed for the sequences of checks, which are then none of the training's."""
@@ -201,6 +213,7 @@ def measurements(result: dni.StepResult, ended: bool) -> dict[str, Tensor]:
     values = {"gradient/norm": result.gradient_norm}
     if result.synthetic is None:
         return values
+    values["gradient/synthesizer_norm"] = result.synthetic.gradient_norm
     for name in ("loss", "cosine", "r2", "injected_ratio", "scale"):
         values[f"synthetic/{name}"] = getattr(result.synthetic, name)
     if result.synthetic.fidelity is not None:
@@ -272,6 +285,8 @@ def finish(t: Training) -> None:
     """The end of a run: last point of the curves, checkpoint, summary."""
     if t.counters.logged_at != t.updates:
         log_point(t)
+    deciding = {name: value for name, value in config_of(t.options).items() if name not in t.options.MAY_CHANGE}
+    t.log.hyperparameters(deciding, ["task/length", "speed/updates_per_second"])
     save(t)
     write_json(t.run.summary, summary(t))
     t.progress.say(f"{t.updates} updates in {t.counters.seconds:.0f} s: {figures(t)}; all in {t.run.path}")
@@ -325,6 +340,8 @@ def prepare(plan: Plan[TaskOptions]) -> Training:
     run = plan.run or RunDirectory(new_run_path(f"{name}-T{options.bptt}-seed{options.seed}"))
     run.create(config_of(options))
     log = RunLog(run.path, resumed_at=trainer.steps)
+    log.dashboard(DASHBOARD)
+    log.configuration(trainer.steps, config_of(options))
     if checkpoint is not None:
         log.load_state_dict(checkpoint["log"], device)
     progress = Progress(options.updates, trainer.steps)
