@@ -6,12 +6,13 @@ package, a clone has them beside it.
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
+
+from .options import did_you_mean, report
 
 COMMANDS: Mapping[str, tuple[str, str]] = MappingProxyType(
     {
@@ -35,10 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0 if given else 2
     name, *rest = given
     if name not in there:
-        close = difflib.get_close_matches(name, there, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"one of {', '.join(there)}"
-        print(f"dni-seq: error: there is no command {name!r}: {hint}", file=sys.stderr)
-        return 2
+        hint = did_you_mean(name, list(there)) or f": choose one of {', '.join(there)}"
+        return report("dni-seq", ValueError(f"there is no command {name!r}{hint}"))
     sys.argv[0] = f"dni-seq {name}"
     sys.path.insert(0, str(there[name].parent))  # as Python does for a script: it may import those beside it
     status: int = importlib.import_module(there[name].stem).main(rest)

@@ -49,6 +49,39 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 )
 """Defaults that depend on the tokenizer. An option listed here is None until `settle` fills it, whatever its type says."""
 
+PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {
+        "seed": {"tokenizer": "word", **DEFAULTS["word"]},
+        # Zaremba et al. 2014, arXiv 1409.2329, section 4.1, but for the optimizer, which is Adam here.
+        "small": {
+            "tokenizer": "word",
+            "embed": 200,
+            "hidden": 200,
+            "layers": 2,
+            "dropout": 0.0,
+            "bptt": 20,
+            "batch_size": 20,
+            "lr": 1e-3,
+            "clip": 5.0,
+            "epochs": 13,
+        },
+        "medium": {
+            "tokenizer": "word",
+            "embed": 650,
+            "hidden": 650,
+            "layers": 2,
+            "dropout": 0.5,
+            "bptt": 35,
+            "batch_size": 20,
+            "lr": 1e-3,
+            "clip": 5.0,
+            "epochs": 39,
+        },
+        "char": {"tokenizer": "char", **DEFAULTS["char"]},
+    }
+)
+"""Known settings for `--preset`: of dni-pytorch's example, of Zaremba's small and medium models, and by characters."""
+
 DTYPES = ("float32", "float64", "bfloat16")
 
 
@@ -84,7 +117,7 @@ class LanguageModelOptions(CreditOptions):
             "data_dir",
         }
     )
-    OF_THE_CALL: ClassVar[frozenset[str]] = frozenset({"run_dir", "resume", "eval_only"})
+    OF_THE_CALL: ClassVar[frozenset[str]] = frozenset({"run_dir", "resume", "eval_only", "dry_run"})
 
     dataset: str | None = option(
         None,
@@ -197,6 +230,9 @@ class LanguageModelOptions(CreditOptions):
         "go on: from the last checkpoint in --run-dir, where there is one, or from RUN_DIR/checkpoints/NAME.pt",
         group=_RUN,
         metavar="auto|PATH",
+    )
+    dry_run: bool = option(
+        False, "print shapes, parameters, memory and the time that an epoch takes, and end; nothing is written", group=_RUN
     )
     eval_only: bool = option(False, "score the best checkpoint in --run-dir and end", group=_RUN)
     eval_every: int | None = option(None, "steps between validations", group=_RUN, check=at_least(1), shown="an epoch")

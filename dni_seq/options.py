@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import difflib
 import json
 import math
+import os
+import re
 import sys
 import types
 import typing
@@ -83,14 +86,31 @@ def fraction(value: float) -> str | None:
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """argparse, with its errors in one line."""
+    """argparse, with its errors in one line, which names the nearest right spelling."""
 
     def __init__(self, *, prog: str, **settings: Any):
         super().__init__(prog=program(prog), **settings)
 
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse does; an unknown option is answered with the one that was likely meant."""
+        given, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            names = [name for action in self._actions for name in action.option_strings]
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{did_you_mean(unknown[0].split('=')[0], names)}")
+        return given
+
     def error(self, message: str) -> NoReturn:
         """End with the message on stderr and exit status 2."""
-        self.exit(2, f"{self.prog}: error: {message} (--help lists all options)\n")
+        wrong = re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message)
+        if wrong:
+            message += did_you_mean(wrong[1], [choice.strip(" '") for choice in wrong[2].split(",")])
+        self.exit(2, f"{_error_of(self.prog)} {message} (--help lists all options)\n")
+
+
+def did_you_mean(wrong: str, names: Sequence[str]) -> str:
+    """A question to put behind an error: the one of `names` that is spelt like `wrong`; empty where there is none."""
+    close = difflib.get_close_matches(wrong, names, n=1)
+    return f", did you mean {close[0]}?" if close else ""
 
 
 def program(script: str) -> str:
@@ -101,12 +121,29 @@ def program(script: str) -> str:
 def report(prog: str, error: Exception) -> int:
     """Print what went wrong, and what to do, as one line on stderr; the exit status for it, 2."""
     text = " ".join(str(error).split()) or type(error).__name__
-    print(f"{program(prog)}: error: {text}", file=sys.stderr)
+    print(f"{_error_of(program(prog))} {text}", file=sys.stderr)
     return 2
 
 
-def parse(cls: type, arguments: Sequence[str] | None, *, prog: str, description: str) -> dict[str, Any]:
-    """What the command line gives, over what its `--config FILE` gives: option names (of `cls`) and values.
+def _error_of(prog: str) -> str:
+    """The head of an error's line, red on a terminal."""
+    red = sys.stderr.isatty() and "NO_COLOR" not in os.environ
+    return f"{prog}: \033[31merror:\033[0m" if red else f"{prog}: error:"
+
+
+Presets = Mapping[str, Mapping[str, Any]]
+"""Values of options for known settings, by the setting's name."""
+
+
+def parse(
+    cls: type,
+    arguments: Sequence[str] | None,
+    *,
+    prog: str,
+    description: str,
+    presets: Presets | None = None,
+) -> dict[str, Any]:
+    """What the command line gives, over `--config FILE`, over `--preset NAME`: option names (of `cls`) and values.
 
     Options that nobody gave are absent. A mistake in the syntax ends the process with one line on stderr and exit
     status 2, `--help` prints all options with their defaults.
@@ -122,6 +159,9 @@ def parse(cls: type, arguments: Sequence[str] | None, *, prog: str, description:
         allow_abbrev=False,
     )
     parser.add_argument("--config", metavar="FILE", help="read options from a JSON file, as a run's config.json is")
+    if presets:
+        text = "; ".join(f"{name}: {_described(values)}" for name, values in presets.items())
+        parser.add_argument("--preset", choices=tuple(presets), help=f"options of a known setting, below --config. {text}")
     groups: dict[str, argparse._ArgumentGroup] = {}
     kinds = _kinds(cls)
     for field in dataclasses.fields(cls):
@@ -130,8 +170,13 @@ def parse(cls: type, arguments: Sequence[str] | None, *, prog: str, description:
             groups[title] = parser.add_argument_group(title)
         _add_argument(groups[title], field, kinds[field.name])
     given = vars(parser.parse_args(arguments))
-    config = given.pop("config", None)
-    return given if config is None else read_config(cls, config) | given
+    config, preset = given.pop("config", None), given.pop("preset", None)
+    below = dict(presets[preset]) if presets and preset is not None else {}
+    return below | (read_config(cls, config) if config is not None else {}) | given
+
+
+def _described(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name.replace('_', '-')} {value}" for name, value in values.items())
 
 
 def read_config(cls: type, path: str | Path) -> dict[str, Any]:
@@ -148,9 +193,11 @@ def read_config(cls: type, path: str | Path) -> dict[str, Any]:
         raise ValueError(f"the configuration {path} is not JSON: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"the configuration {path} must be a JSON object of option names and values")
-    unknown = sorted(set(content) - {field.name for field in dataclasses.fields(cls)})
+    names = [field.name for field in dataclasses.fields(cls)]
+    unknown = sorted(set(content) - set(names))
     if unknown:
-        raise ValueError(f"the configuration {path} names unknown options: {', '.join(unknown)}")
+        hint = did_you_mean(unknown[0], names)
+        raise ValueError(f"the configuration {path} names unknown options: {', '.join(unknown)}{hint}")
     return content
 
 
@@ -223,7 +270,9 @@ def _checked(field: dataclasses.Field, kind: _Kind, value: Any) -> Any:
         raise ValueError(f"{flag(field.name)} must be {_TYPE_NAMES[kind.plain]}, got {value!r}")
     choices, check = field.metadata["choices"], field.metadata["check"]
     if choices is not None and value not in choices:
-        raise ValueError(f"{flag(field.name)} must be one of {', '.join(choices)}, got {value!r}")
+        raise ValueError(
+            f"{flag(field.name)} must be one of {', '.join(choices)}, got {value!r}{did_you_mean(str(value), choices)}"
+        )
     wanted = check(value) if check is not None else None
     if wanted is not None:
         raise ValueError(f"{flag(field.name)} must be {wanted}, got {value}")

@@ -33,8 +33,9 @@ from torch import Tensor
 import dni_seq as dni
 from dni_seq import lm
 from dni_seq.checkpoint import random_state, save_checkpoint, set_random_state, write_json
+from dni_seq.dry_run import dry_run
 from dni_seq.evaluation import Score
-from dni_seq.lm_options import LanguageModelOptions, settle
+from dni_seq.lm_options import PRESETS, LanguageModelOptions, settle
 from dni_seq.lm_trainer import build_trainer, cell_size, messages
 from dni_seq.models.language_model import LanguageModel
 from dni_seq.options import parse, report
@@ -63,7 +64,11 @@ EVAL_EVERY_OF_STREAM = 1000
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
     try:
-        given = parse(LanguageModelOptions, arguments, prog="train_lm", description=__doc__ or "")
+        given = parse(LanguageModelOptions, arguments, prog="train_lm", description=__doc__ or "", presets=PRESETS)
+        if given.get("dry_run"):
+            for line in dry_run(plan_run(LanguageModelOptions, given).options):
+                print(line, flush=True)
+            return 0
         if given.get("eval_only"):
             return evaluate_only(plan_run(LanguageModelOptions, {"resume": "auto"} | given))
         training = prepare(plan_run(LanguageModelOptions, given))

@@ -50,7 +50,7 @@ def test_help_lists_the_commands_that_are_there(capsys):
 
 def test_a_misspelt_command_is_answered_with_the_right_one(capsys):
     assert command.main(["trian"]) == 2
-    assert capsys.readouterr().err == "dni-seq: error: there is no command 'trian': did you mean train?\n"
+    assert capsys.readouterr().err == "dni-seq: error: there is no command 'trian', did you mean train?\n"
 
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="tomllib came with Python 3.11")

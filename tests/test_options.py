@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import sys
 
 import pytest
 
@@ -105,6 +107,74 @@ def test_bad_config_file(tmp_path, content, message):
         path.write_bytes(content)
     with pytest.raises(ValueError, match=message):
         read_config(Sample, path)
+
+
+PRESETS = {"large": {"size": 100, "kind": "b"}}
+
+
+def test_a_preset_lies_below_config_and_command_line(tmp_path, capsys):
+    config = tmp_path / "config.json"
+    config.write_text('{"kind": "a", "rate": 2.0}')
+
+    def read(*arguments: str) -> dict:
+        return parse(Sample, list(arguments), prog="sample", description="A sample.", presets=PRESETS)
+
+    assert read("--preset", "large") == {"size": 100, "kind": "b"}
+    assert read("--preset", "large", "--size", "5") == {"size": 5, "kind": "b"}
+    assert read("--preset", "large", "--config", str(config)) == {"size": 100, "kind": "a", "rate": 2.0}
+    assert PRESETS == {"large": {"size": 100, "kind": "b"}}
+    with pytest.raises(SystemExit):
+        read("--help")
+    assert "large: size 100, kind b" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "meant"),
+    [
+        (["--siez", "4"], "--size"),
+        (["--long_name=x"], "--long-name"),
+        (["--preset", "larg"], "large"),
+        (["--tide"], "--tied"),
+    ],
+)
+def test_a_misspelling_is_answered_with_the_right_one(arguments, meant, capsys):
+    with pytest.raises(SystemExit):
+        parse(Sample, arguments, prog="sample", description="A sample.", presets=PRESETS)
+    error = capsys.readouterr().err
+    assert f", did you mean {meant}?" in error
+    assert error.count("\n") == 1
+
+
+def test_nothing_is_guessed_for_what_is_like_nothing(capsys):
+    with pytest.raises(SystemExit):
+        read("--quite-another-thing")
+    assert "did you mean" not in capsys.readouterr().err
+
+
+def test_a_config_file_is_answered_likewise(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text('{"sise": 4}')
+    with pytest.raises(ValueError, match="unknown options: sise, did you mean size"):
+        read_config(Sample, path)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="pseudo-terminals are Unix's")
+@pytest.mark.parametrize(("no_color", "red"), [(None, True), ("1", False)])
+def test_an_error_is_red_on_a_terminal_alone(no_color, red, monkeypatch):
+    import pty
+
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    if no_color is not None:
+        monkeypatch.setenv("NO_COLOR", no_color)
+    master, slave = pty.openpty()
+    with open(slave, "w") as terminal:
+        monkeypatch.setattr(sys, "stderr", terminal)
+        report("sample", ValueError("no"))
+        terminal.flush()
+        shown = os.read(master, 1000).decode()
+    os.close(master)
+    assert (shown == "sample: \033[31merror:\033[0m no\r\n") == red
+    assert ("\033" in shown) == red
 
 
 def test_checks():
