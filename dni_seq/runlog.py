@@ -41,6 +41,8 @@ KEYS = MappingProxyType(
         "gradient/synthesizer_norm": "norm of the synthesizer's gradient before clipping",
         "state/cell_rms": "root mean square of the LSTM's cells behind the latest window",
         "state/cell_max": "largest absolute value of an LSTM's cell behind the latest window",
+        "progress/tokens": "tokens trained on so far, at each validation",
+        "progress/seconds": "time of the run so far, over all sessions, at each validation, its own time included",
         "speed/tokens_per_second": "tokens trained on a second, since the last point",
         "memory/peak_mb": "peak memory of the process, or of the GPU where one is used, MiB",
     }

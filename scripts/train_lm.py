@@ -240,6 +240,7 @@ def validate(t: Training) -> Score:
     t.counters.validated_at = t.steps
     t.tick()
     t.counters.curve.append([t.counters.tokens, t.counters.seconds, t.counters.process_seconds, result.bpc])
+    t.log.scalars(t.steps, {"progress/tokens": t.counters.tokens, "progress/seconds": t.counters.seconds})
     log_score(t, "valid", result)
     if t.counters.best is None or result.loss < t.counters.best:
         t.counters.best = result.loss

@@ -9,28 +9,10 @@ import pytest
 
 from dni_seq.runlog import FINAL, LAYOUT, OTHER_KEYS
 from docs.images.browser import Browser, find_chromium, tensorboard
-from scripts import train_lm
 
 event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
 hparams = pytest.importorskip("tensorboard.plugins.hparams.plugin_data_pb2")
 layouts = pytest.importorskip("tensorboard.plugins.custom_scalar.layout_pb2")
-
-TINY = ("--embed", "8", "--hidden", "8", "--bptt", "4", "--batch-size", "64", "--seed", "5", "--eval-tokens", "2048")
-LIMITS = ("--max-steps", "60", "--eval-every", "20", "--sample-every", "30")
-SYNTHETIC = ("--horizons", "2", "--synthesizer-hidden", "16", "--fidelity-every", "8")
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory) -> Path:
-    """Two runs, by truncated BPTT and with synthetic gradients."""
-    directory = tmp_path_factory.mktemp("runs")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_lm, "HISTOGRAM_EVERY", 20)
-        patch.setattr(train_lm, "LOG_EVERY", 10)
-        for name, options in (("none", ()), ("multi-horizon", SYNTHETIC)):
-            line = [*TINY, *LIMITS, *options, "--synthesizer", name, "--run-dir", str(directory / name)]
-            assert train_lm.main(line) == 0
-    return directory
 
 
 def read(run: Path):
@@ -45,8 +27,8 @@ def texts(events, key: str) -> dict[int, str]:
     return {event.step: event.tensor_proto.string_val[0].decode() for event in events.Tensors(f"{key}/text_summary")}
 
 
-def test_every_chart_of_the_layout_has_curves(runs):
-    events = read(runs / "multi-horizon")
+def test_every_chart_of_the_layout_has_curves(two_runs):
+    events = read(two_runs / "multi-horizon")
     (event,) = events.Tensors("custom_scalars__config__")
     layout = layouts.Layout.FromString(event.tensor_proto.string_val[0])
     keys = events.Tags()["scalars"]
@@ -58,22 +40,22 @@ def test_every_chart_of_the_layout_has_curves(runs):
                 assert any(re.match(tag, key) for key in keys), f"{chart.title}: no curve {tag}"
 
 
-def test_fidelity_is_charted_by_horizon(runs):
-    keys = set(read(runs / "multi-horizon").Tags()["scalars"])
+def test_fidelity_is_charted_by_horizon(two_runs):
+    keys = set(read(two_runs / "multi-horizon").Tags()["scalars"])
     assert {"fidelity/cosine_1", "fidelity/cosine_2", "fidelity/r2_1", "fidelity/r2_2"} <= keys
-    assert not any(key.startswith(("fidelity", "synthetic")) for key in read(runs / "none").Tags()["scalars"])
+    assert not any(key.startswith(("fidelity", "synthetic")) for key in read(two_runs / "none").Tags()["scalars"])
 
 
-def test_the_configuration_is_a_table_with_versions(runs):
-    (table,) = texts(read(runs / "none"), "config").values()
+def test_the_configuration_is_a_table_with_versions(two_runs):
+    (table,) = texts(read(two_runs / "none"), "config").values()
     rows = dict(re.findall(r"^\| (\w+) \| (.*) \|$", table, re.MULTILINE))
     assert rows["synthesizer"] == "none"
     assert rows["hidden"] == "8"
     assert {"dni_seq", "torch", "python", "system"} <= set(rows)
 
 
-def test_text_samples_follow_the_best_validations(runs):
-    events = read(runs / "none")
+def test_text_samples_follow_the_best_validations(two_runs):
+    events = read(two_runs / "none")
     losses = [(event.step, event.value) for event in events.Scalars("valid/loss")]
     best = [step for i, (step, loss) in enumerate(losses) if all(loss < earlier for _, earlier in losses[:i])]
     samples = texts(events, "sample/best")
@@ -82,8 +64,8 @@ def test_text_samples_follow_the_best_validations(runs):
     assert list(texts(events, "sample/regular")) == [30, 60]
 
 
-def test_messages_have_a_histogram_for_each_horizon(runs):
-    events = read(runs / "multi-horizon")
+def test_messages_have_a_histogram_for_each_horizon(two_runs):
+    events = read(two_runs / "multi-horizon")
     assert set(OTHER_KEYS) - {"messages/horizon_n"} == {"config", "sample/best", "sample/regular"}
     for key in ("messages/horizon_1", "messages/horizon_2"):
         points = events.Histograms(key)
@@ -91,11 +73,11 @@ def test_messages_have_a_histogram_for_each_horizon(runs):
         # 64 lanes, h and c of 8 units; trained for 20 steps, no message is zero any more.
         assert all(point.histogram_value.num == 64 * 16 for point in points)
         assert all(point.histogram_value.sum_squares > 0 for point in points)
-    assert read(runs / "none").Tags()["histograms"] == []
+    assert read(two_runs / "none").Tags()["histograms"] == []
 
 
-def test_hyperparameters_come_with_final_scores(runs):
-    events = read(runs / "none")
+def test_hyperparameters_come_with_final_scores(two_runs):
+    events = read(two_runs / "none")
     data = {
         key: hparams.HParamsPluginData.FromString(events.SummaryMetadata(key).plugin_data.content)
         for key in ("_hparams_/experiment", "_hparams_/session_start_info", "_hparams_/session_end_info")
@@ -109,15 +91,15 @@ def test_hyperparameters_come_with_final_scores(runs):
     assert chosen["tied"].string_value == "False"
     assert chosen["hidden"].number_value == 8
     assert not {"data_dir", "max_steps", "threads"} & set(chosen)
-    assert len(list((runs / "none").glob("events.*"))) == 1
+    assert len(list((two_runs / "none").glob("events.*"))) == 1
 
 
-def test_a_browser_shows_the_charts(runs):
+def test_a_browser_shows_the_charts(two_runs):
     chromium = find_chromium()
     if chromium is None:
         pytest.skip("no Chromium here (Debian: apt-get install chromium)")
     titles = [title for charts in LAYOUT.values() for title in charts]
-    with tensorboard(runs) as address, Browser(chromium) as page:
+    with tensorboard(two_runs) as address, Browser(chromium) as page:
         page.open(f"{address}#custom_scalars")
         cards = "findAll('tf-custom-scalar-multi-line-chart-card')"
         page.wait(f"{cards}.length == {len(titles)}")

@@ -1,0 +1,27 @@
+"""Real runs that several test files look at."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+TINY = ("--embed", "8", "--hidden", "8", "--bptt", "4", "--batch-size", "64", "--seed", "5", "--eval-tokens", "2048")
+LIMITS = ("--max-steps", "60", "--eval-every", "20", "--sample-every", "30")
+SYNTHETIC = ("--horizons", "2", "--synthesizer-hidden", "16", "--fidelity-every", "8")
+
+
+@pytest.fixture(scope="session")
+def two_runs(tmp_path_factory) -> Path:
+    """A directory with two runs, `none` by truncated BPTT and `multi-horizon` with synthetic gradients: 60 steps each,
+    validations every 20, histograms every 20 and points of the training curves every 10."""
+    from scripts import train_lm
+
+    directory = tmp_path_factory.mktemp("runs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_lm, "HISTOGRAM_EVERY", 20)
+        patch.setattr(train_lm, "LOG_EVERY", 10)
+        for name, options in (("none", ()), ("multi-horizon", SYNTHETIC)):
+            line = [*TINY, *LIMITS, *options, "--synthesizer", name, "--run-dir", str(directory / name)]
+            assert train_lm.main(line) == 0
+    return directory
