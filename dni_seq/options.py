@@ -220,6 +220,15 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def default_of(field: dataclasses.Field) -> str:
+    """An option's default in words; empty where there is none."""
+    if field.metadata["shown"]:
+        return str(field.metadata["shown"])
+    if isinstance(field.default, bool):
+        return "yes" if field.default else "no"
+    return "" if field.default is None else str(field.default)
+
+
 class _Kind(typing.NamedTuple):
     """A field's type: `int | None` is (int, True)."""
 
@@ -243,9 +252,7 @@ def _add_argument(group: argparse._ArgumentGroup, field: dataclasses.Field, kind
     """Add one field to its group of options."""
     details = field.metadata
     text = details["help"].replace("%", "%%")
-    shown = details["shown"] or ("" if field.default is None else str(field.default))
-    if kind.plain is bool:
-        shown = shown.replace("True", "yes").replace("False", "no")
+    shown = default_of(field)
     if shown:
         text += f" (default: {shown.replace('%', '%%')})"
     if kind.plain is bool:

@@ -1,15 +1,28 @@
-"""The examples of README.md and of docs/*.md run: every block marked python, those of one file in one namespace."""
+"""README.md, CONTRIBUTING.md and docs/*.md are true: their examples and commands run, their tables are those of the code.
+
+Every block marked python runs, those of one file in one namespace. Every command runs too, with tiny limits and in a
+temporary directory: as its script's `main`, since loading torch takes most of the time of a small run.
+"""
 
 from __future__ import annotations
 
+import importlib
 import re
+import shlex
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+from dni_seq.lm_options import LanguageModelOptions
+from dni_seq.options import parse
+from docs import tables
+from docs.images import overview
+
 ROOT = Path(__file__).parent.parent
-PAGES = sorted([*ROOT.glob("README.md"), *ROOT.glob("docs/**/*.md")])
+PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/**/*.md")])
 BLOCK = re.compile(r"^```python[^\n]*\n(.*?)^```\s*$", re.MULTILINE | re.DOTALL)
 
 
@@ -38,3 +51,131 @@ def test_examples_run(page, tmp_path, monkeypatch):
     for line, code in blocks(page):
         source = "\n" * line + code  # so that a traceback names the page's line
         exec(compile(source, str(page), "exec"), namespace)
+
+
+def test_tables_are_those_of_the_code():
+    """Where this fails: python docs/tables.py"""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert tables.written(text) == text
+
+
+def test_the_picture_is_what_its_script_draws():
+    """Where this fails: python docs/images/overview.py"""
+    assert overview.OUTPUT.read_text(encoding="utf-8") == overview.draw()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    text = page.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", text):
+        if not target.startswith("http"):
+            assert (page.parent / target).exists(), target
+
+
+TRAIN = ("--embed", "8", "--hidden", "8", "--layers", "1", "--batch-size", "8", "--max-steps", "2", "--eval-tokens", "600")
+SMALL = {
+    "train_lm": (*TRAIN, "--synthesizer-hidden", "8"),
+    "train_tasks": ("--updates", "3", "--hidden", "8", "--batch-size", "4"),
+    "evaluate_lm": (),
+    "sample_lm": ("--length", "5"),
+    "compare_runs": (),
+}
+"""What makes a script's command quick; later options go before earlier ones."""
+
+ELSEWHERE = {
+    "tensorboard": "test_dashboard.py serves a run by it",
+    "pytest": "this",
+    "pip": ".ci/run installs by README's line, test_command.py from a wheel",
+    "venv": "likewise",
+    "ruff": ".ci/run",
+    "mypy": ".ci/run",
+    "train_feedforward": "test_feedforward.py",
+    "feedforward_table": "test_feedforward.py",
+    "streams": "benchmarks/streams.py: its cases take minutes; its results are committed",
+    "tables": "test_tables_are_those_of_the_code",
+    "examples": "test_examples.py",
+    "reproduce_paper": "test_reproduce_paper.py",
+}
+"""Commands of the pages that run, but not here."""
+
+FENCED = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```\s*$", re.MULTILINE | re.DOTALL)
+
+
+def commands() -> Iterator[tuple[str, list[str]]]:
+    """The page and the words of every command in it, without python's path; those that `&&` joins one by one."""
+    for page in PAGES:
+        for language, block in FENCED.findall(page.read_text(encoding="utf-8")):
+            if language not in ("", "sh"):
+                continue
+            for line in block.replace("\\\n", " ").splitlines():
+                words = shlex.split(line, comments=True)
+                while words:
+                    cut = words.index("&&") if "&&" in words else len(words)
+                    yield str(page.relative_to(ROOT)), words[:cut]
+                    words = words[cut + 1 :]
+
+
+def program(words: list[str]) -> tuple[str, list[str]]:
+    """The name of a command's program or script, and its arguments."""
+    first, *rest = words
+    name = Path(first).name
+    if name.startswith("python"):
+        name, *rest = rest
+        if name == "-m":
+            name, *rest = rest
+        name = "examples" if name.startswith("examples/") else Path(name.replace(".py", "").replace(".", "/")).name
+    return name, rest
+
+
+def test_every_command_is_run_by_a_test():
+    for page, words in commands():
+        name, _ = program(words)
+        assert name in SMALL or name in ELSEWHERE or name == "-c", f"{page}: no test runs {' '.join(words)}"
+
+
+@pytest.fixture
+def at_home(two_runs, tmp_path, monkeypatch):
+    """A directory with what the pages' commands speak of: runs, a book, and corpora by name."""
+    for name in ("NAME", "OTHER"):
+        shutil.copytree(two_runs / "multi-horizon", tmp_path / "runs" / name)
+    text = "it was a dark and stormy night ; the rain fell in torrents .\n" * 200
+    (tmp_path / "book.txt").write_text(text)
+    for corpus in ("ptb", "wikitext-103"):
+        for split in ("train", "valid", "test"):
+            path = tmp_path / "data" / corpus / f"{corpus}.{split}.txt"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("DNI_SEQ_DATA", raising=False)
+    threads = torch.get_num_threads()
+    yield tmp_path
+    torch.set_num_threads(threads)
+
+
+def test_commands_run(at_home, capsys):
+    done = set()
+    for page, words in commands():
+        name, arguments = program(words)
+        if name == "-c":
+            exec(arguments[0] if arguments else "", {})
+        if name not in SMALL:
+            continue
+        if any(
+            "OWNER/NAME" in word or "corpus/**" in word for word in arguments
+        ):  # test_streams_hub.py, test_streams_formats.py
+            assert parse(LanguageModelOptions, arguments, prog=name, description="")
+            continue
+        if name == "compare_runs":
+            pytest.importorskip("matplotlib", reason="matplotlib, of the extras plots and dev, is not installed")
+        if "--synthesizer" in arguments and "|" in arguments[arguments.index("--synthesizer") + 1]:
+            continue  # a pattern of commands, not one
+        status = importlib.import_module(f"scripts.{name}").main([*arguments, *SMALL[name]])
+        shown = capsys.readouterr()
+        assert status == 0, f"{page}: {' '.join(words)}\n{shown.err}"
+        # Into a pipe: no bar, no colours, nothing on stderr in so short a run.
+        assert "\033" not in shown.out + shown.err
+        assert "\r" not in shown.out + shown.err
+        assert shown.err == "", words
+        done.add(name)
+    assert done == set(SMALL)
+    assert (at_home / "comparison.png").is_file()

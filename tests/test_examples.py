@@ -1,0 +1,64 @@
+"""The examples, run for real with fewer steps: what they print has to show what they say."""
+
+from __future__ import annotations
+
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+import torch
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+@pytest.fixture
+def run(capsys, monkeypatch, tmp_path):
+    """A function that runs an example's main in an empty directory and gives the numbers of each line that it prints."""
+    monkeypatch.chdir(tmp_path)
+    threads = torch.get_num_threads()
+
+    def of(name: str, *arguments: int) -> list[list[float]]:
+        runpy.run_path(str(EXAMPLES / f"{name}.py"))["main"](*arguments)
+        lines = capsys.readouterr().out.splitlines()
+        return [[float(number) for number in re.findall(r"-?\d+(?:\.\d+)?", line)] for line in lines]
+
+    yield of
+    torch.set_num_threads(threads)
+
+
+def test_every_example_is_tested():
+    tests = Path(__file__).read_text()
+    for path in EXAMPLES.glob("*.py"):
+        assert f'run("{path.stem}"' in tests
+
+
+def test_custom_rnn_learns_and_leaves_a_curve(run, tmp_path):
+    points = run("custom_rnn", 480)
+    assert [step for step, *_ in points] == [80, 160, 240, 320, 400, 480]
+    errors, shares = [[row[column] for row in points] for column in (1, 2)]
+    assert errors[-1] < 0.8 < errors[0]  # the full length ends near 0.05
+    assert shares[-1] > 50
+    assert list((tmp_path / "runs" / "custom_rnn").glob("events.*"))
+    assert len((EXAMPLES / "custom_rnn.py").read_text().splitlines()) < 60
+
+
+def test_custom_synthesizer_sees_more_than_the_state(run):
+    (state_alone,), (reads_back,) = run("custom_synthesizer", 150)
+    assert reads_back > 0.15
+    assert abs(state_alone) < 0.1
+
+
+def test_time_series_messages_get_truer_with_what_is_known(run):
+    (_,), *synthetic = run("time_series", 120)
+    unknown, inputs, both = (row[-1] for row in synthetic)
+    assert unknown < inputs < both
+
+
+def test_bare_interfaces_train_in_time_and_in_depth(run):
+    (_, cut), (_, injected), (plain,), (decoupled,) = run("bare_interfaces", 120, 150)
+    # Uniform over the 90 characters is 4.5 nats.
+    assert 2 < cut < 3
+    assert injected == pytest.approx(cut, abs=0.2)
+    assert plain > 90
+    assert decoupled > 90
