@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
+from .bugs import guarded
 from .options import did_you_mean, report
 
 COMMANDS: Mapping[str, tuple[str, str]] = MappingProxyType(
@@ -40,8 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return report("dni-seq", ValueError(f"there is no command {name!r}{hint}"))
     sys.argv[0] = f"dni-seq {name}"
     sys.path.insert(0, str(there[name].parent))  # as Python does for a script: it may import those beside it
-    status: int = importlib.import_module(there[name].stem).main(rest)
-    return status
+    script = importlib.import_module(there[name].stem)
+    return guarded(lambda: script.main(rest))
 
 
 def scripts_directory() -> Path:

@@ -89,7 +89,8 @@ class OneLineParser(argparse.ArgumentParser):
     """argparse, with its errors in one line, which names the nearest right spelling."""
 
     def __init__(self, *, prog: str, **settings: Any):
-        super().__init__(prog=program(prog), **settings)
+        of_command = prog.startswith("dni-seq ")  # a part of one has the whole name already
+        super().__init__(prog=prog if of_command else program(prog), **settings)
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         """As argparse does; an unknown option is answered with the one that was likely meant."""

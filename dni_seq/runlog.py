@@ -6,7 +6,6 @@ Measurements stay tensors until a point is written, so that a step never waits f
 from __future__ import annotations
 
 import math
-import platform
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,6 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from .bugs import versions
 
 KEYS = MappingProxyType(
     {
@@ -201,22 +202,6 @@ class RunLog:
         """Go on with the averages of `state_dict`, on `device`."""
         self._sums = {key: total.to(device) for key, total in state["sums"].items()}
         self._weights = {key: weight.to(device) for key, weight in state["weights"].items()}
-
-
-def versions() -> dict[str, str]:
-    """What a report of a bug needs to name: versions of Python, torch and dni_seq, and the system."""
-    from importlib import metadata
-
-    try:
-        own = metadata.version("dni-seq")
-    except metadata.PackageNotFoundError:  # a clone on the path, not installed
-        own = "not installed"
-    return {
-        "dni_seq": own,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "system": f"{platform.system()} {platform.machine()}",
-    }
 
 
 def perplexity(loss: float) -> float:

@@ -21,6 +21,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from dni_seq.bugs import guarded
 from dni_seq.options import OneLineParser, report
 from dni_seq.rundir import RunDirectory
 
@@ -174,4 +175,4 @@ def plot(runs: Sequence[Run], path: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(guarded(main))

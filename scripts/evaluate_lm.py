@@ -16,6 +16,7 @@ from collections.abc import Sequence
 import torch
 
 from dni_seq import lm
+from dni_seq.bugs import guarded
 from dni_seq.lm_options import LanguageModelOptions
 from dni_seq.options import OneLineParser, report
 from dni_seq.plan import saved_options
@@ -52,4 +53,4 @@ def read_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(guarded(main))

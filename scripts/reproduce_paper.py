@@ -33,6 +33,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+from dni_seq.bugs import guarded
 from dni_seq.cells import Cell, Outcome, Study
 from dni_seq.credit_options import CreditOptions
 from dni_seq.options import OneLineParser, report
@@ -412,4 +413,4 @@ def draw(options: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(guarded(main))

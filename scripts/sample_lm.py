@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 
 from dni_seq import lm
+from dni_seq.bugs import guarded
 from dni_seq.options import OneLineParser, report
 from dni_seq.rundir import RunDirectory
 
@@ -61,4 +62,4 @@ def read_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(guarded(main))

@@ -34,6 +34,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dni_seq.bugs import guarded
 from dni_seq.checkpoint import write_json
 from dni_seq.interfaces import BackwardInterface, BidirectionalInterface, synthesizer_context
 from dni_seq.models import feedforward
@@ -290,4 +291,4 @@ def error_rate(model: FeedForward, images: Tensor, labels: Tensor) -> float:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(guarded(main))

@@ -32,6 +32,7 @@ from torch import Tensor
 
 import dni_seq as dni
 from dni_seq import lm
+from dni_seq.bugs import guarded
 from dni_seq.checkpoint import random_state, save_checkpoint, set_random_state, write_json
 from dni_seq.dry_run import dry_run
 from dni_seq.evaluation import Score
@@ -400,4 +401,4 @@ def evaluate_only(plan: Plan[LanguageModelOptions]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(guarded(main))

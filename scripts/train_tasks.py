@@ -40,6 +40,7 @@ import torch
 from torch import Tensor, nn
 
 import dni_seq as dni
+from dni_seq.bugs import guarded
 from dni_seq.checkpoint import random_state, save_checkpoint, set_random_state, write_json
 from dni_seq.credit_options import (
     EMBED,
@@ -399,4 +400,4 @@ def restore(
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(guarded(main))

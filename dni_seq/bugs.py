@@ -1,0 +1,40 @@
+"""What a report of a bug needs: an error that nobody foresaw ends with its traceback and the versions it came from."""
+
+from __future__ import annotations
+
+import platform
+import sys
+import traceback
+from collections.abc import Callable
+
+import torch
+
+
+def versions() -> dict[str, str]:
+    """Versions of dni_seq, torch and Python, and the system."""
+    from importlib import metadata
+
+    try:
+        own = metadata.version("dni-seq")
+    except metadata.PackageNotFoundError:  # a clone on the path, not installed
+        own = "not installed"
+    return {
+        "dni_seq": own,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def guarded(main: Callable[[], int]) -> int:
+    """The exit status of a command; of an error that it did not foresee, a traceback, what to report, and status 1."""
+    try:
+        return main()
+    except Exception:
+        traceback.print_exc()
+        named = ", ".join(f"{name} {version}" for name, version in versions().items())
+        print(
+            f"This looks like a bug in dni_seq: please report the command and all of the above, with {named}.",
+            file=sys.stderr,
+        )
+        return 1
