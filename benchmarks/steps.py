@@ -1,0 +1,288 @@
+"""Step time and memory of training, against plain PyTorch and against dni-pytorch's way, as ratios within one process.
+
+python benchmarks/steps.py --output docs/results/steps.jsonl
+    The grid: ten minutes on two cores. One JSON line a cell and way.
+python benchmarks/steps.py --only char-lstm --bptt 1 4
+    Part of it.
+python benchmarks/steps.py --profile word-lstm --bptt 5
+    Where the time of a step goes, by operator.
+python benchmarks/steps.py --memory --output docs/results/memory.jsonl
+    Peak resident memory after 200 steps, each way in a process of its own, and its growth over 10,000 windows.
+
+Ways of training, on the same model and random tokens, take turns step by step; medians and quartiles of the process's CPU
+time are reported, which suffers less from other work on the machine than the clock does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from dni_seq.lm_options import LanguageModelOptions
+from dni_seq.lm_trainer import build_trainer
+from dni_seq.models.language_model import LanguageModel
+from dni_seq.options import build
+from dni_seq.windows import Lookahead
+
+Step = Callable[[], None]
+
+
+class Setting(NamedTuple):
+    """A model and its lanes, and the window lengths it is measured at."""
+
+    vocabulary: int
+    cell: str
+    embed: int
+    hidden: int
+    layers: int
+    dropout: float
+    lanes: int
+    bptt: Sequence[int]
+
+
+SETTINGS: Mapping[str, Setting] = MappingProxyType(
+    {
+        "word-lstm": Setting(10_000, "lstm", 200, 200, 2, 0.2, 20, (1, 2, 5, 20, 35)),
+        "char-lstm": Setting(50, "lstm", 64, 512, 1, 0.0, 32, (1, 2, 5, 8, 20, 40)),
+        "word-gru": Setting(10_000, "gru", 200, 200, 2, 0.2, 20, (1, 5, 35)),
+        "char-gru": Setting(50, "gru", 64, 512, 1, 0.0, 32, (1, 5, 40)),
+    }
+)
+
+OURS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {
+        "none": {"synthesizer": "none"},
+        "multi-horizon": {"synthesizer": "multi-horizon"},
+        "multi-horizon, no lookahead": {"synthesizer": "multi-horizon", "lookahead": 0},
+        "multi-horizon, K = 4": {"synthesizer": "multi-horizon", "horizons": 4},
+        "multi-horizon, K = 4, one drawn": {"synthesizer": "multi-horizon", "horizons": 4, "draw_horizon": True},
+    }
+)
+"""Our ways: options of scripts/train_lm.py, all others its defaults."""
+
+PLAIN, PLAIN_FUSED, SEED = "plain", "plain, fused Adam", "dni-pytorch's way"
+WAYS = (PLAIN, PLAIN_FUSED, SEED, *OURS)
+
+CLIP = 0.25
+
+
+def model_of(setting: Setting) -> LanguageModel:
+    """The model, the same for every way but for its kernels: the plain ones run `nn.LSTM` as it comes."""
+    torch.manual_seed(0)
+    sizes = {name: getattr(setting, name) for name in ("cell", "embed", "hidden", "layers", "dropout")}
+    return LanguageModel(setting.vocabulary, **sizes)
+
+
+def plain_step(setting: Setting, bptt: int, *, fused: bool) -> Step:
+    """Truncated BPTT as everyone writes it."""
+    model = model_of(setting)
+    model.native_steps = 0
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, fused=fused)
+    tokens = torch.randint(setting.vocabulary, (bptt, setting.lanes))
+    state: Any = model.initial_state(setting.lanes)
+
+    def step() -> None:
+        nonlocal state
+        logits, last = model(tokens, state)
+        loss = F.cross_entropy(logits.flatten(0, 1), tokens.flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        optimizer.step()
+        state = tuple(leaf.detach() for leaf in last) if isinstance(last, tuple) else last.detach()
+
+    return step
+
+
+def seed_step(setting: Setting, bptt: int) -> Step:
+    """Synthetic gradients as dni-pytorch's README has them: one MLP on the joined state, one Adam for everything."""
+    model = model_of(setting)
+    model.native_steps = 0
+    parts = 2 if setting.cell == "lstm" else 1
+    width = parts * setting.hidden
+    synthesizer = nn.Sequential(
+        nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width)
+    )
+    parameters = [*model.parameters(), *synthesizer.parameters()]
+    optimizer = torch.optim.Adam(parameters, lr=1e-3)
+    tokens = torch.randint(setting.vocabulary, (bptt, setting.lanes))
+    joined = torch.zeros(setting.layers, setting.lanes, width)
+
+    def step() -> None:
+        nonlocal joined
+        optimizer.zero_grad()
+        trigger = joined.detach().requires_grad_()
+        start: Any = tuple(part.contiguous() for part in trigger.chunk(2, dim=-1)) if parts == 2 else trigger
+        logits, last = model(tokens, start)
+        joined = torch.cat(last, dim=-1) if parts == 2 else last
+        loss = F.cross_entropy(logits.flatten(0, 1), tokens.flatten())
+        with torch.no_grad():
+            message = 0.1 * synthesizer(joined)
+        torch.autograd.backward([loss, joined], [None, message])
+        F.mse_loss(synthesizer(trigger.detach()), trigger.grad).backward()  # type: ignore[arg-type]
+        nn.utils.clip_grad_norm_(parameters, CLIP)
+        optimizer.step()
+
+    return step
+
+
+def our_step(setting: Setting, bptt: int, options: Mapping[str, Any]) -> Step:
+    """`SequenceTrainer` as scripts/train_lm.py builds it."""
+    sizes = {name: getattr(setting, name) for name in ("embed", "hidden", "layers", "dropout")}
+    common = {"model": setting.cell, "bptt": bptt, "lr": 1e-3, "clip": CLIP, "batch_size": setting.lanes, **sizes}
+    settled = build(LanguageModelOptions, common, options)
+    trainer = build_trainer(settled, model_of(setting), torch.device("cpu"))
+    tokens = torch.randint(setting.vocabulary, (bptt, setting.lanes))
+    steps = settled.horizons * bptt if settled.lookahead is None else settled.lookahead
+    ahead = torch.randint(setting.vocabulary, (steps, setting.lanes))
+    lookahead = Lookahead(ahead, ahead, torch.ones_like(ahead, dtype=torch.bool)) if steps else None
+    if settled.synthesizer == "none":
+        lookahead = None
+
+    def step() -> None:
+        trainer.step(tokens, tokens, lookahead=lookahead)
+
+    return step
+
+
+def step_of(way: str, setting: Setting, bptt: int) -> Step:
+    """One way's step on one cell of the grid."""
+    if way == SEED:
+        return seed_step(setting, bptt)
+    if way in OURS:
+        return our_step(setting, bptt, OURS[way])
+    return plain_step(setting, bptt, fused=way == PLAIN_FUSED)
+
+
+def time_ways(setting: Setting, bptt: int, ways: Sequence[str], seconds: float) -> dict[str, list[float]]:
+    """CPU milliseconds of single steps by way, which take turns."""
+    steps = {way: step_of(way, setting, bptt) for way in ways}
+    found: dict[str, list[float]] = {way: [] for way in ways}
+    for step in steps.values():
+        for _ in range(3):
+            step()
+    end = time.monotonic() + seconds
+    # An automatic scale compares every 47 windows: a multiple of that takes its share in, over the mean.
+    while time.monotonic() < end or len(found[ways[0]]) < 47:
+        for way, step in steps.items():
+            begin = time.process_time()
+            step()
+            found[way].append(1e3 * (time.process_time() - begin))
+    return found
+
+
+def lines_of(name: str, bptt: int, found: Mapping[str, list[float]]) -> list[dict[str, Any]]:
+    """One line a way: median, quartiles and mean of a step, and the ratios of medians."""
+    lines = []
+    medians = {way: statistics.median(times) for way, times in found.items()}
+    for way, times in found.items():
+        low, _, high = statistics.quantiles(times, n=4)
+        ratios = {
+            f"over {other}": medians[way] / medians[other]
+            for other in (PLAIN, PLAIN_FUSED, SEED, "none")
+            if other in medians
+        }
+        lines.append(
+            {
+                "setting": name,
+                "bptt": bptt,
+                "way": way,
+                "ms": medians[way],
+                "quartiles": [low, high],
+                "mean_ms": statistics.mean(times),
+                "steps": len(times),
+                **ratios,
+                "torch": torch.__version__,
+                "threads": torch.get_num_threads(),
+            }
+        )
+    return lines
+
+
+def peak_mb() -> float:
+    """Peak resident memory of this process, MiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def memory_of(name: str, bptt: int, way: str, windows: int) -> dict[str, Any]:
+    """Peak memory after 200 steps and after `windows`; run in a process of its own."""
+    step = step_of(way, SETTINGS[name], bptt)
+    for _ in range(200):
+        step()
+    early = peak_mb()
+    for _ in range(windows - 200):
+        step()
+    return {"setting": name, "bptt": bptt, "way": way, "peak_mb": early, "windows": windows, "peak_mb_at_end": peak_mb()}
+
+
+def profile(name: str, bptt: int, way: str) -> str:
+    """A table of where the time of 30 steps goes."""
+    step = step_of(way, SETTINGS[name], bptt)
+    for _ in range(3):
+        step()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        for _ in range(30):
+            step()
+    return str(profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=15, max_name_column_width=40))
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=SETTINGS, default=list(SETTINGS))
+    parser.add_argument("--bptt", nargs="+", type=int, help="window lengths, in the place of each setting's own")
+    parser.add_argument("--way", nargs="+", choices=WAYS, default=list(WAYS))
+    parser.add_argument("--seconds", type=float, default=15.0, help="for each cell at least (default: 15)")
+    parser.add_argument("--output", type=Path, help="JSON lines; printed too")
+    parser.add_argument("--profile", choices=SETTINGS, help="print where the time goes, of one way")
+    parser.add_argument("--memory", action="store_true", help="memory instead of time")
+    parser.add_argument("--windows", type=int, default=10_000, help="of --memory (default: 10000)")
+    parser.add_argument("--one", nargs=3, metavar=("SETTING", "T", "WAY"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    if options.one:
+        name, bptt, way = options.one
+        print(json.dumps(memory_of(name, int(bptt), way, options.windows)))
+        return
+    if options.profile:
+        for bptt in options.bptt or SETTINGS[options.profile].bptt:
+            for way in options.way:
+                print(f"{options.profile}, T = {bptt}, {way}\n{profile(options.profile, bptt, way)}")
+        return
+    lines = []
+    for name in options.only:
+        for bptt in options.bptt or SETTINGS[name].bptt:
+            if options.memory:
+                found = [in_process(name, bptt, way, options.windows) for way in options.way]
+            else:
+                found = lines_of(name, bptt, time_ways(SETTINGS[name], bptt, options.way, options.seconds))
+            for line in found:
+                print(json.dumps(line), flush=True)
+            lines += found
+    if options.output:
+        options.output.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+
+
+def in_process(name: str, bptt: int, way: str, windows: int) -> dict[str, Any]:
+    """`memory_of` in a fresh process."""
+    command = [sys.executable, __file__, "--one", name, str(bptt), way, "--windows", str(windows)]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    line: dict[str, Any] = json.loads(result.stdout)
+    return line
+
+
+if __name__ == "__main__":
+    main()
