@@ -8,7 +8,15 @@ from .credit import Synthetic
 from .deferred import GradientAccumulator, backward, defer_backward
 from .exact_future import ExactFuture
 from .interfaces import BackwardInterface, BidirectionalInterface, ForwardInterface, synthesizer_context
-from .state_synthesizers import AuxiliaryTask, LookaheadEncoder, MultiHorizonSynthesizer, StateSynthesizer
+from .least_squares import LeastSquaresHeads
+from .state_synthesizers import (
+    AuxiliaryTask,
+    Horizons,
+    LookaheadEncoder,
+    MultiHorizonSynthesizer,
+    StateHeads,
+    StateSynthesizer,
+)
 from .synthesizers import LSTM_CELLS, BasicSynthesizer, GatedCells, Normalized
 from .trainer import SequenceTrainer, StepResult
 from .windows import Lookahead, Window, with_lookahead
@@ -23,11 +31,14 @@ __all__ = [
     "ForwardInterface",
     "GatedCells",
     "GradientAccumulator",
+    "Horizons",
+    "LeastSquaresHeads",
     "Lookahead",
     "LookaheadEncoder",
     "MultiHorizonSynthesizer",
     "Normalized",
     "SequenceTrainer",
+    "StateHeads",
     "StateSynthesizer",
     "StepResult",
     "Synthetic",

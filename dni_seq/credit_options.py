@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from .exact_future import ExactFuture
+from .least_squares import LeastSquaresHeads
 from .options import above_zero, at_least, fraction, option
 from .published import NextInput, PublishedSynthesizer
 from .state_network import StateNetwork
-from .state_synthesizers import AuxiliaryTask, Horizons, LookaheadEncoder, StateHeads
+from .state_synthesizers import AuxiliaryTask, Horizons, LookaheadEncoder, PackedSynthesizer, StateHeads
 from .states import State, floating
 from .synthesizers import BasicSynthesizer, GatedCells, Normalized
 
@@ -107,9 +108,15 @@ class CreditOptions:
         None, "bound what the synthesizer sees and says of an LSTM's cells", group=GROUP, shown="yes, paper no"
     )
     synthesizer_hidden: int = option(
-        256, "units of the hidden layers of state and multi-horizon", group=GROUP, check=at_least(1)
+        128, "units of the hidden layers of state and multi-horizon", group=GROUP, check=at_least(1)
     )
     synthesizer_layers: int = option(1, "hidden layers of state and multi-horizon", group=GROUP, check=at_least(0))
+    fit: str = option(
+        "least-squares",
+        "how the last layer of state and multi-horizon learns: solved from the latest windows, or by descent",
+        group=GROUP,
+        choices=("least-squares", "descent"),
+    )
     message_clip: float = option(
         10.0,
         "largest number in a message, in units of the running root mean square of its targets, 0 for no limit",
@@ -219,7 +226,12 @@ def build_learned(
     count = 1 if kind == "state" else horizons + tail
     size: dict[str, Any] = {"hidden": [options.synthesizer_hidden] * options.synthesizer_layers, "encoder": encoder}
     if normalize:
-        heads: nn.Module = StateHeads(example, count, cells=cells, limit=limit, **size)
+        if options.fit == "least-squares" and encoder is None and not options.synthesizer_layers:
+            raise ValueError(
+                "--fit least-squares needs features to learn: give --synthesizer-layers or --lookahead, or --fit descent"
+            )
+        kinds: dict[str, type[PackedSynthesizer]] = {"least-squares": LeastSquaresHeads, "descent": StateHeads}
+        heads: nn.Module = kinds[options.fit](example, count, cells=cells, limit=limit, **size)
     else:
         heads = GatedCells(StateNetwork(example, count, **size), cells)
     return heads if kind == "state" else Horizons(heads, horizons=horizons, tail=tail, draw=options.draw_horizon)

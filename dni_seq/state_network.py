@@ -79,18 +79,19 @@ class Packing(nn.Module):
         return sums / self.lengths
 
 
-class StateNetwork(nn.Module):
-    """An MLP from the whole state of a lane, and what it has ahead, to one message for each horizon.
-
-    The trunk sees every tensor and layer at once; each tensor of each layer of each horizon has its own head, so a layer
-    needs no index. Heads start at zero.
+class StateTrunk(nn.Module):
+    """Hidden layers that see the whole state of a lane, every tensor and layer at once, and what it has ahead.
 
     Args:
         example: a state; leaves [L, B, H] or [B, H], shapes but for B are taken from it.
         horizons: N, number of messages.
-        hidden: sizes of the trunk's hidden layers; none is a linear map.
+        hidden: sizes of the hidden layers.
         batch_dim: where the lanes lie in the state's leaves, an int or a nest.
         encoder: context encoder with an attribute `features`, None for a synthesizer without context.
+
+    Attributes:
+        width: of what the hidden layers give, that of their inputs where there are none.
+        ahead: width of the encoded context, 0 without one.
 
     Raises:
         ValueError: `horizons` is not positive; at a call, a context is given that no encoder would read.
@@ -111,21 +112,37 @@ class StateNetwork(nn.Module):
         self.packing = Packing(example, batch_dim)
         self.horizons = horizons
         self.encoder = encoder
-        ahead = 0 if encoder is None else int(encoder.features)  # type: ignore[arg-type]
-        widths = [self.packing.size + ahead, *hidden]
+        self.ahead = 0 if encoder is None else int(encoder.features)  # type: ignore[arg-type]
+        widths = [self.packing.size + self.ahead, *hidden]
         self.trunk = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(widths))
-        self.heads = nn.Linear(widths[-1], horizons * self.packing.size)
+        self.width = widths[-1]
+
+    def features(self, flat: Tensor, context: Any) -> tuple[Tensor, Tensor | None]:
+        """[B, width] of packed states [B, S], and the encoded context [B, ahead]."""
+        if self.encoder is None and context is not None:
+            raise ValueError("a context is given; build the synthesizer with an encoder (LookaheadEncoder) to use it")
+        encoded = None if self.encoder is None else self.encoder(context)
+        found = flat if encoded is None else torch.cat([flat, encoded], dim=1)
+        for layer in self.trunk:
+            found = F.gelu(layer(found))
+        return found, encoded
+
+
+class StateNetwork(StateTrunk):
+    """A trunk, and for each tensor of each layer of each horizon a head of its own, so that a layer needs no index.
+
+    Heads start at zero. Arguments are those of `StateTrunk`.
+    """
+
+    def __init__(self, example: State, horizons: int = 1, **settings: Any) -> None:
+        super().__init__(example, horizons, **settings)
+        self.heads = nn.Linear(self.width, horizons * self.packing.size)
         zero_(self.heads)
 
     def packed(self, flat: Tensor, context: Any) -> Tensor:
         """[B, N, S] of packed states [B, S], in the unit that this network is trained in."""
-        if self.encoder is not None:
-            flat = torch.cat([flat, self.encoder(context)], dim=1)
-        elif context is not None:
-            raise ValueError("a context is given; build the synthesizer with an encoder (LookaheadEncoder) to use it")
-        for layer in self.trunk:
-            flat = F.gelu(layer(flat))
-        return self.heads(flat).unflatten(1, (self.horizons, self.packing.size))
+        features, _ = self.features(flat, context)
+        return self.heads(features).unflatten(1, (self.horizons, self.packing.size))
 
     def predict(self, trigger: State, context: Any) -> list[State]:
         """One message for each horizon, in the unit that this network is trained in."""

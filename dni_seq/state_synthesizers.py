@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from . import states
-from .state_network import Packing, StateNetwork
+from .state_network import Packing, StateNetwork, StateTrunk
 from .states import State
 from .synthesizers import (
     Normalized,
@@ -84,19 +84,17 @@ def _width(module: nn.Module) -> int:
     )
 
 
-class StateHeads(nn.Module):
-    """Messages by horizon for a recurrent state: a `StateNetwork` that sees bounded cells and learns normalised targets.
+class PackedSynthesizer(nn.Module):
+    """What synthesizers on packed states share: bounded cells, normalised targets, limited messages.
 
-    It computes what `Normalized(GatedCells(StateNetwork(...)))` computes, on packed states: a short window's step is made of
-    small operations, and this takes a third as many.
+    A subclass gives the network, and its outputs in normalised units. What is computed is what
+    `Normalized(GatedCells(network))` computes, in a third as many of the small operations that a short window's step is
+    made of.
 
     Args:
+        network: the trunk, with or without heads.
         example: a state of the model, such as `model.initial_state(1)`.
-        horizons: N, number of messages.
         cells: which leaves are LSTM cells, such as `LSTM_CELLS`; False for none.
-        hidden: sizes of the trunk's hidden layers.
-        batch_dim: where the lanes lie in the state's leaves, an int or a nest.
-        encoder: a `LookaheadEncoder`, None for the purely online case.
         decay: share of the running mean square that an update keeps, in the long run.
         limit: the largest number in a message, in units of its segment's running root mean square; None for no limit.
     """
@@ -105,36 +103,39 @@ class StateHeads(nn.Module):
     mean_square: Tensor
     counts: Tensor
 
-    def __init__(
-        self,
-        example: State,
-        horizons: int = 1,
-        *,
-        cells: Any = False,
-        hidden: Sequence[int] = (256,),
-        batch_dim: Any = 1,
-        encoder: nn.Module | None = None,
-        decay: float = 0.99,
-        limit: float | None = None,
-    ) -> None:
+    def __init__(self, network: StateTrunk, example: State, cells: Any, decay: float, limit: float | None) -> None:
         super().__init__()
         self.limit = checked_limit(limit)
-        self.network = StateNetwork(example, horizons, hidden=hidden, batch_dim=batch_dim, encoder=encoder)
+        self.network: Any = network
         self.decay = decay
         self.register_buffer("cell", self.packing.marks(cells, example, "cells"), persistent=False)
-        segments = len(self.packing.lengths)
-        dtype = states.floating(example)[0].dtype
-        self.register_buffer("mean_square", torch.zeros(horizons, segments, dtype=dtype))
-        self.register_buffer("counts", torch.zeros(horizons, 1, dtype=dtype))
+        zeros = states.floating(example)[0].new_zeros
+        self.register_buffer("mean_square", zeros(network.horizons, len(self.packing.lengths)))
+        self.register_buffer("counts", zeros(network.horizons, 1))
 
     @property
     def packing(self) -> Packing:
         """How states lie side by side."""
-        return self.network.packing
+        packing: Packing = self.network.packing
+        return packing
+
+    def outputs(self, bounded: Tensor, gate: Tensor, context: Any) -> tuple[Tensor, Tensor | None]:
+        """Outputs [B, N, S] in units of the targets' root mean square, gated, and what `learn` needs of the features.
+
+        Args:
+            bounded: [B, S], the packed state with tanh of its cells.
+            gate: [B, S], 1 - tanh² of the cells, 1 elsewhere.
+            context: for the encoder.
+        """
+        raise NotImplementedError
+
+    def learn(self, trained: list[int], features: Tensor | None, gate: Tensor, wanted: Tensor) -> None:
+        """Take in normalised targets [B, n, S] of the horizons `trained`, beside the gradients of the regression."""
 
     def predict(self, trigger: State, context: Any) -> list[State]:
         """One message a horizon, raw; exactly zero before the first regression."""
-        messages = limited(self._normal(trigger, context), self.limit) * self._scales()
+        found, _ = self.outputs(*self._bounded(trigger), context)
+        messages = limited(found, self.limit) * self._scales()
         return [self.packing.unpack(message, trigger) for message in messages.unbind(1)]
 
     def forward(self, trigger: State, context: Any = None) -> State:
@@ -157,7 +158,9 @@ class StateHeads(nn.Module):
         wanted = torch.stack(packed, dim=1)  # [B, n, S]
         self._update(trained, wanted)
         wanted = wanted / self._scales()[trained].clamp_min(Normalized.tiny)
-        found = self._normal(trigger, context)[:, trained]
+        bounded, gate = self._bounded(trigger)
+        outputs, features = self.outputs(bounded, gate, context)
+        found = outputs[:, trained]
         error = (found - wanted).square().mean((0, 2))
         with torch.no_grad():
             power = wanted.square().mean((0, 2))
@@ -165,14 +168,14 @@ class StateHeads(nn.Module):
             cosine = (found * wanted).mean((0, 2)) / norms.clamp_min(Normalized.tiny)
             rows = wanted.new_full((3, len(targets)), float("nan"))
             rows[:, trained] = torch.stack([error, power, cosine])
+            self.learn(trained, features, gate, wanted)
         return Regression(error.mean(), *rows.unbind())
 
-    def _normal(self, trigger: State, context: Any) -> Tensor:
-        """[B, N, S], in units of the targets' root mean square."""
+    def _bounded(self, trigger: State) -> tuple[Tensor, Tensor]:
+        """[B, S] each: the packed state with tanh of its cells, and the gate of what is said of them."""
         flat = self.packing.pack(states.floating(trigger))
         bounded = torch.where(self.cell, flat.tanh(), flat)
-        gate = torch.where(self.cell, 1 - bounded.square(), 1)
-        return self.network.packed(bounded, context) * gate[:, None]
+        return bounded, torch.where(self.cell, 1 - bounded.square(), 1)
 
     def _scales(self) -> Tensor:
         """[N, S], the root mean square of every number's segment; zero before the first update."""
@@ -186,6 +189,33 @@ class StateHeads(nn.Module):
         fresh = self.packing.segment_means(wanted.square().mean(0))
         self.mean_square[trained] = torch.lerp(self.mean_square[trained], fresh, weight)
         self.counts[trained] = counts
+
+
+class StateHeads(PackedSynthesizer):
+    """Messages by horizon for a recurrent state, learned by gradient descent: a `StateNetwork`, bounded and normalised.
+
+    Args:
+        example: a state of the model, such as `model.initial_state(1)`.
+        horizons: N, number of messages.
+        cells, decay, limit: see `PackedSynthesizer`.
+        hidden, batch_dim, encoder: see `StateTrunk`.
+    """
+
+    def __init__(
+        self,
+        example: State,
+        horizons: int = 1,
+        *,
+        cells: Any = False,
+        decay: float = 0.99,
+        limit: float | None = None,
+        **network: Any,
+    ) -> None:
+        super().__init__(StateNetwork(example, horizons, **network), example, cells, decay, limit)
+
+    def outputs(self, bounded: Tensor, gate: Tensor, context: Any) -> tuple[Tensor, Tensor | None]:
+        """[B, N, S] of the network's heads."""
+        return self.network.packed(bounded, context) * gate[:, None], None
 
 
 class StateSynthesizer(StateHeads):

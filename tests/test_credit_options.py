@@ -21,7 +21,7 @@ BPTT, LANES = 2, 3
 
 def made(**given: Any) -> tuple[nn.Module, tuple[torch.Tensor, torch.Tensor], Lookahead | None]:
     """A synthesizer whose every weight is random, a state with saturated cells, and its context."""
-    options = build(CreditOptions, given)
+    options = build(CreditOptions, {"fit": "descent"} | given)
     torch.manual_seed(0)
     model = SequenceModel(2, 2, hidden=8)
     synthesizer = build_synthesizer(
@@ -115,3 +115,26 @@ def test_every_name_is_built_or_none():
     for kind in set(SYNTHESIZERS) - {"none"}:
         synthesizer, state, ahead = made(synthesizer=kind)
         assert len(predict(synthesizer, state, ahead)) == 1
+
+
+@pytest.mark.parametrize("kind", ["state", "multi-horizon"])
+def test_heads_are_solved_by_default_and_descended_when_asked(kind):
+    for fit, expected in (
+        (None, dni.LeastSquaresHeads),
+        ("least-squares", dni.LeastSquaresHeads),
+        ("descent", dni.StateHeads),
+    ):
+        given = {} if fit is None else {"fit": fit}
+        options = build(CreditOptions, {"synthesizer": kind, **given})
+        assert type(getattr(built(options), "heads", built(options))) is expected
+    with pytest.raises(ValueError, match="features to learn"):
+        built(build(CreditOptions, {"synthesizer": kind, "synthesizer_layers": 0, "lookahead": 0}))
+
+
+def built(options: CreditOptions) -> nn.Module:
+    model = SequenceModel(2, 2, hidden=8)
+    settings: dict[str, Any] = {"bptt": BPTT, "example": model.initial_state(1), "cells": dni.LSTM_CELLS}
+    encode = lambda: (nn.Linear(2, EMBED), nn.Linear(2, EMBED))  # noqa: E731
+    found = build_synthesizer(options, model, lambda outputs, targets: outputs.mean(-1), encode=encode, **settings)
+    assert found is not None
+    return found

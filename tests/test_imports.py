@@ -23,6 +23,7 @@ LEVELS = {
     "replay": 3,
     "state_network": 2,
     "state_synthesizers": 3,
+    "least_squares": 3,
     "published": 3,
     "interfaces": 4,
     "exact_future": 4,

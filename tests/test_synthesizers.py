@@ -10,8 +10,9 @@ from torch import nn
 
 import dni_seq as dni
 from dni_seq import states
+from dni_seq.least_squares import LeastSquaresHeads
 from dni_seq.state_network import StateNetwork
-from dni_seq.state_synthesizers import StateHeads
+from dni_seq.state_synthesizers import Horizons, StateHeads
 from dni_seq.synthesizers import RunningRMS, predict, regress
 from tests import problems, reference
 from tests.test_trainer import CLOSE, LANES, assert_same, run, summed_gradients, trainer_initial
@@ -341,3 +342,73 @@ def test_missing_and_surplus_context_name_the_cure():
         exact(trainer_initial(model), window.lookahead)
     with pytest.raises(ValueError, match="next 2 steps"):
         exact(trainer_initial(model), None)
+
+
+def test_least_squares_heads_are_the_closed_form_fit():
+    """Against the plain weighted solution over everything seen; features are the state itself and 1."""
+    torch.manual_seed(0)
+    lanes, features = 40, 7
+    state = (torch.randn(1, lanes, 3).double(), torch.randn(1, lanes, 3).double())
+    heads = LeastSquaresHeads(state, 2, hidden=(), memory=8.0, ridge=1e-12, solve_every=1).double()
+    assert not any(leaf.any() for message in predict(heads, state, None) for leaf in message)
+    keep = 1 - lanes / (8.0 * features)
+    inputs, wanted, weights = [], [], []
+    for age in (2, 1, 0):
+        state = tuple(torch.randn(1, lanes, 3).double() for _ in range(2))
+        targets = [tuple(1e-4 * torch.randn(1, lanes, 3).double() for _ in range(2)) for _ in range(2)]
+        regress(heads, state, None, targets)
+        scales = heads.mean_square.sqrt()[:, heads.packing.segment]
+        flat = heads.packing.pack(state)
+        inputs.append(torch.cat([flat.new_ones(lanes, 1), flat], dim=1))
+        wanted.append([heads.packing.pack(target) / scale for target, scale in zip(targets, scales, strict=True)])
+        weights.append(flat.new_full((lanes, 1), keep**age).sqrt())
+    root = torch.cat(weights)
+    for n, message in enumerate(predict(heads, state, None)):
+        aim = torch.cat([each[n] for each in wanted])
+        fit = torch.linalg.lstsq(root * torch.cat(inputs), root * aim).solution
+        torch.testing.assert_close(heads.packing.pack(message), (inputs[-1] @ fit) * scales[n], rtol=1e-6, atol=1e-12)
+
+
+def test_least_squares_heads_weigh_a_gated_output_by_its_gate():
+    """One feature, the constant: the fit of t ~ g w is Σ g t / Σ g²."""
+    torch.manual_seed(0)
+    state = (torch.zeros(1, 50, 1).double(), torch.randn(1, 50, 1).double())
+    heads = LeastSquaresHeads(state, 1, cells=dni.LSTM_CELLS, hidden=(), ridge=1e-9, solve_every=1).double()
+    with torch.no_grad():
+        heads.learn([0], torch.ones(50, 1).double().expand(50, 3) * torch.tensor([1.0, 0.0, 0.0]), *gate_and_target(state))
+    gate, wanted = gate_and_target(state)
+    expected = (gate * wanted[:, 0]).sum(0) / gate.square().sum(0)
+    torch.testing.assert_close(heads.solution[0, 0], expected, rtol=1e-6, atol=0)
+
+
+def gate_and_target(state):
+    flat = torch.cat([leaf[0] for leaf in state], dim=1)
+    gate = torch.stack([torch.ones(50).double(), 1 - flat[:, 1].tanh().square()], dim=1)
+    return gate, (3 + flat)[:, None]
+
+
+def test_least_squares_heads_survive_sums_that_say_nothing():
+    state = (torch.zeros(1, 2, 3), torch.zeros(1, 2, 3))
+    heads = LeastSquaresHeads(state, 1, hidden=(4,), solve_every=1)
+    for target in (torch.zeros(1, 2, 3), torch.full((1, 2, 3), 1e-20)):
+        regression = regress(heads, state, None, [(target, target)])
+        assert regression.loss.isfinite()
+        assert all(leaf.isfinite().all() for leaf in heads(state))
+    with pytest.raises(ValueError, match="memory must be positive"):
+        LeastSquaresHeads(state, 1, memory=0)
+
+
+def test_least_squares_heads_keep_up_where_descent_does_not():
+    """A text that repeats itself, and few windows of it."""
+    torch.manual_seed(0)
+    text = problems.tokens(5, LANES).repeat(12, 1)
+    model = problems.make_model("lstm")
+    found = {}
+    for kind in (StateHeads, LeastSquaresHeads):
+        torch.manual_seed(0)
+        encoder = dni.LookaheadEncoder(T, nn.Embedding(problems.VOCABULARY, 4), nn.Embedding(problems.VOCABULARY, 4))
+        heads = kind(trainer_initial(model), 1, cells=model.cells, hidden=(16,), encoder=encoder).double()
+        _, results = train(model, Horizons(heads, horizons=1), text)
+        found[kind] = float(results[-1].synthetic.r2[0])
+    assert found[LeastSquaresHeads] > 0.6
+    assert found[LeastSquaresHeads] > found[StateHeads] + 0.2
