@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, ClassVar, Generic, NamedTuple, Protocol, TypeVar
 
 from .checkpoint import load_checkpoint
+from .lock import RunLock
 from .options import build, read_config
-from .rundir import RunDirectory, differences
+from .rundir import Newest, RunDirectory, differences
 
 
 class RunOptions(Protocol):
@@ -49,25 +51,57 @@ class Plan(Generic[Options]):
         options: those of the run, where it goes on, with what was given over them.
         run: its directory, None for a new one whose name is still to be chosen.
         checkpoint: where to go on, None to begin.
+        note: what the user has to know of that checkpoint, None for nothing.
+        damaged: checkpoints that were passed over.
+        goes_on: whether the directory holds the run already.
     """
 
     options: Options
     run: RunDirectory | None
     checkpoint: dict[str, Any] | None
+    note: str | None = None
+    damaged: tuple[Path, ...] = ()
+    goes_on: bool = False
+
+    def enter(self, run: RunDirectory, options: Options, lock: RunLock) -> None:
+        """Make `run` the directory of this call: locked, its configuration written, damaged checkpoints set aside.
+
+        Raises:
+            ValueError: another process is there, or was since the plan was made.
+            OSError: as from the file system.
+        """
+        run.path.mkdir(parents=True, exist_ok=True)
+        lock.take(run.path)
+        if not self.goes_on:
+            run.refuse_new_run(config_of(options))
+        run.create(config_of(options))
+        run.set_aside(self.damaged)
 
 
 class _Source(NamedTuple):
-    """A run to go on with, and the checkpoint that was asked for by its path."""
+    """A run to go on with, and the path of the checkpoint where that was asked for."""
 
     run: RunDirectory
-    checkpoint: dict[str, Any] | None
+    checkpoint: Path | None
+
+    def newest(self) -> Newest | None:
+        """The checkpoint to go on from, None to begin."""
+        if self.checkpoint is None:
+            return self.run.newest_checkpoint()
+        return Newest(load_checkpoint(self.checkpoint), None, ())
 
 
-def plan_run(cls: type[Options], given: Mapping[str, Any]) -> Plan[Options]:
+def plan_run(cls: type[Options], given: Mapping[str, Any], lock: RunLock | None = None) -> Plan[Options]:
     """Decide what a call with the options `given` is to do.
 
+    Args:
+        cls: the options' dataclass.
+        given: what the command line says.
+        lock: taken on a run to go on with before its checkpoint is read; None for a call that only reads.
+
     Raises:
-        ValueError: an option is wrong, the directory belongs to another run, or the checkpoint cannot be used.
+        ValueError: an option is wrong, the directory belongs to another run or is in use, or the checkpoint cannot be used.
+        OSError: the directory cannot be locked.
     """
     options = build(cls, given)
     if options.resume is None:
@@ -80,10 +114,11 @@ def plan_run(cls: type[Options], given: Mapping[str, Any]) -> Plan[Options]:
     different = differences(config_of(saved), fixed, cls.MAY_CHANGE)
     if different:
         raise ValueError(f"{source.run.path} holds a run with another configuration ({different}): choose another --run-dir")
-    checkpoint = source.checkpoint
-    if checkpoint is None and source.run.last.exists():
-        checkpoint = load_checkpoint(source.run.last)
-    return Plan(saved_options(cls, source.run, given), source.run, checkpoint)
+    if lock is not None:
+        lock.take(source.run.path)
+    newest = source.newest()
+    checkpoint, note, damaged = (None, None, ()) if newest is None else newest
+    return Plan(saved_options(cls, source.run, given), source.run, checkpoint, note, damaged, goes_on=True)
 
 
 def config_of(options: RunOptions) -> dict[str, Any]:
@@ -117,9 +152,9 @@ def _source(options: RunOptions) -> _Source:
         if options.run_dir is None:
             raise ValueError("--resume auto needs --run-dir, the directory of the run")
         return _Source(RunDirectory(options.run_dir), None)
-    path = str(options.resume)
-    checkpoint = load_checkpoint(path)
+    path = Path(str(options.resume))
+    load_checkpoint(path)  # a file that is none is the first thing to say
     run = RunDirectory.of_checkpoint(path)
     if options.run_dir is not None and RunDirectory(options.run_dir).path.absolute() != run.path:
         raise ValueError(f"--resume {path} goes on in that checkpoint's own run directory: leave out --run-dir")
-    return _Source(run, checkpoint)
+    return _Source(run, path)

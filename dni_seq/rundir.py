@@ -10,20 +10,36 @@ import json
 import time
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from .checkpoint import write_json
+from .checkpoint import CheckpointError, DamagedCheckpointError, load_checkpoint, write_json
+from .lock import LOCK_NAME
 from .options import flag
 
 
+class Newest(NamedTuple):
+    """The newest whole checkpoint of a run.
+
+    Attributes:
+        content: what it holds.
+        note: why it is not the last one that was written, as text for the user; None where it is.
+        damaged: files that were passed over.
+    """
+
+    content: dict[str, Any]
+    note: str | None
+    damaged: tuple[Path, ...]
+
+
 class RunDirectory:
-    """The files of a run: TensorBoard events, `config.json`, the tokenizer, checkpoints, `summary.json`."""
+    """The files of a run: TensorBoard events, `config.json`, the tokenizer, checkpoints, `summary.json`, `lock`."""
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self.config = self.path / "config.json"
         self.tokenizer = self.path / "tokenizer.json"
         self.last = self.path / "checkpoints" / "last.pt"
+        self.previous = self.path / "checkpoints" / "previous.pt"
         self.best = self.path / "checkpoints" / "best.pt"
         self.summary = self.path / "summary.json"
 
@@ -52,6 +68,41 @@ class RunDirectory:
         self.last.parent.mkdir(parents=True, exist_ok=True)
         write_json(self.config, dict(config))
 
+    def newest_checkpoint(self) -> Newest | None:
+        """The last checkpoint, or the one before where that is damaged or missing; None where none was written yet.
+
+        Raises:
+            CheckpointError: all that are there are damaged, or one is of a newer version.
+        """
+        damaged: list[Path] = []
+        reasons: list[str] = []
+        for path in (self.last, self.previous):
+            if not path.exists():
+                reasons.append(f"{path} is missing")
+                continue
+            try:
+                content = load_checkpoint(path)
+            except DamagedCheckpointError as error:
+                damaged.append(path)
+                reasons.append(str(error))
+                continue
+            note = f"{'; '.join(reasons)}: going on from {path}" if reasons else None
+            return Newest(content, note, tuple(damaged))
+        if damaged:
+            raise CheckpointError(
+                f"{'; '.join(reasons)}: no whole one is left; try --resume {self.best}, or another --run-dir"
+            )
+        return None
+
+    def set_aside(self, damaged: Collection[Path]) -> None:
+        """Rename damaged checkpoints to NAME.damaged, so that they do not take the place of whole ones.
+
+        Raises:
+            OSError: as from the file system.
+        """
+        for path in damaged:
+            path.replace(path.with_name(path.name + ".damaged"))
+
     def refuse_new_run(self, config: Mapping[str, Any]) -> None:
         """Raise a ValueError, in one line that says what to do, where a new run with `config` must not begin.
 
@@ -62,7 +113,7 @@ class RunDirectory:
         if not self.path.is_dir():
             raise ValueError(f"--run-dir {self.path} is a file: choose another --run-dir")
         if not self.config.is_file():
-            if any(self.path.iterdir()):
+            if any(path.name != LOCK_NAME for path in self.path.iterdir()):
                 raise ValueError(f"--run-dir {self.path} holds files but no run: choose another --run-dir")
             return
         try:

@@ -9,7 +9,8 @@ from typing import ClassVar
 
 import pytest
 
-from dni_seq.checkpoint import save_checkpoint
+from dni_seq.checkpoint import load_checkpoint, save_checkpoint
+from dni_seq.lock import RunLock
 from dni_seq.options import option
 from dni_seq.plan import config_of, plan_run
 from dni_seq.rundir import RunDirectory
@@ -98,9 +99,72 @@ def test_what_is_refused_leaves_the_run_untouched(run, tmp_path):
     assert snapshot(tmp_path) == before
 
 
+DAMAGES = {
+    "truncated": lambda path: path.write_bytes(path.read_bytes()[:100]),
+    "flipped": lambda path: path.write_bytes(path.read_bytes()[:500] + b"?" + path.read_bytes()[501:]),
+    "missing": lambda path: path.unlink(),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_auto_falls_back_to_the_newest_whole_checkpoint_and_says_so(run, damage):
+    save_checkpoint(run.last, {"steps": 4}, keep=run.previous)
+    DAMAGES[damage](run.last)
+    plan = plan_run(Options, {"run_dir": str(run.path), "resume": "auto"})
+    assert plan.checkpoint["steps"] == 3
+    assert str(run.last) in plan.note
+    assert plan.note.endswith(f": going on from {run.previous}")
+    with RunLock() as lock:
+        plan.enter(run, plan.options, lock)
+    # The next checkpoint must not push the whole one out of its place in favour of the damaged one.
+    save_checkpoint(run.last, {"steps": 5}, keep=run.previous)
+    assert (load_checkpoint(run.last)["steps"], load_checkpoint(run.previous)["steps"]) == (5, 3)
+    aside = run.last.with_name("last.pt.damaged")
+    assert aside.exists() == (damage != "missing")
+
+
+def test_a_whole_last_checkpoint_needs_no_note(run):
+    plan = plan_run(Options, {"run_dir": str(run.path), "resume": "auto"})
+    assert (plan.note, plan.damaged) == (None, ())
+
+
+def test_a_newer_checkpoint_is_not_passed_over(run):
+    save_checkpoint(run.last, {"steps": 4, "version": 99}, keep=run.previous)
+    with pytest.raises(ValueError, match="version 99"):
+        plan_run(Options, {"run_dir": str(run.path), "resume": "auto"})
+
+
+def test_a_run_in_use_is_refused_before_its_checkpoint_is_read(run, tmp_path):
+    run.last.write_bytes(b"half")
+    with RunLock() as holder, RunLock() as lock:
+        holder.take(run.path)
+        with pytest.raises(ValueError, match="is training in --run-dir"):
+            plan_run(Options, {"run_dir": str(run.path), "resume": "auto"}, lock)
+    with RunLock() as lock, pytest.raises(ValueError, match="not a checkpoint"):
+        plan_run(Options, {"run_dir": str(run.path), "resume": "auto"}, lock)
+
+
+def test_two_new_runs_in_one_directory_do_not_mix(tmp_path):
+    """Both found it free; the second one comes when the first has already begun, or ended."""
+    given = {"run_dir": str(tmp_path / "new")}
+    one, two = plan_run(Options, given), plan_run(Options, given)
+    with RunLock() as first, RunLock() as second:
+        one.enter(one.run, one.options, first)
+        with pytest.raises(ValueError, match="is training in"):
+            two.enter(two.run, two.options, second)
+    with RunLock() as second, pytest.raises(ValueError, match="holds a run already"):
+        two.enter(two.run, two.options, second)
+    # A directory that holds a lock alone is free: a process died just after it had made it.
+    (tmp_path / "dead").mkdir()
+    (tmp_path / "dead" / "lock").touch()
+    assert plan_run(Options, {"run_dir": str(tmp_path / "dead")}).checkpoint is None
+
+
 def test_a_damaged_run_is_refused_not_restarted(run):
-    run.last.write_bytes(run.last.read_bytes()[:100])
-    with pytest.raises(ValueError, match="not a checkpoint"):
+    save_checkpoint(run.last, {"steps": 4}, keep=run.previous)
+    for path in (run.last, run.previous):
+        path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(ValueError, match=r"not a checkpoint.*no whole one is left"):
         plan_run(Options, {"run_dir": str(run.path), "resume": "auto"})
     run.config.write_text(json.dumps({"nonsense": 1}))
     with pytest.raises(ValueError, match="unknown options: nonsense"):
