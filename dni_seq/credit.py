@@ -21,9 +21,11 @@ from torch import Tensor, nn
 from . import states
 from .deferred import GradientAccumulator
 from .diagnostics import StateFidelity, fidelity
-from .interfaces import BackwardInterface, Exchange, silence, synthesizer_context
-from .optimization import clipped_step
+from .guard import Kept, Tally, Whole, buffers_of, decided_here
+from .interfaces import Exchange, silence, synthesizer_context
+from .optimization import clipped_step, gradient_norm
 from .replay import Past, Replayer
+from .soundness import SoundInterface
 from .states import State
 from .synthesizers import Regression, predict
 from .targets import TargetRule, drawn, rule_of
@@ -31,6 +33,15 @@ from .windows import Lookahead
 
 RELIABILITY_DECAY = 0.9
 """Share of the evidence on a horizon that a new comparison keeps."""
+
+BAD_WINDOWS = 3
+"""Windows in a row with a message or a regression that is not sound, after which a synthesizer begins anew."""
+
+READ_EVERY = 20
+"""Windows between two looks at what a GPU has counted."""
+
+RESETS = 3
+"""How often a synthesizer begins anew before it is switched off."""
 
 
 class Synthetic(NamedTuple):
@@ -98,6 +109,11 @@ class SyntheticCredit:
         optimizer: of its parameters, None where it has none to train.
         replayer: runs windows once more.
         settings: how messages are used.
+        auxiliary: a module that shares the optimizer, and begins anew with the synthesizer.
+
+    Attributes:
+        resets: how often the synthesizer has diverged and begun anew.
+        disabled: whether it has diverged once more, and nothing is injected or learned any longer.
     """
 
     def __init__(
@@ -106,13 +122,14 @@ class SyntheticCredit:
         optimizer: torch.optim.Optimizer | None,
         replayer: Replayer,
         settings: CreditSettings,
+        auxiliary: nn.Module | None = None,
     ) -> None:
         settings.check()
         self.settings = settings
         self.synthesizer = synthesizer
         self.optimizer = optimizer
         self.replayer = replayer
-        self.interface = BackwardInterface(synthesizer)
+        self.interface = SoundInterface(synthesizer)
         self._target_network = copy.deepcopy(synthesizer) if settings.target_network else None
         self._running = RunningFidelity()
         self._evidence: Tensor | None = None
@@ -121,6 +138,16 @@ class SyntheticCredit:
         self._ring: deque[Past] = deque()
         self._probe = Probe()
         self._steps = 0
+        self._modules = (synthesizer, auxiliary)
+        self._fresh = Whole(self._modules, [])
+        self._buffers = Kept(buffers_of(self._modules))
+        self._whole: Whole | None = None
+        self._before = self._remember()
+        self._largest = self.interface.largest
+        self._bad = Tally()
+        self._events: list[str] = []
+        self.resets = 0
+        self.disabled = False
         self.rule = self._rule()
 
     def _rule(self) -> TargetRule:
@@ -133,6 +160,8 @@ class SyntheticCredit:
         if self.settings.scale == "auto":
             trust = self._reliability or [0.0] * len(rule.weights)
             rule = rule._replace(weights=[w * r for w, r in zip(rule.weights, trust, strict=True)])
+        if self.disabled:
+            rule = rule._replace(weights=[0.0] * len(rule.weights), trained=[False] * len(rule.own))
         return rule
 
     def make_trigger(self, start: State, context: Lookahead | None) -> State:
@@ -140,9 +169,13 @@ class SyntheticCredit:
         with synthesizer_context(context):
             return self.interface.make_trigger(start)
 
-    def inject(self, scope: GradientAccumulator, last: State, ends: Tensor | None, context: Lookahead | None) -> Exchange:
+    def inject(
+        self, scope: GradientAccumulator, loss: Tensor, last: State, ends: Tensor | None, context: Lookahead | None
+    ) -> Exchange:
         """Send the synthetic gradient of what is to come into the window's last state."""
         self.rule = self._rule()
+        if not self.disabled:
+            self.interface.observe(loss, scope, self._steps)
         with synthesizer_context(context):
             self.interface.backward(
                 last,
@@ -163,16 +196,23 @@ class SyntheticCredit:
             last_context: what the synthesizer has ahead of it there.
         """
         self._steps += 1
+        if self.disabled:
+            window = None
+        if window is not None and self._runs_again():
+            self._whole = Whole(self._modules, [self.optimizer])
         if self.settings.targets == "lambda" and window is not None:
-            regression, norm = self._replay(window, last, last_context)
+            regression, norm, sound = self._replay(window, last, last_context)
         elif exchange.regressions:
-            regression, norm = exchange.regressions[0], self._step_optimizer()
+            regression = exchange.regressions[0]
+            norm, sound = self._step_optimizer(regression.loss, self.interface.sound, self._buffers)
         else:
-            regression, norm = None, torch.zeros(())
+            regression, norm, sound = None, torch.zeros(()), self.interface.sound
+        measured = None if window is None else self._measure(window)
+        # Last, since everything before it may fail and be undone.
         if self._target_network is not None and self._steps % self.settings.target_network == 0:
             self._target_network.load_state_dict(self.synthesizer.state_dict())
-        measured = None if window is None else self._measure(window)
-        injected = nn.utils.get_total_norm(exchange.injected[0])
+        self._judge(sound)
+        injected = torch.where(self.interface.sound, self.interface.norm, 0)
         own = exchange.own_gradients[0] if exchange.own_gradients else None
         unknown = injected.new_full((), float("nan"))
         if regression is None:
@@ -189,11 +229,21 @@ class SyntheticCredit:
             fidelity=measured,
         )
 
-    def _replay(self, window: Past, last: State, last_context: Lookahead | None) -> tuple[Regression | None, Tensor]:
-        """Every K windows: λ-targets for the ring by one sweep backwards, then one regression step for each window."""
-        self._ring.append(window)
+    def _runs_again(self) -> bool:
+        """Whether windows are to be run again after this one, by code that may fail when the synthesizer has learned."""
+        every = self.settings.fidelity_every
+        due = self._probe.messages is not None or (every > 0 and self._steps % every == 0)
+        return due or (self.settings.targets == "lambda" and len(self._ring) + 1 >= self.settings.replay_windows)
+
+    def _replay(self, window: Past, last: State, last_context: Lookahead | None) -> tuple[Regression | None, Tensor, Tensor]:
+        """Every K windows: λ-targets for the ring by one sweep backwards, then one regression step for each window.
+
+        Returns the last regression, the norm of its gradient, and whether message and regressions were sound, 0-d bool.
+        """
+        self._ring.append(states.copied(window))
+        sound = self.interface.sound
         if len(self._ring) < self.settings.replay_windows or not self.interface.learns:
-            return None, torch.zeros(())
+            return None, torch.zeros(()), sound
         windows = list(self._ring)
         self._ring.clear()
         teacher = self._target_network or self.synthesizer
@@ -209,14 +259,106 @@ class SyntheticCredit:
         for past, target in zip(windows, targets, strict=True):
             if self.optimizer is not None:
                 self.optimizer.zero_grad()
+            kept = Kept(buffers_of(self._modules)).keep()
             regression = self.interface.regress(past.start, past.context, list(target))
-            norm = self._step_optimizer()
-        return regression, norm
+            norm, sound = self._step_optimizer(regression.loss, sound, kept)
+        return regression, norm, sound
 
-    def _step_optimizer(self) -> Tensor:
+    def _step_optimizer(self, loss: Tensor, sound: Tensor, kept: Kept) -> tuple[Tensor, Tensor]:
+        """One step for the gradients of a regression; their norm, and whether it, the loss and `sound` are, 0-d bool.
+
+        Where they are not, parameters and moments stay as they are, and normalisers are as they were `kept`.
+        """
         if self.optimizer is None:
-            return torch.zeros(())
-        return clipped_step(self.optimizer, self.settings.clip)
+            return torch.zeros(()), sound & torch.isfinite(loss)
+        norm = gradient_norm(self.optimizer)
+        sound = sound & torch.isfinite(loss + norm)
+        clipped_step(self.optimizer, self.settings.clip, norm, sound)
+        if not decided_here(sound):
+            kept.restore_unless(sound)
+        elif not sound:
+            kept.restore()
+        return norm, sound
+
+    def _judge(self, sound: Tensor) -> None:
+        """Count a window whose message or regression was not sound; after too many in a row begin anew."""
+        if self.disabled:
+            return
+        self._bad.add(sound)
+        if not decided_here(sound) and self._steps % READ_EVERY:
+            return
+        row = self._bad.in_a_row
+        if row:
+            self._events.append(f"a message or regression of the synthesizer was not finite or too large, {row} in a row")
+        if row >= BAD_WINDOWS and self.interface.learns:
+            self._begin_anew()
+
+    def _begin_anew(self) -> None:
+        """Give the synthesizer its first parameters again; the one time too many, switch it off."""
+        self.disabled = self.resets == RESETS
+        self.resets += not self.disabled
+        then = "is switched off" if self.disabled else f"begins anew, {self.resets} of {RESETS} times"
+        self._events.append(f"the synthesizer has diverged and {then}")
+        self._fresh.restore()
+        if self.optimizer is not None:
+            self.optimizer.state.clear()
+        if self._target_network is not None:
+            self._target_network = copy.deepcopy(self.synthesizer)
+        self._running = RunningFidelity()
+        self._evidence, self._comparisons, self._reliability = None, 0, None
+        self._bad.end_row()
+        self._break_chain()
+
+    def _break_chain(self) -> None:
+        """Forget the windows that were to be run again, since the next one does not follow them."""
+        self._ring.clear()
+        self._probe = Probe()
+
+    def keep(self) -> None:
+        """Remember what a step that fails must leave as it is."""
+        self._buffers.keep()
+        self._whole = None
+        self._before = self._remember()
+        self._largest = self.interface.largest
+
+    def _remember(self) -> dict[str, Any]:
+        """What changes in a step beside tensors of modules: by attribute, containers copied."""
+        return {
+            "_steps": self._steps,
+            "_ring": deque(self._ring),
+            "_probe": Probe(self._probe.messages, self._probe.windows),
+            "_running": copy.copy(self._running),
+            "_evidence": self._evidence,
+            "_comparisons": self._comparisons,
+            "_reliability": self._reliability,
+        }
+
+    def undo(self) -> None:
+        """Put everything back that has changed since `keep`, but for one step of the optimizer outside of replays."""
+        if self._whole is not None:
+            self._whole.restore()
+        self._buffers.restore()
+        vars(self).update(self._before)
+        self.interface.largest = self._largest
+
+    def leave_out(self, *, broken_auxiliary: bool) -> None:
+        """A window was left out, and `undo` called: the next one does not follow the ones before it."""
+        self._steps += 1
+        self._break_chain()
+        if broken_auxiliary:
+            self._begin_anew()
+
+    @property
+    def skipped(self) -> int:
+        """Windows so far whose message or regression was left out; this waits for a GPU."""
+        return self._bad.total
+
+    def take_events(self, step: int) -> tuple[str, ...]:
+        """What has happened since the last call, as texts for the user."""
+        if not self._events:
+            return ()
+        events, self._events = tuple(f"step {step}: {event}" for event in self._events), []
+        return events
 
     def _measure(self, window: Past) -> StateFidelity | None:
         """Compare messages with exact gradients where a comparison is due; update the reliabilities."""
@@ -228,7 +370,7 @@ class SyntheticCredit:
                 self._probe.messages = predict(self.synthesizer, window.start, window.context)
         if self._probe.messages is None:
             return None
-        self._probe.windows.append(window)
+        self._probe.windows.append(states.copied(window))
         horizons = len(self._probe.messages)
         bootstrapped = len(self.rule.own) == 1 and bool(self.rule.following[0][0])
         needed = self.settings.replay_windows if bootstrapped else horizons
@@ -247,6 +389,8 @@ class SyntheticCredit:
         yet, do not count as failures of the synthesizer.
         """
         sums = torch.tensor([[float(h.overlap), float(h.power)] for h in found.horizons], dtype=torch.float64)
+        if not sums.isfinite().all():
+            return
         previous = torch.zeros_like(sums) if self._evidence is None else self._evidence
         self._evidence = torch.lerp(sums, previous, RELIABILITY_DECAY)
         self._comparisons += 1
@@ -273,6 +417,10 @@ class SyntheticCredit:
             "probe_messages": None if messages is None else [states.flatten(message) for message in messages],
             "target_network": None if self._target_network is None else self._target_network.state_dict(),
             "steps": self._steps,
+            "bad": self._bad.state_dict(),
+            "largest": self.interface.largest,
+            "resets": self.resets,
+            "disabled": self.disabled,
         }
 
     def load_state_dict(self, saved: dict[str, Any], like: State) -> None:
@@ -289,6 +437,10 @@ class SyntheticCredit:
         if self._target_network is not None:
             self._target_network.load_state_dict(saved["target_network"])
         self._steps = saved["steps"]
+        if "bad" in saved:  # missing in what older versions saved
+            self._bad.load_state_dict(saved["bad"])
+            self.interface.largest = saved["largest"]
+            self.resets, self.disabled = saved["resets"], saved["disabled"]
 
 
 class Probe:

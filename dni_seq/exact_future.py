@@ -101,7 +101,7 @@ class ExactFuture(nn.Module):
         model = self._model[0]
         with without_parameter_gradients(model), torch.enable_grad():
             start = states.map_floating(lambda leaf: leaf.detach().requires_grad_(), trigger)
-            outputs, last = model(ahead.inputs, start)
+            outputs, last = model(ahead.inputs, states.copied(start))  # a model may write into its state
             losses = self.loss_fn(outputs, ahead.targets)
             roots: list[Tensor] = [self._reduce(losses, ahead)]
             gradients: list[Tensor | None] = [None]

@@ -186,7 +186,7 @@ class BackwardInterface(_Interface):
         messages = self._messages(self.synthesizer, trigger, ends, batch_dim)
         if rule is None:
             rule = rule_of(self.synthesizer, float(factor), float(factor))
-        injected = combine(messages, rule.weights)
+        injected = self.injection(messages, rule)
         scope = current_scope()
         if scope is not None:
             others = None if bootstrap is None else self._messages(bootstrap, trigger, ends, batch_dim)
@@ -196,6 +196,10 @@ class BackwardInterface(_Interface):
             for leaf, gradient in _receptive(leaves, injected):
                 alone.add(leaf, gradient)
             alone.deliver()
+
+    def injection(self, messages: list[State], rule: TargetRule) -> list[Tensor]:
+        """What is sent for the messages of the horizons, leaf by leaf: their weighted sum."""
+        return combine(messages, rule.weights)
 
     @uncompiled
     def send(self, message: State, trigger: State) -> Regression | None:
@@ -397,7 +401,7 @@ class Exchange:
         if not self._triggers or not self._interface.learns:
             return
         self._rule = self._ends[0].rule if self._ends else rule_of(self._interface.synthesizer, 1, 1)
-        inputs = self._inputs()
+        inputs = self.inputs()
         for i, trained in enumerate(self._rule.trained):
             roots = [root for end in self._ends for root in _difference(end, i)] if trained else []
             if roots:
@@ -407,7 +411,7 @@ class Exchange:
 
     def after_backward(self) -> None:
         """Regress at every trigger towards its targets."""
-        arrived = [taken(leaf) for leaf in self._inputs()]
+        arrived = [taken(leaf) for leaf in self.inputs()]
         if self._rule is None or not any(self._rule.trained):
             return
         rows = [self._row(i, arrived) if trained else None for i, trained in enumerate(self._rule.trained)]
@@ -427,7 +431,8 @@ class Exchange:
         products = self._products.get(i, [None] * len(shares))
         return [leaf if product is None else leaf + product for leaf, product in zip(shares, products, strict=True)]
 
-    def _inputs(self) -> list[Tensor]:
+    def inputs(self) -> list[Tensor]:
+        """The floating-point leaves of all triggers."""
         return [leaf for state, _ in self._triggers for leaf in states.floating(state)]
 
 

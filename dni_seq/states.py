@@ -81,6 +81,11 @@ def detach(state: State) -> State:
     return unflatten(state, [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in flatten(state)])
 
 
+def copied(state: State) -> State:
+    """`state` with every tensor copied, into memory of its own; gradients flow through the copies."""
+    return unflatten(state, [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in flatten(state)])
+
+
 def spread(setting: Any, state: State, name: str) -> list[Any]:
     """One value of `setting` for every leaf of `state`: a single value for all, or a nest shaped like the state.
 

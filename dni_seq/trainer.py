@@ -19,7 +19,20 @@ from torch import Tensor, nn
 from . import states
 from .credit import CreditSettings, Synthetic, SyntheticCredit
 from .deferred import backward, defer_backward
-from .optimization import clipped_step
+from .guard import (
+    Alone,
+    Kept,
+    NonFiniteError,
+    Randomness,
+    Tally,
+    Whole,
+    broken_lanes,
+    buffers_of,
+    choose,
+    decided_here,
+    first_not_finite,
+)
+from .optimization import clipped_step, gradient_norm, leaves_out_by_itself
 from .replay import Past, Replayer
 from .states import State
 from .windows import Lookahead
@@ -41,13 +54,18 @@ class StepResult(NamedTuple):
         loss: 0-d, the window's loss, in the unit of `loss_fn` (nats a token for cross entropy).
         outputs: the model's outputs.
         gradient_norm: 0-d, norm of the model's gradient, synthetic part included, before clipping.
-        synthetic: None without a synthesizer.
+        synthetic: None without a synthesizer, and where the step was left out.
+        skipped: 0-d bool, whether the step was left out for a NaN or an infinity in the loss or the gradient.
+        events: what a user should know of this step, as texts: that it was left out, where the first NaN was, that the
+            synthesizer was reset. On a GPU they come at a later step, when the counts are read.
     """
 
     loss: Tensor
     outputs: Any
     gradient_norm: Tensor
     synthetic: Synthetic | None
+    skipped: Tensor
+    events: tuple[str, ...] = ()
 
 
 def window_loss(losses: Tensor, mask: Tensor | None, reduction: Reduction) -> Tensor:
@@ -69,6 +87,8 @@ def window_loss(losses: Tensor, mask: Tensor | None, reduction: Reduction) -> Te
         if mask.shape != losses.shape:
             raise ValueError(f"mask has shape {tuple(mask.shape)}, the unreduced loss {tuple(losses.shape)}")
         losses = torch.where(mask, losses, 0)
+    if reduction == "lane-mean" and losses.dim() < 2:
+        raise ValueError(f'"lane-mean" needs unreduced losses [T, B], this loss_fn returned shape {list(losses.shape)}')
     if reduction == "mean":
         return losses.mean() if mask is None else losses.sum() / mask.sum().clamp_min(1)
     return losses.sum() / losses.shape[1] if reduction == "lane-mean" else losses.sum()
@@ -108,6 +128,7 @@ class SequenceTrainer:
             `model.initial_state(B)`, else None at first, and zeros where a lane ends.
         reduction: how unreduced losses become one number: see `window_loss`.
         autocast: dtype to run the model's forward in under `torch.autocast`, None for full precision.
+        skip_limit: how many windows in a row may be left out for a NaN or an infinity before `step` raises.
 
     Raises:
         ValueError: a setting is out of its range, or a parameter is in both optimizers.
@@ -138,6 +159,7 @@ class SequenceTrainer:
         initial_state: State | Callable[[int], State] | None = None,
         reduction: Reduction = "mean",
         autocast: torch.dtype | None = None,
+        skip_limit: int = 10,
     ) -> None:
         settings = CreditSettings(
             synthetic_scale,
@@ -159,6 +181,8 @@ class SequenceTrainer:
             raise ValueError("the auxiliary task predicts synthetic gradients: give a synthesizer too")
         if not 0 <= auxiliary_weight < float("inf"):
             raise ValueError(f"auxiliary_weight must be 0 or more, got {auxiliary_weight}")
+        if skip_limit < 1:
+            raise ValueError(f"skip_limit must be 1 or more, got {skip_limit}")
         self.auxiliary = auxiliary
         self.auxiliary_weight = auxiliary_weight
         self.model = model
@@ -179,7 +203,25 @@ class SequenceTrainer:
             if synthesizer_optimizer is None and any(p.requires_grad for p in learning):
                 synthesizer_optimizer = torch.optim.Adam(learning, lr=1e-3)
             _check_apart(optimizer, synthesizer_optimizer)
-            self.credit = SyntheticCredit(synthesizer, synthesizer_optimizer, self._replayer(), settings)
+            self.credit = SyntheticCredit(synthesizer, synthesizer_optimizer, self._replayer(), settings, auxiliary)
+        self.skip_limit = skip_limit
+        self._tally = Tally()
+        self._reported = 0
+        self._stepped = False
+        self._buffers = Kept(buffers_of([model]))
+        self._alone = Alone("step was called while a step of this trainer is under way: each thread needs its own trainer")
+
+    @property
+    def skipped(self) -> int:
+        """Windows left out so far for a NaN or an infinity; this waits for a GPU."""
+        return self._tally.total
+
+    def skip_counts(self) -> dict[str, float]:
+        """What was left out so far, by TensorBoard key: steps, and the synthesizer's part of steps; this waits for a GPU."""
+        counts: dict[str, float] = {"train/skipped": self.skipped}
+        if self.credit is not None:
+            counts["synthetic/skipped"] = self.credit.skipped
+        return counts
 
     def step(
         self,
@@ -192,6 +234,10 @@ class SequenceTrainer:
     ) -> StepResult:
         """Train on one window and carry the hidden state on.
 
+        A step happens whole or not at all. After an exception, of the user's code or of this one, parameters, optimizers,
+        buffers, hidden state, random state and counters are as before it, and gradients are cleared. A NaN or an infinity in
+        the loss or the gradient leaves the step out: only `steps` goes up and `ends` is obeyed.
+
         Args:
             inputs: [T, B, ...], the model's inputs.
             targets: [T, B, ...], passed to `loss_fn`.
@@ -202,10 +248,35 @@ class SequenceTrainer:
 
         Raises:
             ValueError: shapes do not agree; nothing has changed then.
+            NonFiniteError: `skip_limit` windows in a row had to be left out; the text says where it began.
+            RuntimeError: another step of this trainer is under way.
         """
         self._check_window(inputs, targets, ends)
-        lanes = inputs.shape[self.batch_dim]
-        start = self._start(inputs, lanes)
+        with self._alone:
+            start = self._start(inputs, inputs.shape[self.batch_dim])
+            randomness = Randomness.now(inputs.device)
+            self._buffers.keep()
+            if self.credit is not None:
+                self.credit.keep()
+            # What an optimizer cannot do shows at its first step: LBFGS, sparse gradients, memory for the moments.
+            whole = None if self._stepped else self._whole()
+            try:
+                result = self._step(Past(inputs, targets, mask, ends, start, None), lookahead)
+            except NonFiniteError:
+                raise
+            except BaseException:
+                self._undo()
+                if whole is not None:
+                    whole.restore()
+                randomness.restore()
+                raise
+            self._stepped = True
+            return result
+
+    def _step(self, window: Past, lookahead: Lookahead | None) -> StepResult:
+        """One step from a checked window, `window.start` its first state."""
+        inputs, targets, mask, ends, start, _ = window
+        credit = self.credit
         context = None if lookahead is None else ahead_of_window(inputs, targets, mask, lookahead)
         self._zero_gradients()
         with defer_backward() as scope:
@@ -213,20 +284,123 @@ class SequenceTrainer:
             outputs, early, last = self._run_window(inputs, trigger)
             loss = self._loss(outputs, targets, mask)
             backward(loss)
-            exchange = None if self.credit is None else self.credit.inject(scope, last, ends, lookahead)
-            if exchange is not None and self.auxiliary is not None:
+            exchange = None if credit is None else credit.inject(scope, loss, last, ends, lookahead)
+            if self.auxiliary is not None and credit is not None and exchange is not None and not credit.disabled:
                 backward(self.auxiliary_weight * self.auxiliary(early, exchange.injected[0]))
-        gradient_norm = clipped_step(self.optimizer, self.clip)
-        last = states.detach(last)
+        norm = gradient_norm(self.optimizer)
+        good = torch.isfinite(loss.detach() + norm)
+        result = StepResult(loss.detach(), states.detach(outputs), norm, None, ~good)
+        if self._decided_here(good, start) and not good:
+            return self._leave_out(window, result)
+        last = states.copied(states.detach(last))
+        # All that may fail comes before the optimizers, whose steps cannot be taken back.
+        following = self._following(last if self._decided_here(good, start) else choose(good, last, start), ends)
         synthetic = None
-        if self.credit is not None and exchange is not None:
-            window = None if start is None else Past(inputs, targets, mask, ends, start, context)
-            synthetic = self.credit.learn(exchange, window, last, lookahead)
-        self.state = last
-        if ends is not None:
-            self.state = states.reset_lanes(last, ends, self.initial_state(lanes), self.state_batch_dim)
+        if credit is not None and exchange is not None:
+            past = None if start is None else window._replace(context=context)
+            synthetic = credit.learn(exchange, past, last, lookahead)
+        clipped_step(self.optimizer, self.clip, norm, good)
+        if not self._decided_here(good, start):
+            self._buffers.restore_unless(good)
+        self._tally.add(good)
+        self.state = following
         self.steps += 1
-        return StepResult(loss.detach(), states.detach(outputs), gradient_norm, synthetic)
+        return result._replace(synthetic=synthetic, events=self._events(window, result))
+
+    def _following(self, last: State, ends: Tensor | None) -> State:
+        """The state that the next window starts from: `last`, but for lanes that end, which start anew."""
+        if ends is None:
+            return last
+        return states.reset_lanes(last, ends, self.initial_state(len(ends)), self.state_batch_dim)
+
+    def _decided_here(self, good: Tensor, start: State | None) -> bool:
+        """Whether to read `good` at once: where that is free, and where no device could do without."""
+        return decided_here(good) or start is None or not leaves_out_by_itself(self.optimizer)
+
+    def _leave_out(self, window: Past, result: StepResult) -> StepResult:
+        """Leave the step out; lanes whose state is broken start anew.
+
+        Raises:
+            NonFiniteError: it is one too many.
+        """
+        where = self._where(window, result)
+        following = window.start
+        if following is not None:
+            broken = broken_lanes(following, self.state_batch_dim)
+            following = self._following(self._following(following, broken), window.ends)
+        self._undo()
+        if self.credit is not None:
+            self.credit.leave_out(broken_auxiliary=self._auxiliary_broken(result))
+        self._tally.add(~result.skipped)
+        self.state = following
+        self.steps += 1
+        self._reported = self._tally.total
+        self._check_row(where)
+        events = [f"step {self.steps} left out, the first NaN or infinity: {where}"]
+        return result._replace(events=(*events, *self._credit_events()))
+
+    def _whole(self) -> Whole:
+        """A copy of all parameters, buffers and moments."""
+        parts = self._parts()
+        modules = [part for part in parts.values() if isinstance(part, nn.Module)]
+        return Whole(modules, [part for part in parts.values() if isinstance(part, torch.optim.Optimizer)])
+
+    def _undo(self) -> None:
+        """Put back what a step has changed before its optimizers ran."""
+        self._buffers.restore()
+        if self.credit is not None:
+            self.credit.undo()
+        self._zero_gradients()
+
+    def _events(self, window: Past, result: StepResult) -> tuple[str, ...]:
+        """What there is to say of a step that was not left out here; now and then what a GPU has counted.
+
+        Raises:
+            NonFiniteError: a GPU has left out too many.
+        """
+        events = self._credit_events()
+        if not decided_here(result.skipped) and self.steps % self.skip_limit == 0:
+            if self._tally.in_a_row >= self.skip_limit:
+                self._check_row(self._where(window, result))
+            if self._tally.total > self._reported:
+                count, self._reported = self._tally.total - self._reported, self._tally.total
+                events = (f"{count} of the last {self.skip_limit} steps left out for a NaN or an infinity", *events)
+        return events
+
+    def _credit_events(self) -> tuple[str, ...]:
+        return () if self.credit is None else self.credit.take_events(self.steps)
+
+    def _check_row(self, where: str) -> None:
+        """Raise a NonFiniteError where too many windows in a row were left out."""
+        row = self._tally.in_a_row
+        if row >= self.skip_limit:
+            raise NonFiniteError(
+                f"{row} windows in a row were left out, from step {self.steps - row + 1} on, for a NaN or an infinity; it "
+                f"appeared first in {where}. Parameters are those before that step; a smaller learning rate or clip may help"
+            )
+
+    def _where(self, window: Past, result: StepResult) -> str:
+        """Where the first NaN or infinity of a window is, in the order of computation."""
+        parts = [(name, module) for name, module in (("", self.model), ("auxiliary.", self.auxiliary)) if module is not None]
+        named: list[tuple[str, Any]] = [
+            ("the inputs", window.inputs),
+            ("the state that the window starts from", window.start),
+            *((f"the parameter {n}", p) for n, p in self.model.named_parameters()),
+            *((f"the buffer {n}", b) for n, b in self.model.named_buffers()),
+            ("the model's outputs", result.outputs),
+            ("the targets", window.targets),
+            ("the loss", result.loss),
+            *((f"the parameter auxiliary.{n}", p) for pre, m in parts if pre for n, p in m.named_parameters()),
+            *((f"the gradient of {pre}{n}", p.grad) for pre, m in parts for n, p in m.named_parameters()),
+        ]
+        return first_not_finite(named)
+
+    def _auxiliary_broken(self, result: StepResult) -> bool:
+        """Whether the auxiliary task's own parameters are to blame for a window that is left out."""
+        if self.auxiliary is None or not result.loss.isfinite():
+            return False
+        tensors = (*self.auxiliary.parameters(), *self.auxiliary.buffers())
+        return not all(bool(tensor.isfinite().all()) for tensor in tensors)
 
     def reset(self) -> None:
         """Start all lanes anew: the next window begins in the initial state."""
@@ -242,23 +416,32 @@ class SequenceTrainer:
                 "state": None if self.state is None else states.flatten(self.state),
                 "credit": None if self.credit is None else self.credit.state_dict(),
             }
-        return {**parts, **streaming, "steps": self.steps}
+        return {**parts, **streaming, "steps": self.steps, "skipped": self._tally.state_dict()}
 
-    def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """Take over what `state_dict` gave; the hidden state's nest comes from the initial state, at the next step.
+    def load_state_dict(self, saved: dict[str, Any], lanes: int | None = None) -> None:
+        """Take over what `state_dict` gave; the hidden state's nest comes from the initial state.
+
+        Args:
+            saved: what `state_dict` gave. Counts of windows that were left out are missing in what older versions saved.
+            lanes: B, for a trainer that has an initial state, to take the hidden state over and check it now; None to do so
+                at the next step.
 
         Raises:
             ValueError: it was saved by a trainer of other parts, with or without a synthesizer, say.
         """
         parts = self._parts()
         expected = {*parts, "state", "credit", "steps"}
-        if set(saved) != expected:
+        if set(saved) - {"skipped"} != expected:
             raise ValueError(f"the saved trainer has parts {sorted(saved)}, this one {sorted(expected)}")
         for name, part in parts.items():
             part.load_state_dict(saved[name])
         self.reset()
         self._saved = {"state": saved["state"], "credit": saved["credit"]}
         self.steps = saved["steps"]
+        self._tally.load_state_dict(saved.get("skipped", {"total": 0, "in_a_row": 0}))
+        self._reported = self._tally.total
+        if lanes is not None:
+            self._take_saved(self.initial_state(lanes))
 
     def _parts(self) -> dict[str, Any]:
         parts: dict[str, Any] = {"model": self.model, "optimizer": self.optimizer}
@@ -282,13 +465,29 @@ class SequenceTrainer:
     def _start(self, inputs: Tensor, lanes: int) -> State | None:
         """The state that the window starts from; what was loaded takes its nest here."""
         if self._saved is not None:
-            nest = self._nest(inputs, lanes)
-            if self.credit is not None:
-                self.credit.load_state_dict(self._saved["credit"], nest)
-            if self._saved["state"] is not None:
-                self.state = states.unflatten(nest, self._saved["state"])
-            self._saved = None
+            self._take_saved(self._nest(inputs, lanes))
         return self.initial_state(lanes) if self.state is None else self.state
+
+    def _take_saved(self, nest: State) -> None:
+        """Fill a state's nest with what was loaded.
+
+        Raises:
+            ValueError: a leaf has not the shape of the nest's.
+        """
+        if self._saved is None:
+            return
+        leaves = self._saved["state"]
+        if leaves is not None:
+            state = states.unflatten(nest, leaves)
+            for leaf, like in zip(leaves, states.flatten(nest), strict=True):
+                if isinstance(like, Tensor) and (not isinstance(leaf, Tensor) or leaf.shape != like.shape):
+                    shape = list(leaf.shape) if isinstance(leaf, Tensor) else type(leaf).__name__
+                    raise ValueError(f"the saved hidden state has a leaf {shape}, this model's is {list(like.shape)}")
+        if self.credit is not None:
+            self.credit.load_state_dict(self._saved["credit"], nest)
+        if leaves is not None:
+            self.state = state
+        self._saved = None
 
     @torch.no_grad()
     def _nest(self, inputs: Tensor, lanes: int) -> State:
@@ -314,7 +513,9 @@ class SequenceTrainer:
         return torch.cat([first, rest]), early, last
 
     def _run(self, inputs: Tensor, state: State | None) -> tuple[Any, State]:
+        """Run the model on a copy of `state`, so that one that writes into its state harms neither trainer nor trigger."""
         device = inputs.device.type
+        state = None if state is None else states.copied(state)
         with contextlib.nullcontext() if self.autocast is None else torch.autocast(device, dtype=self.autocast):
             result: tuple[Any, State] = self.model(inputs, state)
         return result
@@ -332,6 +533,8 @@ class SequenceTrainer:
             self.credit.optimizer.zero_grad()
 
     def _check_window(self, inputs: Tensor, targets: Tensor, ends: Tensor | None) -> None:
+        if not torch.is_grad_enabled():
+            raise ValueError("step trains: call it outside of torch.no_grad() and torch.inference_mode()")
         for name, tensor in (("inputs", inputs), ("targets", targets)):
             if tensor.dim() <= self.batch_dim:
                 raise ValueError(f"{name} has shape {tuple(tensor.shape)}, without dimension batch_dim={self.batch_dim}")

@@ -17,7 +17,8 @@ LEVELS = {
     "states": 0,
     "deferred": 0,
     "windows": 0,
-    "optimization": 0,
+    "guard": 0,
+    "optimization": 1,
     "synthesizers": 1,
     "targets": 2,
     "replay": 3,
@@ -28,11 +29,12 @@ LEVELS = {
     "interfaces": 4,
     "exact_future": 4,
     "diagnostics": 4,
-    "credit": 5,
-    "trainer": 6,
+    "soundness": 5,
+    "credit": 6,
+    "trainer": 7,
 }
 
-SIDES = ("streams", "models", "runlog", "checkpoint", "rundir", "progress", "stopping")
+SIDES = ("streams", "models", "runlog", "checkpoint", "lock", "rundir", "progress", "stopping")
 """What is around training: knows nothing of the trainer, and the trainer nothing of it."""
 
 

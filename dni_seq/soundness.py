@@ -1,0 +1,76 @@
+"""Messages that can be credit: finite, and not far larger than any gradient seen.
+
+A synthesizer that diverges says things that would spoil the RNN, or an optimizer's moments for a thousand steps. They are
+not sent.
+
+Legend: N = horizons.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from .deferred import GradientAccumulator
+from .guard import decided_here
+from .interfaces import BackwardInterface
+from .states import State
+from .targets import TargetRule
+
+LARGEST_MESSAGE = 100.0
+"""Times the largest gradient that a window's own loss has sent to its first state: no credit is as large as that."""
+
+OBSERVED_FIRST, OBSERVED_EVERY = 100, 50
+"""Windows at the start, and then every so many, whose own gradient is observed, at the price of a product to the state."""
+
+
+class SoundInterface(BackwardInterface):
+    """An interface that sends zeros in the place of a message that is not finite, or far too large to be credit.
+
+    The size is held to that of windows' own gradients, by themselves: a target that holds a message grows with it. Messages
+    that are not learned, as exact ones, have no limit.
+
+    Attributes:
+        sound: 0-d bool, whether what was injected last is what the synthesizer said.
+        norm: 0-d, the norm of what it said, weighted.
+        largest: the largest gradient observed; 0 before there is one.
+    """
+
+    def __init__(self, synthesizer: nn.Module) -> None:
+        super().__init__(synthesizer)
+        self.norm = torch.zeros(())
+        self.sound = torch.ones((), dtype=torch.bool)
+        self.largest: float | Tensor = 0.0
+
+    def injection(self, messages: list[State], rule: TargetRule) -> list[Tensor]:
+        """The weighted sum of the messages where it is sound, else zeros."""
+        injected = super().injection(messages, rule)
+        self.norm = nn.utils.get_total_norm(injected)
+        if not decided_here(self.norm):
+            limit = torch.as_tensor(LARGEST_MESSAGE * self.largest, device=self.norm.device)
+            self.sound = self.norm < torch.where(limit > 0, limit, math.inf)
+            return [torch.where(self.sound, leaf, 0) for leaf in injected]
+        self.sound = self.norm < (LARGEST_MESSAGE * self.largest or math.inf)
+        return injected if self.sound else [torch.zeros_like(leaf) for leaf in injected]
+
+    def observe(self, loss: Tensor, scope: GradientAccumulator, windows: int) -> None:
+        """Take in the gradient that a window's `loss` alone sends to its trigger, where the window is one to observe.
+
+        Args:
+            loss: 0-d, with its graph.
+            scope: that the window's trigger was made in.
+            windows: before this one.
+        """
+        leaves = self.exchange(scope).inputs()
+        if not leaves or not self.learns or (windows >= OBSERVED_FIRST and windows % OBSERVED_EVERY):
+            return
+        found = torch.autograd.grad(loss, leaves, retain_graph=True, allow_unused=True)
+        norm = nn.utils.get_total_norm([gradient for gradient in found if gradient is not None])
+        if decided_here(norm):
+            if norm.isfinite():
+                self.largest = max(float(self.largest), float(norm))
+        else:
+            before = torch.as_tensor(self.largest, dtype=norm.dtype, device=norm.device)
+            self.largest = torch.where(norm.isfinite(), before.maximum(norm), before)
