@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -100,6 +101,21 @@ def build_model(options: LanguageModelOptions, vocabulary_size: int, device: tor
     if autocast_of(options) is not None:
         _check_autocast(model, options, device)
     return model
+
+
+@contextmanager
+def sizes_that_fit() -> Iterator[None]:
+    """Say what to do where something cannot be built for its size.
+
+    Raises:
+        ValueError: torch has refused a size, or there is not memory enough.
+    """
+    try:
+        yield
+    # A size that overflows is any of these, by the place where it does.
+    except (RuntimeError, TypeError, OverflowError, MemoryError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"the model cannot be built, its sizes are too large for this machine: {reason}") from error
 
 
 def autocast_of(options: LanguageModelOptions) -> torch.dtype | None:

@@ -62,10 +62,12 @@ def option(
 
 
 def at_least(least: int) -> Check:
-    """A whole number or a finite float of `least` or more."""
+    """A whole number or a finite float of `least` or more, in what 64 bits hold."""
 
     def check(value: float) -> str | None:
-        return None if math.isfinite(value) and value >= least else f"{least} or more"
+        if not value < 2**63:  # NaN too
+            return f"{least} or more, and below 2**63"
+        return None if value >= least else f"{least} or more"
 
     return check
 

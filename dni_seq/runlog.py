@@ -21,6 +21,7 @@ KEYS = MappingProxyType(
     {
         "train/loss": "cross-entropy of the steps since the last point, nats a token",
         "train/perplexity": "exp(train/loss)",
+        "train/skipped": "steps left out so far for a NaN or an infinity in the loss or the gradient",
         "valid/loss": "cross-entropy of the validation split, nats a token",
         "valid/perplexity": "exp(valid/loss)",
         "valid/bpc": "bits a character of the validation split's text",
@@ -36,6 +37,7 @@ KEYS = MappingProxyType(
         "synthetic/r2": "1 - squared error / squared target; /horizon_n for the n-th window ahead",
         "synthetic/injected_ratio": "norm of the injected message (scaled) over the norm of the window's own gradient there",
         "synthetic/scale": "share of the message that is injected: c, discount and reliability; /horizon_n likewise",
+        "synthetic/skipped": "windows so far whose message or regression was left out: not finite, or far too large",
         "fidelity/cosine_n": "cosine between the message of horizon n and the exact gradient of the n-th window ahead",
         "fidelity/r2_n": "1 - squared error / squared exact gradient, of the same",
         "gradient/norm": "norm of the parameters' gradient before clipping",
@@ -114,14 +116,17 @@ class RunLog:
         self._sums: dict[str, Tensor] = {}
         self._weights: dict[str, Tensor] = {}
 
-    def add(self, measurements: Mapping[str, Tensor], weight: int) -> None:
+    def add(self, measurements: Mapping[str, Tensor], weight: int, skipped: Tensor | None = None) -> None:
         """Collect one step's measurements, each 0-d or [N] by horizon, with the weight of its tokens.
 
-        What a synthesizer did not do at a step is NaN there, and counts for nothing; a loss that is NaN stays one.
+        What a synthesizer did not do at a step is NaN there, and counts for nothing; a loss that is NaN stays one. A step
+        that was left out, `skipped` (0-d bool), counts for nothing.
         """
         for key, value in measurements.items():
             precise = value.detach().to(torch.promote_types(value.dtype, torch.float32))
             absent = precise.isnan() if key.startswith(BY_HORIZON) else torch.zeros_like(precise, dtype=torch.bool)
+            if skipped is not None:
+                absent = absent | skipped
             known = ~absent * weight
             total = torch.where(absent, 0, precise) * weight
             self._sums[key] = self._sums[key] + total if key in self._sums else total
@@ -199,7 +204,15 @@ class RunLog:
         return {"sums": dict(self._sums), "weights": dict(self._weights)}
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
-        """Go on with the averages of `state_dict`, on `device`."""
+        """Go on with the averages of `state_dict`, on `device`.
+
+        Raises:
+            ValueError: they are none.
+        """
+        for key, total in state["sums"].items():
+            weight = state["weights"][key]
+            if total.shape != weight.shape or (total.dim() and not key.startswith(BY_HORIZON)):
+                raise ValueError(f"the average of {key} is of shape {list(total.shape)}, its weight {list(weight.shape)}")
         self._sums = {key: total.to(device) for key, total in state["sums"].items()}
         self._weights = {key: weight.to(device) for key, weight in state["weights"].items()}
 

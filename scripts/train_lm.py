@@ -11,9 +11,10 @@ python scripts/train_lm.py --run-dir runs/mine --resume auto
 tensorboard --logdir runs
     Watch the curves.
 
-A run leaves in its directory: TensorBoard events, config.json, tokenizer.json, checkpoints/last.pt and best.pt (lowest
-validation loss), and summary.json. Ctrl-C saves a checkpoint and ends with status 130, SIGTERM with 143. Bad input ends
-with one line on stderr and status 2.
+A run leaves in its directory: TensorBoard events, config.json, tokenizer.json, checkpoints/last.pt, previous.pt and best.pt
+(lowest validation loss), and summary.json. Ctrl-C saves a checkpoint and ends with status 130, SIGTERM with 143. Bad input
+ends with one line on stderr and status 2, and so do a full disk and a loss that stays NaN. docs/reliability.md says what a
+run survives.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import math
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,11 +35,13 @@ from torch import Tensor
 import dni_seq as dni
 from dni_seq import lm
 from dni_seq.bugs import guarded
-from dni_seq.checkpoint import random_state, save_checkpoint, set_random_state, write_json
+from dni_seq.checkpoint import CheckpointError, fitting, random_state, save_checkpoint, set_random_state, write_json
 from dni_seq.dry_run import dry_run
 from dni_seq.evaluation import Score
+from dni_seq.guard import NonFiniteError
 from dni_seq.lm_options import PRESETS, LanguageModelOptions, settle
 from dni_seq.lm_trainer import build_trainer, cell_size, messages
+from dni_seq.lock import RunLock
 from dni_seq.models.language_model import LanguageModel
 from dni_seq.options import parse, report
 from dni_seq.plan import Plan, config_of, plan_run
@@ -64,6 +68,12 @@ EVAL_EVERY_OF_STREAM = 1000
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
+    with RunLock() as lock:
+        return command(arguments, lock)
+
+
+def command(arguments: Sequence[str] | None, lock: RunLock) -> int:
+    """The command, which takes the lock of the run's directory; returns its exit status."""
     try:
         given = parse(LanguageModelOptions, arguments, prog="train_lm", description=__doc__ or "", presets=PRESETS)
         if given.get("dry_run"):
@@ -72,21 +82,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         if given.get("eval_only"):
             return evaluate_only(plan_run(LanguageModelOptions, {"resume": "auto"} | given))
-        training = prepare(plan_run(LanguageModelOptions, given))
+        training = prepare(plan_run(LanguageModelOptions, given, lock), lock)
     except (ValueError, OSError) as error:
         return report("train_lm", error)
     try:
         with StopSignals() as stop:
             return train(training, stop)
-    except DataError as error:
-        save(training, training.run.last)
-        going_on = f"to go on: --run-dir {training.run.path} --resume auto"
-        return report("train_lm", DataError(f"{error} (saved at step {training.steps}; {going_on})"))
-    except OSError as error:
+    except (DataError, NonFiniteError) as error:
+        return report("train_lm", stopped(training, error))
+    except (CheckpointError, OSError) as error:
         return report("train_lm", error)
     finally:
         training.progress.close()
         training.log.close()
+
+
+def stopped(t: Training, error: Exception) -> Exception:
+    """Save where a run cannot go on by itself; the error to report."""
+    try:
+        save(t, t.run.last)
+    except OSError as other:
+        return OSError(f"{error} ({other})")
+    return ValueError(f"{error} (saved at step {t.steps}; to go on: --run-dir {t.run.path} --resume auto)")
 
 
 @dataclass
@@ -114,7 +131,7 @@ class Counters:
 
 @dataclass
 class Training:
-    """The parts of a run, ready to train."""
+    """The parts of a run, ready to train; `resumed_at` is the step of the checkpoint that it goes on from, None at first."""
 
     options: LanguageModelOptions
     run: RunDirectory
@@ -131,6 +148,7 @@ class Training:
     clock: float = field(default_factory=time.monotonic)
     process_clock: float = field(default_factory=time.process_time)
     saved_at: float = field(default_factory=time.monotonic)
+    resumed_at: int | None = None
 
     @property
     def steps(self) -> int:
@@ -163,7 +181,8 @@ def train(t: Training, stop: StopSignals) -> int:
     """Step through the stream until the run is done, or until a signal; returns the exit status."""
     while not t.done():
         for window in t.stream:
-            step(t, window)
+            with fitting(t.run.path) if t.steps == t.resumed_at else nullcontext():
+                step(t, window)
             if t.steps % LOG_EVERY == 0:
                 log_point(t)
                 t.log.clear()
@@ -190,7 +209,9 @@ def step(t: Training, window: Window) -> None:
     result = t.trainer.step(window.inputs, window.targets, ends=window.ends, mask=window.mask, lookahead=window.lookahead)
     tokens = window.targets.numel() if window.mask is None else int(window.mask.sum())
     t.counters.tokens += tokens
-    t.log.add(measurements(result), weight=tokens)
+    t.log.add(measurements(result), weight=tokens, skipped=result.skipped)
+    for event in result.events:
+        t.progress.say(event)
     if t.steps % HISTOGRAM_EVERY == 0:
         for horizon, message in enumerate(messages(t.trainer, window.lookahead), start=1):
             t.log.histogram(t.steps, f"messages/horizon_{horizon}", message)
@@ -225,6 +246,7 @@ def log_point(t: Training) -> None:
     """A point of the training curves: averages since the last one, size of the cells, speed and memory."""
     t.counters.logged_at = t.steps
     t.log.write(t.steps)
+    t.log.scalars(t.steps, t.trainer.skip_counts())
     t.log.scalars(
         t.steps,
         {
@@ -278,7 +300,10 @@ def say_unknown(t: Training) -> None:
 
 
 def save(t: Training, path: Path) -> None:
-    """Write a checkpoint; the log is flushed first, so that it never lacks a step that the checkpoint has."""
+    """Write a checkpoint; the log is flushed first, so that it never lacks a step that the checkpoint has.
+
+    The last checkpoint but one is kept beside the last.
+    """
     t.tick()
     t.log.flush()
     content = {
@@ -289,7 +314,7 @@ def save(t: Training, path: Path) -> None:
         "log": t.log.state_dict(),
         "config": config_of(t.options),
     }
-    save_checkpoint(path, content)
+    save_checkpoint(path, content, keep=t.run.previous if path == t.run.last else None)
     t.saved_at = time.monotonic()
 
 
@@ -300,7 +325,7 @@ def finish(t: Training) -> None:
     if t.counters.validated_at != t.steps:
         validate(t)
     save(t, t.run.last)
-    best = lm.load_run(t.run, t.run.best, t.device).model
+    best = best_model(t)
     scores = {"valid": lm.score(best, t.valid, t.options), "test": lm.score(best, t.test, t.options)}
     log_score(t, "test", scores["test"])
     t.log.scalars(t.steps, {"best/valid_perplexity": scores["valid"].ppl, "best/valid_bpc": scores["valid"].bpc})
@@ -311,6 +336,15 @@ def finish(t: Training) -> None:
     t.tick()
     write_json(t.run.summary, summary(t, scores))
     t.progress.say(f"{t.steps} steps in {t.counters.seconds:.0f} s; all in {t.run.path}")
+
+
+def best_model(t: Training) -> LanguageModel:
+    """The model of the best checkpoint; the present one where that checkpoint is damaged."""
+    try:
+        return lm.load_run(t.run, t.run.best, t.device).model
+    except CheckpointError as error:
+        t.progress.say(f"{error}: the scores are those of the last checkpoint")
+        return t.model
 
 
 def summary(t: Training, scores: dict[str, Score]) -> dict[str, Any]:
@@ -334,7 +368,7 @@ def summary(t: Training, scores: dict[str, Score]) -> dict[str, Any]:
     }
 
 
-def prepare(plan: Plan[LanguageModelOptions]) -> Training:
+def prepare(plan: Plan[LanguageModelOptions], lock: RunLock) -> Training:
     """Build all parts of the run, and only then its directory; nothing is written where something is wrong."""
     options, checkpoint = plan.options, plan.checkpoint
     torch.set_num_threads(options.threads)
@@ -347,30 +381,41 @@ def prepare(plan: Plan[LanguageModelOptions]) -> Training:
     valid = lm.open_split(corpus, "valid", tokenizer, options)
     test = lm.open_split(corpus, "test", tokenizer, options)
     torch.manual_seed(options.seed)
-    model = lm.build_model(options, tokenizer.vocabulary_size, device)
-    trainer = build_trainer(options, model, device)
-    counters = restore(checkpoint, trainer, stream)
-    run.create(config_of(options))
+    with lm.sizes_that_fit():
+        model = lm.build_model(options, tokenizer.vocabulary_size, device)
+        trainer = build_trainer(options, model, device)
+    with fitting(run.path):
+        counters = restore(checkpoint, trainer, stream, options.batch_size)
+    plan.enter(run, options, lock)
     tokenizer.save(run.tokenizer)
     log = RunLog(run.path, resumed_at=trainer.steps)
     log.dashboard(LAYOUT)
     log.configuration(trainer.steps, config_of(options))
     if checkpoint is not None:
-        log.load_state_dict(checkpoint["log"], device)
+        with fitting(run.path):
+            log.load_state_dict(checkpoint["log"], device)
     progress = Progress(total_steps(options, stream), trainer.steps)
-    training = Training(options, run, device, tokenizer, stream, valid, test, model, trainer, counters, log, progress)
-    say_unknown(training)
-    return training
+    for note in (plan.note, lock.missing):
+        if note:
+            progress.say(note)
+    t = Training(options, run, device, tokenizer, stream, valid, test, model, trainer, counters, log, progress)
+    t.resumed_at = None if checkpoint is None else t.steps
+    say_unknown(t)
+    return t
 
 
-def restore(checkpoint: dict[str, Any] | None, trainer: dni.SequenceTrainer, stream: WindowStream) -> Counters:
+def restore(checkpoint: dict[str, Any] | None, trainer: dni.SequenceTrainer, stream: WindowStream, lanes: int) -> Counters:
     """Put trainer, stream and random generators where a checkpoint was; without one they begin."""
     if checkpoint is None:
         return Counters()
-    trainer.load_state_dict(checkpoint["trainer"])
+    trainer.load_state_dict(checkpoint["trainer"], lanes)
     stream.load_state_dict(checkpoint["stream"])
     set_random_state(checkpoint["random"])
-    return Counters(**checkpoint["counters"])
+    counters = Counters(**checkpoint["counters"])
+    for name, value in dataclasses.asdict(counters).items():
+        if not isinstance(value, list if name == "curve" else (int, float)) and (name, value) != ("best", None):
+            raise TypeError(f"the counter {name} is {value!r}")
+    return counters
 
 
 def run_name(options: LanguageModelOptions, corpus: str) -> str:

@@ -14,13 +14,14 @@ tensorboard --logdir runs
 An update is one window. The length is N for N vectors to copy, N R for R repeats, and the steps of an adding problem. A
 length is solved when the mean error on 1,000 fresh sequences is below 0.15 (dni_seq/tasks.py says what the error is).
 
-A run leaves in its directory: TensorBoard events, config.json, checkpoints/last.pt and summary.json. TensorBoard has, over
+A run leaves in its directory: TensorBoard events, config.json, checkpoints/last.pt and previous.pt, and summary.json.
+TensorBoard has, over
 updates, as averages since the last point where not said otherwise:
     task/length                the length solved so far
     task/training_length       the length that is trained now
     task/error_bits            mean error of the training sequences that ended, bits a bit (adding: task/error, a share of 1)
     task/fresh_error_bits      mean error of a check on fresh sequences (adding: task/fresh_error)
-    synthetic/..., fidelity/..., gradient/..., memory/peak_mb
+    synthetic/..., fidelity/..., gradient/..., train/skipped, memory/peak_mb
                                as in dni_seq/runlog.py, ratios over the windows where they mean something
     speed/updates_per_second   of this session, the checks' time included
 Ctrl-C saves a checkpoint and ends with status 130, SIGTERM with 143. Bad input ends with one line on stderr and status 2.
@@ -41,7 +42,7 @@ from torch import Tensor, nn
 
 import dni_seq as dni
 from dni_seq.bugs import guarded
-from dni_seq.checkpoint import random_state, save_checkpoint, set_random_state, write_json
+from dni_seq.checkpoint import fitting, random_state, save_checkpoint, set_random_state, write_json
 from dni_seq.credit_options import (
     EMBED,
     build_auxiliary,
@@ -51,8 +52,10 @@ from dni_seq.credit_options import (
     state_products,
     trainer_settings,
 )
+from dni_seq.guard import NonFiniteError
 from dni_seq.lm import device_of, on_device
 from dni_seq.lm_trainer import adam
+from dni_seq.lock import RunLock
 from dni_seq.models.kernels import native_up_to
 from dni_seq.models.sequence_model import SequenceModel
 from dni_seq.options import parse, report
@@ -88,15 +91,24 @@ CHECK_SEED = 2**31
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
+    with RunLock() as lock:
+        return command(arguments, lock)
+
+
+def command(arguments: Sequence[str] | None, lock: RunLock) -> int:
+    """The command, which takes the lock of the run's directory; returns its exit status."""
     try:
-        training = prepare(
-            plan_run(TaskOptions, parse(TaskOptions, arguments, prog="train_tasks", description=__doc__ or ""))
-        )
+        given = parse(TaskOptions, arguments, prog="train_tasks", description=__doc__ or "")
+        training = prepare(plan_run(TaskOptions, given, lock), lock)
     except (ValueError, OSError) as error:
         return report("train_tasks", error)
     try:
         with StopSignals() as stop:
             return train(training, stop)
+    except NonFiniteError as error:
+        save(training)
+        going_on = f"to go on: --run-dir {training.run.path} --resume auto"
+        return report("train_tasks", ValueError(f"{error} (saved at update {training.updates}; {going_on})"))
     except OSError as error:
         return report("train_tasks", error)
     finally:
@@ -194,9 +206,11 @@ def step(t: Training, window: Window) -> None:
     ended = bool(window.ends.all())
     window = on_device(window, t.device)
     result = t.trainer.step(window.inputs, window.targets, ends=window.ends, mask=window.mask, lookahead=window.lookahead)
-    t.counters.loss = t.counters.loss + result.loss
+    t.counters.loss = t.counters.loss + torch.where(result.skipped, 0, result.loss)
     values = measurements(result, ended)
-    t.log.add(values, weight=1)
+    t.log.add(values, weight=1, skipped=result.skipped)
+    for event in result.events:
+        t.progress.say(event)
     if "synthetic/injected_ratio" in values:
         ratio = values["synthetic/injected_ratio"]
         t.counters.injected = t.counters.injected + torch.stack([ratio.nan_to_num(0.0), (~ratio.isnan()).to(ratio.dtype)])
@@ -260,6 +274,7 @@ def log_point(t: Training) -> None:
             "task/training_length": t.curriculum.stage.length,
             "speed/updates_per_second": (t.updates - updates) / max(time.monotonic() - began, 1e-9),
             "memory/peak_mb": peak_memory_mb(t.device),
+            **t.trainer.skip_counts(),
         },
     )
 
@@ -278,7 +293,7 @@ def save(t: Training) -> None:
         "log": t.log.state_dict(),
         "config": config_of(t.options),
     }
-    save_checkpoint(t.run.last, content)
+    save_checkpoint(t.run.last, content, keep=t.run.previous)
     t.saved_at = time.monotonic()
 
 
@@ -313,7 +328,7 @@ def summary(t: Training) -> dict[str, Any]:
     }
 
 
-def prepare(plan: Plan[TaskOptions]) -> Training:
+def prepare(plan: Plan[TaskOptions], lock: RunLock) -> Training:
     """Build all parts of the run, and only then its directory; nothing is written where something is wrong."""
     options, checkpoint = plan.options, plan.checkpoint
     torch.set_num_threads(options.threads)
@@ -335,17 +350,22 @@ def prepare(plan: Plan[TaskOptions]) -> Training:
     model = SequenceModel(task.input_size, task.target_size, cell=options.model, **size).to(device)
     trainer = build_trainer(options, task, model, device)
     counters = Counters(loss=torch.zeros((), device=device), injected=torch.zeros(2, device=device))
-    if checkpoint is not None:
-        counters = restore(checkpoint, trainer, stream, curriculum, fresh, device)
     name = f"{options.task}-{options.model}{options.layers}x{options.hidden}-{options.synthesizer}"
     run = plan.run or RunDirectory(new_run_path(f"{name}-T{options.bptt}-seed{options.seed}"))
-    run.create(config_of(options))
+    if checkpoint is not None:
+        with fitting(run.path):
+            counters = restore(checkpoint, trainer, stream, curriculum, fresh, device)
+    plan.enter(run, options, lock)
     log = RunLog(run.path, resumed_at=trainer.steps)
     log.dashboard(DASHBOARD)
     log.configuration(trainer.steps, config_of(options))
     if checkpoint is not None:
-        log.load_state_dict(checkpoint["log"], device)
+        with fitting(run.path):
+            log.load_state_dict(checkpoint["log"], device)
     progress = Progress(options.updates, trainer.steps)
+    for note in (plan.note, lock.missing):
+        if note:
+            progress.say(note)
     return Training(options, run, device, task, stream, curriculum, fresh, model, trainer, counters, log, progress)
 
 
@@ -390,7 +410,7 @@ def restore(
     device: torch.device,
 ) -> Counters:
     """Put trainer, stream, curriculum and random generators where a checkpoint was."""
-    trainer.load_state_dict(checkpoint["trainer"])
+    trainer.load_state_dict(checkpoint["trainer"], stream.lanes)
     stream.load_state_dict(checkpoint["stream"])
     curriculum.load_state_dict(checkpoint["curriculum"])
     fresh.set_state(checkpoint["fresh"])

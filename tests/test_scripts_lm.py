@@ -74,7 +74,9 @@ def test_a_run_leaves_everything_it_promises(trained):
         "config.json",
         "tokenizer.json",
         "summary.json",
+        "lock",
         "checkpoints/last.pt",
+        "checkpoints/previous.pt",
         "checkpoints/best.pt",
     }
     summary = json.loads((trained / "summary.json").read_text())

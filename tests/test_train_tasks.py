@@ -17,7 +17,14 @@ event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.ev
 SCRIPT = Path(__file__).parent.parent / "scripts" / "train_tasks.py"
 TINY = ("--hidden", "8", "--batch-size", "4", "--synthesizer-hidden", "8", "--threads", "1", "--device", "cpu")
 
-ALWAYS = {"gradient/norm", "memory/peak_mb", "speed/updates_per_second", "task/length", "task/training_length"}
+ALWAYS = {
+    "gradient/norm",
+    "train/skipped",
+    "memory/peak_mb",
+    "speed/updates_per_second",
+    "task/length",
+    "task/training_length",
+}
 SYNTHETIC = {f"synthetic/{name}" for name in ("loss", "cosine", "r2", "injected_ratio", "scale")}
 
 
@@ -97,7 +104,7 @@ def test_every_kind_of_credit_leaves_a_run(kind, main, tmp_path):
         assert summary["injected_ratio"] == pytest.approx(curves["synthetic/injected_ratio"][30])
         assert summary["injected_ratio"] > 0
     names = {str(path.relative_to(run)) for path in run.rglob("*") if not path.name.startswith("events.")}
-    assert names == {"checkpoints", "checkpoints/last.pt", "config.json", "summary.json"}
+    assert names == {"checkpoints", "checkpoints/last.pt", "config.json", "lock", "summary.json"}
 
 
 def test_the_error_is_that_of_the_task(main, tmp_path):
