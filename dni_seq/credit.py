@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from . import states
 from .deferred import GradientAccumulator
 from .diagnostics import StateFidelity, fidelity
-from .guard import Kept, Tally, Whole, buffers_of, decided_here
+from .guard import Kept, Tally, Whole, all_finite, buffers_of, decided_here
 from .interfaces import Exchange, silence, synthesizer_context
 from .optimization import clipped_step, gradient_norm
 from .replay import Past, Replayer
@@ -272,7 +272,7 @@ class SyntheticCredit:
         if self.optimizer is None:
             return torch.zeros(()), sound & torch.isfinite(loss)
         norm = gradient_norm(self.optimizer)
-        sound = sound & torch.isfinite(loss + norm)
+        sound = sound & all_finite(loss, norm)
         clipped_step(self.optimizer, self.settings.clip, norm, sound)
         if not decided_here(sound):
             kept.restore_unless(sound)

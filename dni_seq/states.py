@@ -86,6 +86,11 @@ def copied(state: State) -> State:
     return unflatten(state, [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in flatten(state)])
 
 
+def owned(state: State) -> State:
+    """`state` cut from its graph, in memory of its own."""
+    return unflatten(state, [leaf.detach().clone() if isinstance(leaf, Tensor) else leaf for leaf in flatten(state)])
+
+
 def spread(setting: Any, state: State, name: str) -> list[Any]:
     """One value of `setting` for every leaf of `state`: a single value for all, or a nest shaped like the state.
 

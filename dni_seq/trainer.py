@@ -26,6 +26,7 @@ from .guard import (
     Randomness,
     Tally,
     Whole,
+    all_finite,
     broken_lanes,
     buffers_of,
     choose,
@@ -288,11 +289,11 @@ class SequenceTrainer:
             if self.auxiliary is not None and credit is not None and exchange is not None and not credit.disabled:
                 backward(self.auxiliary_weight * self.auxiliary(early, exchange.injected[0]))
         norm = gradient_norm(self.optimizer)
-        good = torch.isfinite(loss.detach() + norm)
+        good = all_finite(loss.detach(), norm)
         result = StepResult(loss.detach(), states.detach(outputs), norm, None, ~good)
         if self._decided_here(good, start) and not good:
             return self._leave_out(window, result)
-        last = states.copied(states.detach(last))
+        last = states.owned(last)
         # All that may fail comes before the optimizers, whose steps cannot be taken back.
         following = self._following(last if self._decided_here(good, start) else choose(good, last, start), ends)
         synthetic = None

@@ -421,3 +421,10 @@ def test_a_tally_counts_rows(decides):
     assert (other.total, other.in_a_row) == (4, 2)
     other.end_row()
     assert other.in_a_row == 0
+
+
+@pytest.mark.parametrize("one", [0.0, -3.5, 1e38, float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("other", [0.0, 2.0, float("nan"), float("inf"), -float("inf")])
+def test_all_finite_is_what_it_says(one, other):
+    numbers = torch.tensor(one), torch.tensor(other)
+    assert bool(guard.all_finite(*numbers)) == all(bool(number.isfinite()) for number in numbers)
