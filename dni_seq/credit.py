@@ -34,6 +34,9 @@ from .windows import Lookahead
 RELIABILITY_DECAY = 0.9
 """Share of the evidence on a horizon that a new comparison keeps."""
 
+DOUBT = 2.0
+"""Standard errors that are taken off the share of a message that comparisons find right."""
+
 BAD_WINDOWS = 3
 """Windows in a row with a message or a regression that is not sound, after which a synthesizer begins anew."""
 
@@ -383,12 +386,13 @@ class SyntheticCredit:
         return found
 
     def _trust(self, found: StateFidelity) -> None:
-        """Take a comparison into the running sums of overlap and power, whose ratio is each horizon's best share.
+        """Take a comparison into the running sums of overlap and power, and of their products.
 
         Sums are pooled before they are divided, so that states whose exact gradient is zero, as in a task that is not scored
         yet, do not count as failures of the synthesizer.
         """
-        sums = torch.tensor([[float(h.overlap), float(h.power)] for h in found.horizons], dtype=torch.float64)
+        pairs = [(float(h.overlap), float(h.power)) for h in found.horizons]
+        sums = torch.tensor([[o, p, o * o, o * p, p * p] for o, p in pairs], dtype=torch.float64)
         if not sums.isfinite().all():
             return
         previous = torch.zeros_like(sums) if self._evidence is None else self._evidence
@@ -397,13 +401,23 @@ class SyntheticCredit:
         self._reliability = self._found_reliable()
 
     def _found_reliable(self) -> list[float] | None:
-        """The share of each horizon that comparisons found right, from 0 to 1; it rises from 0 with their number."""
+        """The share of each horizon that comparisons found right, from 0 to 1; it rises from 0 with their number.
+
+        Overlap over power is the share with which messages come nearest to the exact gradients. `DOUBT` of its standard
+        errors are taken off, since the share of messages that say nothing is as often above zero as below.
+        """
         if self._evidence is None:
             return None
-        overlap, power = self._evidence.unbind(1)
-        slope = torch.where(power > 0, overlap / power, torch.zeros_like(power)).clamp(0, 1)
         certainty = 1 - RELIABILITY_DECAY**self._comparisons
-        return [certainty * value for value in slope.tolist()]
+        overlap, power, *products = (self._evidence / certainty).unbind(1)
+        share = torch.where(power > 0, overlap / power, torch.zeros_like(power))
+        residual = products[0] - 2 * share * products[1] + share.square() * products[2]
+        squared_weights = (
+            (1 - RELIABILITY_DECAY) / (1 + RELIABILITY_DECAY) * (1 - RELIABILITY_DECAY ** (2 * self._comparisons))
+        )
+        number = certainty**2 / squared_weights  # of comparisons of equal weight that would say as much
+        error = torch.where(power > 0, (residual.clamp_min(0) / number).sqrt() / power, torch.zeros_like(power))
+        return [certainty * value for value in (share - DOUBT * error).clamp(0, 1).tolist()]
 
     def state_dict(self) -> dict[str, Any]:
         """Everything but the synthesizer and its optimizer: running sums, reliabilities, ring, probe, target network."""

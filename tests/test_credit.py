@@ -160,8 +160,8 @@ def test_automatic_scale_trusts_what_is_true_and_nothing_else(useful):
         assert scales[-2] > 0.99
         assert measured[-1].horizons[0].r2 == pytest.approx(1.0)
     else:
-        # About 10 comparisons of 60 numbers count at a time: slopes of noise have a standard deviation near 0.04.
-        assert scales[-2] < 0.15
+        # Two standard errors are taken off a share that is zero but for chance: one in forty is above that.
+        assert scales[-30:-1].mean() < 0.01
 
 
 def test_lambda_targets_reach_the_synthesizer():
