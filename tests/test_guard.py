@@ -12,6 +12,7 @@ import dni_seq as dni
 from dni_seq import guard, optimization, soundness, trainer
 from dni_seq.guard import Kept, NonFiniteError, Tally, Whole, buffers_of
 from tests import problems
+from tests.nests import assert_same
 
 LANES = 3
 
@@ -32,21 +33,6 @@ def windows(count=8, seed=1):
 
 def run(trainer, some):
     return [trainer.step(w.inputs, w.targets, ends=w.ends) for w in some]
-
-
-def assert_same(one, two, name="trainer"):
-    if isinstance(one, dict):
-        assert one.keys() == two.keys(), name
-        for key in one:
-            assert_same(one[key], two[key], f"{name}.{key}")
-    elif isinstance(one, (list, tuple)):
-        assert len(one) == len(two), name
-        for i, (a, b) in enumerate(zip(one, two, strict=True)):
-            assert_same(a, b, f"{name}[{i}]")
-    elif isinstance(one, torch.Tensor):
-        assert torch.equal(one.nan_to_num(7.5), two.nan_to_num(7.5)), name
-    else:
-        assert one == two, name
 
 
 def without_counts(saved):

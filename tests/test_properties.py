@@ -18,6 +18,7 @@ import dni_seq as dni
 from dni_seq import states
 from dni_seq.trainer import window_loss
 from tests import problems
+from tests.nests import assert_same
 
 FEW = settings(max_examples=25, deadline=None, derandomize=True, database=None)
 MANY = settings(max_examples=100, deadline=None, derandomize=True, database=None)
@@ -361,20 +362,3 @@ def test_a_lookahead_is_the_text_to_come(extra, lengths, steps):
         assert ahead.valid[:there].all()
         assert not ahead.valid[there:].any()
         assert len(ahead.inputs) == steps
-
-
-def assert_same(one, two, name="nest"):
-    """Equal nests, tensors bit for bit."""
-    if isinstance(one, dict):
-        assert one.keys() == two.keys(), name
-        for key in one:
-            assert_same(one[key], two[key], f"{name}.{key}")
-    elif isinstance(one, (list, tuple)):
-        assert len(one) == len(two), name
-        for i, (a, b) in enumerate(zip(one, two, strict=True)):
-            assert_same(a, b, f"{name}[{i}]")
-    elif isinstance(one, torch.Tensor):
-        assert one.dtype == two.dtype, name
-        assert torch.equal(one.nan_to_num(), two.nan_to_num()), name
-    else:
-        assert one == two, name

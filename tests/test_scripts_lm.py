@@ -16,6 +16,7 @@ import torch
 
 from dni_seq.checkpoint import load_checkpoint
 from dni_seq.runlog import KEYS
+from tests.nests import assert_same
 
 event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
 
@@ -132,22 +133,6 @@ def test_three_steps_and_three_more_are_six(trained, synthesizer, tmp_path):
     for key in set(curves) - {"speed/tokens_per_second", "memory/peak_mb"}:
         # The first session ended at step 3, which gave it a point of its own; all others are equal, bit for bit.
         assert resumed[key] == curves[key] | {step: value for step, value in resumed[key].items() if step == 3}
-
-
-def assert_same(one, two, name):
-    """Equal nests, tensors bit for bit."""
-    if isinstance(one, dict):
-        assert one.keys() == two.keys(), name
-        for key in one:
-            assert_same(one[key], two[key], f"{name}.{key}")
-    elif isinstance(one, (list, tuple)):
-        assert len(one) == len(two), name
-        for index, (a, b) in enumerate(zip(one, two, strict=True)):
-            assert_same(a, b, f"{name}[{index}]")
-    elif isinstance(one, torch.Tensor):
-        assert torch.equal(one, two), name
-    else:
-        assert one == two, name
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

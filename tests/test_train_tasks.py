@@ -11,6 +11,7 @@ import torch
 
 from dni_seq.checkpoint import load_checkpoint
 from dni_seq.tasks import TASKS, TaskStream
+from tests.nests import assert_same
 
 event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
 
@@ -168,22 +169,6 @@ def test_a_run_goes_on_to_the_bit(synthesizer, bptt, updates, stopped, main, tmp
     for key in set(curves) - {"speed/updates_per_second", "memory/peak_mb"}:
         # The first session gave its last update a point of its own.
         assert curves[key] == {step: value for step, value in resumed[key].items() if step != stopped}
-
-
-def assert_same(one, two, name="checkpoint"):
-    """Equal nests, tensors bit for bit."""
-    if isinstance(one, dict):
-        assert one.keys() == two.keys(), name
-        for key in one:
-            assert_same(one[key], two[key], f"{name}.{key}")
-    elif isinstance(one, (list, tuple)):
-        assert len(one) == len(two), name
-        for index, (a, b) in enumerate(zip(one, two, strict=True)):
-            assert_same(a, b, f"{name}[{index}]")
-    elif isinstance(one, torch.Tensor):
-        assert one.equal(two) or (one.isnan() & two.isnan()).all(), name
-    else:
-        assert one == two, name
 
 
 def test_bad_input_is_one_line_and_status_2(main, tmp_path, capsys, monkeypatch):
