@@ -9,7 +9,7 @@ python scripts/soak.py --kinds basic lambda --kills 50
 Each run is scripts/train_lm.py, tiny, with dropout, in a process of its own that is killed at a random time after its start,
 or, every second time, while it writes a checkpoint. Then `--resume auto` goes on, is killed again, and so forth. Held to the
 bit: parameters, buffers and normalisers, optimizers' moments, hidden state, position in the text, random state, half-filled
-averages, the best checkpoint, every TensorBoard point but speed and memory, the final scores. Expected: no difference, and
+averages, the best checkpoint, every TensorBoard point but time, speed and memory, the final scores. Expected: no difference, and
 exit status 0; a difference is printed, and the status is then 1.
 """
 
@@ -59,7 +59,7 @@ KINDS = MappingProxyType(
 TINY = ("--embed", "8", "--hidden", "8", "--layers", "2", "--dropout", "0.3", "--bptt", "4", "--batch-size", "8")
 LENGTH = ("--max-steps", "170", "--eval-every", "17", "--eval-tokens", "200", "--threads", "1", "--device", "cpu")
 
-OF_THE_MACHINE = ("speed/", "memory/")
+OF_THE_MACHINE = ("speed/", "memory/", "progress/seconds")
 """TensorBoard keys that no two runs share."""
 
 
@@ -274,7 +274,7 @@ def differences_of(one: Any, two: Any, name: str) -> Iterator[str]:
 
 
 def points(run: Path) -> dict[str, list[tuple[int, float]]]:
-    """Every TensorBoard scalar of a run, (step, value) in the order of its file, but for speed and memory."""
+    """Every TensorBoard scalar of a run, (step, value) in the order of its file, but for time, speed and memory."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(run), size_guidance={"scalars": 0})
