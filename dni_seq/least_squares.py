@@ -107,5 +107,6 @@ class LeastSquaresHeads(PackedSynthesizer):
         weight = (self.gate_power / lanes).clamp_min(1e-6)
         found = torch.cholesky_solve(self.correlation, factor) / weight
         usable = (failed == 0) & found.isfinite().flatten(1).all(1)
-        # Another tensor, not another content: the regression's backward pass still reads the former one.
-        self.solution = torch.where(usable[:, None, None], found, self.solution)
+        # Another tensor, not another content: the regression's backward pass still reads the former one. Contiguous, as a
+        # loaded one is: the last bits of a product depend on the layout.
+        self.solution = torch.where(usable[:, None, None], found, self.solution).contiguous()

@@ -204,11 +204,19 @@ class RunLog:
         return {"sums": dict(self._sums), "weights": dict(self._weights)}
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
-        """Go on with the averages of `state_dict`, on `device`.
+        """Go on with the averages of `state_dict`, on `device`; where they are none, the log is closed.
 
         Raises:
             ValueError: they are none.
         """
+        try:
+            self._take(state, device)
+        # A writer that nobody closes goes on writing from a thread of its own.
+        except BaseException:
+            self.close()
+            raise
+
+    def _take(self, state: dict[str, Any], device: torch.device) -> None:
         for key, total in state["sums"].items():
             weight = state["weights"][key]
             if total.shape != weight.shape or (total.dim() and not key.startswith(BY_HORIZON)):

@@ -9,8 +9,8 @@ python scripts/soak.py --kinds basic lambda --kills 50
 Each run is scripts/train_lm.py, tiny, with dropout, in a process of its own that is killed at a random time after its start,
 or, every second time, while it writes a checkpoint. Then `--resume auto` goes on, is killed again, and so forth. Held to the
 bit: parameters, buffers and normalisers, optimizers' moments, hidden state, position in the text, random state, half-filled
-averages, the best checkpoint, every TensorBoard point but time, speed and memory, the final scores. Expected: no difference, and
-exit status 0; a difference is printed, and the status is then 1.
+averages, the best checkpoint, every TensorBoard point but time, speed and memory, the final scores. Expected: no difference,
+and exit status 0; a difference is printed, and the status is then 1.
 """
 
 from __future__ import annotations

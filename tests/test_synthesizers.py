@@ -15,6 +15,7 @@ from dni_seq.state_network import StateNetwork
 from dni_seq.state_synthesizers import Horizons, StateHeads
 from dni_seq.synthesizers import RunningRMS, predict, regress
 from tests import problems, reference
+from tests.nests import assert_same as assert_same_nest
 from tests.test_trainer import CLOSE, LANES, assert_same, run, summed_gradients, trainer_initial
 
 STEPS, T = 12, 3
@@ -412,3 +413,33 @@ def test_least_squares_heads_keep_up_where_descent_does_not():
         found[kind] = float(results[-1].synthetic.r2[0])
     assert found[LeastSquaresHeads] > 0.6
     assert found[LeastSquaresHeads] > found[StateHeads] + 0.2
+
+
+def test_least_squares_heads_go_on_exactly_from_what_was_saved():
+    """Bit for bit, and in the middle of what is solved every few regressions: layouts and counters count."""
+
+    def fresh():
+        torch.manual_seed(0)
+        model = problems.make_model("lstm")
+        encoder = dni.LookaheadEncoder(2, nn.Embedding(problems.VOCABULARY, 4), nn.Embedding(problems.VOCABULARY, 4))
+        heads = LeastSquaresHeads(trainer_initial(model), 1, cells=model.cells, hidden=(6,), encoder=encoder).double()
+        return dni.SequenceTrainer(
+            model,
+            torch.optim.Adam(model.parameters(), 1e-3),
+            problems.mean,
+            synthesizer=Horizons(heads, horizons=1),
+            synthetic_scale="auto",
+            fidelity_every=3,
+            initial_state=lambda lanes: trainer_initial(model),
+        )
+
+    windows = list(dni.with_lookahead(problems.cut(problems.tokens(61, LANES), 2), 2))
+    whole, first, second = fresh(), fresh(), fresh()
+    for number, window in enumerate(windows):
+        whole.step(window.inputs, window.targets, lookahead=window.lookahead)
+        if number == 9:
+            second.load_state_dict(copy.deepcopy(first.state_dict()))
+        going = first if number < 9 else second
+        going.step(window.inputs, window.targets, lookahead=window.lookahead)
+    assert max(result for result in whole.credit.rule.weights) > 0, "messages must be at work"
+    assert_same_nest(second.state_dict(), whole.state_dict())
