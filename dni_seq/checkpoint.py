@@ -20,6 +20,8 @@ from typing import Any, BinaryIO
 
 import torch
 
+from .distributed import RankError
+
 FORMAT = "dni_seq checkpoint"
 VERSION = 2
 """1 had no checksum; it is still read."""
@@ -88,11 +90,11 @@ def fitting(run: Path) -> Iterator[None]:
     """Take what goes wrong in the block, where a checkpoint's content is handed out or used at first, for its fault.
 
     Raises:
-        CheckpointError: something was raised in the block that is not of the system or of arithmetic.
+        CheckpointError: something was raised in the block that is not of the system, of another rank or of arithmetic.
     """
     try:
         yield
-    except (OSError, ArithmeticError):
+    except (OSError, ArithmeticError, RankError):
         raise
     # Whole files of another program's making can lack any entry, or hold another type or shape at any place.
     except Exception as error:

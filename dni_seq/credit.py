@@ -12,19 +12,20 @@ from __future__ import annotations
 import copy
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from . import states
+from .data_parallel import DataParallel
 from .deferred import GradientAccumulator
 from .diagnostics import StateFidelity, fidelity
 from .guard import Kept, Tally, Whole, all_finite, buffers_of, decided_here
 from .interfaces import Exchange, silence, synthesizer_context
 from .optimization import clipped_step, gradient_norm
-from .replay import Past, Replayer
+from .replay import Past, Replayer, map_past
 from .soundness import SoundInterface
 from .states import State
 from .synthesizers import Regression, predict
@@ -113,6 +114,9 @@ class SyntheticCredit:
         replayer: runs windows once more.
         settings: how messages are used.
         auxiliary: a module that shares the optimizer, and begins anew with the synthesizer.
+        parallel: this rank's part where the lanes are spread over several; the synthesizer's running statistics, its
+            comparisons, and whether it is sound then count all of them, what `Synthetic` tells of injection and fidelity
+            this rank's lanes alone.
 
     Attributes:
         resets: how often the synthesizer has diverged and begun anew.
@@ -126,8 +130,10 @@ class SyntheticCredit:
         replayer: Replayer,
         settings: CreditSettings,
         auxiliary: nn.Module | None = None,
+        parallel: DataParallel | None = None,
     ) -> None:
         settings.check()
+        self.parallel = parallel
         self.settings = settings
         self.synthesizer = synthesizer
         self.optimizer = optimizer
@@ -264,8 +270,21 @@ class SyntheticCredit:
                 self.optimizer.zero_grad()
             kept = Kept(buffers_of(self._modules)).keep()
             regression = self.interface.regress(past.start, past.context, list(target))
+            if self.parallel is not None:
+                regression = self.divided(regression)
+                self.parallel.sum_gradients(self.learning(), regression)
             norm, sound = self._step_optimizer(regression.loss, sound, kept)
         return regression, norm, sound
+
+    def learning(self) -> list[nn.Parameter]:
+        """The synthesizer's parameters that learn."""
+        return [parameter for parameter in self.synthesizer.parameters() if parameter.requires_grad]
+
+    def divided(self, regression: Regression) -> Regression:
+        """This rank's share of a regression: its gradients, in place, and its numbers, for the sum over the ranks."""
+        assert self.parallel is not None
+        self.parallel.divide_gradients(self.learning())
+        return Regression(*(number / self.parallel.ranks.size for number in regression))
 
     def _step_optimizer(self, loss: Tensor, sound: Tensor, kept: Kept) -> tuple[Tensor, Tensor]:
         """One step for the gradients of a regression; their norm, and whether it, the loss and `sound` are, 0-d bool.
@@ -391,8 +410,11 @@ class SyntheticCredit:
         Sums are pooled before they are divided, so that states whose exact gradient is zero, as in a task that is not scored
         yet, do not count as failures of the synthesizer.
         """
-        pairs = [(float(h.overlap), float(h.power)) for h in found.horizons]
-        sums = torch.tensor([[o, p, o * o, o * p, p * p] for o, p in pairs], dtype=torch.float64)
+        pooled = torch.tensor([[float(h.overlap), float(h.power)] for h in found.horizons], dtype=torch.float64)
+        if self.parallel is not None:
+            pooled = self.parallel.sum(pooled)
+        o, p = pooled.unbind(1)
+        sums = torch.stack([o, p, o * o, o * p, p * p], 1)
         if not sums.isfinite().all():
             return
         previous = torch.zeros_like(sums) if self._evidence is None else self._evidence
@@ -422,12 +444,14 @@ class SyntheticCredit:
     def state_dict(self) -> dict[str, Any]:
         """Everything but the synthesizer and its optimizer: running sums, reliabilities, ring, probe, target network."""
         messages = self._probe.messages
+        if self.parallel is not None and messages is not None:
+            messages = [self._leaves(self.parallel.all, message) for message in messages]
         return {
             "running": self._running.state_dict(),
             "evidence": self._evidence,
             "comparisons": self._comparisons,
-            "ring": [pack(window) for window in self._ring],
-            "probe_windows": [pack(window) for window in self._probe.windows],
+            "ring": [pack(self._window_of_all(window)) for window in self._ring],
+            "probe_windows": [pack(self._window_of_all(window)) for window in self._probe.windows],
             "probe_messages": None if messages is None else [states.flatten(message) for message in messages],
             "target_network": None if self._target_network is None else self._target_network.state_dict(),
             "steps": self._steps,
@@ -442,12 +466,13 @@ class SyntheticCredit:
         self._running.load_state_dict(saved["running"])
         self._evidence, self._comparisons = saved["evidence"], saved["comparisons"]
         self._reliability = self._found_reliable()
-        self._ring = deque(unpack(window, like) for window in saved["ring"])
         messages = saved["probe_messages"]
-        self._probe = Probe(
-            None if messages is None else [states.unflatten(like, leaves) for leaves in messages],
-            [unpack(window, like) for window in saved["probe_windows"]],
-        )
+        if messages is not None:
+            messages = [states.unflatten(like, leaves) for leaves in messages]
+            if self.parallel is not None:
+                messages = [self._leaves(self.parallel.own, message) for message in messages]
+        self._ring = deque(self._window_of_this_rank(unpack(window, like)) for window in saved["ring"])
+        self._probe = Probe(messages, [self._window_of_this_rank(unpack(window, like)) for window in saved["probe_windows"]])
         if self._target_network is not None:
             self._target_network.load_state_dict(saved["target_network"])
         self._steps = saved["steps"]
@@ -455,6 +480,17 @@ class SyntheticCredit:
             self._bad.load_state_dict(saved["bad"])
             self.interface.largest = saved["largest"]
             self.resets, self.disabled = saved["resets"], saved["disabled"]
+
+    def _leaves(self, function: Callable[[Tensor, int], Tensor], state: State) -> State:
+        return states.map_lanes(function, state, self.replayer.state_batch_dim)
+
+    def _window_of_all(self, window: Past) -> Past:
+        """The window with the lanes of all ranks; a collective."""
+        return window if self.parallel is None else map_past(self.parallel.all, window, self.replayer)
+
+    def _window_of_this_rank(self, window: Past) -> Past:
+        """This rank's lanes of a window of all."""
+        return window if self.parallel is None else map_past(self.parallel.own, window, self.replayer)
 
 
 class Probe:

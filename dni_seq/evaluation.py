@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from .data_parallel import DataParallel
 from .models.language_model import token_losses
 from .runlog import perplexity
 from .states import reset_lanes
@@ -40,6 +41,7 @@ def evaluate(
     windows: Iterable[Window],
     *,
     autocast: torch.dtype | None = None,
+    parallel: DataParallel | None = None,
 ) -> float:
     """The loss of `model` on `windows`, nats a token, its state carried from window to window, without dropout.
 
@@ -49,6 +51,7 @@ def evaluate(
         model: `model(inputs, state) -> (logits [T, B, V], state)` with `initial_state(B)`.
         windows: the split, its tensors where the model is; T may be longer than in training.
         autocast: dtype to run the model in under `torch.autocast`, None for full precision.
+        parallel: this rank's part, where each rank is to run its lanes of `windows`; a collective. None for one process.
 
     Raises:
         ValueError: there is no token to score.
@@ -57,6 +60,8 @@ def evaluate(
     state = None
     with evaluating(model), torch.no_grad():
         for window in windows:
+            if parallel is not None:
+                window = parallel.window(window)
             lanes = window.inputs.shape[1]
             if state is None:
                 state = model.initial_state(lanes)  # type: ignore[operator]
@@ -67,6 +72,8 @@ def evaluate(
             tokens += int(keep.sum())
             if window.ends is not None:
                 state = reset_lanes(state, window.ends, model.initial_state(lanes), 1)  # type: ignore[operator]
+    if parallel is not None:
+        loss, tokens = parallel.sum(torch.tensor([loss, tokens], dtype=torch.float64)).tolist()
     if tokens == 0:
         raise ValueError("there is no token to score")
     return loss / tokens

@@ -15,6 +15,7 @@ import torch
 
 from .checkpoint import load_checkpoint
 from .credit_options import lookahead_of
+from .data_parallel import DataParallel
 from .evaluation import Score, evaluate, score_of
 from .generation import generate
 from .lm_options import LanguageModelOptions
@@ -181,8 +182,12 @@ def open_split(corpus: Corpus, split: str, tokenizer: Tokenizer, options: Langua
     )
 
 
-def score(model: LanguageModel, split: WindowStream, options: LanguageModelOptions) -> Score:
+def score(
+    model: LanguageModel, split: WindowStream, options: LanguageModelOptions, parallel: DataParallel | None = None
+) -> Score:
     """The model's score on one pass through a split, from its start, or on as much of it as the options want.
+
+    With `parallel` every rank runs its lanes, and gets the score of all.
 
     Raises:
         DataError: the split cannot be read.
@@ -191,7 +196,7 @@ def score(model: LanguageModel, split: WindowStream, options: LanguageModelOptio
     split.restart()
     limit = options.eval_tokens or (None if split.tokens_per_epoch else EVALUATION_TOKENS_OF_STREAM)
     windows = (on_device(window, device) for window in first_tokens(split, limit))
-    loss = evaluate(model, windows, autocast=autocast_of(options))
+    loss = evaluate(model, windows, autocast=autocast_of(options), parallel=parallel)
     return score_of(loss, split.characters_per_token, split.words_per_token)
 
 

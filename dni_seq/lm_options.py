@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 from .credit_options import GROUP as CREDIT
 from .credit_options import CreditOptions, tail_lookahead
+from .distributed import TIMEOUT
 from .models.language_model import CELLS
 from .options import above_zero, at_least, option, share
 from .streams import Corpus
@@ -117,7 +118,7 @@ class LanguageModelOptions(CreditOptions):
             "data_dir",
         }
     )
-    OF_THE_CALL: ClassVar[frozenset[str]] = frozenset({"run_dir", "resume", "eval_only", "dry_run"})
+    OF_THE_CALL: ClassVar[frozenset[str]] = frozenset({"run_dir", "resume", "eval_only", "dry_run", "rank_timeout"})
 
     dataset: str | None = option(
         None,
@@ -246,6 +247,7 @@ class LanguageModelOptions(CreditOptions):
     sample_every: int | None = option(
         None, "steps between text samples", group=_RUN, check=at_least(1), shown="one at the end"
     )
+    rank_timeout: float = option(TIMEOUT, "under torchrun: seconds to wait for another rank", group=_RUN, check=above_zero)
 
 
 def settle(options: LanguageModelOptions, corpus: Corpus) -> LanguageModelOptions:

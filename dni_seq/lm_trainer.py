@@ -14,6 +14,7 @@ from .credit_options import (
     state_products,
     trainer_settings,
 )
+from .data_parallel import DataParallel
 from .lm_options import LanguageModelOptions
 from .models.kernels import native_up_to
 from .models.language_model import LanguageModel, token_losses
@@ -23,15 +24,17 @@ from .trainer import SequenceTrainer
 from .windows import Lookahead
 
 
-def build_trainer(options: LanguageModelOptions, model: LanguageModel, device: torch.device) -> SequenceTrainer:
-    """The trainer of the options, with its optimizers."""
+def build_trainer(
+    options: LanguageModelOptions, model: LanguageModel, device: torch.device, parallel: DataParallel | None = None
+) -> SequenceTrainer:
+    """The trainer of the options, with its optimizers; of this rank where there are several."""
     dtype = model.projection.weight.dtype
     example = model.initial_state(1)
     model.native_steps = native_up_to(state_products(options))
     synthesizer = build_synthesizer(
         options,
         model,
-        token_losses,
+        token_losses if parallel is None else parallel.share(token_losses),
         bptt=options.bptt,
         example=example,
         cells=LSTM_CELLS if options.model == "lstm" else False,
@@ -55,6 +58,7 @@ def build_trainer(options: LanguageModelOptions, model: LanguageModel, device: t
         auxiliary=auxiliary,
         clip=options.clip or None,
         autocast=lm.autocast_of(options),
+        parallel=parallel,
         **trainer_settings(options),
     )
 

@@ -21,6 +21,8 @@ class Progress:
         clock: seconds, monotonic.
     """
 
+    quiet = False
+
     def __init__(self, total: int | None, done: int, clock: Callable[[], float] = time.monotonic):
         from tqdm import tqdm
 
@@ -28,8 +30,9 @@ class Progress:
         self._total, self._done = total, done
         self._tokens = 0
         self._begin = self._shown = clock()
-        # disable=None: no bar where stderr is not a terminal.
-        self._bar = tqdm(total=total, initial=done, unit="step", disable=None, dynamic_ncols=True, mininterval=0.5)
+        # None: no bar where stderr is not a terminal.
+        disable = True if self.quiet else None
+        self._bar = tqdm(total=total, initial=done, unit="step", disable=disable, dynamic_ncols=True, mininterval=0.5)
 
     def step(self, tokens: int, figures: Callable[[], str]) -> None:
         """Count a step of `tokens`; `figures` is asked for text only when something is shown."""
@@ -61,3 +64,17 @@ class Progress:
     def close(self) -> None:
         """Leave the bar as it is."""
         self._bar.close()
+
+
+class Quiet(Progress):
+    """Progress that counts and shows nothing, of a rank whose lines would repeat those of another."""
+
+    quiet = True
+
+    def step(self, tokens: int, figures: Callable[[], str]) -> None:
+        """Count a step of `tokens`."""
+        self._done += 1
+        self._tokens += tokens
+
+    def say(self, text: str) -> None:
+        """Nothing."""

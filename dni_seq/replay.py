@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from . import states
 from .states import State
 from .targets import TargetRule, combine
+from .windows import Lookahead
 
 
 class Past(NamedTuple):
@@ -53,6 +54,7 @@ class Replayer(NamedTuple):
         loss: from outputs, targets and mask to the window's scalar.
         initial_state: from the number of lanes to the state in which sequences start, or None.
         state_batch_dim: where the lanes lie in the state's leaves.
+        batch_dim: where they lie in inputs and targets.
     """
 
     run: Callable[[Tensor, State], tuple[Any, State]]
@@ -60,6 +62,7 @@ class Replayer(NamedTuple):
     loss: Callable[[Any, Tensor, Tensor | None], Tensor]
     initial_state: Callable[[int], State | None]
     state_batch_dim: Any
+    batch_dim: int = 1
 
     def exact_gradients(self, windows: Sequence[Past]) -> list[list[Tensor]]:
         """The gradient of each window's loss with respect to the first state of the first one.
@@ -145,6 +148,21 @@ class Replayer(NamedTuple):
         if ends is None:
             return state
         return states.reset_lanes(state, ends, self.initial_state(len(ends)), self.state_batch_dim)
+
+
+def map_past(function: Callable[[Tensor, int], Tensor], window: Past, how: Replayer) -> Past:
+    """`function(tensor, dim)` for all tensors of a window and the dimension of their lanes."""
+    mask, ends, context = window.mask, window.ends, window.context
+    if isinstance(context, Lookahead):
+        context = Lookahead(*(None if field is None else function(field, 1) for field in context))  # type: ignore[arg-type]
+    return Past(
+        function(window.inputs, how.batch_dim),
+        function(window.targets, how.batch_dim),
+        None if mask is None else function(mask, 1),
+        None if ends is None else function(ends, 0),
+        states.map_lanes(function, window.start, how.state_batch_dim),
+        context,
+    )
 
 
 def _mix(message: State, target: State, lam: float) -> State:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -104,15 +104,17 @@ class RunLog:
     checkpoint (`state_dict`), so that a resumed run writes the points of a run that never stopped.
 
     Args:
-        directory: where the event files go.
+        directory: where the event files go, None for a rank whose log nobody keeps.
         resumed_at: number of steps that are already done; what an earlier session logged behind them is hidden by
             TensorBoard and its readers.
     """
 
-    def __init__(self, directory: Path, resumed_at: int = 0):
+    def __init__(self, directory: Path | None, resumed_at: int = 0):
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(directory), purge_step=resumed_at + 1)
+        self._writer: Any = _Nowhere()
+        if directory is not None:
+            self._writer = SummaryWriter(str(directory), purge_step=resumed_at + 1)
         self._sums: dict[str, Tensor] = {}
         self._weights: dict[str, Tensor] = {}
 
@@ -223,6 +225,13 @@ class RunLog:
                 raise ValueError(f"the average of {key} is of shape {list(total.shape)}, its weight {list(weight.shape)}")
         self._sums = {key: total.to(device) for key, total in state["sums"].items()}
         self._weights = {key: weight.to(device) for key, weight in state["weights"].items()}
+
+
+class _Nowhere:
+    """A writer that writes nothing."""
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *arguments, **named: None
 
 
 def perplexity(loss: float) -> float:

@@ -19,6 +19,7 @@ from . import states
 from .state_network import Packing, StateNetwork, StateTrunk
 from .states import State
 from .synthesizers import (
+    AcrossRanks,
     Normalized,
     Regression,
     RunningRMS,
@@ -108,6 +109,7 @@ class PackedSynthesizer(nn.Module):
         self.limit = checked_limit(limit)
         self.network: Any = network
         self.decay = decay
+        self.across_ranks: AcrossRanks | None = None
         self.register_buffer("cell", self.packing.marks(cells, example, "cells"), persistent=False)
         zeros = states.floating(example)[0].new_zeros
         self.register_buffer("mean_square", zeros(network.horizons, len(self.packing.lengths)))
@@ -187,6 +189,8 @@ class PackedSynthesizer(nn.Module):
         counts = self.counts[trained] + 1
         weight = (1 / counts).clamp_min(1 - self.decay)
         fresh = self.packing.segment_means(wanted.square().mean(0))
+        if self.across_ranks is not None:
+            fresh = self.across_ranks([fresh])[0]
         self.mean_square[trained] = torch.lerp(self.mean_square[trained], fresh, weight)
         self.counts[trained] = counts
 

@@ -144,3 +144,10 @@ def reset_lanes(state: State, ends: Tensor, initial: State | None, batch_dim: An
         start = torch.zeros_like(leaf) if start is None else start.to(leaf)
         fresh.append(torch.where(lane_mask(ends, leaf, dim), start, leaf))
     return unflatten(state, fresh)
+
+
+def map_lanes(function: Callable[[Tensor, int], Tensor], state: State, batch_dim: Any) -> State:
+    """`function(leaf, dim)` for every tensor of a state and the dimension of its lanes, in the same nest."""
+    dims = spread(batch_dim, state, "state_batch_dim")
+    pairs = zip(flatten(state), dims, strict=True)
+    return unflatten(state, [function(leaf, dim) if isinstance(leaf, Tensor) else leaf for leaf, dim in pairs])

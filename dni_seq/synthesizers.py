@@ -16,7 +16,7 @@ Legend: B = lanes, H = hidden units, L = layers, N = horizons.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +25,9 @@ from torch.nn import functional as F
 
 from . import states
 from .states import State
+
+AcrossRanks = Callable[[Sequence[Any]], list[Any]]
+"""Means of tensors, None where there is none, over the ranks of a run (`data_parallel.DataParallel.synchronize`)."""
 
 LSTM_CELLS = (False, True)
 """`cells` for the state (h, c) of `torch.nn.LSTM` and `torch.nn.LSTMCell`."""
@@ -270,18 +273,22 @@ class RunningRMS(nn.Module):
     def __init__(self, decay: float = 0.99) -> None:
         super().__init__()
         self.decay = decay
+        self.across_ranks: AcrossRanks | None = None
 
     def update(self, like: list[Tensor], targets: list[Tensor | None]) -> None:
         """Take `targets` into the mean, one tensor or None for every leaf of every horizon; `like` gives their shapes."""
         with torch.no_grad():
-            for i, (leaf, target) in enumerate(zip(like, targets, strict=True)):
+            fresh = [None if target is None else _mean_square(target) for target in targets]
+            if self.across_ranks is not None:
+                fresh = self.across_ranks(fresh)
+            for i, (leaf, square) in enumerate(zip(like, fresh, strict=True)):
                 if f"mean_square_{i}" not in self._buffers:
                     self.register_buffer(f"mean_square_{i}", torch.zeros_like(_mean_square(leaf)))
                     self.register_buffer(f"count_{i}", leaf.new_zeros(()))
-                if target is not None:
+                if square is not None:
                     mean, count = self.get_buffer(f"mean_square_{i}"), self.get_buffer(f"count_{i}")
                     count += 1
-                    mean.lerp_(_mean_square(target), torch.clamp(1 / count, min=1 - self.decay))
+                    mean.lerp_(square, torch.clamp(1 / count, min=1 - self.decay))
 
     def scales(self) -> list[Tensor] | None:
         """The root mean square of every leaf of every horizon, broadcasting over it; None before the first update."""

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from . import states
 from .credit import CreditSettings, Synthetic, SyntheticCredit
+from .data_parallel import DataParallel
 from .deferred import backward, defer_backward
 from .guard import (
     Alone,
@@ -33,6 +34,7 @@ from .guard import (
     decided_here,
     first_not_finite,
 )
+from .interfaces import Exchange
 from .optimization import clipped_step, gradient_norm, leaves_out_by_itself
 from .replay import Past, Replayer
 from .states import State
@@ -130,9 +132,13 @@ class SequenceTrainer:
         reduction: how unreduced losses become one number: see `window_loss`.
         autocast: dtype to run the model's forward in under `torch.autocast`, None for full precision.
         skip_limit: how many windows in a row may be left out for a NaN or an infinity before `step` raises.
+        parallel: this rank's part in a run whose lanes are spread over several ranks, None for one process. Every rank
+            steps with its own lanes of the same windows; gradients are summed and statistics averaged over all. A loss_fn
+            that returns a scalar must average over lanes. `state_dict` then is a collective, and holds all lanes.
 
     Raises:
-        ValueError: a setting is out of its range, or a parameter is in both optimizers.
+        ValueError: a setting is out of its range, a parameter is in both optimizers, or the model is wrapped in
+            DistributedDataParallel, which would reduce gradients a second time.
     """
 
     def __init__(
@@ -161,6 +167,7 @@ class SequenceTrainer:
         reduction: Reduction = "mean",
         autocast: torch.dtype | None = None,
         skip_limit: int = 10,
+        parallel: DataParallel | None = None,
     ) -> None:
         settings = CreditSettings(
             synthetic_scale,
@@ -184,6 +191,9 @@ class SequenceTrainer:
             raise ValueError(f"auxiliary_weight must be 0 or more, got {auxiliary_weight}")
         if skip_limit < 1:
             raise ValueError(f"skip_limit must be 1 or more, got {skip_limit}")
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            raise ValueError("SequenceTrainer reduces gradients itself: give it the bare model, and parallel=")
+        self.parallel = parallel
         self.auxiliary = auxiliary
         self.auxiliary_weight = auxiliary_weight
         self.model = model
@@ -204,7 +214,13 @@ class SequenceTrainer:
             if synthesizer_optimizer is None and any(p.requires_grad for p in learning):
                 synthesizer_optimizer = torch.optim.Adam(learning, lr=1e-3)
             _check_apart(optimizer, synthesizer_optimizer)
-            self.credit = SyntheticCredit(synthesizer, synthesizer_optimizer, self._replayer(), settings, auxiliary)
+            self.credit = SyntheticCredit(
+                synthesizer, synthesizer_optimizer, self._replayer(), settings, auxiliary, parallel
+            )
+            if parallel is not None:
+                for part in (synthesizer, auxiliary):
+                    if part is not None:
+                        parallel.synchronize(part)
         self.skip_limit = skip_limit
         self._tally = Tally()
         self._reported = 0
@@ -287,10 +303,13 @@ class SequenceTrainer:
             backward(loss)
             exchange = None if credit is None else credit.inject(scope, loss, last, ends, lookahead)
             if self.auxiliary is not None and credit is not None and exchange is not None and not credit.disabled:
-                backward(self.auxiliary_weight * self.auxiliary(early, exchange.injected[0]))
+                share = self.auxiliary_weight if self.parallel is None else self.auxiliary_weight / self.parallel.ranks.size
+                backward(share * self.auxiliary(early, exchange.injected[0]))
+        # Joined before it is judged: a NaN on one rank leaves the step out on all of them.
+        measured = loss.detach() if self.parallel is None else self._join(self.parallel, loss.detach(), exchange)
         norm = gradient_norm(self.optimizer)
-        good = all_finite(loss.detach(), norm)
-        result = StepResult(loss.detach(), states.detach(outputs), norm, None, ~good)
+        good = all_finite(measured, norm)
+        result = StepResult(measured, states.detach(outputs), norm, None, ~good)
         if self._decided_here(good, start) and not good:
             return self._leave_out(window, result)
         last = states.owned(last)
@@ -414,7 +433,7 @@ class SequenceTrainer:
         streaming = self._saved
         if streaming is None:
             streaming = {
-                "state": None if self.state is None else states.flatten(self.state),
+                "state": None if self.state is None else states.flatten(self._of_all_ranks(self.state)),
                 "credit": None if self.credit is None else self.credit.state_dict(),
             }
         return {**parts, **streaming, "steps": self.steps, "skipped": self._tally.state_dict()}
@@ -424,8 +443,8 @@ class SequenceTrainer:
 
         Args:
             saved: what `state_dict` gave. Counts of windows that were left out are missing in what older versions saved.
-            lanes: B, for a trainer that has an initial state, to take the hidden state over and check it now; None to do so
-                at the next step.
+            lanes: B of all ranks, for a trainer that has an initial state, to take the hidden state over and check it now;
+                None to do so at the next step.
 
         Raises:
             ValueError: it was saved by a trainer of other parts, with or without a synthesizer, say.
@@ -442,7 +461,8 @@ class SequenceTrainer:
         self._tally.load_state_dict(saved.get("skipped", {"total": 0, "in_a_row": 0}))
         self._reported = self._tally.total
         if lanes is not None:
-            self._take_saved(self.initial_state(lanes))
+            mine = lanes if self.parallel is None else lanes // self.parallel.ranks.size
+            self._take_saved(self.initial_state(mine))
 
     def _parts(self) -> dict[str, Any]:
         parts: dict[str, Any] = {"model": self.model, "optimizer": self.optimizer}
@@ -480,14 +500,18 @@ class SequenceTrainer:
         leaves = self._saved["state"]
         if leaves is not None:
             state = states.unflatten(nest, leaves)
-            for leaf, like in zip(leaves, states.flatten(nest), strict=True):
-                if isinstance(like, Tensor) and (not isinstance(leaf, Tensor) or leaf.shape != like.shape):
-                    shape = list(leaf.shape) if isinstance(leaf, Tensor) else type(leaf).__name__
-                    raise ValueError(f"the saved hidden state has a leaf {shape}, this model's is {list(like.shape)}")
+            dims = states.spread(self.state_batch_dim, nest, "state_batch_dim")
+            for leaf, like, dim in zip(leaves, states.flatten(nest), dims, strict=True):
+                if not isinstance(like, Tensor):
+                    continue
+                expected, shape = self._shape_of_all(like, dim), list(leaf.shape) if isinstance(leaf, Tensor) else None
+                if shape != expected:
+                    found = type(leaf).__name__ if shape is None else shape
+                    raise ValueError(f"the saved hidden state has a leaf {found}, this model's is {expected}")
         if self.credit is not None:
             self.credit.load_state_dict(self._saved["credit"], nest)
         if leaves is not None:
-            self.state = state
+            self.state = self._of_this_rank(state)
         self._saved = None
 
     @torch.no_grad()
@@ -523,10 +547,40 @@ class SequenceTrainer:
 
     def _loss(self, outputs: Any, targets: Tensor, mask: Tensor | None) -> Tensor:
         with contextlib.nullcontext() if self.autocast is None else torch.autocast(targets.device.type, dtype=self.autocast):
-            return window_loss(self.loss_fn(outputs, targets), mask, self.reduction)
+            losses = self.loss_fn(outputs, targets)
+            loss = window_loss(losses, mask, self.reduction)
+            if self.parallel is None or (self.reduction == "sum" and losses.dim() > 0):
+                return loss
+            return self.parallel.share_of_mean(loss, mask if self.reduction == "mean" else None)
 
     def _replayer(self) -> Replayer:
-        return Replayer(self._run, self.model, self._loss, self.initial_state, self.state_batch_dim)
+        return Replayer(self._run, self.model, self._loss, self.initial_state, self.state_batch_dim, self.batch_dim)
+
+    def _of_all_ranks(self, state: State) -> State:
+        return state if self.parallel is None else states.map_lanes(self.parallel.all, state, self.state_batch_dim)
+
+    def _of_this_rank(self, state: State) -> State:
+        return state if self.parallel is None else states.map_lanes(self.parallel.own, state, self.state_batch_dim)
+
+    def _shape_of_all(self, leaf: Tensor, dim: int) -> list[int]:
+        """The shape that a leaf with this rank's lanes has with those of all ranks."""
+        shape = list(leaf.shape)
+        if self.parallel is not None and shape:
+            shape[dim] *= self.parallel.ranks.size
+        return shape
+
+    def _join(self, parallel: DataParallel, loss: Tensor, exchange: Exchange | None) -> Tensor:
+        """Sum all gradients over the ranks, and the losses that are measured, in one all-reduce; the whole window's loss."""
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        numbers = [loss.clone()]
+        if self.auxiliary is not None:
+            parameters += self.auxiliary.parameters()
+        if self.credit is not None and exchange is not None:
+            exchange.regressions = [self.credit.divided(regression) for regression in exchange.regressions]
+            parameters += self.credit.learning()
+            numbers += [number for regression in exchange.regressions for number in regression]
+        parallel.sum_gradients(parameters, numbers)
+        return numbers[0]
 
     def _zero_gradients(self) -> None:
         self.optimizer.zero_grad()

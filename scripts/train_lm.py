@@ -8,6 +8,8 @@ python scripts/train_lm.py --dataset ptb --synthesizer none
     The same by plain truncated BPTT.
 python scripts/train_lm.py --run-dir runs/mine --resume auto
     Go on where runs/mine was stopped or killed, or begin.
+torchrun --standalone --nproc-per-node 2 scripts/train_lm.py --dataset ptb
+    The same on two processes, each with half of the lanes; docs/distributed.md has more.
 tensorboard --logdir runs
     Watch the curves.
 
@@ -36,6 +38,8 @@ import dni_seq as dni
 from dni_seq import lm
 from dni_seq.bugs import guarded
 from dni_seq.checkpoint import CheckpointError, fitting, random_state, save_checkpoint, set_random_state, write_json
+from dni_seq.data_parallel import DataParallel
+from dni_seq.distributed import TIMEOUT, RankError, Ranks, joined, local_device, program
 from dni_seq.dry_run import dry_run
 from dni_seq.evaluation import Score
 from dni_seq.guard import NonFiniteError
@@ -45,11 +49,11 @@ from dni_seq.lock import RunLock
 from dni_seq.models.language_model import LanguageModel
 from dni_seq.options import parse, report
 from dni_seq.plan import Plan, config_of, plan_run
-from dni_seq.progress import Progress
+from dni_seq.progress import Progress, Quiet
 from dni_seq.rundir import RunDirectory, new_run_path
 from dni_seq.runlog import FINAL, LAYOUT, RunLog, peak_memory_mb, perplexity
 from dni_seq.stopping import StopSignals
-from dni_seq.streams import DataError, Tokenizer, WindowStream, load_tokenizer
+from dni_seq.streams import Corpus, DataError, Tokenizer, WindowStream, load_tokenizer
 from dni_seq.streams.text import EMBEDDED
 from dni_seq.windows import Window
 
@@ -61,6 +65,9 @@ HISTOGRAM_EVERY = 1000
 
 SAVE_SECONDS = 60.0
 """A kill loses about this much work at most; a checkpoint is written at each validation too."""
+
+RANK_SEED = 1_000_003
+"""Between the seeds of two ranks, so that a study's seeds stay apart from them."""
 
 EVAL_EVERY_OF_STREAM = 1000
 """Steps between validations where the text is streamed, so that nobody knows how long an epoch is."""
@@ -82,14 +89,35 @@ def command(arguments: Sequence[str] | None, lock: RunLock) -> int:
             return 0
         if given.get("eval_only"):
             return evaluate_only(plan_run(LanguageModelOptions, {"resume": "auto"} | given))
-        training = prepare(plan_run(LanguageModelOptions, given, lock), lock)
+        with joined(float(given.get("rank_timeout", TIMEOUT))) as ranks:
+            return run(given, ranks, lock)
     except (ValueError, OSError) as error:
+        return report("train_lm", error)
+
+
+def run(given: dict[str, Any], ranks: Ranks, lock: RunLock) -> int:
+    """Train, on one rank or several, of which the first takes the lock; returns the exit status."""
+    try:
+        ranks.check_same({"version of python": sys.version.split()[0], **program(), "set of options": given})
+        plan = ranks.from_first(lambda: plan_run(LanguageModelOptions, given, lock))
+        training = prepare(plan, ranks, lock)
+    except (ValueError, OSError) as error:
+        return report("train_lm", error) if ranks.first else 2  # all ranks know of it
+    except RankError as error:
         return report("train_lm", error)
     try:
         with StopSignals() as stop:
             return train(training, stop)
-    except (DataError, NonFiniteError) as error:
+    except RankError as error:
+        going_on = f"to go on from the last checkpoint: --run-dir {training.run.path} --resume auto"
+        return report("train_lm", RankError(f"rank {ranks.rank} stopped at step {training.steps}: {error}; {going_on}"))
+    except DataError as error:
+        if ranks.size > 1:  # a checkpoint takes all ranks, and the others may read on
+            return report("train_lm", DataError(f"rank {ranks.rank} stopped at step {training.steps}: {error}"))
         return report("train_lm", stopped(training, error))
+    except NonFiniteError as error:  # on all ranks at the same step
+        end = stopped(training, error)
+        return report("train_lm", end) if ranks.first else 2
     except (CheckpointError, OSError) as error:
         return report("train_lm", error)
     finally:
@@ -101,7 +129,7 @@ def stopped(t: Training, error: Exception) -> Exception:
     """Save where a run cannot go on by itself; the error to report."""
     try:
         save(t, t.run.last)
-    except OSError as other:
+    except (OSError, RankError) as other:
         return OSError(f"{error} ({other})")
     return ValueError(f"{error} (saved at step {t.steps}; to go on: --run-dir {t.run.path} --resume auto)")
 
@@ -145,6 +173,7 @@ class Training:
     counters: Counters
     log: RunLog
     progress: Progress
+    ranks: Ranks = field(default_factory=Ranks)
     clock: float = field(default_factory=time.monotonic)
     process_clock: float = field(default_factory=time.process_time)
     saved_at: float = field(default_factory=time.monotonic)
@@ -193,21 +222,32 @@ def train(t: Training, stop: StopSignals) -> int:
                 t.log.text(t.steps, "sample/regular", sample(t, t.model))
             if t.done():
                 break
+            # A signal reaches ranks at different steps, and their clocks differ: they stop and save together.
+            late = time.monotonic() - t.saved_at > SAVE_SECONDS
+            stop.received, save_due = agreed(t.ranks, stop.received, late or validation_due)
             if stop.received is not None:
                 save(t, t.run.last)
                 t.progress.say(f"stopped at step {t.steps}; to go on: --run-dir {t.run.path} --resume auto")
                 return stop.exit_status
-            if validation_due or time.monotonic() - t.saved_at > SAVE_SECONDS:
+            if save_due:
                 save(t, t.run.last)
     finish(t)
     return 0
 
 
+def agreed(ranks: Ranks, signal: int | None, save_due: bool) -> tuple[int | None, bool]:
+    """The signal that any rank has received, and whether a checkpoint is due on any."""
+    number, due = ranks.largest(signal or 0, int(save_due))
+    return number or None, bool(due)
+
+
 def step(t: Training, window: Window) -> None:
     """Train on one window and take down its measurements."""
+    tokens = window.targets.numel() if window.mask is None else int(window.mask.sum())
+    if t.trainer.parallel is not None:
+        window = t.trainer.parallel.window(window)
     window = lm.on_device(window, t.device)
     result = t.trainer.step(window.inputs, window.targets, ends=window.ends, mask=window.mask, lookahead=window.lookahead)
-    tokens = window.targets.numel() if window.mask is None else int(window.mask.sum())
     t.counters.tokens += tokens
     t.log.add(measurements(result), weight=tokens, skipped=result.skipped)
     for event in result.events:
@@ -259,7 +299,7 @@ def log_point(t: Training) -> None:
 
 def validate(t: Training) -> Score:
     """Score the validation split; keep the checkpoint where it is the best so far."""
-    result = lm.score(t.model, t.valid, t.options)
+    result = lm.score(t.model, t.valid, t.options, t.trainer.parallel)
     t.counters.validated_at = t.steps
     t.tick()
     t.counters.curve.append([t.counters.tokens, t.counters.seconds, t.counters.process_seconds, result.bpc])
@@ -302,19 +342,23 @@ def say_unknown(t: Training) -> None:
 def save(t: Training, path: Path) -> None:
     """Write a checkpoint; the log is flushed first, so that it never lacks a step that the checkpoint has.
 
-    The last checkpoint but one is kept beside the last.
+    The last checkpoint but one is kept beside the last. A collective: the file, which rank 0 writes, has the lanes and the
+    random generators of all ranks.
     """
     t.tick()
     t.log.flush()
+    own, *others = t.ranks.gather(random_state())
     content = {
         "trainer": t.trainer.state_dict(),
         "stream": t.stream.state_dict(),
-        "random": random_state(),
+        "random": own,
+        "random_of_other_ranks": others,
         "counters": dataclasses.asdict(t.counters),
         "log": t.log.state_dict(),
         "config": config_of(t.options),
     }
-    save_checkpoint(path, content, keep=t.run.previous if path == t.run.last else None)
+    if t.ranks.first:
+        save_checkpoint(path, content, keep=t.run.previous if path == t.run.last else None)
     t.saved_at = time.monotonic()
 
 
@@ -325,6 +369,8 @@ def finish(t: Training) -> None:
     if t.counters.validated_at != t.steps:
         validate(t)
     save(t, t.run.last)
+    if not t.ranks.first:
+        return
     best = best_model(t)
     scores = {"valid": lm.score(best, t.valid, t.options), "test": lm.score(best, t.test, t.options)}
     log_score(t, "test", scores["test"])
@@ -357,6 +403,7 @@ def summary(t: Training, scores: dict[str, Score]) -> dict[str, Any]:
         "vocabulary": t.tokenizer.vocabulary_size,
         "unknown": {"train": t.stream.unknown_share, "valid": t.valid.unknown_share, "test": t.test.unknown_share},
         "torch": torch.__version__,
+        "ranks": t.ranks.size,
         "steps": t.steps,
         "tokens": t.counters.tokens,
         "seconds": t.counters.seconds,
@@ -368,49 +415,86 @@ def summary(t: Training, scores: dict[str, Score]) -> dict[str, Any]:
     }
 
 
-def prepare(plan: Plan[LanguageModelOptions], lock: RunLock) -> Training:
-    """Build all parts of the run, and only then its directory; nothing is written where something is wrong."""
-    options, checkpoint = plan.options, plan.checkpoint
-    torch.set_num_threads(options.threads)
-    device = lm.device_of(options.device)
-    corpus = lm.open_text(options)
-    options = settle(options, corpus)
-    run = plan.run or RunDirectory(new_run_path(run_name(options, corpus.name)))
-    tokenizer = lm.build_tokenizer(options, corpus) if checkpoint is None else load_tokenizer(run.tokenizer)
+def prepare(plan: Plan[LanguageModelOptions], ranks: Ranks, lock: RunLock) -> Training:
+    """Build all parts of the run, and only then its directory; nothing is written where something is wrong on any rank."""
+    torch.set_num_threads(plan.options.threads)
+    corpus = ranks.together(lambda: lm.open_text(plan.options))
+    options = settle(plan.options, corpus)
+    run = ranks.from_first(lambda: plan.run or RunDirectory(new_run_path(run_name(options, corpus.name))))
+    tokenizer = ranks.from_first(
+        lambda: lm.build_tokenizer(options, corpus) if plan.checkpoint is None else load_tokenizer(run.tokenizer)
+    )
+    training = ranks.together(lambda: assemble(plan, options, corpus, run, tokenizer, ranks))
+    ranks.check_same({"training text": training.stream.state_dict()})
+    ranks.from_first(lambda: enter(training, plan, lock))
+    if plan.checkpoint is not None:
+        saved = plan.checkpoint
+        with fitting(run.path):
+            training.log.load_state_dict(saved["log"], training.device)
+        training.resumed_at = training.steps
+    for note in (plan.note, lock.missing):
+        if note:
+            training.progress.say(note)
+    say_unknown(training)
+    return training
+
+
+def enter(t: Training, plan: Plan[LanguageModelOptions], lock: RunLock) -> None:
+    """Make the run's directory that of this call and begin to write to it; the first rank alone does."""
+    plan.enter(t.run, t.options, lock)
+    t.tokenizer.save(t.run.tokenizer)
+    t.log = RunLog(t.run.path, resumed_at=t.steps)
+    t.log.dashboard(LAYOUT)
+    t.log.configuration(t.steps, config_of(t.options))
+
+
+def assemble(
+    plan: Plan[LanguageModelOptions],
+    options: LanguageModelOptions,
+    corpus: Corpus,
+    run: RunDirectory,
+    tokenizer: Tokenizer,
+    ranks: Ranks,
+) -> Training:
+    """The parts of one rank, where the checkpoint was; nothing is written."""
+    checkpoint = plan.checkpoint
+    device = lm.device_of(options.device or local_device())
+    parallel = DataParallel(ranks) if ranks.size > 1 else None
+    if parallel is not None:
+        parallel.lanes(options.batch_size)
     stream = lm.open_training(corpus, tokenizer, options)
     valid = lm.open_split(corpus, "valid", tokenizer, options)
     test = lm.open_split(corpus, "test", tokenizer, options)
     torch.manual_seed(options.seed)
     with lm.sizes_that_fit():
         model = lm.build_model(options, tokenizer.vocabulary_size, device)
-        trainer = build_trainer(options, model, device)
+        trainer = build_trainer(options, model, device, parallel)
     with fitting(run.path):
-        counters = restore(checkpoint, trainer, stream, options.batch_size)
-    plan.enter(run, options, lock)
-    tokenizer.save(run.tokenizer)
-    log = RunLog(run.path, resumed_at=trainer.steps)
-    log.dashboard(LAYOUT)
-    log.configuration(trainer.steps, config_of(options))
-    if checkpoint is not None:
-        with fitting(run.path):
-            log.load_state_dict(checkpoint["log"], device)
-    progress = Progress(total_steps(options, stream), trainer.steps)
-    for note in (plan.note, lock.missing):
-        if note:
-            progress.say(note)
-    t = Training(options, run, device, tokenizer, stream, valid, test, model, trainer, counters, log, progress)
-    t.resumed_at = None if checkpoint is None else t.steps
-    say_unknown(t)
-    return t
+        counters = restore(checkpoint, trainer, stream, ranks, options)
+    progress = (Progress if ranks.first else Quiet)(total_steps(options, stream), trainer.steps)
+    return Training(
+        options, run, device, tokenizer, stream, valid, test, model, trainer, counters, RunLog(None), progress, ranks
+    )
 
 
-def restore(checkpoint: dict[str, Any] | None, trainer: dni.SequenceTrainer, stream: WindowStream, lanes: int) -> Counters:
+def restore(
+    checkpoint: dict[str, Any] | None,
+    trainer: dni.SequenceTrainer,
+    stream: WindowStream,
+    ranks: Ranks,
+    options: LanguageModelOptions,
+) -> Counters:
     """Put trainer, stream and random generators where a checkpoint was; without one they begin."""
+    if not ranks.first:  # dropout is drawn anew on every rank
+        steps = 0 if checkpoint is None else checkpoint["trainer"]["steps"]
+        torch.manual_seed(options.seed + RANK_SEED * ranks.rank + steps)
     if checkpoint is None:
         return Counters()
-    trainer.load_state_dict(checkpoint["trainer"], lanes)
+    trainer.load_state_dict(checkpoint["trainer"], options.batch_size)
     stream.load_state_dict(checkpoint["stream"])
-    set_random_state(checkpoint["random"])
+    generators = [checkpoint["random"], *checkpoint.get("random_of_other_ranks", [])]
+    if ranks.rank < len(generators):
+        set_random_state(generators[ranks.rank])
     counters = Counters(**checkpoint["counters"])
     for name, value in dataclasses.asdict(counters).items():
         if not isinstance(value, list if name == "curve" else (int, float)) and (name, value) != ("best", None):

@@ -19,6 +19,8 @@ LEVELS = {
     "windows": 0,
     "guard": 0,
     "optimization": 1,
+    "distributed": 0,
+    "data_parallel": 1,
     "synthesizers": 1,
     "targets": 2,
     "replay": 3,

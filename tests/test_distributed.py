@@ -1,0 +1,176 @@
+"""Ranks: that they agree, that they fail together and in bounded time, and the command on several of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dni_seq import distributed
+from dni_seq.distributed import RankError, Ranks, joined
+from tests.ranks import environment, finish, free_port, run_ranks, start_ranks
+from tests.test_scripts_lm import SCRIPTS, call, points
+
+MODULE = "tests.test_distributed"
+TINY = ("--embed", "8", "--hidden", "8", "--layers", "2", "--bptt", "4", "--batch-size", "64", "--eval-tokens", "4000")
+EXACT = ("--dtype", "float64", "--dropout", "0", "--synthesizer", "multi-horizon", "--horizons", "2", "--eval-every", "2")
+
+
+def text_of(work: Any) -> str:
+    try:
+        work()
+    except (ValueError, RankError) as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def agreement(ranks: Ranks) -> dict[str, Any]:
+    """What ranks say where something differs or fails on one of them; in the end rank 1 does not answer."""
+
+    def fails_on_second() -> None:
+        if not ranks.first:
+            raise ValueError("no such file")
+
+    def fails() -> None:
+        raise ValueError("no such option")
+
+    found: dict[str, Any] = {
+        "same": text_of(lambda: ranks.check_same({"text": 3})),
+        "other": text_of(lambda: ranks.check_same({"text": 3, "torch": "2.13" if ranks.first else "2.12"})),
+        "second": text_of(lambda: ranks.together(fails_on_second)),
+        "first": text_of(lambda: ranks.from_first(fails)),
+        "from first": ranks.from_first(lambda: ranks.rank + 7),
+        "largest": ranks.largest(ranks.rank, -ranks.rank),
+    }
+    began = time.monotonic()
+    if ranks.first:
+        found["silent"] = text_of(lambda: ranks.largest(0))
+        found["waited"] = time.monotonic() - began
+    else:
+        time.sleep(5)
+    return found
+
+
+def test_ranks_agree_and_fail_together(tmp_path):
+    both = run_ranks(MODULE, "agreement", 2, tmp_path, timeout=3)
+    for found in both:
+        assert found["same"] == ""
+        assert "rank 1 has another torch than rank 0 (2.12 there, 2.13 on rank 0)" in found["other"]
+        assert found["second"] == "ValueError: rank 1: no such file"
+        assert found["first"] == "ValueError: no such option"
+        assert found["from first"] == 7
+        assert found["largest"] == [1, 0]
+    assert "RankError: another rank has ended, or does not answer" in both[0]["silent"]
+    assert 2 < both[0]["waited"] < 5
+
+
+def test_a_process_alone_talks_to_nobody(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with joined() as ranks:
+        assert (ranks.rank, ranks.size, ranks.first) == (0, 1, True)
+        assert ranks.together(lambda: 3) == ranks.from_first(lambda: 3) == 3
+        assert ranks.gather("a") == ["a"]
+        assert ranks.largest(3, 4) == [3, 4]
+        with pytest.raises(ValueError, match="no such"):
+            ranks.together(lambda: Path("no such file").read_text())
+
+
+def test_a_port_in_use_and_ranks_that_do_not_come(monkeypatch):
+    with socket.socket() as taken:
+        taken.bind(("0.0.0.0", 0))
+        taken.listen()
+        for name, value in environment(0, 2, taken.getsockname()[1]).items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(ValueError, match=r"the port of 127.0.0.1:[0-9]+ is in use: give torchrun another"), joined(5):
+            pass
+    monkeypatch.setenv("MASTER_PORT", str(free_port()))
+    began = time.monotonic()
+    with pytest.raises(ValueError, match=r"the 2 ranks have not met at 127.0.0.1:[0-9]+ within 2 s"), joined(2):
+        pass
+    assert time.monotonic() - began < 20
+    monkeypatch.delenv("MASTER_PORT")
+    with pytest.raises(ValueError, match="WORLD_SIZE is set, but not MASTER_PORT"), joined(2):
+        pass
+
+
+def test_the_program_is_told_by_its_source():
+    assert set(distributed.program()) == {"torch", "source of dni_seq"}
+
+
+def train(*arguments: str) -> list[str]:
+    return [str(SCRIPTS / "train_lm.py"), *TINY, *arguments]
+
+
+def test_two_ranks_and_then_one_train_as_one(tmp_path):
+    """By torchrun, as users start it; in float64, so that only the order of sums differs."""
+    whole = call("train_lm", *TINY, *EXACT, "--max-steps", "8", "--run-dir", "whole", cwd=tmp_path)
+    assert whole.returncode == 0, whole.stderr
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    half = train(*EXACT, "--max-steps", "4", "--run-dir", "shared")
+    paths = os.pathsep.join([str(SCRIPTS.parent), os.environ.get("PYTHONPATH", "")]).strip(os.pathsep)
+    variables = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
+    command = [*torchrun, *half]
+    first = subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=200, check=False)
+    assert first.returncode == 0, first.stderr
+    assert first.stdout.count("step 4, epoch 0, test") == 1  # rank 0 alone speaks
+    summary = json.loads((tmp_path / "shared/summary.json").read_text())
+    assert (summary["ranks"], summary["tokens"]) == (2, 4 * 4 * 64)
+    second = call("train_lm", "--max-steps", "8", "--run-dir", "shared", "--resume", "auto", cwd=tmp_path)
+    assert second.returncode == 0, second.stderr
+    found, wanted = points(tmp_path / "shared"), points(tmp_path / "whole")
+    assert found["valid/loss"].keys() == {2, 4, 6, 8}
+    for key in ("valid/loss", "test/loss", "train/loss"):
+        last = {step: value for step, value in found[key].items() if step in wanted[key]}
+        assert last == pytest.approx(wanted[key], rel=1e-6), key  # TensorBoard keeps float32
+    scores = [json.loads((tmp_path / name / "summary.json").read_text())["test"]["loss"] for name in ("shared", "whole")]
+    assert scores[0] == pytest.approx(scores[1], rel=1e-11)
+
+
+def test_a_rank_that_dies_ends_the_others_and_the_run_goes_on(tmp_path):
+    arguments = train("--synthesizer", "none", "--max-steps", "1000000", "--eval-every", "5", "--run-dir", "run")
+    processes = start_ranks(arguments, 2, tmp_path)
+    try:
+        deadline = time.monotonic() + 100
+        while not (tmp_path / "run/checkpoints/last.pt").exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        processes[1].send_signal(signal.SIGKILL)
+        died = time.monotonic()
+        processes[0].wait(timeout=30)
+        assert time.monotonic() - died < 20
+    finally:
+        survivor = finish(processes)[0]
+    assert survivor.returncode == 2
+    (line,) = survivor.stderr.strip().splitlines()[-1:]
+    assert re.search("rank 0 stopped at step [0-9]+: another rank has ended, or does not answer", line), survivor.stderr
+    assert "to go on from the last checkpoint: --run-dir run --resume auto" in line
+    # Both ranks again, and a signal that reaches one of them alone: they stop at the same step, and save.
+    processes = start_ranks([*arguments, "--resume", "auto"], 2, tmp_path)
+    before = (tmp_path / "run/checkpoints/last.pt").stat().st_mtime_ns
+    try:
+        deadline = time.monotonic() + 100
+        while (tmp_path / "run/checkpoints/last.pt").stat().st_mtime_ns == before and time.monotonic() < deadline:
+            time.sleep(0.05)
+        processes[1].send_signal(signal.SIGTERM)
+    finally:
+        results = finish(processes, timeout=60)
+    assert [result.returncode for result in results] == [143, 143], results[0].stderr
+    assert re.search("stopped at step [0-9]+; to go on", results[0].stdout)
+    assert results[1].stdout == ""
+
+
+def test_lanes_that_the_ranks_do_not_divide_and_ranks_that_differ(tmp_path):
+    processes = start_ranks(train("--batch-size", "7", "--run-dir", "run"), 2, tmp_path)
+    first, second = finish(processes)
+    assert (first.returncode, second.returncode) == (2, 2)
+    assert "7 lanes cannot be divided among 2 ranks: make the batch size a multiple of 2" in first.stderr
+    assert "Traceback" not in first.stderr + second.stderr
+    assert not (tmp_path / "run").exists()
