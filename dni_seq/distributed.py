@@ -39,10 +39,12 @@ class Ranks:
 
     Args:
         group: the process group, None for the default one, or for a process alone where there is none.
+        timeout: seconds that the ranks wait for each other in groups that are made later.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+    def __init__(self, group: dist.ProcessGroup | None = None, timeout: float = TIMEOUT) -> None:
         self._group = group
+        self._timeout = timeout
         there = dist.is_available() and dist.is_initialized()
         self.rank = dist.get_rank(group) if there else 0
         self.size = dist.get_world_size(group) if there else 1
@@ -55,6 +57,11 @@ class Ranks:
     def first(self) -> bool:
         """Whether this is rank 0, which logs and saves."""
         return self.rank == 0
+
+    def new_group(self) -> dist.ProcessGroup:
+        """Another group of all ranks, whose messages pair up among themselves."""
+        with answered():
+            return dist.new_group(timeout=timedelta(seconds=self._timeout))
 
     def sum_(self, tensor: Tensor) -> Tensor:
         """Add `tensor` up over all ranks, in place.
@@ -180,10 +187,9 @@ def joined(timeout: float = TIMEOUT) -> Iterator[Ranks]:
         yield Ranks()
         return
     _meet(timeout)
-    try:
-        yield Ranks()
-    finally:
-        dist.destroy_process_group()
+    yield Ranks(timeout=timeout)
+    # After a failure the connections close with the process: others may wait in them, and taking them down would too.
+    dist.destroy_process_group()
 
 
 def _meet(timeout: float) -> None:

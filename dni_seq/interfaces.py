@@ -97,8 +97,13 @@ def _full_precision(trigger: State) -> Iterator[Any]:
 
 
 def _like(message: State, trigger: State) -> State:
-    """`message` in the half precision of its trigger, leaf by leaf where they correspond, else by the first leaf."""
+    """`message` in the half precision of its trigger, leaf by leaf where they correspond, else by the first leaf.
+
+    A trigger without numbers, such as tokens, asks for none.
+    """
     leaves, dtypes = states.floating(message), [leaf.dtype for leaf in states.floating(trigger)]
+    if not dtypes:
+        return message
     if len(dtypes) != len(leaves):
         dtypes = dtypes[:1] * len(leaves)
     pairs = zip(leaves, dtypes, strict=True)
@@ -309,10 +314,14 @@ class BidirectionalInterface(nn.Module):
         return self.receive(trigger)
 
     @uncompiled
-    def send(self, message: State, trigger: State) -> None:
-        """Part A's end: learn from the synthetic gradient at `message`, train the synthetic input towards it."""
-        self.forward_interface.send(message, trigger)
+    def send(self, message: State, trigger: State) -> Regression | None:
+        """Part A's end: learn from the synthetic gradient at `message`, train the synthetic input towards it.
+
+        Returns the synthetic input's regression, as `ForwardInterface.send` does.
+        """
+        regression = self.forward_interface.send(message, trigger)
         self.backward_interface.backward(message)
+        return regression
 
     @uncompiled
     def receive(self, trigger: State) -> State:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from tests.ranks import run_ranks
 
 TINY = ("--embed", "8", "--hidden", "8", "--bptt", "4", "--batch-size", "64", "--seed", "5", "--eval-tokens", "2048")
 LIMITS = ("--max-steps", "60", "--eval-every", "20", "--sample-every", "30")
@@ -25,3 +28,9 @@ def two_runs(tmp_path_factory) -> Path:
             line = [*TINY, *LIMITS, *options, "--synthesizer", name, "--run-dir", str(directory / name)]
             assert train_lm.main(line) == 0
     return directory
+
+
+@pytest.fixture(scope="session")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What two ranks found in one start, since starting takes longer than the work."""
+    return run_ranks("tests.on_ranks", "everything", 2, tmp_path_factory.mktemp("ranks"))

@@ -13,11 +13,9 @@ import dni_seq as dni
 from dni_seq.data_parallel import DataParallel
 from dni_seq.distributed import Ranks
 from dni_seq.published import PublishedSynthesizer
-from tests.ranks import run_ranks
 
 LANES, STEPS, WIDTH = 4, 3, 5
 WINDOWS = 12
-MODULE = "tests.test_data_parallel"
 
 
 class Net(nn.Module):
@@ -189,8 +187,8 @@ def partly_without_gradient(parallel: DataParallel) -> list[Any]:
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory) -> list[dict[str, Any]]:
-    return run_ranks(MODULE, "on_ranks", 2, tmp_path_factory.mktemp("ranks"))
+def ranks(two_ranks) -> list[dict[str, Any]]:
+    return [found["training"] for found in two_ranks]
 
 
 @pytest.fixture(scope="module")
