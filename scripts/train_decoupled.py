@@ -72,7 +72,8 @@ class DecoupledOptions:
     )
     updates: int = option(2000, "of each part", group=_RUN, check=at_least(1))
     exchange_every: int = option(20, "updates between two messages to the other part", group=_RUN, check=at_least(1))
-    lr: float = option(1e-3, "learning rate of the parts and their synthesizers (Adam)", group=_RUN, check=above_zero)
+    lr: float = option(3e-4, "learning rate of the parts (Adam)", group=_RUN, check=above_zero)
+    synthesizer_lr: float = option(3e-3, "learning rate of their synthesizers, likewise", group=_RUN, check=above_zero)
     seed: int = option(0, "of the weights and the order of the images", group=_RUN, check=at_least(0))
     run_dir: str | None = option(None, "directory of the run", group=_RUN, metavar="DIR", shown="runs/decoupled-DATE-TIME")
     rank_timeout: float = option(TIMEOUT, "seconds after which a silent part counts as dead", group=_RUN, check=above_zero)
@@ -202,8 +203,10 @@ class PartRun:
 
     def __init__(self, name: str, module: nn.Module, synthesizer: nn.Module | None, options: DecoupledOptions) -> None:
         self.name, self.module, self.options = name, module, options
-        learning = [*module.parameters(), *([] if synthesizer is None else synthesizer.parameters())]
-        self.optimizer = torch.optim.Adam(learning, lr=options.lr, fused=True)
+        groups: list[dict[str, Any]] = [{"params": list(module.parameters()), "lr": options.lr}]
+        if synthesizer is not None:
+            groups.append({"params": list(synthesizer.parameters()), "lr": options.synthesizer_lr})
+        self.optimizer = torch.optim.Adam(groups, fused=True)
         self.state: Any = None
         self.updates = 0
         self.seconds = 0.0
@@ -364,7 +367,8 @@ def finish(options: DecoupledOptions, ranks: Ranks, work: Work, part: PartRun, p
     work.halves.b.load_state_dict(parts[1]["weights"])
     rows = [Row(*row) for found in parts for row in found["rows"]]
     speeds = [options.updates / found["seconds"] for found in parts]
-    test = score(work.halves, work.test, synthetic=False)
+    # Parts that never heard of each other are no network.
+    test = None if options.mode == "alone" else score(work.halves, work.test, synthetic=False)
     summary = {
         "mode": options.mode,
         "updates": options.updates,
@@ -385,10 +389,8 @@ def finish(options: DecoupledOptions, ranks: Ranks, work: Work, part: PartRun, p
     write_json(path / "summary.json", summary)
     if options.plot:
         plot(rows, path / "timeline.png")
-    print(
-        f"{options.mode}: A {speeds[0]:.0f} and B {speeds[1]:.0f} updates/s, "
-        f"test loss {test['loss']:.3f} nats, error {test['error']:.1f} %, {path}"
-    )
+    scored = "" if test is None else f"test loss {test['loss']:.3f} nats, error {test['error']:.1f} %, "
+    print(f"{options.mode}: A {speeds[0]:.0f} and B {speeds[1]:.0f} updates/s, {scored}{path}")
 
 
 def updates_in_pause(options: DecoupledOptions, rows: list[Row]) -> int | None:

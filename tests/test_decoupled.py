@@ -98,7 +98,7 @@ def test_locked_parts_train_as_one_network(ends):
     script = runpy.run_path(str(SCRIPTS / "train_decoupled.py"), run_name="train_decoupled")
     work = script["prepare"](script["DecoupledOptions"](**TINY))
     a, b = work.halves.a, work.halves.b
-    optimizer = torch.optim.Adam([*a.parameters(), *b.parameters()], lr=1e-3, fused=True)
+    optimizer = torch.optim.Adam([*a.parameters(), *b.parameters()], lr=3e-4, fused=True)
     states: list[Any] = [None, None]
     for _ in range(UPDATES):
         batch = next(work.batches)

@@ -95,6 +95,8 @@ ELSEWHERE = {
     "tables": "test_tables_are_those_of_the_code",
     "examples": "test_examples.py",
     "reproduce_paper": "test_reproduce_paper.py",
+    "torchrun": "test_distributed.py and test_decoupled.py start two ranks",
+    "train_slow_ticking": "test_slow_ticking.py",
 }
 """Commands of the pages that run, but not here."""
 
