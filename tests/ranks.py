@@ -82,8 +82,8 @@ def finish(processes: list[subprocess.Popen], timeout: float = 120) -> list[subp
                 process.communicate()
 
 
-def run_ranks(module: str, name: str, size: int, folder: Path, timeout: float = 60) -> list[Any]:
+def run_ranks(module: str, name: str, size: int, folder: Path, timeout: float = 120) -> list[Any]:
     """`module.name(ranks)` in `size` processes; what each returns."""
-    for result in finish(start_ranks(["-c", CODE, module, name, str(folder), str(timeout)], size, folder)):
+    for result in finish(start_ranks(["-c", CODE, module, name, str(folder), str(timeout)], size, folder), 400):
         assert result.returncode == 0, result.stderr
     return [torch.load(folder / f"{name}-{size}-{rank}.pt", weights_only=True) for rank in range(size)]
