@@ -138,7 +138,7 @@ class SyntheticCredit:
         self.synthesizer = synthesizer
         self.optimizer = optimizer
         self.replayer = replayer
-        self.interface = SoundInterface(synthesizer)
+        self.interface = SoundInterface(synthesizer, parallel)
         self._target_network = copy.deepcopy(synthesizer) if settings.target_network else None
         self._running = RunningFidelity()
         self._evidence: Tensor | None = None

@@ -71,6 +71,11 @@ class DataParallel:
         """The B lanes of all ranks, of a tensor with this rank's along `dim`; a collective."""
         return self.ranks.join(leaf, dim)
 
+    @property
+    def size(self) -> int:
+        """W."""
+        return self.ranks.size
+
     def share(self, loss_fn: Callable[[Any, Tensor], Tensor]) -> Callable[[Any, Tensor], Tensor]:
         """`loss_fn` divided by W: a mean over this rank's lanes then is its share of the mean over all.
 
@@ -90,20 +95,35 @@ class DataParallel:
         """The sum of `tensor` over all ranks."""
         return self.ranks.sum_(tensor.detach().clone())
 
+    def norm(self, own: Tensor) -> Tensor:
+        """The norm over the lanes of all ranks, of something whose norm over this rank's is `own`, 0-d."""
+        return self.sum(own.double().square()).sqrt().to(own.dtype)
+
+    def sums(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Each tensor's sum over all ranks, by one all-reduce."""
+        flat = self.ranks.sum_(torch.cat([tensor.detach().reshape(-1) for tensor in tensors]))
+        pieces = flat.split([tensor.numel() for tensor in tensors])
+        return [piece.view_as(tensor) for piece, tensor in zip(pieces, tensors, strict=True)]
+
     def mean(self, tensors: Sequence[Any]) -> list[Any]:
         """Each tensor's mean over all ranks, by one all-reduce; None where it is None, on all ranks alike."""
         there = [tensor for tensor in tensors if tensor is not None]
         if not there:
             return list(tensors)
-        flat = self.ranks.sum_(torch.cat([tensor.detach().reshape(-1) for tensor in there])) / self.ranks.size
-        pieces = iter(flat.split([tensor.numel() for tensor in there]))
-        return [None if tensor is None else next(pieces).view_as(tensor) for tensor in tensors]
+        sums = iter(self.sums(there))
+        return [None if tensor is None else next(sums) / self.size for tensor in tensors]
 
     def synchronize(self, module: nn.Module) -> None:
-        """Let the running statistics in `module` take means over all ranks from now on, before they are used."""
+        """Let the running statistics in `module` count the lanes of all ranks from now on, before they are used."""
         for part in module.modules():
             if hasattr(part, "across_ranks"):
-                part.across_ranks = self.mean  # type: ignore[assignment]
+                part.across_ranks = self  # type: ignore[assignment]
+
+    def first(self, place: int, text: str) -> str:
+        """The text of the rank with the lowest place, and its number; a collective."""
+        found = self.ranks.gather((place, text))
+        rank = min(range(self.size), key=lambda i: found[i][0])
+        return f"{found[rank][1]} on rank {rank}"
 
     def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Average gradients over all ranks, by one all-reduce: those of a regression, whose loss is a mean over lanes."""

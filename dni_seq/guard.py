@@ -222,16 +222,18 @@ def broken_lanes(state: State, batch_dim: Any) -> Tensor | None:
     return broken
 
 
-def first_not_finite(named: Iterable[tuple[str, Any]]) -> str:
+def first_not_finite(named: Iterable[tuple[str, Any]]) -> tuple[int, str]:
     """Which nest of tensors, of those given with their names in the order of computation, first holds a NaN or an infinity.
 
-    The text names it, with the index and the value of its first such element.
+    Returns its place in that order, and a text that names it, with the index and the value of its first such element.
     """
-    for name, nest in named:
+    place = 0
+    for place, (name, nest) in enumerate(named):
         for leaf in states.floating(states.detach(nest)):
             if leaf.isfinite().all():
                 continue
             index = [int(i) for i in (~leaf.isfinite()).nonzero()[0]]
             value = float(leaf[tuple(index)])
-            return f"{name} ({value} at index {index} of shape {list(leaf.shape)})" if index else f"{name} ({value})"
-    return "the norm of the gradient, whose elements are finite: it overflows"
+            where = f" at index {index} of shape {list(leaf.shape)}" if index else ""
+            return place, f"{name} ({value}{where})"
+    return place + 1, "the norm of the gradient, whose elements are finite: it overflows"

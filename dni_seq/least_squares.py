@@ -83,16 +83,19 @@ class LeastSquaresHeads(PackedSynthesizer):
         return found * gate[:, None], features
 
     def learn(self, trained: list[int], features: Tensor | None, gate: Tensor, wanted: Tensor) -> None:
-        """Take targets into the sums, and solve where that is due.
+        """Take targets into the sums, those of all ranks where there are several, and solve where that is due.
 
         Outputs are gated, so each is a fit with the gate's square as weight. One covariance for all of them takes that
         weight as independent of the features.
         """
         assert features is not None
-        keep = 1 - 1 / max(self.memory * features.shape[1] / len(features), 1.0)
+        lanes = len(features)
         gated = (wanted * gate[:, None]).transpose(0, 1)  # [n, B, S]
-        fresh = ((self.covariance, features.T @ features), (self.correlation, features.T @ gated))
-        for sums, added in (*fresh, (self.gate_power, gate.square().sum(0))):
+        fresh = [features.T @ features, features.T @ gated, gate.square().sum(0)]
+        if self.across_ranks is not None:
+            lanes, fresh = lanes * self.across_ranks.size, self.across_ranks.sums(fresh)
+        keep = 1 - 1 / max(self.memory * features.shape[1] / lanes, 1.0)
+        for sums, added in zip((self.covariance, self.correlation, self.gate_power), fresh, strict=True):
             sums[trained] = keep * sums[trained] + added
         self.regressions += 1
         if self.regressions % self.solve_every == 0:

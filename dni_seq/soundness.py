@@ -13,6 +13,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from .data_parallel import DataParallel
 from .deferred import GradientAccumulator
 from .guard import decided_here
 from .interfaces import BackwardInterface
@@ -32,14 +33,19 @@ class SoundInterface(BackwardInterface):
     The size is held to that of windows' own gradients, by themselves: a target that holds a message grows with it. Messages
     that are not learned, as exact ones, have no limit.
 
+    Args:
+        synthesizer: the module that predicts.
+        parallel: this rank's part where the lanes are spread over several: all of them send a message, or none does.
+
     Attributes:
         sound: 0-d bool, whether what was injected last is what the synthesizer said.
-        norm: 0-d, the norm of what it said, weighted.
+        norm: 0-d, the norm of what it said, weighted; of this rank's lanes.
         largest: the largest gradient observed; 0 before there is one.
     """
 
-    def __init__(self, synthesizer: nn.Module) -> None:
+    def __init__(self, synthesizer: nn.Module, parallel: DataParallel | None = None) -> None:
         super().__init__(synthesizer)
+        self.parallel = parallel
         self.norm = torch.zeros(())
         self.sound = torch.ones((), dtype=torch.bool)
         self.largest: float | Tensor = 0.0
@@ -48,11 +54,12 @@ class SoundInterface(BackwardInterface):
         """The weighted sum of the messages where it is sound, else zeros."""
         injected = super().injection(messages, rule)
         self.norm = nn.utils.get_total_norm(injected)
-        if not decided_here(self.norm):
-            limit = torch.as_tensor(LARGEST_MESSAGE * self.largest, device=self.norm.device)
-            self.sound = self.norm < torch.where(limit > 0, limit, math.inf)
+        norm = self._of_all_ranks(self.norm)
+        if not decided_here(norm):
+            limit = torch.as_tensor(LARGEST_MESSAGE * self.largest, device=norm.device)
+            self.sound = norm < torch.where(limit > 0, limit, math.inf)
             return [torch.where(self.sound, leaf, 0) for leaf in injected]
-        self.sound = self.norm < (LARGEST_MESSAGE * self.largest or math.inf)
+        self.sound = norm < (LARGEST_MESSAGE * self.largest or math.inf)
         return injected if self.sound else [torch.zeros_like(leaf) for leaf in injected]
 
     def observe(self, loss: Tensor, scope: GradientAccumulator, windows: int) -> None:
@@ -67,10 +74,13 @@ class SoundInterface(BackwardInterface):
         if not leaves or not self.learns or (windows >= OBSERVED_FIRST and windows % OBSERVED_EVERY):
             return
         found = torch.autograd.grad(loss, leaves, retain_graph=True, allow_unused=True)
-        norm = nn.utils.get_total_norm([gradient for gradient in found if gradient is not None])
+        norm = self._of_all_ranks(nn.utils.get_total_norm([gradient for gradient in found if gradient is not None]))
         if decided_here(norm):
             if norm.isfinite():
                 self.largest = max(float(self.largest), float(norm))
         else:
             before = torch.as_tensor(self.largest, dtype=norm.dtype, device=norm.device)
             self.largest = torch.where(norm.isfinite(), before.maximum(norm), before)
+
+    def _of_all_ranks(self, norm: Tensor) -> Tensor:
+        return norm if self.parallel is None else self.parallel.norm(norm)

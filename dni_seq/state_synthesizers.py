@@ -190,7 +190,7 @@ class PackedSynthesizer(nn.Module):
         weight = (1 / counts).clamp_min(1 - self.decay)
         fresh = self.packing.segment_means(wanted.square().mean(0))
         if self.across_ranks is not None:
-            fresh = self.across_ranks([fresh])[0]
+            (fresh,) = self.across_ranks.mean([fresh])
         self.mean_square[trained] = torch.lerp(self.mean_square[trained], fresh, weight)
         self.counts[trained] = counts
 

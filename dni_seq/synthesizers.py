@@ -17,7 +17,7 @@ Legend: B = lanes, H = hidden units, L = layers, N = horizons.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -26,8 +26,20 @@ from torch.nn import functional as F
 from . import states
 from .states import State
 
-AcrossRanks = Callable[[Sequence[Any]], list[Any]]
-"""Means of tensors, None where there is none, over the ranks of a run (`data_parallel.DataParallel.synchronize`)."""
+
+class AcrossRanks(Protocol):
+    """What running statistics need of the ranks of a run, which have equally many lanes (`DataParallel.synchronize`)."""
+
+    @property
+    def size(self) -> int:
+        """Number of ranks."""
+
+    def mean(self, tensors: Sequence[Any]) -> list[Any]:
+        """Each tensor's mean over all ranks; None where it is None."""
+
+    def sums(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Each tensor's sum over all ranks."""
+
 
 LSTM_CELLS = (False, True)
 """`cells` for the state (h, c) of `torch.nn.LSTM` and `torch.nn.LSTMCell`."""
@@ -280,7 +292,7 @@ class RunningRMS(nn.Module):
         with torch.no_grad():
             fresh = [None if target is None else _mean_square(target) for target in targets]
             if self.across_ranks is not None:
-                fresh = self.across_ranks(fresh)
+                fresh = self.across_ranks.mean(fresh)
             for i, (leaf, square) in enumerate(zip(like, fresh, strict=True)):
                 if f"mean_square_{i}" not in self._buffers:
                     self.register_buffer(f"mean_square_{i}", torch.zeros_like(_mean_square(leaf)))

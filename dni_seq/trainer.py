@@ -400,7 +400,7 @@ class SequenceTrainer:
             )
 
     def _where(self, window: Past, result: StepResult) -> str:
-        """Where the first NaN or infinity of a window is, in the order of computation."""
+        """Where the first NaN or infinity of a window is, in the order of computation, and on which of several ranks."""
         parts = [(name, module) for name, module in (("", self.model), ("auxiliary.", self.auxiliary)) if module is not None]
         named: list[tuple[str, Any]] = [
             ("the inputs", window.inputs),
@@ -413,7 +413,8 @@ class SequenceTrainer:
             *((f"the parameter auxiliary.{n}", p) for pre, m in parts if pre for n, p in m.named_parameters()),
             *((f"the gradient of {pre}{n}", p.grad) for pre, m in parts for n, p in m.named_parameters()),
         ]
-        return first_not_finite(named)
+        found = first_not_finite(named)
+        return found[1] if self.parallel is None else self.parallel.first(*found)
 
     def _auxiliary_broken(self, result: StepResult) -> bool:
         """Whether the auxiliary task's own parameters are to blame for a window that is left out."""

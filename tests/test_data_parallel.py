@@ -12,10 +12,14 @@ from torch.nn import functional as F
 import dni_seq as dni
 from dni_seq.data_parallel import DataParallel
 from dni_seq.distributed import Ranks
+from dni_seq.least_squares import LeastSquaresHeads
 from dni_seq.published import PublishedSynthesizer
+from dni_seq.state_synthesizers import Horizons
 
 LANES, STEPS, WIDTH = 4, 3, 5
 WINDOWS = 12
+BROKEN = 6
+LARGE = 1.0
 
 
 class Net(nn.Module):
@@ -33,18 +37,35 @@ class Net(nn.Module):
         return zeros, zeros.clone()
 
 
+class Loud(nn.Module):
+    """Says far too much of lanes whose state is large: now one of the first rank, now one of the second."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.quiet = dni.BasicSynthesizer(2 * WIDTH, n_hidden=1)
+
+    def forward(self, trigger: Any, context: Any = None) -> Any:
+        factor = torch.where(trigger[1].detach().abs().amax((0, 2)) > LARGE, 1e9, 1.0)
+        return tuple(leaf * factor[:, None] for leaf in self.quiet(trigger, context))
+
+
 def losses(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return (outputs - targets).square().mean(-1)
 
 
-def windows(masked: bool) -> list[dni.Window]:
-    """Lanes differ, and with `masked` ranks count different numbers of steps and end at different windows."""
+def windows(masked: bool, broken: bool = False) -> list[dni.Window]:
+    """Lanes differ, and with `masked` ranks count different numbers of steps and end at different windows.
+
+    With `broken` one number of the second rank's lanes is a NaN, in a window and in the lookahead of the one before.
+    """
     generator = torch.Generator().manual_seed(5)
     found = []
     for i in range(WINDOWS):
         inputs = torch.randn(STEPS, LANES, 3, generator=generator, dtype=torch.float64)
         inputs *= torch.arange(1, LANES + 1)[:, None]
         targets = inputs[..., :2].cumsum(0)
+        if broken and i == BROKEN:
+            inputs[1, -1, 0] = torch.nan
         mask = torch.rand(STEPS, LANES, generator=generator) < torch.linspace(0.2, 1, LANES) if masked else None
         ends = torch.arange(LANES) == i % (LANES + 1) if masked else None
         found.append(dni.Window(inputs, targets, mask, ends))
@@ -67,6 +88,12 @@ def settings(case: str, model: Net, parallel: DataParallel | None) -> dict[str, 
         return {"synthesizer": dni.Normalized(dni.BasicSynthesizer(2 * WIDTH, n_hidden=1)), "synthetic_scale": 0.5}
     if case == "horizons":
         return {"synthesizer": dni.MultiHorizonSynthesizer(example, **several), **auto}
+    if case == "least-squares":
+        size = {key: several[key] for key in ("cells", "hidden", "encoder")}
+        heads = LeastSquaresHeads(example, 3, solve_every=2, memory=1.0, **size)
+        return {"synthesizer": Horizons(heads, horizons=2, tail=True), "synthetic_scale": 0.5}
+    if case == "loud":
+        return {"synthesizer": dni.Normalized(Loud()), "synthetic_scale": 0.5}
     if case == "lambda":
         synthesizer = dni.StateSynthesizer(example, hidden=(6,), encoder=encoder())
         return {"synthesizer": synthesizer, "targets": "lambda", "replay_windows": 3, "target_network": 4}
@@ -79,9 +106,9 @@ def settings(case: str, model: Net, parallel: DataParallel | None) -> dict[str, 
     return {"synthesizer": network, "synthetic_scale": 0.5}
 
 
-LOOKING = (dni.MultiHorizonSynthesizer, dni.StateSynthesizer, dni.ExactFuture)
+LOOKING = (Horizons, dni.MultiHorizonSynthesizer, dni.StateSynthesizer, dni.ExactFuture)
 
-CASES = ("none", "basic", "horizons", "lambda", "auxiliary", "exact", "paper")
+CASES = ("none", "basic", "horizons", "least-squares", "lambda", "auxiliary", "exact", "paper")
 
 
 def trainer_of(case: str, parallel: DataParallel | None, reduction: str = "mean") -> dni.SequenceTrainer:
@@ -96,8 +123,11 @@ def trainer_of(case: str, parallel: DataParallel | None, reduction: str = "mean"
     return dni.SequenceTrainer(model, optimizer, losses, clip=0.5, parallel=parallel, reduction=reduction, **options)
 
 
+ROWS = ("loss", "norm", "skipped", "r2", "regression", "scale")
+
+
 def train(trainer: dni.SequenceTrainer, stream: list[dni.Window]) -> dict[str, list[torch.Tensor]]:
-    rows: dict[str, list[torch.Tensor]] = {"loss": [], "norm": [], "r2": [], "regression": [], "scale": []}
+    rows: dict[str, list[torch.Tensor]] = {key: [] for key in ROWS}
     for window in stream:
         if trainer.parallel is not None:
             window = trainer.parallel.window(window)
@@ -106,6 +136,7 @@ def train(trainer: dni.SequenceTrainer, stream: list[dni.Window]) -> dict[str, l
         result = trainer.step(inputs, targets, mask=mask, ends=ends, lookahead=lookahead if looks else None)
         rows["loss"].append(result.loss)
         rows["norm"].append(result.gradient_norm)
+        rows["skipped"].append(result.skipped.double())
         if result.synthetic is not None:
             rows["regression"].append(result.synthetic.loss)
             rows["r2"].append(result.synthetic.r2)
@@ -123,6 +154,11 @@ def every_case(parallel: DataParallel | None) -> dict[str, Any]:
     for reduction in ("sum", "lane-mean"):
         trainer = trainer_of("horizons", parallel, reduction)
         found[reduction] = {"rows": train(trainer, windows(True)), "saved": trainer.state_dict()}
+    for case in ("horizons", "least-squares", "lambda"):
+        trainer = trainer_of(case, parallel)
+        found[f"broken {case}"] = {"rows": train(trainer, windows(True, broken=True)), "saved": trainer.state_dict()}
+    trainer = trainer_of("loud", parallel)
+    found["loud"] = {"rows": train(trainer, windows(False)), "saved": trainer.state_dict()}
     return found
 
 
@@ -131,7 +167,7 @@ def on_ranks(ranks: Ranks) -> dict[str, Any]:
     parallel = DataParallel(ranks)
     found = {"cases": every_case(parallel), "ddp": own_loop(parallel), "partial": partly_without_gradient(parallel)}
     resumed = {}
-    for case in ("horizons", "lambda"):
+    for case in ("horizons", "least-squares", "lambda"):
         first = trainer_of(case, None)
         train(first, windows(True)[:5])
         trainer = trainer_of(case, parallel)
@@ -142,7 +178,18 @@ def on_ranks(ranks: Ranks) -> dict[str, Any]:
         half = trainer_of(case, parallel)
         train(half, windows(True)[:5])
         resumed[case + "-saved"] = half.state_dict()
-    return found | {"resumed": resumed}
+    return found | {"resumed": resumed, "where": where_broken(parallel)}
+
+
+def where_broken(parallel: DataParallel) -> str:
+    """What the ranks say of the window that is left out."""
+    trainer = trainer_of("none", parallel)
+    events = []
+    for whole in windows(False, broken=True):
+        window = parallel.window(whole)
+        events += trainer.step(window.inputs, window.targets).events
+    (event,) = events
+    return event.split("infinity: ")[1]
 
 
 def own_loop(parallel: DataParallel | None) -> list[torch.Tensor]:
@@ -210,13 +257,18 @@ def plain(saved: Any) -> Any:
     return saved.to(torch.float64) if isinstance(saved, torch.Tensor) else saved
 
 
-@pytest.mark.parametrize("case", [*(f"{case}-{masked}" for case in CASES for masked in (False, True)), "sum", "lane-mean"])
+BROKEN_CASES = ("broken horizons", "broken least-squares", "broken lambda")
+
+EVERY_CASE = [f"{case}-{masked}" for case in CASES for masked in (False, True)]
+
+
+@pytest.mark.parametrize("case", [*EVERY_CASE, "sum", "lane-mean", *BROKEN_CASES, "loud"])
 def test_two_ranks_train_as_one(ranks, alone, case):
     wanted = alone[case]
     for rank in ranks:
         found = rank["cases"][case]
         check(found["rows"]["loss"], wanted["rows"]["loss"])
-        for key in ("norm", "r2", "regression", "scale"):
+        for key in ROWS:
             check(found["rows"][key], wanted["rows"][key])
         check(plain(found["saved"]), plain(wanted["saved"]))
 
@@ -227,7 +279,28 @@ def test_the_cases_inject_something(alone):
         assert not torch.allclose(torch.stack(alone[f"{case}-True"]["rows"]["loss"]), plain_losses, rtol=1e-6), case
 
 
-@pytest.mark.parametrize("case", ["horizons", "lambda"])
+@pytest.mark.parametrize("case", BROKEN_CASES)
+def test_what_is_broken_on_one_rank_is_left_out_on_all(ranks, alone, case):
+    for found in (alone, *(rank["cases"] for rank in ranks)):
+        skipped = torch.stack(found[case]["rows"]["skipped"])
+        assert skipped.nonzero().flatten().tolist() == [BROKEN]
+        assert found[case]["saved"]["skipped"]["total"] == 1
+        assert found[case]["saved"]["credit"]["bad"]["total"] >= 1  # the lookahead of the window before
+
+
+def test_ranks_name_where_a_nan_first_appeared(ranks):
+    for rank in ranks:
+        assert rank["where"] == "the inputs (nan at index [1, 1, 0] of shape [3, 2, 3]) on rank 1"
+
+
+def test_a_synthesizer_that_is_too_loud_on_one_rank_begins_anew_on_all(ranks, alone):
+    for found in (alone, *(rank["cases"] for rank in ranks)):
+        credit = found["loud"]["saved"]["credit"]
+        assert credit["bad"]["total"] >= 3
+        assert credit["resets"] >= 1
+
+
+@pytest.mark.parametrize("case", ["horizons", "least-squares", "lambda"])
 def test_a_run_goes_on_with_another_number_of_ranks(ranks, alone, case):
     rows = alone[f"{case}-True"]["rows"]
     for rank in ranks:

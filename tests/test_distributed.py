@@ -21,6 +21,7 @@ from torch import distributed as dist
 from dni_seq import distributed
 from dni_seq.data_parallel import DataParallel
 from dni_seq.distributed import RankError, Ranks, joined
+from dni_seq.lock import RunLock
 from tests.ranks import environment, finish, free_port, start_ranks
 from tests.test_scripts_lm import SCRIPTS, points
 
@@ -140,6 +141,18 @@ def test_two_ranks_and_then_one_train_as_one(tmp_path, monkeypatch):
         assert last == pytest.approx(wanted[key], rel=1e-6), key  # TensorBoard keeps float32
     scores = [json.loads((tmp_path / name / "summary.json").read_text())["test"]["loss"] for name in ("shared", "whole")]
     assert scores[0] == pytest.approx(scores[1], rel=1e-11)
+
+
+def test_ranks_end_where_another_run_is_in_the_directory(tmp_path):
+    (tmp_path / "run").mkdir()
+    with RunLock() as lock:
+        lock.take(tmp_path / "run")
+        results = finish(start_ranks(train("--max-steps", "2", "--run-dir", "run"), 2, tmp_path))
+    assert [result.returncode for result in results] == [2, 2]
+    assert f"process {os.getpid()} on " in results[0].stderr
+    assert "is training in --run-dir" in results[0].stderr.strip().splitlines()[-1]
+    assert results[1].stderr == ""
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["lock"]
 
 
 def test_a_rank_that_dies_ends_the_others_and_the_run_goes_on(tmp_path):
