@@ -434,11 +434,13 @@ class SyntheticCredit:
         overlap, power, *products = (self._evidence / certainty).unbind(1)
         share = torch.where(power > 0, overlap / power, torch.zeros_like(power))
         residual = products[0] - 2 * share * products[1] + share.square() * products[2]
+        # Where comparisons agree it is rounding, whose root would be far more than rounding.
+        residual = torch.where(residual > 1e-12 * products[0], residual, 0)
         squared_weights = (
             (1 - RELIABILITY_DECAY) / (1 + RELIABILITY_DECAY) * (1 - RELIABILITY_DECAY ** (2 * self._comparisons))
         )
         number = certainty**2 / squared_weights  # of comparisons of equal weight that would say as much
-        error = torch.where(power > 0, (residual.clamp_min(0) / number).sqrt() / power, torch.zeros_like(power))
+        error = torch.where(power > 0, (residual / number).sqrt() / power, torch.zeros_like(power))
         return [certainty * value for value in (share - DOUBT * error).clamp(0, 1).tolist()]
 
     def state_dict(self) -> dict[str, Any]:
