@@ -10,19 +10,24 @@ python benchmarks/steps.py --memory --output docs/results/memory.jsonl
     Peak resident memory after 200 steps, each way in a process of its own, and its growth over 10,000 windows.
 
 Ways of training, on the same model and random tokens, take turns step by step; medians and quartiles of the process's CPU
-time are reported, which suffers less from other work on the machine than the clock does.
+time are reported, which suffers less from other work on the machine than the clock does. Two processes take turns, round by
+round: in one, freed memory is kept for the next window, as our scripts have it (`dni_seq.allocator`); in the other it is
+not, as a loop that nobody tuned has it.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import multiprocessing
 import resource
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from multiprocessing.connection import Connection
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -31,6 +36,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from dni_seq.allocator import keep_freed_memory
 from dni_seq.lm_options import LanguageModelOptions
 from dni_seq.lm_trainer import build_trainer
 from dni_seq.models.language_model import LanguageModel
@@ -74,7 +80,9 @@ OURS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 """Our ways: options of scripts/train_lm.py, all others its defaults."""
 
 PLAIN, PLAIN_FUSED, SEED = "plain", "plain, fused Adam", "dni-pytorch's way"
-WAYS = (PLAIN, PLAIN_FUSED, SEED, *OURS)
+PLAIN_KEPT = "plain, fused Adam, freed memory kept"
+AS_IT_COMES, KEPT = (PLAIN, PLAIN_FUSED, SEED), (PLAIN_KEPT, *OURS)
+WAYS = (*AS_IT_COMES, *KEPT)
 
 CLIP = 0.25
 
@@ -164,24 +172,63 @@ def step_of(way: str, setting: Setting, bptt: int) -> Step:
         return seed_step(setting, bptt)
     if way in OURS:
         return our_step(setting, bptt, OURS[way])
-    return plain_step(setting, bptt, fused=way == PLAIN_FUSED)
+    return plain_step(setting, bptt, fused=way != PLAIN)
 
 
-def time_ways(setting: Setting, bptt: int, ways: Sequence[str], seconds: float) -> dict[str, list[float]]:
-    """CPU milliseconds of single steps by way, which take turns."""
-    steps = {way: step_of(way, setting, bptt) for way in ways}
+def time_ways(name: str, bptt: int, ways: Sequence[str], seconds: float) -> dict[str, list[float]]:
+    """CPU milliseconds of single steps by way."""
     found: dict[str, list[float]] = {way: [] for way in ways}
+    workers = [Worker(name, bptt, [way for way in ways if way in each], kept=each is KEPT) for each in (AS_IT_COMES, KEPT)]
+    with contextlib.ExitStack() as stack:
+        for worker in workers:
+            stack.callback(worker.close)
+        end = time.monotonic() + seconds
+        # An automatic scale compares every 47 windows: a multiple of that takes its share in, over the mean.
+        while time.monotonic() < end or len(found[ways[0]]) < 47:
+            for worker in workers:
+                for way, milliseconds in worker.round().items():
+                    found[way].append(milliseconds)
+    return found
+
+
+class Worker:
+    """A process that has some ways take turns, a step each, whenever it is told to."""
+
+    def __init__(self, name: str, bptt: int, ways: Sequence[str], *, kept: bool) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=take_turns, args=(name, bptt, ways, kept, theirs), daemon=True)
+        self._process.start()
+        theirs.close()
+
+    def round(self) -> dict[str, float]:
+        """CPU milliseconds of one step of each way."""
+        self._pipe.send(True)
+        times: dict[str, float] = self._pipe.recv()
+        return times
+
+    def close(self) -> None:
+        """End the process."""
+        self._pipe.send(False)
+        self._process.join()
+
+
+def take_turns(name: str, bptt: int, ways: Sequence[str], kept: bool, pipe: Connection) -> None:
+    """The worker's side."""
+    torch.set_num_threads(1)
+    if kept:
+        keep_freed_memory()
+    steps = {way: step_of(way, SETTINGS[name], bptt) for way in ways}
     for step in steps.values():
         for _ in range(3):
             step()
-    end = time.monotonic() + seconds
-    # An automatic scale compares every 47 windows: a multiple of that takes its share in, over the mean.
-    while time.monotonic() < end or len(found[ways[0]]) < 47:
+    while pipe.recv():
+        times = {}
         for way, step in steps.items():
             begin = time.process_time()
             step()
-            found[way].append(1e3 * (time.process_time() - begin))
-    return found
+            times[way] = 1e3 * (time.process_time() - begin)
+        pipe.send(times)
 
 
 def lines_of(name: str, bptt: int, found: Mapping[str, list[float]]) -> list[dict[str, Any]]:
@@ -192,7 +239,7 @@ def lines_of(name: str, bptt: int, found: Mapping[str, list[float]]) -> list[dic
         low, _, high = statistics.quantiles(times, n=4)
         ratios = {
             f"over {other}": medians[way] / medians[other]
-            for other in (PLAIN, PLAIN_FUSED, SEED, "none")
+            for other in (PLAIN, PLAIN_FUSED, PLAIN_KEPT, SEED, "none")
             if other in medians
         }
         lines.append(
@@ -219,6 +266,8 @@ def peak_mb() -> float:
 
 def memory_of(name: str, bptt: int, way: str, windows: int) -> dict[str, Any]:
     """Peak memory after 200 steps and after `windows`; run in a process of its own."""
+    if way in KEPT:
+        keep_freed_memory()
     step = step_of(way, SETTINGS[name], bptt)
     for _ in range(200):
         step()
@@ -268,7 +317,7 @@ def main() -> None:
             if options.memory:
                 found = [in_process(name, bptt, way, options.windows) for way in options.way]
             else:
-                found = lines_of(name, bptt, time_ways(SETTINGS[name], bptt, options.way, options.seconds))
+                found = lines_of(name, bptt, time_ways(name, bptt, options.way, options.seconds))
             for line in found:
                 print(json.dumps(line), flush=True)
             lines += found

@@ -25,18 +25,13 @@ from .diagnostics import StateFidelity, fidelity
 from .guard import Kept, Tally, Whole, all_finite, buffers_of, decided_here
 from .interfaces import Exchange, silence, synthesizer_context
 from .optimization import clipped_step, gradient_norm
-from .replay import Past, Replayer, map_past
+from .reliability import Reliability, RunningFidelity
+from .replay import Past, Replayer, map_past, pack, unpack
 from .soundness import SoundInterface
 from .states import State
 from .synthesizers import Regression, predict
 from .targets import TargetRule, drawn, rule_of
 from .windows import Lookahead
-
-RELIABILITY_DECAY = 0.9
-"""Share of the evidence on a horizon that a new comparison keeps."""
-
-DOUBT = 2.0
-"""Standard errors that are taken off the share of a message that comparisons find right."""
 
 BAD_WINDOWS = 3
 """Windows in a row with a message or a regression that is not sound, after which a synthesizer begins anew."""
@@ -141,9 +136,7 @@ class SyntheticCredit:
         self.interface = SoundInterface(synthesizer, parallel)
         self._target_network = copy.deepcopy(synthesizer) if settings.target_network else None
         self._running = RunningFidelity()
-        self._evidence: Tensor | None = None
-        self._comparisons = 0
-        self._reliability: list[float] | None = None
+        self._reliability = Reliability()
         self._ring: deque[Past] = deque()
         self._probe = Probe()
         self._steps = 0
@@ -167,7 +160,7 @@ class SyntheticCredit:
         if self.settings.targets == "lambda" or drawn(self.settings.regress_every, self._steps):
             rule = rule._replace(trained=[False] * len(rule.own))
         if self.settings.scale == "auto":
-            trust = self._reliability or [0.0] * len(rule.weights)
+            trust = self._reliability.shares or [0.0] * len(rule.weights)
             rule = rule._replace(weights=[w * r for w, r in zip(rule.weights, trust, strict=True)])
         if self.disabled:
             rule = rule._replace(weights=[0.0] * len(rule.weights), trained=[False] * len(rule.own))
@@ -327,7 +320,7 @@ class SyntheticCredit:
         if self._target_network is not None:
             self._target_network = copy.deepcopy(self.synthesizer)
         self._running = RunningFidelity()
-        self._evidence, self._comparisons, self._reliability = None, 0, None
+        self._reliability = Reliability()
         self._bad.end_row()
         self._break_chain()
 
@@ -350,9 +343,7 @@ class SyntheticCredit:
             "_ring": deque(self._ring),
             "_probe": Probe(self._probe.messages, self._probe.windows),
             "_running": copy.copy(self._running),
-            "_evidence": self._evidence,
-            "_comparisons": self._comparisons,
-            "_reliability": self._reliability,
+            "_reliability": copy.copy(self._reliability),
         }
 
     def undo(self) -> None:
@@ -405,43 +396,9 @@ class SyntheticCredit:
         return found
 
     def _trust(self, found: StateFidelity) -> None:
-        """Take a comparison into the running sums of overlap and power, and of their products.
-
-        Sums are pooled before they are divided, so that states whose exact gradient is zero, as in a task that is not scored
-        yet, do not count as failures of the synthesizer.
-        """
-        pooled = torch.tensor([[float(h.overlap), float(h.power)] for h in found.horizons], dtype=torch.float64)
-        if self.parallel is not None:
-            pooled = self.parallel.sum(pooled)
-        o, p = pooled.unbind(1)
-        sums = torch.stack([o, p, o * o, o * p, p * p], 1)
-        if not sums.isfinite().all():
-            return
-        previous = torch.zeros_like(sums) if self._evidence is None else self._evidence
-        self._evidence = torch.lerp(sums, previous, RELIABILITY_DECAY)
-        self._comparisons += 1
-        self._reliability = self._found_reliable()
-
-    def _found_reliable(self) -> list[float] | None:
-        """The share of each horizon that comparisons found right, from 0 to 1; it rises from 0 with their number.
-
-        Overlap over power is the share with which messages come nearest to the exact gradients. `DOUBT` of its standard
-        errors are taken off, since the share of messages that say nothing is as often above zero as below.
-        """
-        if self._evidence is None:
-            return None
-        certainty = 1 - RELIABILITY_DECAY**self._comparisons
-        overlap, power, *products = (self._evidence / certainty).unbind(1)
-        share = torch.where(power > 0, overlap / power, torch.zeros_like(power))
-        residual = products[0] - 2 * share * products[1] + share.square() * products[2]
-        # Where comparisons agree it is rounding, whose root would be far more than rounding.
-        residual = torch.where(residual > 1e-12 * products[0], residual, 0)
-        squared_weights = (
-            (1 - RELIABILITY_DECAY) / (1 + RELIABILITY_DECAY) * (1 - RELIABILITY_DECAY ** (2 * self._comparisons))
-        )
-        number = certainty**2 / squared_weights  # of comparisons of equal weight that would say as much
-        error = torch.where(power > 0, (residual / number).sqrt() / power, torch.zeros_like(power))
-        return [certainty * value for value in (share - DOUBT * error).clamp(0, 1).tolist()]
+        """Take a comparison into the reliabilities, with the lanes of all ranks."""
+        sums = torch.tensor([[float(h.overlap), float(h.power)] for h in found.horizons], dtype=torch.float64)
+        self._reliability.update(sums if self.parallel is None else self.parallel.sum(sums))
 
     def state_dict(self) -> dict[str, Any]:
         """Everything but the synthesizer and its optimizer: running sums, reliabilities, ring, probe, target network."""
@@ -450,8 +407,7 @@ class SyntheticCredit:
             messages = [self._leaves(self.parallel.all, message) for message in messages]
         return {
             "running": self._running.state_dict(),
-            "evidence": self._evidence,
-            "comparisons": self._comparisons,
+            **self._reliability.state_dict(),
             "ring": [pack(self._window_of_all(window)) for window in self._ring],
             "probe_windows": [pack(self._window_of_all(window)) for window in self._probe.windows],
             "probe_messages": None if messages is None else [states.flatten(message) for message in messages],
@@ -466,8 +422,7 @@ class SyntheticCredit:
     def load_state_dict(self, saved: dict[str, Any], like: State) -> None:
         """Take over what `state_dict` gave; `like` gives the hidden state's nest."""
         self._running.load_state_dict(saved["running"])
-        self._evidence, self._comparisons = saved["evidence"], saved["comparisons"]
-        self._reliability = self._found_reliable()
+        self._reliability.load_state_dict(saved)
         messages = saved["probe_messages"]
         if messages is not None:
             messages = [states.unflatten(like, leaves) for leaves in messages]
@@ -501,51 +456,3 @@ class Probe:
     def __init__(self, messages: list[State] | None = None, windows: Sequence[Past] = ()) -> None:
         self.messages = messages
         self.windows = list(windows)
-
-
-class RunningFidelity:
-    """R² by horizon over running sums, since that of a single window is noise."""
-
-    decay = 0.98
-
-    def __init__(self) -> None:
-        self._error: Tensor | None = None
-        self._power: Tensor | None = None
-
-    def update(self, error: Tensor, power: Tensor) -> None:
-        """Take in the squared error and the squared target of each horizon, [N] each, NaN where there is none."""
-        if self._error is None or self._power is None:
-            self._error, self._power = torch.zeros_like(error), torch.zeros_like(power)
-        known = ~error.isnan()
-        self._error = torch.where(known, torch.lerp(error, self._error, self.decay), self._error)
-        self._power = torch.where(known, torch.lerp(power, self._power, self.decay), self._power)
-
-    def r2(self) -> Tensor:
-        """[N]: 1 - squared error / squared target."""
-        if self._error is None or self._power is None:
-            return torch.full((1,), float("nan"))
-        return 1 - self._error / self._power
-
-    def state_dict(self) -> dict[str, Any]:
-        """The running sums."""
-        return {"error": self._error, "power": self._power}
-
-    def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """Take over what `state_dict` gave."""
-        self._error, self._power = saved["error"], saved["power"]
-
-
-def pack(window: Past) -> dict[str, Any]:
-    """A window as a dict of lists of tensors, which `torch.load(weights_only=True)` takes."""
-    context = window.context
-    return {
-        **{name: getattr(window, name) for name in ("inputs", "targets", "mask", "ends")},
-        "start": states.flatten(window.start),
-        "context": None if context is None else list(context),
-    }
-
-
-def unpack(saved: dict[str, Any], like: State) -> Past:
-    """The window that `pack` took apart; `like` gives its state's nest."""
-    context = None if saved["context"] is None else Lookahead(*saved["context"])
-    return Past(**{**saved, "start": states.unflatten(like, saved["start"]), "context": context})

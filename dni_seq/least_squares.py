@@ -96,7 +96,10 @@ class LeastSquaresHeads(PackedSynthesizer):
             lanes, fresh = lanes * self.across_ranks.size, self.across_ranks.sums(fresh)
         keep = 1 - 1 / max(self.memory * features.shape[1] / lanes, 1.0)
         for sums, added in zip((self.covariance, self.correlation, self.gate_power), fresh, strict=True):
-            sums[trained] = keep * sums[trained] + added
+            if len(trained) == len(sums):
+                sums.mul_(keep).add_(added)
+            else:
+                sums[trained] = keep * sums[trained] + added
         self.regressions += 1
         if self.regressions % self.solve_every == 0:
             self._solve()
@@ -108,7 +111,8 @@ class LeastSquaresHeads(PackedSynthesizer):
         shift = (self.ridge * diagonal.mean(1, keepdim=True)).expand_as(diagonal)
         factor, failed = torch.linalg.cholesky_ex(self.covariance + torch.diag_embed(shift))
         weight = (self.gate_power / lanes).clamp_min(1e-6)
-        found = torch.cholesky_solve(self.correlation, factor) / weight
+        # By the inverse: F is small beside S, and a product is several times as fast as a solution for as many columns.
+        found = torch.cholesky_inverse(factor) @ (self.correlation / weight)
         usable = (failed == 0) & found.isfinite().flatten(1).all(1)
         # Another tensor, not another content: the regression's backward pass still reads the former one. Contiguous, as a
         # loaded one is: the last bits of a product depend on the layout.

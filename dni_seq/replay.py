@@ -192,3 +192,19 @@ def without_parameter_gradients(model: nn.Module) -> Iterator[None]:
         finally:
             for parameter in learning:
                 parameter.requires_grad_(True)
+
+
+def pack(window: Past) -> dict[str, Any]:
+    """A window as a dict of lists of tensors, which `torch.load(weights_only=True)` takes."""
+    context = window.context
+    return {
+        **{name: getattr(window, name) for name in ("inputs", "targets", "mask", "ends")},
+        "start": states.flatten(window.start),
+        "context": None if context is None else list(context),
+    }
+
+
+def unpack(saved: dict[str, Any], like: State) -> Past:
+    """The window that `pack` took apart; `like` gives its state's nest."""
+    context = None if saved["context"] is None else Lookahead(*saved["context"])
+    return Past(**{**saved, "start": states.unflatten(like, saved["start"]), "context": context})

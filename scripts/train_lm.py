@@ -36,6 +36,7 @@ from torch import Tensor
 
 import dni_seq as dni
 from dni_seq import lm
+from dni_seq.allocator import keep_freed_memory
 from dni_seq.bugs import guarded
 from dni_seq.checkpoint import CheckpointError, fitting, random_state, save_checkpoint, set_random_state, write_json
 from dni_seq.data_parallel import DataParallel
@@ -75,6 +76,7 @@ EVAL_EVERY_OF_STREAM = 1000
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
+    keep_freed_memory()
     with RunLock() as lock:
         return command(arguments, lock)
 

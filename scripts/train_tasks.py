@@ -41,6 +41,7 @@ import torch
 from torch import Tensor, nn
 
 import dni_seq as dni
+from dni_seq.allocator import keep_freed_memory
 from dni_seq.bugs import guarded
 from dni_seq.checkpoint import fitting, random_state, save_checkpoint, set_random_state, write_json
 from dni_seq.credit_options import (
@@ -91,6 +92,7 @@ CHECK_SEED = 2**31
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
+    keep_freed_memory()
     with RunLock() as lock:
         return command(arguments, lock)
 

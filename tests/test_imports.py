@@ -23,6 +23,7 @@ LEVELS = {
     "data_parallel": 1,
     "synthesizers": 1,
     "targets": 2,
+    "reliability": 0,
     "replay": 3,
     "state_network": 2,
     "state_synthesizers": 3,

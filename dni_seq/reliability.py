@@ -1,0 +1,104 @@
+"""How far a synthesizer is trusted: what comparisons with exact gradients say of each horizon, and running R².
+
+Legend: N = horizons.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+DECAY = 0.9
+"""Share of the evidence on a horizon that a new comparison keeps."""
+
+DOUBT = 2.0
+"""Standard errors that are taken off the share of a message that comparisons find right."""
+
+
+class Reliability:
+    """The share of each horizon's message that comparisons found right, from 0 to 1; it rises from 0 with their number.
+
+    The overlap of message and exact gradient over the message's power is the share with which messages come nearest to the
+    exact gradients. `DOUBT` of its standard errors are taken off, since the share of messages that say nothing is as often
+    above zero as below.
+
+    Attributes:
+        shares: one number a horizon, None before the first comparison.
+    """
+
+    def __init__(self) -> None:
+        self._evidence: Tensor | None = None
+        self._comparisons = 0
+        self.shares: list[float] | None = None
+
+    def update(self, found: Tensor) -> None:
+        """Take in a comparison: overlap and power of each horizon, [N, 2] float64; nothing where one is not finite.
+
+        Sums are pooled before they are divided, so that states whose exact gradient is zero, as in a task that is not scored
+        yet, do not count as failures of the synthesizer.
+        """
+        overlap, power = found.unbind(1)
+        products = torch.stack([overlap, power, overlap * overlap, overlap * power, power * power], dim=1)
+        if not products.isfinite().all():
+            return
+        previous = torch.zeros_like(products) if self._evidence is None else self._evidence
+        self._evidence = torch.lerp(products, previous, DECAY)
+        self._comparisons += 1
+        self.shares = self._found()
+
+    def _found(self) -> list[float] | None:
+        if self._evidence is None:
+            return None
+        certainty = 1 - DECAY**self._comparisons
+        overlap, power, *products = (self._evidence / certainty).unbind(1)
+        share = torch.where(power > 0, overlap / power, torch.zeros_like(power))
+        residual = products[0] - 2 * share * products[1] + share.square() * products[2]
+        # Where comparisons agree it is rounding, whose root would be far more than rounding.
+        residual = torch.where(residual > 1e-12 * products[0], residual, 0)
+        squared_weights = (1 - DECAY) / (1 + DECAY) * (1 - DECAY ** (2 * self._comparisons))
+        number = certainty**2 / squared_weights  # of comparisons of equal weight that would say as much
+        error = torch.where(power > 0, (residual / number).sqrt() / power, torch.zeros_like(power))
+        return [certainty * value for value in (share - DOUBT * error).clamp(0, 1).tolist()]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The evidence, and the number of comparisons."""
+        return {"evidence": self._evidence, "comparisons": self._comparisons}
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """Take over what `state_dict` gave."""
+        self._evidence, self._comparisons = saved["evidence"], saved["comparisons"]
+        self.shares = self._found()
+
+
+class RunningFidelity:
+    """R² by horizon over running sums, since that of a single window is noise."""
+
+    decay = 0.98
+
+    def __init__(self) -> None:
+        self._error: Tensor | None = None
+        self._power: Tensor | None = None
+
+    def update(self, error: Tensor, power: Tensor) -> None:
+        """Take in the squared error and the squared target of each horizon, [N] each, NaN where there is none."""
+        if self._error is None or self._power is None:
+            self._error, self._power = torch.zeros_like(error), torch.zeros_like(power)
+        known = ~error.isnan()
+        self._error = torch.where(known, torch.lerp(error, self._error, self.decay), self._error)
+        self._power = torch.where(known, torch.lerp(power, self._power, self.decay), self._power)
+
+    def r2(self) -> Tensor:
+        """[N]: 1 - squared error / squared target."""
+        if self._error is None or self._power is None:
+            return torch.full((1,), float("nan"))
+        return 1 - self._error / self._power
+
+    def state_dict(self) -> dict[str, Any]:
+        """The running sums."""
+        return {"error": self._error, "power": self._power}
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """Take over what `state_dict` gave."""
+        self._error, self._power = saved["error"], saved["power"]

@@ -1,0 +1,43 @@
+"""The benchmarks run, on cases small enough for a test."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+
+def call(script: str, *arguments: str) -> list[dict]:
+    """The lines of JSON that a benchmark prints."""
+    command = [sys.executable, str(BENCHMARKS / script), *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    return [json.loads(line) for line in result.stdout.splitlines()]
+
+
+def test_step_times_stand_beside_each_other(tmp_path):
+    lines = call(
+        "steps.py", "--only", "char-gru", "--bptt", "1", "--way", "plain", "none", "--seconds", "0",
+        "--output", str(tmp_path / "steps.jsonl"),
+    )  # fmt: skip
+    assert lines == [json.loads(line) for line in (tmp_path / "steps.jsonl").read_text().splitlines()]
+    plain, none = lines
+    assert (plain["way"], none["way"]) == ("plain", "none")
+    assert none["over plain"] == none["ms"] / plain["ms"]
+    assert none["steps"] >= 47
+
+
+def test_memory_is_that_of_a_process_of_its_own(tmp_path):
+    (line,) = call("steps.py", "--memory", "--only", "char-gru", "--bptt", "1", "--way", "none", "--windows", "210")
+    assert line["peak_mb"] <= line["peak_mb_at_end"] < 1.2 * line["peak_mb"]
+
+
+def test_reading_is_measured(tmp_path):
+    text = "the cat sat on the mat\n" * 2000
+    for name in ("lines.txt", "valid.txt", "empty.txt"):
+        (tmp_path / name).write_text(text if name != "empty.txt" else "")
+    (line,) = call("streams.py", "--only", "lines", "--folder", str(tmp_path))
+    assert line["tokens"] > 10_000
+    assert line["peak_mb"] > 0
