@@ -34,6 +34,9 @@ DISCOUNTS: Mapping[str, float] = MappingProxyType(
 """Defaults by synthesizer. One message for all windows to come bootstraps on itself and needs discounting; horizons that are
 trusted one by one do not."""
 
+REGRESS_EVERY: Mapping[str, int] = MappingProxyType({"basic": 1, "paper": 1, "state": 2, "multi-horizon": 2, "exact": 1})
+"""Defaults by synthesizer: every regression of those that predict well costs a product to the state (docs/performance.md)."""
+
 AUTO_FIDELITY_EVERY = 47
 """Windows between two comparisons of an automatic scale. A prime: sequences of 2, 5 or 10 windows would be compared at the
 same place every time otherwise, at their first state, say, whose gradient is zero in a copying task."""
@@ -108,7 +111,7 @@ class CreditOptions:
         None, "bound what the synthesizer sees and says of an LSTM's cells", group=GROUP, shown="yes, paper no"
     )
     synthesizer_hidden: int = option(
-        128, "units of the hidden layers of state and multi-horizon", group=GROUP, check=at_least(1)
+        256, "units of the hidden layers of state and multi-horizon", group=GROUP, check=at_least(1)
     )
     synthesizer_layers: int = option(1, "hidden layers of state and multi-horizon", group=GROUP, check=at_least(0))
     fit: str = option(
@@ -131,8 +134,12 @@ class CreditOptions:
         0.9, "lambda targets: 0 bootstrapped, 1 exact over the replayed windows", group=GROUP, check=fraction
     )
     replay_windows: int = option(8, "windows in a replay", group=GROUP, check=at_least(1))
-    regress_every: int = option(
-        1, "train the synthesizer at one window of so many, drawn at random", group=GROUP, check=at_least(1)
+    regress_every: int | None = option(
+        None,
+        "train the synthesizer at one window of so many, drawn at random",
+        group=GROUP,
+        check=at_least(1),
+        shown=_by_synthesizer(REGRESS_EVERY),
     )
     auxiliary: float = option(
         0.0, "weight of the loss of predicting the next synthetic gradient, 0 for off", group=GROUP, check=at_least(0)
@@ -284,7 +291,7 @@ def trainer_settings(options: CreditOptions) -> dict[str, Any]:
         "targets": options.targets,
         "lam": options.lam,
         "replay_windows": options.replay_windows,
-        "regress_every": options.regress_every,
+        "regress_every": options.regress_every or REGRESS_EVERY.get(options.synthesizer, 1),
         "target_network": options.target_network,
         "fidelity_every": every,
         "auxiliary_weight": options.auxiliary,

@@ -25,14 +25,14 @@ from .states import State
 class LeastSquaresHeads(PackedSynthesizer):
     """Messages by horizon whose last layer is the least-squares fit to the latest targets; the trunk learns by gradient.
 
-    Features are 1, those of the trunk, and those of the context encoder. For each horizon, sums of their products with
+    Features are 1 and those of the trunk, whose number does not grow with the lookahead. For each horizon, sums of their products with
     themselves and with the targets forget exponentially, and every `solve_every` regressions the heads are solved from them.
 
     Args:
         example: a state of the model, such as `model.initial_state(1)`.
         horizons: N, number of messages.
-        memory: how many lanes' targets the sums remember for each feature: 6 means that the weight of the past has fallen to
-            1/e when 6 F lanes have been seen since.
+        memory: how many lanes' targets the sums remember for each feature: 12 means that the weight of the past has fallen to
+            1/e when 12 F lanes have been seen since.
         ridge: added to the diagonal, as a share of its mean.
         solve_every: regressions from one solution to the next.
         cells, decay, limit: see `PackedSynthesizer`.
@@ -53,7 +53,7 @@ class LeastSquaresHeads(PackedSynthesizer):
         example: State,
         horizons: int = 1,
         *,
-        memory: float = 6.0,
+        memory: float = 12.0,
         ridge: float = 1e-3,
         solve_every: int = 4,
         cells: Any = False,
@@ -67,7 +67,7 @@ class LeastSquaresHeads(PackedSynthesizer):
         trunk = StateTrunk(example, horizons, **network)
         super().__init__(trunk, example, cells, decay, limit)
         self.memory, self.ridge, self.solve_every = memory, ridge, solve_every
-        features, size, zeros = 1 + trunk.width + trunk.ahead, self.packing.size, self.mean_square.new_zeros
+        features, size, zeros = 1 + trunk.width, self.packing.size, self.mean_square.new_zeros
         self.register_buffer("covariance", zeros(horizons, features, features))
         self.register_buffer("correlation", zeros(horizons, features, size))
         self.register_buffer("solution", zeros(horizons, features, size))
@@ -76,9 +76,8 @@ class LeastSquaresHeads(PackedSynthesizer):
 
     def outputs(self, bounded: Tensor, gate: Tensor, context: Any) -> tuple[Tensor, Tensor | None]:
         """[B, N, S] of the fit, and its features [B, F]."""
-        trunk, encoded = self.network.features(bounded, context)
-        columns = [trunk.new_ones(len(trunk), 1), trunk] + ([] if encoded is None else [encoded])
-        features = torch.cat(columns, dim=1)
+        trunk = self.network.features(bounded, context)
+        features = torch.cat([trunk.new_ones(len(trunk), 1), trunk], dim=1)
         found = torch.matmul(features, self.solution).transpose(0, 1)
         return found * gate[:, None], features
 

@@ -91,7 +91,6 @@ class StateTrunk(nn.Module):
 
     Attributes:
         width: of what the hidden layers give, that of their inputs where there are none.
-        ahead: width of the encoded context, 0 without one.
 
     Raises:
         ValueError: `horizons` is not positive; at a call, a context is given that no encoder would read.
@@ -112,20 +111,19 @@ class StateTrunk(nn.Module):
         self.packing = Packing(example, batch_dim)
         self.horizons = horizons
         self.encoder = encoder
-        self.ahead = 0 if encoder is None else int(encoder.features)  # type: ignore[arg-type]
-        widths = [self.packing.size + self.ahead, *hidden]
+        ahead = 0 if encoder is None else int(encoder.features)  # type: ignore[arg-type]
+        widths = [self.packing.size + ahead, *hidden]
         self.trunk = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(widths))
         self.width = widths[-1]
 
-    def features(self, flat: Tensor, context: Any) -> tuple[Tensor, Tensor | None]:
-        """[B, width] of packed states [B, S], and the encoded context [B, ahead]."""
+    def features(self, flat: Tensor, context: Any) -> Tensor:
+        """[B, width] of packed states [B, S]."""
         if self.encoder is None and context is not None:
             raise ValueError("a context is given; build the synthesizer with an encoder (LookaheadEncoder) to use it")
-        encoded = None if self.encoder is None else self.encoder(context)
-        found = flat if encoded is None else torch.cat([flat, encoded], dim=1)
+        found = flat if self.encoder is None else torch.cat([flat, self.encoder(context)], dim=1)
         for layer in self.trunk:
             found = F.gelu(layer(found))
-        return found, encoded
+        return found
 
 
 class StateNetwork(StateTrunk):
@@ -141,8 +139,7 @@ class StateNetwork(StateTrunk):
 
     def packed(self, flat: Tensor, context: Any) -> Tensor:
         """[B, N, S] of packed states [B, S], in the unit that this network is trained in."""
-        features, _ = self.features(flat, context)
-        return self.heads(features).unflatten(1, (self.horizons, self.packing.size))
+        return self.heads(self.features(flat, context)).unflatten(1, (self.horizons, self.packing.size))
 
     def predict(self, trigger: State, context: Any) -> list[State]:
         """One message for each horizon, in the unit that this network is trained in."""
