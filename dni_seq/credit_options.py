@@ -35,7 +35,7 @@ DISCOUNTS: Mapping[str, float] = MappingProxyType(
 trusted one by one do not."""
 
 REGRESS_EVERY: Mapping[str, int] = MappingProxyType({"basic": 1, "paper": 1, "state": 2, "multi-horizon": 2, "exact": 1})
-"""Defaults by synthesizer: every regression of those that predict well costs a product to the state (docs/performance.md)."""
+"""Defaults by synthesizer: a regression of those that predict well costs a product to the state (docs/performance.md)."""
 
 AUTO_FIDELITY_EVERY = 47
 """Windows between two comparisons of an automatic scale. A prime: sequences of 2, 5 or 10 windows would be compared at the

@@ -25,14 +25,15 @@ from .states import State
 class LeastSquaresHeads(PackedSynthesizer):
     """Messages by horizon whose last layer is the least-squares fit to the latest targets; the trunk learns by gradient.
 
-    Features are 1 and those of the trunk, whose number does not grow with the lookahead. For each horizon, sums of their products with
-    themselves and with the targets forget exponentially, and every `solve_every` regressions the heads are solved from them.
+    Features are 1 and those of the trunk, whose number does not grow with the lookahead. For each horizon, sums of their
+    products with themselves and with the targets forget exponentially, and every `solve_every` regressions the heads are
+    solved from them.
 
     Args:
         example: a state of the model, such as `model.initial_state(1)`.
         horizons: N, number of messages.
-        memory: how many lanes' targets the sums remember for each feature: 12 means that the weight of the past has fallen to
-            1/e when 12 F lanes have been seen since.
+        memory: how many lanes' targets the sums remember for each feature: 12 means that the weight of the past has fallen
+            to 1/e when 12 F lanes have been seen since.
         ridge: added to the diagonal, as a share of its mean.
         solve_every: regressions from one solution to the next.
         cells, decay, limit: see `PackedSynthesizer`.

@@ -422,7 +422,7 @@ def test_least_squares_heads_go_on_exactly_from_what_was_saved():
         torch.manual_seed(0)
         model = problems.make_model("lstm")
         encoder = dni.LookaheadEncoder(2, nn.Embedding(problems.VOCABULARY, 4), nn.Embedding(problems.VOCABULARY, 4))
-        heads = LeastSquaresHeads(trainer_initial(model), 1, cells=model.cells, hidden=(6,), encoder=encoder).double()
+        heads = LeastSquaresHeads(trainer_initial(model), 1, cells=model.cells, hidden=(16,), encoder=encoder).double()
         return dni.SequenceTrainer(
             model,
             torch.optim.Adam(model.parameters(), 1e-3),
