@@ -34,7 +34,7 @@ DISCOUNTS: Mapping[str, float] = MappingProxyType(
 """Defaults by synthesizer. One message for all windows to come bootstraps on itself and needs discounting; horizons that are
 trusted one by one do not."""
 
-REGRESS_EVERY: Mapping[str, int] = MappingProxyType({"basic": 1, "paper": 1, "state": 2, "multi-horizon": 2, "exact": 1})
+REGRESS_EVERY: Mapping[str, int] = MappingProxyType({"basic": 1, "paper": 1, "state": 3, "multi-horizon": 3, "exact": 1})
 """Defaults by synthesizer: a regression of those that predict well costs a product to the state (docs/performance.md)."""
 
 AUTO_FIDELITY_EVERY = 47
