@@ -1,16 +1,19 @@
 """Step time and memory of training, against plain PyTorch and against dni-pytorch's way, as ratios within one process.
 
 python benchmarks/steps.py --output docs/results/steps.jsonl
-    The grid: ten minutes on two cores. One JSON line a cell and way.
+    The grid: a quarter of an hour on two cores. One JSON line a cell and way.
 python benchmarks/steps.py --only char-lstm --bptt 1 4
     Part of it.
+python benchmarks/steps.py --tables docs/results/steps.jsonl
+    Measure nothing; print the lines on record as a table of Markdown.
 python benchmarks/steps.py --profile word-lstm --bptt 5
     Where the time of a step goes, by operator.
 python benchmarks/steps.py --memory --output docs/results/memory.jsonl
     Peak resident memory after 200 steps, each way in a process of its own, and its growth over 10,000 windows.
 
-Ways of training, on the same model and random tokens, take turns step by step; medians and quartiles of the process's CPU
-time are reported, which suffers less from other work on the machine than the clock does. Two processes take turns, round by
+Ways of training, on the same model and random tokens, take turns, so many steps each that their kinds are all among them, as
+a synthesizer's steps with a regression and without. Medians and quartiles over the turns are reported, of the process's CPU
+time for a step, which suffers less from other work on the machine than the clock does. Two processes take turns, round by
 round: in one, freed memory is kept for the next window, as our scripts have it (`dni_seq.allocator`); in the other it is
 not, as a loop that nobody tuned has it.
 """
@@ -42,6 +45,7 @@ from dni_seq.lm_trainer import build_trainer
 from dni_seq.models.language_model import LanguageModel
 from dni_seq.options import build
 from dni_seq.soundness import OBSERVED_FIRST
+from dni_seq.study import NOTHING, markdown, read_lines
 from dni_seq.windows import Lookahead
 
 Step = Callable[[], None]
@@ -86,6 +90,9 @@ AS_IT_COMES, KEPT = (PLAIN, PLAIN_FUSED, SEED), (PLAIN_KEPT, *OURS)
 WAYS = (*AS_IT_COMES, *KEPT)
 
 CLIP = 0.25
+
+TURN, ROUNDS = 24, 5
+"""Steps of a turn, and turns of each way at least. A regression comes at one window of 3, a comparison at one of 47."""
 
 
 def model_of(setting: Setting) -> LanguageModel:
@@ -177,15 +184,14 @@ def step_of(way: str, setting: Setting, bptt: int) -> Step:
 
 
 def time_ways(name: str, bptt: int, ways: Sequence[str], seconds: float) -> dict[str, list[float]]:
-    """CPU milliseconds of single steps by way."""
+    """CPU milliseconds of a step by way, one number a turn."""
     found: dict[str, list[float]] = {way: [] for way in ways}
     workers = [Worker(name, bptt, [way for way in ways if way in each], kept=each is KEPT) for each in (AS_IT_COMES, KEPT)]
     with contextlib.ExitStack() as stack:
         for worker in workers:
             stack.callback(worker.close)
         end = time.monotonic() + seconds
-        # An automatic scale compares every 47 windows: a multiple of that takes its share in, over the mean.
-        while time.monotonic() < end or len(found[ways[0]]) < 47:
+        while time.monotonic() < end or len(found[ways[0]]) < ROUNDS:
             for worker in workers:
                 for way, milliseconds in worker.round().items():
                     found[way].append(milliseconds)
@@ -193,7 +199,7 @@ def time_ways(name: str, bptt: int, ways: Sequence[str], seconds: float) -> dict
 
 
 class Worker:
-    """A process that has some ways take turns, a step each, whenever it is told to."""
+    """A process that has some ways take turns whenever it is told to."""
 
     def __init__(self, name: str, bptt: int, ways: Sequence[str], *, kept: bool) -> None:
         context = multiprocessing.get_context("spawn")
@@ -203,7 +209,7 @@ class Worker:
         theirs.close()
 
     def round(self) -> dict[str, float]:
-        """CPU milliseconds of one step of each way."""
+        """CPU milliseconds of a step, by way, in one turn of each."""
         self._pipe.send(True)
         times: dict[str, float] = self._pipe.recv()
         return times
@@ -232,8 +238,9 @@ def take_turns(name: str, bptt: int, ways: Sequence[str], kept: bool, pipe: Conn
         times = {}
         for way, step in steps.items():
             begin = time.process_time()
-            step()
-            times[way] = 1e3 * (time.process_time() - begin)
+            for _ in range(TURN):
+                step()
+            times[way] = 1e3 * (time.process_time() - begin) / TURN
         pipe.send(times)
 
 
@@ -256,13 +263,38 @@ def lines_of(name: str, bptt: int, found: Mapping[str, list[float]]) -> list[dic
                 "ms": medians[way],
                 "quartiles": [low, high],
                 "mean_ms": statistics.mean(times),
-                "steps": len(times),
+                "steps": TURN * len(times),
                 **ratios,
                 "torch": torch.__version__,
                 "threads": torch.get_num_threads(),
             }
         )
     return lines
+
+
+def table(lines: Sequence[Mapping[str, Any]]) -> str:
+    """Ratios of medians, a row for each cell of the grid."""
+    cells: dict[tuple[str, int], dict[str, float]] = {(line["setting"], line["bptt"]): {} for line in lines}
+    for line in lines:
+        cells[line["setting"], line["bptt"]][line["way"]] = line["ms"]
+
+    def ratio(medians: Mapping[str, float], one: str, other: str) -> str:
+        return f"{medians[one] / medians[other]:.2f}" if one in medians and other in medians else NOTHING
+
+    rows = [
+        [
+            name,
+            str(bptt),
+            *(f"{medians[way]:.1f}" if way in medians else NOTHING for way in ("none", "multi-horizon")),
+            *(ratio(medians, "none", other) for other in (PLAIN, PLAIN_FUSED, PLAIN_KEPT)),
+            *(ratio(medians, way, "none") for way in OURS if way != "none"),
+            ratio(medians, SEED, "multi-horizon"),
+        ]
+        for (name, bptt), medians in cells.items()
+    ]
+    over = [f"none / {other}" for other in (PLAIN, PLAIN_FUSED, PLAIN_KEPT)]
+    costs = [f"{way} / none" for way in OURS if way != "none"]
+    return markdown(["setting", "T", "none, ms", "multi-horizon, ms", *over, *costs, f"{SEED} / multi-horizon"], rows)
 
 
 def peak_mb() -> float:
@@ -302,14 +334,18 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=SETTINGS, default=list(SETTINGS))
     parser.add_argument("--bptt", nargs="+", type=int, help="window lengths, in the place of each setting's own")
     parser.add_argument("--way", nargs="+", choices=WAYS, default=list(WAYS))
-    parser.add_argument("--seconds", type=float, default=15.0, help="for each cell at least (default: 15)")
+    parser.add_argument("--seconds", type=float, default=0.0, help="for each cell at least")
     parser.add_argument("--output", type=Path, help="JSON lines; printed too")
     parser.add_argument("--profile", choices=SETTINGS, help="print where the time goes, of one way")
     parser.add_argument("--memory", action="store_true", help="memory instead of time")
     parser.add_argument("--windows", type=int, default=10_000, help="of --memory (default: 10000)")
     parser.add_argument("--one", nargs=3, metavar=("SETTING", "T", "WAY"), help=argparse.SUPPRESS)
+    parser.add_argument("--tables", type=Path, help="print lines that are on record, as a table")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    if options.tables:
+        print(table(read_lines(options.tables)))
+        return
     if options.one:
         name, bptt, way = options.one
         print(json.dumps(memory_of(name, int(bptt), way, options.windows)))
