@@ -156,12 +156,17 @@ class CreditOptions:
     )
 
 
-def state_products(options: CreditOptions) -> int:
-    """The vector-Jacobian products to the state alone that a window takes, by which the LSTM's kernel is chosen."""
+def state_products(options: CreditOptions) -> float:
+    """The vector-Jacobian products to the state alone that a window takes on average, which decides the LSTM's kernel."""
     if options.synthesizer == "none":
         return 0
     several = options.synthesizer == "multi-horizon" and options.targets == "bootstrap" and not options.draw_horizon
-    return options.horizons + options.tail if several else 1
+    return (options.horizons + options.tail if several else 1) / regressions_apart(options)
+
+
+def regressions_apart(options: CreditOptions) -> int:
+    """The windows from one regression to the next, on average."""
+    return options.regress_every or REGRESS_EVERY.get(options.synthesizer, 1)
 
 
 def lookahead_of(options: CreditOptions, bptt: int) -> int:
@@ -291,7 +296,7 @@ def trainer_settings(options: CreditOptions) -> dict[str, Any]:
         "targets": options.targets,
         "lam": options.lam,
         "replay_windows": options.replay_windows,
-        "regress_every": options.regress_every or REGRESS_EVERY.get(options.synthesizer, 1),
+        "regress_every": regressions_apart(options),
         "target_network": options.target_network,
         "fidelity_every": every,
         "auxiliary_weight": options.auxiliary,
