@@ -40,6 +40,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from dni_seq.allocator import keep_freed_memory
+from dni_seq.credit_options import lookahead_of
 from dni_seq.lm_options import LanguageModelOptions
 from dni_seq.lm_trainer import build_trainer
 from dni_seq.models.language_model import LanguageModel
@@ -80,6 +81,8 @@ OURS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "multi-horizon, no lookahead": {"synthesizer": "multi-horizon", "lookahead": 0},
         "multi-horizon, K = 4": {"synthesizer": "multi-horizon", "horizons": 4},
         "multi-horizon, K = 4, one drawn": {"synthesizer": "multi-horizon", "horizons": 4, "draw_horizon": True},
+        "exact, 1 step": {"synthesizer": "exact", "exact_steps": 1},
+        "exact, 4 steps": {"synthesizer": "exact", "exact_steps": 4},
     }
 )
 """Our ways: options of scripts/train_lm.py, all others its defaults."""
@@ -162,11 +165,9 @@ def our_step(setting: Setting, bptt: int, options: Mapping[str, Any]) -> Step:
     settled = build(LanguageModelOptions, common, options)
     trainer = build_trainer(settled, model_of(setting), torch.device("cpu"))
     tokens = torch.randint(setting.vocabulary, (bptt, setting.lanes))
-    steps = settled.horizons * bptt if settled.lookahead is None else settled.lookahead
+    steps = lookahead_of(settled, bptt)
     ahead = torch.randint(setting.vocabulary, (steps, setting.lanes))
     lookahead = Lookahead(ahead, ahead, torch.ones_like(ahead, dtype=torch.bool)) if steps else None
-    if settled.synthesizer == "none":
-        lookahead = None
 
     def step() -> None:
         trainer.step(tokens, tokens, lookahead=lookahead)
