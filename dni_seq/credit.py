@@ -397,7 +397,8 @@ class SyntheticCredit:
 
     def _trust(self, found: StateFidelity) -> None:
         """Take a comparison into the reliabilities, with the lanes of all ranks."""
-        sums = torch.tensor([[float(h.overlap), float(h.power)] for h in found.horizons], dtype=torch.float64)
+        rows = [[float(number) for number in (h.overlap, h.power, h.exact_power)] for h in found.horizons]
+        sums = torch.tensor(rows, dtype=torch.float64)
         self._reliability.update(sums if self.parallel is None else self.parallel.sum(sums))
 
     def state_dict(self) -> dict[str, Any]:

@@ -29,6 +29,7 @@ class Fidelity(NamedTuple):
         bias: norm of the mean error over the lanes, over the root mean square norm of a lane's exact gradient.
         overlap: <exact, prediction>.
         power: <prediction, prediction>.
+        exact_power: <exact, exact>.
         slope: overlap / power, the factor that makes the prediction best; 0 for a zero one.
     """
 
@@ -38,6 +39,7 @@ class Fidelity(NamedTuple):
     bias: Tensor
     overlap: Tensor
     power: Tensor
+    exact_power: Tensor
     slope: Tensor
 
 
@@ -54,6 +56,7 @@ def compare(prediction: Sequence[Tensor], exact: Sequence[Tensor], lane_dims: Se
         bias=(p - e).mean(0).norm() / e.square().sum(1).mean().sqrt(),
         overlap=dot,
         power=pp,
+        exact_power=ee,
         slope=torch.where(pp > 0, dot / pp, zero),
     )
 

@@ -16,13 +16,25 @@ DECAY = 0.9
 DOUBT = 2.0
 """Standard errors that are taken off the share of a message that comparisons find right."""
 
+LEAST_COMPARISONS = 3
+"""Comparisons before the first share that is not zero: fewer say nothing of their own error."""
+
+LEAST_EXPLAINED = 0.01
+"""Share of the exact gradient's power below which a message is not sent, however sure the little is that it tells. It would
+bring nothing, and what is left of a synthesizer that tells nothing is alike in all lanes and windows, so that an optimizer
+makes much of it."""
+
+
+COLUMNS = 6
+"""Numbers that are kept of a horizon."""
+
 
 class Reliability:
     """The share of each horizon's message that comparisons found right, from 0 to 1; it rises from 0 with their number.
 
     The overlap of message and exact gradient over the message's power is the share with which messages come nearest to the
     exact gradients. `DOUBT` of its standard errors are taken off, since the share of messages that say nothing is as often
-    above zero as below.
+    above zero as below; messages that tell less than `LEAST_EXPLAINED` are not sent at all.
 
     Attributes:
         shares: one number a horizon, None before the first comparison.
@@ -34,13 +46,16 @@ class Reliability:
         self.shares: list[float] | None = None
 
     def update(self, found: Tensor) -> None:
-        """Take in a comparison: overlap and power of each horizon, [N, 2] float64; nothing where one is not finite.
+        """Take in a comparison: overlap, power, and the exact gradient's, of each horizon, [N, 3] float64.
+
+        Where one is not finite it is not taken in.
 
         Sums are pooled before they are divided, so that states whose exact gradient is zero, as in a task that is not scored
         yet, do not count as failures of the synthesizer.
         """
-        overlap, power = found.unbind(1)
-        products = torch.stack([overlap, power, overlap * overlap, overlap * power, power * power], dim=1)
+        overlap, power, _ = found.unbind(1)
+        squares = torch.stack([overlap * overlap, overlap * power, power * power], dim=1)
+        products = torch.cat([found, squares], dim=1)
         if not products.isfinite().all():
             return
         previous = torch.zeros_like(products) if self._evidence is None else self._evidence
@@ -51,8 +66,10 @@ class Reliability:
     def _found(self) -> list[float] | None:
         if self._evidence is None:
             return None
+        if self._comparisons < LEAST_COMPARISONS:
+            return [0.0] * len(self._evidence)
         certainty = 1 - DECAY**self._comparisons
-        overlap, power, *products = (self._evidence / certainty).unbind(1)
+        overlap, power, exact, *products = (self._evidence / certainty).unbind(1)
         share = torch.where(power > 0, overlap / power, torch.zeros_like(power))
         residual = products[0] - 2 * share * products[1] + share.square() * products[2]
         # Where comparisons agree it is rounding, whose root would be far more than rounding.
@@ -60,7 +77,9 @@ class Reliability:
         squared_weights = (1 - DECAY) / (1 + DECAY) * (1 - DECAY ** (2 * self._comparisons))
         number = certainty**2 / squared_weights  # of comparisons of equal weight that would say as much
         error = torch.where(power > 0, (residual / number).sqrt() / power, torch.zeros_like(power))
-        return [certainty * value for value in (share - DOUBT * error).clamp(0, 1).tolist()]
+        tells = overlap.square() >= LEAST_EXPLAINED * power * exact
+        found = torch.where(tells, (share - DOUBT * error).clamp(0, 1), 0)
+        return [certainty * value for value in found.tolist()]
 
     def state_dict(self) -> dict[str, Any]:
         """The evidence, and the number of comparisons."""
@@ -68,7 +87,9 @@ class Reliability:
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Take over what `state_dict` gave."""
-        self._evidence, self._comparisons = saved["evidence"], saved["comparisons"]
+        evidence = saved["evidence"]
+        if evidence is not None and evidence.shape[1] == COLUMNS:  # older versions kept fewer numbers
+            self._evidence, self._comparisons = evidence, saved["comparisons"]
         self.shares = self._found()
 
 

@@ -1,42 +1,66 @@
-"""docs/reliability.md names tests that there are, and figures that were measured."""
+"""The share of a message that comparisons find right."""
 
 from __future__ import annotations
 
-import json
-import re
-from pathlib import Path
+import pytest
+import torch
 
-ROOT = Path(__file__).parent.parent
-PAGE = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
-SOAK = json.loads((ROOT / "docs" / "results" / "soak.json").read_text(encoding="utf-8"))
+from dni_seq.reliability import Reliability
 
 
-def named() -> list[tuple[str, str]]:
-    """File and name of every test that the page names; `::name` is of the file named before it."""
-    found, file = [], ""
-    for match in re.finditer(r"`(test_\w+\.py)?::(test_\w+)`", PAGE):
-        file = match.group(1) or file
-        found.append((file, match.group(2)))
+def comparisons(count: int, slope: float, noise: float, seed: int = 0) -> list[torch.Tensor]:
+    """Messages of 200 numbers and exact gradients that are `slope` times as large, and noise."""
+    draw = torch.Generator().manual_seed(seed)
+    found = []
+    for _ in range(count):
+        message, rest = torch.randn(2, 200, generator=draw, dtype=torch.float64)
+        exact = slope * message + noise * rest
+        found.append(torch.stack([(exact * message).sum(), message.square().sum(), exact.square().sum()])[None])
     return found
 
 
-def test_every_test_that_is_named_is_there():
-    assert len(named()) > 50
-    for file, name in named():
-        assert re.search(rf"^def {name}\(", (ROOT / "tests" / file).read_text(encoding="utf-8"), re.MULTILINE), (file, name)
+def shares(found: list[torch.Tensor]) -> float:
+    reliability = Reliability()
+    for each in found:
+        reliability.update(each)
+    assert reliability.shares is not None
+    return reliability.shares[0]
 
 
-def test_every_row_has_its_test():
-    rows = [line for line in PAGE.splitlines() if line.startswith("| ") and not line.startswith(("| promise", "| kind"))]
-    promises = [row for row in rows if "test_" in row]
-    assert len(promises) > 30
-    assert [row for row in rows if "test_" not in row and row.count("|") == 3] == []
+@pytest.mark.parametrize("slope", [0.3, 0.8, 1.0])
+def test_the_share_comes_near_the_slope_from_below(slope):
+    found = shares(comparisons(60, slope, 0.5))
+    assert slope - 0.1 < found <= slope + 0.01
 
 
-def test_the_soaks_figures_are_those_of_its_file():
-    total = SOAK["all"]
-    assert total["kills"] >= 50
-    assert total["differences"] == total["failures"] == []
-    for kind, result in SOAK["kinds"].items():
-        assert f"| {kind} | {result['kills']} | {result['while saving']} | 0 |" in PAGE
-    assert f"| all | {total['kills']} | {total['while saving']} | 0 |" in PAGE
+def test_nothing_is_sent_before_there_are_comparisons_enough():
+    for count in (1, 2):
+        assert shares(comparisons(count, 1.0, 0.0)) == 0
+    assert shares(comparisons(3, 1.0, 0.0)) > 0.2
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_what_tells_nothing_is_never_sent(seed):
+    reliability = Reliability()
+    for each in comparisons(100, 0.0, 1.0, seed):
+        reliability.update(each)
+        assert reliability.shares == [0.0]
+
+
+def test_what_tells_little_is_not_sent_however_sure_it_is():
+    """A slope of 1 beside noise of 12 times the size explains less than a hundredth, and is beyond doubt."""
+    assert shares(comparisons(400, 1.0, 12.0)) == 0
+    assert shares(comparisons(400, 1.0, 5.0)) > 0.3
+
+
+def test_it_goes_on_from_what_was_saved():
+    found = comparisons(12, 0.7, 0.5)
+    one, other = Reliability(), Reliability()
+    for each in found[:6]:
+        one.update(each)
+    other.load_state_dict(one.state_dict())
+    for each in found[6:]:
+        one.update(each)
+        other.update(each)
+    assert one.shares == other.shares
+    other.load_state_dict({"evidence": torch.ones(1, 2), "comparisons": 9})  # of an older version: begun anew at the next
