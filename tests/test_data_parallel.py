@@ -17,7 +17,7 @@ from dni_seq.published import PublishedSynthesizer
 from dni_seq.state_synthesizers import Horizons
 
 LANES, STEPS, WIDTH = 4, 3, 5
-WINDOWS = 12
+WINDOWS = 16
 BROKEN = 6
 LARGE = 1.0
 
@@ -87,7 +87,7 @@ def settings(case: str, model: Net, parallel: DataParallel | None) -> dict[str, 
     if case == "basic":
         return {"synthesizer": dni.Normalized(dni.BasicSynthesizer(2 * WIDTH, n_hidden=1)), "synthetic_scale": 0.5}
     if case == "horizons":
-        return {"synthesizer": dni.MultiHorizonSynthesizer(example, **several), **auto}
+        return {"synthesizer": dni.MultiHorizonSynthesizer(example, **several), "synthetic_scale": 0.5, "fidelity_every": 2}
     if case == "least-squares":
         size = {key: several[key] for key in ("cells", "hidden", "encoder")}
         heads = LeastSquaresHeads(example, 3, solve_every=2, memory=1.0, **size)
@@ -101,7 +101,7 @@ def settings(case: str, model: Net, parallel: DataParallel | None) -> dict[str, 
         synthesizer = dni.StateSynthesizer(example, hidden=(6,), encoder=encoder())
         return {"synthesizer": synthesizer, "auxiliary": dni.AuxiliaryTask(example, hidden=(6,)).double()}
     if case == "exact":
-        return {"synthesizer": dni.ExactFuture(model, shared, steps=3, window=STEPS), "synthetic_scale": 1.0}
+        return {"synthesizer": dni.ExactFuture(model, shared, steps=3, window=STEPS), **auto}
     network = PublishedSynthesizer(2 * WIDTH, hidden=WIDTH, encoder=None, horizons=1)
     return {"synthesizer": network, "synthetic_scale": 0.5}
 
