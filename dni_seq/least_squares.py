@@ -110,6 +110,8 @@ class LeastSquaresHeads(PackedSynthesizer):
         lanes = diagonal[:, :1, None]  # the first feature is 1, so its sum of squares counts lanes
         shift = (self.ridge * diagonal.mean(1, keepdim=True)).expand_as(diagonal)
         factor, failed = torch.linalg.cholesky_ex(self.covariance + torch.diag_embed(shift))
+        # A head that was never trained has sums of zero; its inverse is not used, but must not fail.
+        factor = torch.where((failed == 0)[:, None, None], factor, torch.eye(factor.shape[1]).to(factor))
         weight = (self.gate_power / lanes).clamp_min(1e-6)
         # By the inverse: F is small beside S, and a product is several times as fast as a solution for as many columns.
         found = torch.cholesky_inverse(factor) @ (self.correlation / weight)

@@ -415,6 +415,20 @@ def test_least_squares_heads_keep_up_where_descent_does_not():
     assert found[LeastSquaresHeads] > found[StateHeads] + 0.2
 
 
+def test_least_squares_heads_that_were_never_trained_stay_silent():
+    """One head drawn a window: the first solution comes before every head has had a target."""
+    torch.manual_seed(0)
+    model = problems.make_model("lstm")
+    heads = LeastSquaresHeads(trainer_initial(model), 3, cells=model.cells, hidden=(6,), solve_every=1).double()
+    state = trainer_initial(model)
+    target = states.map_floating(torch.ones_like, state)
+    heads.regress(state, None, [None, target, None])
+    silent, told, silent_too = heads.predict(state, None)
+    for message in (silent, silent_too):
+        assert all(leaf.abs().max() == 0 for leaf in states.floating(message))
+    assert all(leaf.abs().max() > 0.1 for leaf in states.floating(told))
+
+
 def test_least_squares_heads_go_on_exactly_from_what_was_saved():
     """Bit for bit, and in the middle of what is solved every few regressions: layouts and counters count."""
 
