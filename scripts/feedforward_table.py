@@ -191,7 +191,7 @@ def tables(found: list[dict[str, Any]]) -> str:
     """The tables of the page."""
     seconds = sum(line["seconds"] for line in found)
     total = f"{len(found)} runs, {seconds / 60:.0f} minutes of wall time.\n"
-    return "\n".join([by_depth(found), of_sporadic(found), tuned(found), total])
+    return "\n".join(part for part in (by_depth(found), of_sporadic(found), tuned(found), total) if part)
 
 
 def by_depth(found: list[dict[str, Any]]) -> str:
@@ -217,7 +217,7 @@ def of_sporadic(found: list[dict[str, Any]]) -> str:
 
 
 def tuned(found: list[dict[str, Any]]) -> str:
-    """The best learning rates of the grid, by method."""
+    """The best learning rates of the grid, by method; nothing before any was tried."""
     rows = []
     for method in METHODS:
         tried = [line for line in found if (line["part"], line["method"]) == ("tune", method)]
@@ -225,7 +225,7 @@ def tuned(found: list[dict[str, Any]]) -> str:
             best = min(tried, key=lambda line: line["test_error"])
             rates = ", ".join(f"{name} {value:g}" for name, value in best["settings"].items() if "lr" in name)
             rows.append([method, rates, f"{best['test_error']:.1f}", str(len(tried))])
-    return markdown(["method", "best learning rates", "held-out error", "tried"], rows)
+    return markdown(["method", "best learning rates", "held-out error", "tried"], rows) if rows else ""
 
 
 if __name__ == "__main__":
