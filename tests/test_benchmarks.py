@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
 
@@ -41,3 +43,15 @@ def test_reading_is_measured(tmp_path):
     (line,) = call("streams.py", "--only", "lines", "--folder", str(tmp_path))
     assert line["tokens"] > 10_000
     assert line["peak_mb"] > 0
+
+
+def test_a_point_of_growth_is_measured_and_drawn(tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib, of the extras plots and dev, is not installed")
+    (point,) = call("growth.py", "--one", "multi-horizon", json.dumps({"hidden": 8, "lanes": 4, "windows": 110}))
+    assert point["ms"] > 0
+    assert point["mb"] > 0
+    lines = [{"varied": name, "value": 5, "way": "none", **point} for name in ("lanes", "reach")]
+    (tmp_path / "growth.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    call("growth.py", "--draw", "--output", str(tmp_path / "growth.jsonl"), "--pictures", str(tmp_path))
+    for picture in ("growth.png", "memory.png"):
+        assert (tmp_path / picture).stat().st_size > 1000

@@ -95,6 +95,7 @@ ELSEWHERE = {
     "feedforward_table": "test_feedforward.py",
     "streams": "test_benchmarks.py, its smallest case",
     "steps": "test_benchmarks.py",
+    "growth": "test_benchmarks.py",
     "tables": "test_tables_are_those_of_the_code",
     "examples": "test_examples.py",
     "reproduce_paper": "test_reproduce_paper.py",
