@@ -49,7 +49,7 @@ def test_a_point_of_growth_is_measured_and_drawn(tmp_path):
     pytest.importorskip("matplotlib", reason="matplotlib, of the extras plots and dev, is not installed")
     (point,) = call("growth.py", "--one", "multi-horizon", json.dumps({"hidden": 8, "lanes": 4, "windows": 110}))
     assert point["ms"] > 0
-    assert point["mb"] > 0
+    assert point["mb"] >= 0
     lines = [{"varied": name, "value": 5, "way": "none", **point} for name in ("lanes", "reach")]
     (tmp_path / "growth.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     call("growth.py", "--draw", "--output", str(tmp_path / "growth.jsonl"), "--pictures", str(tmp_path))
