@@ -24,7 +24,6 @@ LEAST_EXPLAINED = 0.01
 bring nothing, and what is left of a synthesizer that tells nothing is alike in all lanes and windows, so that an optimizer
 makes much of it."""
 
-
 COLUMNS = 6
 """Numbers that are kept of a horizon."""
 
@@ -87,9 +86,9 @@ class Reliability:
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Take over what `state_dict` gave."""
-        evidence = saved["evidence"]
-        if evidence is not None and evidence.shape[1] == COLUMNS:  # older versions kept fewer numbers
-            self._evidence, self._comparisons = evidence, saved["comparisons"]
+        self._evidence, self._comparisons = saved["evidence"], saved["comparisons"]
+        if self._evidence is not None and self._evidence.shape[1] != COLUMNS:  # older versions kept fewer numbers
+            self._evidence, self._comparisons = None, 0
         self.shares = self._found()
 
 

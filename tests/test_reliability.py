@@ -63,4 +63,13 @@ def test_it_goes_on_from_what_was_saved():
         one.update(each)
         other.update(each)
     assert one.shares == other.shares
-    other.load_state_dict({"evidence": torch.ones(1, 2), "comparisons": 9})  # of an older version: begun anew at the next
+
+
+@pytest.mark.parametrize("evidence", [None, torch.ones(1, 5)], ids=["none yet", "of an older version"])
+def test_what_was_saved_takes_the_place_of_what_there_was(evidence):
+    reliability = Reliability()
+    for each in comparisons(5, 1.0, 0.1):
+        reliability.update(each)
+    reliability.load_state_dict({"evidence": evidence, "comparisons": 0 if evidence is None else 9})
+    assert reliability.shares is None
+    assert reliability.state_dict() == {"evidence": None, "comparisons": 0}
