@@ -140,6 +140,12 @@ def differences(saved: Mapping[str, Any], wanted: Mapping[str, Any], may_change:
     )
 
 
+def check_unused(path: Path) -> None:
+    """Raise a ValueError where a run that keeps no checkpoints cannot begin: anywhere but in a new or empty directory."""
+    if path.is_file() or (path.is_dir() and any(path.iterdir())):
+        raise ValueError(f"--run-dir {path} is not empty: choose another one")
+
+
 def new_run_path(name: str, parent: str | Path = "runs") -> Path:
     """A path that does not exist yet: `parent`/`name`-DATE-TIME, with a number behind where that is taken."""
     base = Path(parent) / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"

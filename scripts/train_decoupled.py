@@ -40,7 +40,7 @@ from dni_seq.interfaces import synthesizer_context
 from dni_seq.models.feedforward import CLASSES
 from dni_seq.models.halves import Halves, digits_halves, language_model_halves
 from dni_seq.options import above_zero, at_least, build, option, parse, report
-from dni_seq.rundir import new_run_path
+from dni_seq.rundir import check_unused, new_run_path
 from dni_seq.runlog import RunLog
 from dni_seq.streams import Documents, WindowStream, digits, open_corpus, train_tokenizer
 
@@ -147,8 +147,7 @@ def new_directory(options: DecoupledOptions) -> Path:
         ValueError: there is something in it.
     """
     path = Path(options.run_dir) if options.run_dir else new_run_path(f"decoupled-{options.network}")
-    if path.is_file() or (path.is_dir() and any(path.iterdir())):
-        raise ValueError(f"--run-dir {path} is not empty: choose another one")
+    check_unused(path)
     path.mkdir(parents=True, exist_ok=True)
     write_json(path / "config.json", dataclasses.asdict(options))
     return path

@@ -40,7 +40,7 @@ from dni_seq.interfaces import BackwardInterface, BidirectionalInterface, synthe
 from dni_seq.models import feedforward
 from dni_seq.models.feedforward import FeedForward, SynthesizerSettings
 from dni_seq.options import above_zero, at_least, build, option, parse, report
-from dni_seq.rundir import new_run_path
+from dni_seq.rundir import check_unused, new_run_path
 from dni_seq.runlog import RunLog
 from dni_seq.streams import digits
 from dni_seq.streams.digits import Digits
@@ -115,8 +115,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options = build(FeedForwardOptions, parse(FeedForwardOptions, arguments, prog=_PROG, description=__doc__ or ""))
         check_together(options)
         path = Path(options.run_dir) if options.run_dir else new_run_path(options.dataset)
-        if path.is_file() or (path.is_dir() and any(path.iterdir())):
-            raise ValueError(f"--run-dir {path} is not empty: choose another one")
+        check_unused(path)
         data = digits.load(options.dataset)
         path.mkdir(parents=True, exist_ok=True)
         write_json(path / "config.json", dataclasses.asdict(options))

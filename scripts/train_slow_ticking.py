@@ -25,6 +25,7 @@ import torch
 from dni_seq.checkpoint import write_json
 from dni_seq.models.slow_ticking import JOINTS, Counting, SlowTicking
 from dni_seq.options import above_zero, at_least, build, option, parse, report
+from dni_seq.rundir import check_unused
 
 _PROG = "train_slow_ticking"
 _TASK, _NETWORK, _RUN = "task", "network", "run"
@@ -53,9 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options = build(SlowTickingOptions, parse(SlowTickingOptions, arguments, prog=_PROG, description=__doc__ or ""))
         path = None if options.run_dir is None else Path(options.run_dir)
         if path is not None:
+            check_unused(path)
             path.mkdir(parents=True, exist_ok=True)
-            if any(path.iterdir()):
-                raise ValueError(f"--run-dir {path} is not empty: choose another one")
     except (ValueError, OSError) as error:
         return report(_PROG, error)
     errors = train(options)
