@@ -265,19 +265,15 @@ class SyntheticCredit:
             regression = self.interface.regress(past.start, past.context, list(target))
             if self.parallel is not None:
                 regression = self.divided(regression)
-                self.parallel.sum_gradients(self.learning(), regression)
+                self.parallel.sum_gradients(self.synthesizer.parameters(), regression)
             norm, sound = self._step_optimizer(regression.loss, sound, kept)
         return regression, norm, sound
-
-    def learning(self) -> list[nn.Parameter]:
-        """The synthesizer's parameters that learn."""
-        return [parameter for parameter in self.synthesizer.parameters() if parameter.requires_grad]
 
     def divided(self, regression: Regression) -> Regression:
         """This rank's share of a regression: its gradients, in place, and its numbers, for the sum over the ranks."""
         assert self.parallel is not None
-        self.parallel.divide_gradients(self.learning())
-        return Regression(*(number / self.parallel.ranks.size for number in regression))
+        self.parallel.divide_gradients(self.synthesizer.parameters())
+        return Regression(*(number / self.parallel.size for number in regression))
 
     def _step_optimizer(self, loss: Tensor, sound: Tensor, kept: Kept) -> tuple[Tensor, Tensor]:
         """One step for the gradients of a regression; their norm, and whether it, the loss and `sound` are, 0-d bool.

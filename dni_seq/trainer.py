@@ -578,7 +578,7 @@ class SequenceTrainer:
             parameters += self.auxiliary.parameters()
         if self.credit is not None and exchange is not None:
             exchange.regressions = [self.credit.divided(regression) for regression in exchange.regressions]
-            parameters += self.credit.learning()
+            parameters += self.credit.synthesizer.parameters()
             numbers += [number for regression in exchange.regressions for number in regression]
         parallel.sum_gradients(parameters, numbers)
         return numbers[0]
