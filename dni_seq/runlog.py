@@ -110,10 +110,10 @@ class RunLog:
     """
 
     def __init__(self, directory: Path | None, resumed_at: int = 0):
-        from torch.utils.tensorboard import SummaryWriter
-
         self._writer: Any = _Nowhere()
         if directory is not None:
+            from torch.utils.tensorboard import SummaryWriter
+
             self._writer = SummaryWriter(str(directory), purge_step=resumed_at + 1)
         self._sums: dict[str, Tensor] = {}
         self._weights: dict[str, Tensor] = {}
