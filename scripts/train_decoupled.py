@@ -192,6 +192,11 @@ def text_batches(stream: WindowStream) -> Iterator[Batch]:
             yield Batch(window.inputs, window.targets, window.targets)
 
 
+def cross_entropy(logits: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
+    """In nats, of logits [..., classes] against as many targets."""
+    return F.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction=reduction)
+
+
 class PartRun:
     """One part on its way: its optimizer, its state, and the timeline.
 
@@ -250,7 +255,7 @@ def update_b(part: PartRun, halves: Halves, batch: Batch) -> Tensor:
     with synthesizer_context(batch.context):
         message = halves.interface.receive(batch.inputs)
         logits, part.state = part.module(message, part.state)
-        loss = F.cross_entropy(logits.flatten(0, -2), batch.targets.flatten())
+        loss = cross_entropy(logits, batch.targets)
         loss.backward()
     part.optimizer.step()
     return loss.detach()
@@ -261,7 +266,7 @@ def update_b_by_message(part: PartRun, halves: Halves, batch: Batch, message: Te
     part.optimizer.zero_grad()
     with synthesizer_context(batch.context):
         logits, _ = part.module(halves.interface.backward_interface.make_trigger(message))
-        F.cross_entropy(logits.flatten(0, -2), batch.targets.flatten()).backward()
+        cross_entropy(logits, batch.targets).backward()
     part.optimizer.step()
 
 
@@ -329,7 +334,7 @@ def locked(options: DecoupledOptions, ranks: Ranks, work: Work) -> PartRun:
             with answered():
                 dist.recv(message, 0)
             logits, part.state = part.module(message.requires_grad_(), part.state)
-            loss = F.cross_entropy(logits.flatten(0, -2), batch.targets.flatten())
+            loss = cross_entropy(logits, batch.targets)
             loss.backward()
             assert message.grad is not None
             with answered():
@@ -350,7 +355,7 @@ def score(halves: Halves, test: list[Batch], *, synthetic: bool) -> dict[str, fl
         else:
             message, state_a = halves.a(batch.inputs, state_a)
         logits, state_b = halves.b(message, state_b)
-        loss += float(F.cross_entropy(logits.flatten(0, -2), batch.targets.flatten(), reduction="sum"))
+        loss += float(cross_entropy(logits, batch.targets, reduction="sum"))
         errors += int((logits.argmax(-1) != batch.targets).sum())
         count += batch.targets.numel()
     return {"loss": loss / count, "error": 100 * errors / count}
