@@ -25,6 +25,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,6 +34,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn import functional as F
 
+from dni_seq.bugs import guarded
 from dni_seq.checkpoint import write_json
 from dni_seq.decoupled import remote_end
 from dni_seq.distributed import TIMEOUT, RankError, Ranks, answered, joined, program
@@ -144,8 +146,10 @@ def new_directory(options: DecoupledOptions) -> Path:
     """The run's directory, with its configuration.
 
     Raises:
-        ValueError: there is something in it.
+        ValueError: there is something in it, or there is nothing to draw with.
     """
+    if options.plot and find_spec("matplotlib") is None:
+        raise ValueError("--plot needs matplotlib: pip install 'dni-seq[plots]'")
     path = Path(options.run_dir) if options.run_dir else new_run_path(f"decoupled-{options.network}")
     check_unused(path)
     path.mkdir(parents=True, exist_ok=True)
@@ -422,4 +426,4 @@ def plot(rows: list[Row], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(guarded(main))

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 
+from dni_seq.bugs import guarded
 from dni_seq.checkpoint import write_json
 from dni_seq.models.slow_ticking import JOINTS, Counting, SlowTicking
 from dni_seq.options import above_zero, at_least, build, option, parse, report
@@ -95,4 +96,4 @@ def mean(values: deque[torch.Tensor]) -> float:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(guarded(main))

@@ -176,3 +176,12 @@ def test_both_ends_of_a_language_model_learn_their_own_synthesizer():
 def test_messages_need_a_distance():
     with pytest.raises(ValueError, match="every must be 1 update or more"):
         RemoteEnd(linear(0), linear(0), None, None, 0)  # type: ignore[arg-type]
+
+
+def test_a_picture_that_cannot_be_drawn_is_said_before_training(tmp_path, monkeypatch):
+    script = runpy.run_path(str(SCRIPTS / "train_decoupled.py"), run_name="train_decoupled")
+    monkeypatch.setitem(script["new_directory"].__globals__, "find_spec", lambda name: None)
+    options = script["DecoupledOptions"](**TINY, plot=True, run_dir=str(tmp_path / "run"))
+    with pytest.raises(ValueError, match="needs matplotlib"):
+        script["new_directory"](options)
+    assert not (tmp_path / "run").exists()
