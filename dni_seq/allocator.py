@@ -1,8 +1,8 @@
 """Memory that one window frees kept for the next one, instead of being handed back to the system.
 
 The C library of most Linux systems gives large blocks back as soon as they are free. A window's logits and gradients are
-such blocks, so every step would have the system map, clear and fault in the same tens of megabytes again, which takes a
-fifth of a short window's step at 10,000 words (docs/performance.md).
+such blocks, so every step would have the system map, clear and fault in the same megabytes again, which takes up to a third
+of a short window's step (docs/performance.md).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ GROWTH = 64 << 20
 def keep_freed_memory() -> bool:
     """Let this process keep freed blocks of up to 32 MiB, 1 GiB in all; returns whether its C library can do so.
 
-    For a program's start, since it is of the whole process; the scripts call it. Peak memory does not change.
+    For a program's start, since it is of the whole process; train_lm.py and train_tasks.py call it.
     """
     if platform.libc_ver()[0] != "glibc":
         return False

@@ -226,8 +226,9 @@ def train(t: Training, stop: StopSignals) -> int:
                 break
             # A signal reaches ranks at different steps, and their clocks differ: they stop and save together.
             late = time.monotonic() - t.saved_at > SAVE_SECONDS
-            stop.received, save_due = agreed(t.ranks, stop.received, late or validation_due)
-            if stop.received is not None:
+            signal, save_due = agreed(t.ranks, stop.received, late or validation_due)
+            if signal is not None:
+                stop.received = signal  # not before: one that came while the ranks agreed must last until they do again
                 save(t, t.run.last)
                 t.progress.say(f"stopped at step {t.steps}; to go on: --run-dir {t.run.path} --resume auto")
                 return stop.exit_status

@@ -148,7 +148,7 @@ def test_ranks_end_where_another_run_is_in_the_directory(tmp_path):
     with RunLock() as lock:
         lock.take(tmp_path / "run")
         results = finish(start_ranks(train("--max-steps", "2", "--run-dir", "run"), 2, tmp_path))
-    assert [result.returncode for result in results] == [2, 2]
+    assert [result.returncode for result in results] == [2, 2], results[1].stderr
     assert f"process {os.getpid()} on " in results[0].stderr
     assert "is training in --run-dir" in results[0].stderr.strip().splitlines()[-1]
     assert results[1].stderr == ""

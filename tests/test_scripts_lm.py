@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
@@ -15,6 +16,7 @@ import pytest
 import torch
 
 from dni_seq.checkpoint import load_checkpoint
+from dni_seq.distributed import Ranks
 from dni_seq.runlog import KEYS
 from tests.nests import assert_same
 
@@ -151,6 +153,24 @@ def test_a_signal_ends_with_a_checkpoint(tmp_path, number, status):
     steps = load_checkpoint(run / "checkpoints" / "last.pt")["trainer"]["steps"]
     assert f"stopped at step {steps}" in out
     points(run)
+
+
+def test_a_signal_that_comes_while_ranks_agree_is_not_lost(tmp_path, monkeypatch):
+    """The ranks compare what they have received at every step; the time they wait there is when most signals come."""
+    steps = []
+
+    def largest(self, *numbers):
+        steps.append(numbers)
+        if len(steps) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return list(numbers)
+
+    monkeypatch.setattr(Ranks, "largest", largest)
+    status = importlib.import_module("scripts.train_lm").main(
+        [*TINY, "--max-steps", "50", "--run-dir", str(tmp_path / "run")]
+    )
+    assert status == 143
+    assert len(steps) == 4  # the step after it
 
 
 def test_evaluation_and_samples_from_the_run_directory_alone(trained, tmp_path):
