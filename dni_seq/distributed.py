@@ -194,6 +194,10 @@ def joined(timeout: float = TIMEOUT) -> Iterator[Ranks]:
 
 def _meet(timeout: float) -> None:
     """Initialise the default process group."""
+    # Imported later, by torch's optimizers say, its functions would hold this group as the default of an argument for ever.
+    # Its threads then outlive it, and one that lets go of a message while Python ends aborts the process.
+    import torch.distributed.nn.functional
+
     missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
     if missing:
         raise ValueError(f"WORLD_SIZE is set, but not {' and '.join(missing)}: start the ranks with torchrun")

@@ -143,6 +143,30 @@ def test_two_ranks_and_then_one_train_as_one(tmp_path, monkeypatch):
     assert scores[0] == pytest.approx(scores[1], rel=1e-11)
 
 
+THREADS = """
+import os, time
+from dni_seq.distributed import joined
+def threads():
+    return len(os.listdir("/proc/self/task"))
+before = threads()
+with joined(100.0) as ranks:
+    ranks.check_same({"seed": 1})
+    import torch.distributed.fsdp  # as torch's optimizers do at their first step
+    assert threads() > before
+deadline = time.monotonic() + 10
+while threads() > before and time.monotonic() < deadline:
+    time.sleep(0.05)
+assert threads() == before, threads()
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="counts threads as Linux lists them")
+def test_no_thread_of_a_group_outlives_it(tmp_path):
+    """One that lets go of a message while Python ends would abort the process: once in a hundred runs or so."""
+    for result in finish(start_ranks(["-c", THREADS], 2, tmp_path)):
+        assert result.returncode == 0, result.stderr
+
+
 def test_ranks_end_where_another_run_is_in_the_directory(tmp_path):
     (tmp_path / "run").mkdir()
     with RunLock() as lock:
