@@ -21,8 +21,8 @@ from tests.ranks import finish, start_ranks
 from tests.test_scripts_lm import SCRIPTS, points
 
 TINY = {"network": "lm", "hidden": 8, "batch_size": 64, "bptt": 8, "exchange_every": 5, "seed": 3}
-UPDATES = 60
-PAUSE = {"pause_at": 20, "pause_seconds": 2.0}
+UPDATES = 200
+PAUSE = {"pause_at": 1, "pause_seconds": 2.0}
 
 
 def linear(value: float) -> nn.Linear:
