@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .exact_future import ExactFuture
+from .future_model import FutureModel
 from .least_squares import LeastSquaresHeads
 from .options import above_zero, at_least, fraction, option
 from .published import NextInput, PublishedSynthesizer
@@ -40,6 +41,13 @@ REGRESS_EVERY: Mapping[str, int] = MappingProxyType({"basic": 1, "paper": 1, "st
 AUTO_FIDELITY_EVERY = 47
 """Windows between two comparisons of an automatic scale. A prime: sequences of 2, 5 or 10 windows would be compared at the
 same place every time otherwise, at their first state, say, whose gradient is zero in a copying task."""
+
+LossFn = Callable[[Any, Tensor], Tensor]
+"""`loss_fn(outputs, targets)`, unreduced losses [T, B]."""
+
+FUTURE_UNITS, FUTURE_OUTPUTS = 256, 1000
+"""Default units of the model of what is ahead, and the most outputs it is made for by default: with as many as a
+vocabulary of words has, it would cost as much as the network's own last layer."""
 
 EMBED = 32
 """Size of the synthesizer's own embedding of a token."""
@@ -111,9 +119,16 @@ class CreditOptions:
         None, "bound what the synthesizer sees and says of an LSTM's cells", group=GROUP, shown="yes, paper no"
     )
     synthesizer_hidden: int = option(
-        256, "units of the hidden layers of state and multi-horizon", group=GROUP, check=at_least(1)
+        128, "units of the hidden layers of state and multi-horizon", group=GROUP, check=at_least(1)
     )
     synthesizer_layers: int = option(1, "hidden layers of state and multi-horizon", group=GROUP, check=at_least(0))
+    future_units: int | None = option(
+        None,
+        "units of a model of the steps ahead, whose gradient state and multi-horizon start from; 0 for none",
+        group=GROUP,
+        check=at_least(0),
+        shown="256, with more than 1000 outputs 0",
+    )
     fit: str = option(
         "least-squares",
         "how the last layer of state and multi-horizon learns: solved from the latest windows, or by descent",
@@ -186,13 +201,15 @@ def tail_lookahead(options: CreditOptions, bptt: int) -> int:
 def build_synthesizer(
     options: CreditOptions,
     model: nn.Module,
-    loss_fn: Callable[[Any, Tensor], Tensor],
+    loss_fn: LossFn,
     *,
     bptt: int,
     example: State,
     cells: Any,
     encode: Callable[[], tuple[nn.Module, nn.Module]],
+    outputs: int,
     reduction: str = "mean",
+    share: Callable[[LossFn], LossFn] | None = None,
 ) -> nn.Module | None:
     """The synthesizer of the options, None for plain truncated BPTT.
 
@@ -204,14 +221,42 @@ def build_synthesizer(
         example: a state of the model, leaves [L, B, H].
         cells: which of its leaves are LSTM cells.
         encode: makes the lookahead's encoders of inputs and targets, each `EMBED` wide.
+        outputs: the width of the model's outputs.
         reduction: the trainer's.
+        share: makes of the loss what this rank adds to that of all ranks; None where there is one process.
     """
     if options.synthesizer == "none":
         return None
-    if options.synthesizer == "exact":
-        tail = build_learned(options, bptt, example, cells, encode) if options.tail else None
-        return ExactFuture(model, loss_fn, steps=options.exact_steps, window=bptt, reduction=reduction, tail=tail)
-    return build_learned(options, bptt, example, cells, encode)
+    if options.synthesizer == "exact" and not options.tail:
+        tail = None
+    else:
+        future = future_model(options, tail_lookahead(options, bptt), loss_fn, encode, outputs)
+        tail = build_learned(options, bptt, example, cells, encode, future)
+    if options.synthesizer != "exact":
+        return tail
+    shared = loss_fn if share is None else share(loss_fn)
+    return ExactFuture(model, shared, steps=options.exact_steps, window=bptt, reduction=reduction, tail=tail)
+
+
+def future_model(
+    options: CreditOptions,
+    steps: int,
+    loss_fn: LossFn,
+    encode: Callable[[], tuple[nn.Module, nn.Module]],
+    outputs: int,
+) -> Callable[[int], FutureModel] | None:
+    """Makes the model of what is ahead from the size of a lane's state; None without one. Arguments as above."""
+    units = options.future_units
+    if units is None:
+        units = FUTURE_UNITS if outputs <= FUTURE_OUTPUTS else 0
+    if not units or not steps:
+        return None
+
+    def make(size: int) -> FutureModel:
+        inputs = encode()[0]
+        return FutureModel(size, steps, inputs=inputs, inputs_width=EMBED, outputs=outputs, loss_fn=loss_fn, units=units)
+
+    return make
 
 
 def build_learned(
@@ -220,6 +265,7 @@ def build_learned(
     example: State,
     cells: Any,
     encode: Callable[[], tuple[nn.Module, nn.Module]],
+    future: Callable[[int], FutureModel] | None,
 ) -> nn.Module:
     """A synthesizer that learns; that of exact's tail is a multi-horizon one of one horizon. Arguments as above."""
     kind = options.synthesizer
@@ -236,7 +282,8 @@ def build_learned(
         return build_published(options, example, steps, cells, normalize, encode)
     encoder = LookaheadEncoder(steps, *encode()) if steps else None
     count = 1 if kind == "state" else horizons + tail
-    size: dict[str, Any] = {"hidden": [options.synthesizer_hidden] * options.synthesizer_layers, "encoder": encoder}
+    hidden = [options.synthesizer_hidden] * options.synthesizer_layers
+    size: dict[str, Any] = {"hidden": hidden, "encoder": encoder, "future": future}
     if normalize:
         if options.fit == "least-squares" and encoder is None and not options.synthesizer_layers:
             raise ValueError(

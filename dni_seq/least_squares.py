@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .state_network import StateTrunk
-from .state_synthesizers import PackedSynthesizer
+from .state_synthesizers import Outputs, PackedSynthesizer
 from .states import State
 
 
@@ -37,7 +37,7 @@ class LeastSquaresHeads(PackedSynthesizer):
         ridge: added to the diagonal, as a share of its mean.
         solve_every: regressions from one solution to the next.
         cells, decay, limit: see `PackedSynthesizer`.
-        hidden, batch_dim, encoder: see `StateTrunk`.
+        hidden, batch_dim, encoder, future: see `StateTrunk`.
 
     Raises:
         ValueError: a setting is not positive.
@@ -75,12 +75,12 @@ class LeastSquaresHeads(PackedSynthesizer):
         self.register_buffer("gate_power", zeros(horizons, 1, size))
         self.register_buffer("regressions", torch.zeros((), dtype=torch.int64))
 
-    def outputs(self, bounded: Tensor, gate: Tensor, context: Any) -> tuple[Tensor, Tensor | None]:
-        """[B, N, S] of the fit, and its features [B, F]."""
-        trunk = self.network.features(bounded, context)
+    def outputs(self, bounded: Tensor, gate: Tensor, context: Any) -> Outputs:
+        """Those of the fit, and its features [B, F]."""
+        trunk, loss = self.network.features(bounded, context)
         features = torch.cat([trunk.new_ones(len(trunk), 1), trunk], dim=1)
         found = torch.matmul(features, self.solution).transpose(0, 1)
-        return found * gate[:, None], features
+        return Outputs(found * gate[:, None], features, loss)
 
     def learn(self, trained: list[int], features: Tensor | None, gate: Tensor, wanted: Tensor) -> None:
         """Take targets into the sums, those of all ranks where there are several, and solve where that is due.

@@ -34,11 +34,13 @@ def build_trainer(
     synthesizer = build_synthesizer(
         options,
         model,
-        token_losses if parallel is None else parallel.share(token_losses),
+        token_losses,
         bptt=options.bptt,
         example=example,
         cells=LSTM_CELLS if options.model == "lstm" else False,
         encode=lambda: token_encoders(model.projection.out_features),
+        outputs=model.projection.out_features,
+        share=None if parallel is None else parallel.share,
     )
     auxiliary = build_auxiliary(options, example)
     for part in (synthesizer, auxiliary):

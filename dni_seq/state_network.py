@@ -9,7 +9,7 @@ Legend: B = lanes, H = hidden units, L = layers, S = numbers in one lane's state
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import states
+from .future_model import FutureModel
 from .states import State
 from .synthesizers import zero_
 
@@ -88,9 +89,10 @@ class StateTrunk(nn.Module):
         hidden: sizes of the hidden layers.
         batch_dim: where the lanes lie in the state's leaves, an int or a nest.
         encoder: context encoder with an attribute `features`, None for a synthesizer without context.
+        future: makes a model of what is ahead from S, whose features join those of the hidden layers; None for none.
 
     Attributes:
-        width: of what the hidden layers give, that of their inputs where there are none.
+        width: of what the hidden layers give (that of their inputs where there are none), and of the future's features.
 
     Raises:
         ValueError: `horizons` is not positive; at a call, a context is given that no encoder would read.
@@ -104,6 +106,7 @@ class StateTrunk(nn.Module):
         hidden: Sequence[int] = (256,),
         batch_dim: Any = 1,
         encoder: nn.Module | None = None,
+        future: Callable[[int], FutureModel] | None = None,
     ) -> None:
         super().__init__()
         if horizons < 1:
@@ -114,16 +117,20 @@ class StateTrunk(nn.Module):
         ahead = 0 if encoder is None else int(encoder.features)  # type: ignore[arg-type]
         widths = [self.packing.size + ahead, *hidden]
         self.trunk = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(widths))
-        self.width = widths[-1]
+        self.future = None if future is None else future(self.packing.size)
+        self.width = widths[-1] + (0 if self.future is None else self.future.units)
 
-    def features(self, flat: Tensor, context: Any) -> Tensor:
-        """[B, width] of packed states [B, S]."""
-        if self.encoder is None and context is not None:
+    def features(self, flat: Tensor, context: Any) -> tuple[Tensor, Tensor | None]:
+        """[B, width] of packed states [B, S], and the loss, 0-d, of the model of what is ahead, where there is one."""
+        if self.encoder is None and self.future is None and context is not None:
             raise ValueError("a context is given; build the synthesizer with an encoder (LookaheadEncoder) to use it")
         found = flat if self.encoder is None else torch.cat([flat, self.encoder(context)], dim=1)
         for layer in self.trunk:
             found = F.gelu(layer(found))
-        return found
+        if self.future is None:
+            return found, None
+        product, loss = self.future(flat, context)
+        return torch.cat([found, product], dim=1), loss
 
 
 class StateNetwork(StateTrunk):
@@ -137,13 +144,14 @@ class StateNetwork(StateTrunk):
         self.heads = nn.Linear(self.width, horizons * self.packing.size)
         zero_(self.heads)
 
-    def packed(self, flat: Tensor, context: Any) -> Tensor:
-        """[B, N, S] of packed states [B, S], in the unit that this network is trained in."""
-        return self.heads(self.features(flat, context)).unflatten(1, (self.horizons, self.packing.size))
+    def packed(self, flat: Tensor, context: Any) -> tuple[Tensor, Tensor | None]:
+        """[B, N, S] of packed states [B, S], in the unit that this network is trained in, and the loss of `features`."""
+        features, loss = self.features(flat, context)
+        return self.heads(features).unflatten(1, (self.horizons, self.packing.size)), loss
 
     def predict(self, trigger: State, context: Any) -> list[State]:
         """One message for each horizon, in the unit that this network is trained in."""
-        messages = self.packed(self.packing.pack(states.floating(trigger)), context)
+        messages, _ = self.packed(self.packing.pack(states.floating(trigger)), context)
         return [self.packing.unpack(message, trigger) for message in messages.unbind(1)]
 
     def forward(self, trigger: State, context: Any = None) -> State:

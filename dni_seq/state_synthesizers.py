@@ -10,7 +10,7 @@ Legend: B = lanes, H = hidden units, L = layers, S = numbers in one lane's state
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -85,6 +85,20 @@ def _width(module: nn.Module) -> int:
     )
 
 
+class Outputs(NamedTuple):
+    """What a `PackedSynthesizer` computes of packed states.
+
+    Attributes:
+        messages: [B, N, S], in units of the targets' root mean square, gated.
+        features: what `learn` needs of the features, None for nothing.
+        loss: 0-d, of a model of what is ahead, None where there is none.
+    """
+
+    messages: Tensor
+    features: Tensor | None
+    loss: Tensor | None
+
+
 class PackedSynthesizer(nn.Module):
     """What synthesizers on packed states share: bounded cells, normalised targets, limited messages.
 
@@ -121,8 +135,8 @@ class PackedSynthesizer(nn.Module):
         packing: Packing = self.network.packing
         return packing
 
-    def outputs(self, bounded: Tensor, gate: Tensor, context: Any) -> tuple[Tensor, Tensor | None]:
-        """Outputs [B, N, S] in units of the targets' root mean square, gated, and what `learn` needs of the features.
+    def outputs(self, bounded: Tensor, gate: Tensor, context: Any) -> Outputs:
+        """Messages in units of the targets' root mean square, gated, and what goes with them.
 
         Args:
             bounded: [B, S], the packed state with tanh of its cells.
@@ -136,7 +150,7 @@ class PackedSynthesizer(nn.Module):
 
     def predict(self, trigger: State, context: Any) -> list[State]:
         """One message a horizon, raw; exactly zero before the first regression."""
-        found, _ = self.outputs(*self._bounded(trigger), context)
+        found = self.outputs(*self._bounded(trigger), context).messages
         messages = limited(found, self.limit) * self._scales()
         return [self.packing.unpack(message, trigger) for message in messages.unbind(1)]
 
@@ -146,7 +160,9 @@ class PackedSynthesizer(nn.Module):
         return message
 
     def regress(self, trigger: State, context: Any, targets: list[State | None]) -> Regression:
-        """Mean squared error in normalised units; takes the targets into the statistics first.
+        """Mean squared error in normalised units, and the loss of a model of what is ahead, where there is one.
+
+        Takes the targets into the statistics first.
 
         Raises:
             ValueError: a target has not the shape of its message.
@@ -161,8 +177,8 @@ class PackedSynthesizer(nn.Module):
         self._update(trained, wanted)
         wanted = wanted / self._scales()[trained].clamp_min(Normalized.tiny)
         bounded, gate = self._bounded(trigger)
-        outputs, features = self.outputs(bounded, gate, context)
-        found = outputs[:, trained]
+        outputs = self.outputs(bounded, gate, context)
+        found = outputs.messages[:, trained]
         error = (found - wanted).square().mean((0, 2))
         with torch.no_grad():
             power = wanted.square().mean((0, 2))
@@ -170,8 +186,9 @@ class PackedSynthesizer(nn.Module):
             cosine = (found * wanted).mean((0, 2)) / norms.clamp_min(Normalized.tiny)
             rows = wanted.new_full((3, len(targets)), float("nan"))
             rows[:, trained] = torch.stack([error, power, cosine])
-            self.learn(trained, features, gate, wanted)
-        return Regression(error.mean(), *rows.unbind())
+            self.learn(trained, outputs.features, gate, wanted)
+        loss = error.mean() if outputs.loss is None else error.mean() + outputs.loss
+        return Regression(loss, *rows.unbind())
 
     def _bounded(self, trigger: State) -> tuple[Tensor, Tensor]:
         """[B, S] each: the packed state with tanh of its cells, and the gate of what is said of them."""
@@ -202,7 +219,7 @@ class StateHeads(PackedSynthesizer):
         example: a state of the model, such as `model.initial_state(1)`.
         horizons: N, number of messages.
         cells, decay, limit: see `PackedSynthesizer`.
-        hidden, batch_dim, encoder: see `StateTrunk`.
+        hidden, batch_dim, encoder, future: see `StateTrunk`.
     """
 
     def __init__(
@@ -217,16 +234,17 @@ class StateHeads(PackedSynthesizer):
     ) -> None:
         super().__init__(StateNetwork(example, horizons, **network), example, cells, decay, limit)
 
-    def outputs(self, bounded: Tensor, gate: Tensor, context: Any) -> tuple[Tensor, Tensor | None]:
-        """[B, N, S] of the network's heads."""
-        return self.network.packed(bounded, context) * gate[:, None], None
+    def outputs(self, bounded: Tensor, gate: Tensor, context: Any) -> Outputs:
+        """Those of the network's heads."""
+        found, loss = self.network.packed(bounded, context)
+        return Outputs(found * gate[:, None], None, loss)
 
 
 class StateSynthesizer(StateHeads):
     """One synthesizer for a recurrent state, its target bootstrapped: a_k + γ J_kᵀ M(s_{k+1}).
 
     Args:
-        example, cells, hidden, batch_dim, encoder, decay, limit: see `StateHeads`.
+        example, cells, hidden, batch_dim, encoder, future, decay, limit: see `StateHeads`.
     """
 
     def __init__(self, example: State, **settings: Any) -> None:
@@ -299,7 +317,7 @@ class MultiHorizonSynthesizer(Horizons):
     Args:
         example: a state of the model.
         horizons, tail, draw: see `Horizons`.
-        cells, hidden, batch_dim, encoder, decay, limit: see `StateHeads`.
+        cells, hidden, batch_dim, encoder, future, decay, limit: see `StateHeads`.
 
     Raises:
         ValueError: `horizons` is not positive.

@@ -118,6 +118,7 @@ def without(bptt: int) -> dict[str, dict[str, Any]]:
     return {
         "default": {},
         "no lookahead": {"lookahead": 0},
+        "no model of the future": {"future_units": 0},
         "no normalisation": {"normalize": False},
         "no gate": {"gate": False},
         "no automatic scale, c = 1": {"synthetic_scale": "1"},

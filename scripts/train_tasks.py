@@ -383,6 +383,7 @@ def build_trainer(options: TaskOptions, task: Task, model: SequenceModel, device
         example=example,
         cells=dni.LSTM_CELLS if options.model == "lstm" else False,
         encode=lambda: (nn.Linear(task.input_size, EMBED), nn.Linear(task.target_size, EMBED)),
+        outputs=task.target_size,
         reduction="lane-mean",
     )
     auxiliary = build_auxiliary(options, example)

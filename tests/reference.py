@@ -85,3 +85,25 @@ class Oracle(nn.Module):
             if not total.requires_grad:
                 return states.map_floating(torch.zeros_like, trigger)
             return states.with_floating(trigger, list(torch.autograd.grad(total, leaves)))
+
+
+def future_features(model: dni.FutureModel, flat: Tensor, ahead: dni.Lookahead) -> Tensor:
+    """A future model's features lane by lane, step by step: the gradient of its losses with respect to W s, by autograd."""
+    rows = []
+    for lane in range(len(flat)):
+        reached = (flat[lane] @ model.from_state.weight.T + model.from_state.bias).detach().requires_grad_()
+        loss = flat.new_zeros(())
+        for step in range(model.steps):
+            if not ahead.valid[step, lane] or (ahead.mask is not None and not ahead.mask[step, lane]):
+                continue
+            pieces = []
+            for before in range(model.seen - 1, -1, -1):
+                there = step - before >= 0 and bool(ahead.valid[step - before, lane])
+                encoded = model.inputs(ahead.inputs[max(step - before, 0), lane])
+                pieces.append(encoded if there else torch.zeros_like(encoded))
+            hidden = torch.tanh(reached + model.from_inputs(torch.cat(pieces)))
+            outputs = model.output(hidden)[None, None]
+            loss = loss + model.loss_fn(outputs, ahead.targets[step, lane][None, None]).sum()
+        (gradient,) = torch.autograd.grad(loss, reached, allow_unused=True) if loss.requires_grad else (None,)
+        rows.append(torch.zeros_like(reached) if gradient is None else gradient)
+    return torch.stack(rows).detach()

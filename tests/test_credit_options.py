@@ -32,6 +32,7 @@ def made(**given: Any) -> tuple[nn.Module, tuple[torch.Tensor, torch.Tensor], Lo
         example=model.initial_state(1),
         cells=dni.LSTM_CELLS,
         encode=lambda: (nn.Linear(2, EMBED), nn.Linear(2, EMBED)),
+        outputs=2,
     )
     assert synthesizer is not None
     for parameter in synthesizer.parameters():
@@ -131,10 +132,28 @@ def test_heads_are_solved_by_default_and_descended_when_asked(kind):
         built(build(CreditOptions, {"synthesizer": kind, "synthesizer_layers": 0, "lookahead": 0}))
 
 
-def built(options: CreditOptions) -> nn.Module:
+@pytest.mark.parametrize("kind", ["state", "multi-horizon"])
+def test_the_model_of_what_is_ahead(kind):
+    """There by default, unless it would have to predict as many outputs as there are words, or has nothing ahead."""
+
+    def units(outputs: int = 2, **given: Any) -> int:
+        found = built(build(CreditOptions, {"synthesizer": kind, **given}), outputs)
+        return sum(part.units for part in found.modules() if isinstance(part, dni.FutureModel))
+
+    assert units() == 256
+    assert units(1000) == 256
+    assert units(1001) == 0
+    assert units(1001, future_units=8) == 8
+    assert units(future_units=0) == 0
+    assert units(lookahead=0) == 0
+
+
+def built(options: CreditOptions, outputs: int = 2) -> nn.Module:
     model = SequenceModel(2, 2, hidden=8)
     settings: dict[str, Any] = {"bptt": BPTT, "example": model.initial_state(1), "cells": dni.LSTM_CELLS}
     encode = lambda: (nn.Linear(2, EMBED), nn.Linear(2, EMBED))  # noqa: E731
-    found = build_synthesizer(options, model, lambda outputs, targets: outputs.mean(-1), encode=encode, **settings)
+    found = build_synthesizer(
+        options, model, lambda outputs, targets: outputs.mean(-1), encode=encode, outputs=outputs, **settings
+    )
     assert found is not None
     return found

@@ -76,6 +76,11 @@ def encoder() -> dni.LookaheadEncoder:
     return dni.LookaheadEncoder(STEPS, nn.Linear(3, 2), nn.Linear(2, 2))
 
 
+def future(size: int) -> dni.FutureModel:
+    """Of what is ahead, given the size of a lane's state."""
+    return dni.FutureModel(size, STEPS, inputs=nn.Linear(3, 4), inputs_width=4, outputs=2, loss_fn=losses, units=5)
+
+
 def settings(case: str, model: Net, parallel: DataParallel | None) -> dict[str, Any]:
     """The synthesizer of a case and what goes with it."""
     example = model.initial_state(1)
@@ -90,7 +95,7 @@ def settings(case: str, model: Net, parallel: DataParallel | None) -> dict[str, 
         return {"synthesizer": dni.MultiHorizonSynthesizer(example, **several), "synthetic_scale": 0.5, "fidelity_every": 2}
     if case == "least-squares":
         size = {key: several[key] for key in ("cells", "hidden", "encoder")}
-        heads = LeastSquaresHeads(example, 3, solve_every=2, memory=1.0, **size)
+        heads = LeastSquaresHeads(example, 3, solve_every=2, memory=1.0, future=future, **size)
         return {"synthesizer": Horizons(heads, horizons=2, tail=True), "synthetic_scale": 0.5}
     if case == "loud":
         return {"synthesizer": dni.Normalized(Loud()), "synthetic_scale": 0.5}

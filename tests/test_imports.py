@@ -25,6 +25,7 @@ LEVELS = {
     "targets": 2,
     "reliability": 0,
     "replay": 3,
+    "future_model": 1,
     "state_network": 2,
     "state_synthesizers": 3,
     "least_squares": 3,

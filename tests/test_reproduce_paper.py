@@ -83,6 +83,7 @@ def test_every_cell_can_be_built(arguments):
             example=model.initial_state(1),
             cells=dni.LSTM_CELLS,
             encode=lambda: (nn.Linear(2, EMBED), nn.Linear(2, EMBED)),
+            outputs=2,
         )
         dni.credit.CreditSettings(
             **{

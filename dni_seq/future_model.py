@@ -1,0 +1,103 @@
+"""FutureModel: a small model of what comes, whose own gradient is a feature of the gradient to come.
+
+The gradient of a loss to come is a vector-Jacobian product: Jᵀ (∂ℓ/∂q), q the outputs of the steps ahead. A perceptron that
+is shown the state and the targets has to find out for itself that its answer depends on the difference between what the
+network expects and what comes. A model that predicts q from the state, and is given the loss, has that difference, and
+the product through its own hidden layer has the form of what is looked for: a linear head on it learns the rest.
+
+Source: ours. Czarnecki et al. 2017, "Sobolev Training for Neural Networks", arXiv 1706.04859, section 4.3, train a synthetic
+gradient as the gradient of a predicted loss; here the prediction learns from the targets alone, and its gradient
+is a feature, not the message.
+
+Legend: B = lanes, S = numbers in one lane's packed state, m = lookahead in steps, E = width of an encoded input, F = units,
+Q = width of the model's outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .windows import Lookahead
+
+SEEN = 4
+"""Inputs, the step's own and those before it, from which a step's outputs are predicted, beside the state."""
+
+
+class FutureModel(nn.Module):
+    """Predict the outputs of the next m steps from a state and their inputs, and differentiate their loss.
+
+        z_j = tanh(W s + Σ_{i < SEEN} U_i x_{j-i} + b),   q_j = D z_j + d
+        features = Σ_j (Dᵀ ∂ℓ_j/∂q_j) ⊙ (1 - z_j²) = ∂(Σ_j ℓ_j) / ∂(W s)
+
+    Each step sees its own input and those before it, never one behind: in a language model that would be its target.
+
+    Args:
+        size: S.
+        steps: m.
+        inputs: module from `Lookahead.inputs` [m, B, ...] to [m, B, E].
+        inputs_width: E.
+        outputs: Q, the width of the outputs that `loss_fn` takes.
+        loss_fn: `loss_fn(outputs [m, B, Q], targets [m, B, ...])`, unreduced losses [m, B].
+        units: F.
+
+    Raises:
+        ValueError: a size is not positive.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        steps: int,
+        *,
+        inputs: nn.Module,
+        inputs_width: int,
+        outputs: int,
+        loss_fn: Callable[[Tensor, Tensor], Tensor],
+        units: int = 256,
+    ) -> None:
+        super().__init__()
+        for name, value in (("steps", steps), ("outputs", outputs), ("units", units)):
+            if value < 1:
+                raise ValueError(f"FutureModel: {name} must be positive, got {value}")
+        self.steps = steps
+        self.seen = min(SEEN, steps)
+        self.loss_fn = loss_fn
+        self.units = units
+        self.inputs = inputs
+        self.from_state = nn.Linear(size, units)
+        self.from_inputs = nn.Linear(self.seen * inputs_width, units, bias=False)
+        self.output = nn.Linear(units, outputs)
+
+    def forward(self, flat: Tensor, context: Any) -> tuple[Tensor, Tensor]:
+        """Features [B, F] of packed states [B, S] and a `Lookahead` of at least m steps, and the mean loss, 0-d.
+
+        Steps behind the end of a sequence, and those that do not count, add nothing to either. Both are differentiable, so
+        that a regression trains this model too; the gradient of a loss with respect to its outputs counts as a constant.
+
+        Raises:
+            ValueError: the context is no lookahead of m steps.
+        """
+        if not isinstance(context, Lookahead) or len(context.inputs) < self.steps:
+            raise ValueError(f"FutureModel: it looks {self.steps} steps ahead, and needs a Lookahead of as many as context")
+        ahead = context.span(0, self.steps)
+        counts = (ahead.valid if ahead.mask is None else ahead.valid & ahead.mask).to(flat.dtype)
+        hidden = torch.tanh(self.from_state(flat) + self.from_inputs(self._recent(ahead)))  # [m, B, F]
+        outputs = self.output(hidden)
+        learning = torch.is_grad_enabled()
+        with torch.enable_grad():
+            roots = outputs if outputs.requires_grad else outputs.detach().requires_grad_()
+            loss = torch.where(counts > 0, self.loss_fn(roots, ahead.targets), 0).sum()
+            (error,) = torch.autograd.grad(loss, roots, retain_graph=learning)
+        product = (error @ self.output.weight) * (1 - hidden.square())
+        return product.sum(0), loss / counts.numel()
+
+    def _recent(self, ahead: Lookahead) -> Tensor:
+        """[m, B, SEEN E]: the encoded input of each step and of those before it, zeros where there is none."""
+        encoded = self.inputs(ahead.inputs) * ahead.valid[..., None]
+        before = F.pad(encoded, (0, 0, 0, 0, self.seen - 1, 0))
+        return torch.cat([before[i : i + self.steps] for i in range(self.seen)], dim=-1)
