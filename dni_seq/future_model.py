@@ -85,13 +85,13 @@ class FutureModel(nn.Module):
         if not isinstance(context, Lookahead) or len(context.inputs) < self.steps:
             raise ValueError(f"FutureModel: it looks {self.steps} steps ahead, and needs a Lookahead of as many as context")
         ahead = context.span(0, self.steps)
-        counts = (ahead.valid if ahead.mask is None else ahead.valid & ahead.mask).to(flat.dtype)
+        counts = ahead.valid if ahead.mask is None else ahead.valid & ahead.mask
         hidden = torch.tanh(self.from_state(flat) + self.from_inputs(self._recent(ahead)))  # [m, B, F]
         outputs = self.output(hidden)
         learning = torch.is_grad_enabled()
         with torch.enable_grad():
             roots = outputs if outputs.requires_grad else outputs.detach().requires_grad_()
-            loss = torch.where(counts > 0, self.loss_fn(roots, ahead.targets), 0).sum()
+            loss = torch.where(counts, self.loss_fn(roots, ahead.targets), 0).sum()
             (error,) = torch.autograd.grad(loss, roots, retain_graph=learning)
         product = (error @ self.output.weight) * (1 - hidden.square())
         return product.sum(0), loss / counts.numel()
@@ -99,5 +99,7 @@ class FutureModel(nn.Module):
     def _recent(self, ahead: Lookahead) -> Tensor:
         """[m, B, SEEN E]: the encoded input of each step and of those before it, zeros where there is none."""
         encoded = self.inputs(ahead.inputs) * ahead.valid[..., None]
+        if self.seen == 1:
+            return encoded
         before = F.pad(encoded, (0, 0, 0, 0, self.seen - 1, 0))
         return torch.cat([before[i : i + self.steps] for i in range(self.seen)], dim=-1)

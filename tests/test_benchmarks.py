@@ -55,3 +55,16 @@ def test_a_point_of_growth_is_measured_and_drawn(tmp_path):
     call("growth.py", "--draw", "--output", str(tmp_path / "growth.jsonl"), "--pictures", str(tmp_path))
     for picture in ("growth.png", "memory.png"):
         assert (tmp_path / picture).stat().st_size > 1000
+
+
+def test_pairs_of_runs_stand_beside_each_other(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("the cat sat on the mat\n" * 200)
+    output = tmp_path / "stability.jsonl"
+    begin = ("stability.py", "--data-file", str(text), "--windows", "8", "--output", str(output))
+    (line,) = call(*begin, "--pairs", "1")
+    assert line["ratio"] == line["multi-horizon: loss"] / line["none: loss"]
+    assert line["none: largest cell"] > 0
+    (other,) = call(*begin, "--pairs", "2")  # that on record is not run again
+    assert (line["bptt"], other["bptt"]) == (1, 2)
+    assert [json.loads(row) for row in output.read_text().splitlines()] == [line, other]

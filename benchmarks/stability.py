@@ -1,0 +1,119 @@
+"""Do default synthetic gradients ever do harm? Short runs over seeds, learning rates and windows, beside truncated BPTT.
+
+python benchmarks/stability.py --dataset ptb --output docs/results/stability.jsonl
+    20 pairs of runs, ten minutes of one core. One JSON line a pair, and a table of all at the end.
+python benchmarks/stability.py --tables docs/results/stability.jsonl
+    Measure nothing; print the lines on record as a table of Markdown.
+
+Each pair draws its learning rate from 1e-4 to 1e-2, evenly in its logarithm, and takes the next window length of 1 to 32
+steps; both runs have the same weights, text and settings, characters and an LSTM of 256 units. Compared are the mean loss
+of the last quarter of the windows, and the largest absolute value that a cell has had.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dni_seq import lm
+from dni_seq.lm_options import LanguageModelOptions
+from dni_seq.lm_trainer import build_trainer, cell_size
+from dni_seq.options import build
+from dni_seq.study import append_line, markdown, read_lines
+
+BPTT = (1, 2, 4, 8, 16, 32)
+RATES = (1e-4, 1e-2)
+WAYS = ("none", "multi-horizon")
+SIZES: Mapping[str, Any] = {"tokenizer": "char", "embed": 64, "hidden": 256, "layers": 1, "dropout": 0.0, "batch_size": 32}
+
+
+def one_run(text: Mapping[str, Any], way: str, bptt: int, lr: float, seed: int, windows: int) -> tuple[float, float]:
+    """Mean loss of the last quarter of the windows, nats a token, and the largest absolute value of a cell."""
+    options = build(
+        LanguageModelOptions, {**SIZES, "clip": 1.0, "bptt": bptt, "lr": lr, "seed": seed, **text}, {"synthesizer": way}
+    )
+    corpus = lm.open_text(options)
+    tokenizer = lm.build_tokenizer(options, corpus)
+    stream = lm.open_training(corpus, tokenizer, options)
+    torch.manual_seed(seed)
+    device = torch.device("cpu")
+    trainer = build_trainer(options, lm.build_model(options, tokenizer.vocabulary_size, device), device)
+    losses: list[float] = []
+    largest = 0.0
+    while len(losses) < windows:
+        for window in stream:
+            result = trainer.step(
+                window.inputs, window.targets, ends=window.ends, mask=window.mask, lookahead=window.lookahead
+            )
+            losses.append(float(result.loss))
+            largest = max(largest, cell_size(trainer)["state/cell_max"])
+            if len(losses) == windows:
+                break
+    last = losses[-(windows // 4) :]
+    return sum(last) / len(last), largest
+
+
+def pair(text: Mapping[str, Any], number: int, windows: int) -> dict[str, Any]:
+    """Both runs of one draw."""
+    generator = torch.Generator().manual_seed(number)
+    low, high = (math.log(rate) for rate in RATES)
+    lr = math.exp(low + (high - low) * float(torch.rand((), generator=generator)))
+    bptt = BPTT[number % len(BPTT)]
+    found = {way: one_run(text, way, bptt, lr, number, windows) for way in WAYS}
+    line: dict[str, Any] = {"seed": number, "bptt": bptt, "lr": lr, "windows": windows, "torch": torch.__version__}
+    for way, (loss, largest) in found.items():
+        line |= {f"{way}: loss": loss, f"{way}: largest cell": largest}
+    return line | {"ratio": found["multi-horizon"][0] / found["none"][0]}
+
+
+def table(lines: Sequence[Mapping[str, Any]]) -> str:
+    """A row a pair, in the order of T and the learning rate; the largest ratio last."""
+    rows = [
+        [
+            str(line["bptt"]),
+            f"{line['lr']:.1e}",
+            *(f"{line[f'{way}: loss']:.3f}" for way in WAYS),
+            f"{line['ratio']:.3f}",
+            *(f"{line[f'{way}: largest cell']:.1f}" for way in WAYS),
+        ]
+        for line in sorted(lines, key=lambda line: (line["bptt"], line["lr"]))
+    ]
+    header = ["T", "learning rate", *(f"loss, {way}" for way in WAYS), "ratio", *(f"largest cell, {way}" for way in WAYS)]
+    return markdown(header, rows) + f"\n\nlargest ratio {max(line['ratio'] for line in lines):.3f}"
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dataset", help="as for scripts/train_lm.py")
+    parser.add_argument("--data-dir", help="as for scripts/train_lm.py")
+    parser.add_argument("--data-file", help="as for scripts/train_lm.py")
+    parser.add_argument("--pairs", type=int, default=20, help="of runs (default: 20)")
+    parser.add_argument("--windows", type=int, default=400, help="of a run (default: 400)")
+    parser.add_argument("--output", type=Path, help="JSON lines; pairs that it has are not run again")
+    parser.add_argument("--tables", type=Path, help="print lines that are on record, as a table")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    if options.tables:
+        print(table(read_lines(options.tables)))
+        return
+    text = {name: getattr(options, name) for name in ("dataset", "data_dir", "data_file") if getattr(options, name)}
+    lines = read_lines(options.output) if options.output and options.output.exists() else []
+    known = {line["seed"] for line in lines}
+    for number in range(options.pairs):
+        if number not in known:
+            line = pair(text, number, options.windows)
+            lines.append(line)
+            print(json.dumps(line), flush=True)
+            if options.output:
+                append_line(options.output, line)
+
+
+if __name__ == "__main__":
+    main()
