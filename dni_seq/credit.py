@@ -49,8 +49,8 @@ class Synthetic(NamedTuple):
     Attributes:
         loss: 0-d, the regression's loss, in normalised units where the synthesizer is `Normalized`.
         gradient_norm: 0-d, norm of the synthesizer's gradient before clipping.
-        injected_ratio: 0-d, c‖M‖ / ‖a‖: the norm of what was injected into the last state, over that of the target of the
-            first horizon at the first state; NaN where that horizon was not trained at this window.
+        injected_ratio: 0-d, c‖M‖ / ‖a‖: the norm of what was injected into the last state, or would have been at a quiet
+            window, over that of the target of the first horizon at the first state; NaN where that horizon was not trained.
         cosine: [N], between message and target; NaN where nothing was regressed.
         r2: [N], 1 - squared error / squared target, over running sums of the latest windows.
         scale: [N], the share of each message that is injected: c times discount and reliability.
@@ -140,6 +140,7 @@ class SyntheticCredit:
         self._ring: deque[Past] = deque()
         self._probe = Probe()
         self._steps = 0
+        self._auxiliary = auxiliary
         self._modules = (synthesizer, auxiliary)
         self._fresh = Whole(self._modules, [])
         self._buffers = Kept(buffers_of(self._modules))
@@ -159,6 +160,8 @@ class SyntheticCredit:
         # Drawn, since every second window, say, would be the same windows of short sequences each time.
         if self.settings.targets == "lambda" or drawn(self.settings.regress_every, self._steps):
             rule = rule._replace(trained=[False] * len(rule.own))
+        elif self.settings.regress_every > 1 and self._auxiliary is None and not any(map(any, rule.following)):
+            rule = rule._replace(quiet=True)
         if self.settings.scale == "auto":
             trust = self._reliability.shares or [0.0] * len(rule.weights)
             rule = rule._replace(weights=[w * r for w, r in zip(rule.weights, trust, strict=True)])

@@ -35,8 +35,8 @@ DISCOUNTS: Mapping[str, float] = MappingProxyType(
 """Defaults by synthesizer. One message for all windows to come bootstraps on itself and needs discounting; horizons that are
 trusted one by one do not."""
 
-REGRESS_EVERY: Mapping[str, int] = MappingProxyType({"basic": 1, "paper": 1, "state": 3, "multi-horizon": 3, "exact": 1})
-"""Defaults by synthesizer: a regression of those that predict well costs a product to the state (docs/performance.md)."""
+REGRESS_EVERY: Mapping[str, int] = MappingProxyType({"basic": 1, "paper": 1, "state": 3, "multi-horizon": 4, "exact": 1})
+"""Defaults by synthesizer: those that predict well cost something to train (docs/performance.md)."""
 
 AUTO_FIDELITY_EVERY = 47
 """Windows between two comparisons of an automatic scale. A prime: sequences of 2, 5 or 10 windows would be compared at the
@@ -175,8 +175,14 @@ def state_products(options: CreditOptions) -> float:
     """The vector-Jacobian products to the state alone that a window takes on average, which decides the LSTM's kernel."""
     if options.synthesizer == "none":
         return 0
-    several = options.synthesizer == "multi-horizon" and options.targets == "bootstrap" and not options.draw_horizon
-    return (options.horizons + options.tail if several else 1) / regressions_apart(options)
+    apart = regressions_apart(options)
+    heads = options.horizons + options.tail if options.synthesizer == "multi-horizon" else 1
+    if options.synthesizer == "multi-horizon" and options.targets == "bootstrap":
+        if heads == 1 and apart > 1 and not options.auxiliary:
+            return 0  # its window keeps quiet: see `SequenceTrainer`, regress_every
+        if not options.draw_horizon:
+            return heads / apart
+    return 1 / apart
 
 
 def regressions_apart(options: CreditOptions) -> int:

@@ -192,6 +192,9 @@ class BackwardInterface(_Interface):
         if rule is None:
             rule = rule_of(self.synthesizer, float(factor), float(factor))
         injected = self.injection(messages, rule)
+        if rule.quiet:
+            injected = [torch.zeros_like(leaf) for leaf in injected]
+            rule = rule._replace(weights=[0.0] * len(rule.weights))
         scope = current_scope()
         if scope is not None:
             others = None if bootstrap is None else self._messages(bootstrap, trigger, ends, batch_dim)

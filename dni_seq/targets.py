@@ -32,12 +32,15 @@ class TargetRule(NamedTuple):
         following: [N][N], the share of each following message in each target.
         weights: [N], the share of each message in what is injected.
         trained: [N], the horizons to train at this window; the others' targets are not computed.
+        quiet: whether nothing is injected at this window after all, so that its own gradient arrives alone and is a target
+            without a product.
     """
 
     own: Sequence[float]
     following: Sequence[Sequence[float]]
     weights: Sequence[float]
     trained: Sequence[bool]
+    quiet: bool = False
 
 
 def bootstrapped(scale: float, discount: float) -> TargetRule:

@@ -315,6 +315,49 @@ def test_regressions_can_be_thinned_out_without_thinning_messages():
     assert set(injected) == {1.0}
 
 
+def test_a_window_that_trains_one_horizon_keeps_quiet():
+    """The target there is the window's own gradient, its parameters get theirs alone; elsewhere messages are sent."""
+    model = problems.make_model("lstm")
+    torch.manual_seed(0)
+    heads = dni.MultiHorizonSynthesizer(trainer_initial(model), cells=model.cells, hidden=(4,)).double()
+    for parameter in heads.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    seen = []
+    trainer = dni.SequenceTrainer(
+        model,
+        problems.frozen(model),
+        problems.mean,
+        synthesizer=heads,
+        synthesizer_optimizer=torch.optim.SGD(heads.parameters(), 0.0),
+        synthetic_scale=1.0,
+        regress_every=3,
+        initial_state=lambda lanes: trainer_initial(model),
+    )
+    inner = heads.regress
+    heads.regress = lambda trigger, context, targets: seen.append(targets) or inner(trigger, context, targets)
+    quiet = sent = 0
+    for window in problems.cut(problems.tokens(60, LANES), T):
+        start = trainer.state or trainer_initial(model)
+        seen.clear()
+        synthetic = trainer.step(window.inputs, window.targets).synthetic
+        found = problems.gradients(model)
+        model.zero_grad()
+        leaves = [leaf.clone().requires_grad_() for leaf in start]
+        problems.mean(model(window.inputs, tuple(leaves))[0], window.targets).backward()
+        plain = problems.gradients(model)
+        if seen:
+            quiet += 1
+            assert_same(found, plain, rtol=1e-10, atol=1e-14)
+            for target, leaf in zip(seen[0][0], leaves, strict=True):
+                torch.testing.assert_close(target, leaf.grad, rtol=1e-10, atol=1e-14)
+            assert synthetic.injected_ratio > 0 or quiet == 1  # a message is zero before the first regression
+        elif quiet:
+            sent += 1
+            assert not torch.allclose(found["rnn.weight_hh_l0"], plain["rnn.weight_hh_l0"], rtol=1e-6)
+    assert quiet > 2
+    assert sent > 2
+
+
 @pytest.mark.parametrize("make", [dni.StateSynthesizer, lambda *args, **kwargs: None])
 def test_messages_are_cut_relative_to_their_running_rms(make):
     torch.manual_seed(0)
