@@ -6,8 +6,8 @@ python benchmarks/stability.py --tables docs/results/stability.jsonl
     Measure nothing; print the lines on record as a table of Markdown.
 
 Each pair draws its learning rate from the next of 20 equal parts, in the logarithm, of 1e-4 to 1e-2, and takes the next
-window length of 1 to 32 steps; both runs have the same weights, text and settings, characters and an LSTM of 256 units. Compared are the mean loss
-of the last quarter of the windows, and the largest absolute value that a cell has had.
+window length of 1 to 32 steps; both runs have the same weights, text and settings, characters and an LSTM of 256 units.
+Compared are the mean loss of the last quarter of the windows, and the largest absolute value that a cell has had.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from dni_seq.study import append_line, markdown, read_lines
 BPTT = (1, 2, 4, 8, 16, 32)
 RATES, STRATA = (1e-4, 1e-2), 20
 STRIDE = 7
-"""From one pair's part of the rates to the next one's: prime to their number, so that every window length meets low and high."""
+"""From one pair's part of the rates to the next one's, prime to 20: each window length meets low and high rates."""
 
 WAYS = ("none", "multi-horizon")
 SIZES: Mapping[str, Any] = {"tokenizer": "char", "embed": 64, "hidden": 256, "layers": 1, "dropout": 0.0, "batch_size": 32}

@@ -37,7 +37,9 @@ def run(study, cells, minutes=lambda cell: 1.0, limit=None) -> Outcome:
 
 
 def test_each_cell_is_a_line_once(study):
-    good = cell(1, updates=30, synthesizer="multi-horizon", fidelity_every=7, synthetic_scale="0.5", start=3)
+    good = cell(
+        1, updates=30, synthesizer="multi-horizon", regress_every=2, fidelity_every=7, synthetic_scale="0.5", start=3
+    )
     bad = cell(2, updates=30, synthesizer="none", start=0)
     outcome = run(study, [good, bad])
     assert outcome.done == 1

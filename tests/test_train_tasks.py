@@ -59,7 +59,18 @@ KINDS = {
     "none": ((), set()),
     "basic": (("--synthesizer", "basic", "--synthetic-scale", "0.1"), SYNTHETIC),
     "multi-horizon": (
-        ("--synthesizer", "multi-horizon", "--horizons", "2", "--fidelity-every", "7", "--synthetic-scale", "0.5"),
+        (
+            "--synthesizer",
+            "multi-horizon",
+            "--horizons",
+            "2",
+            "--regress-every",
+            "2",
+            "--fidelity-every",
+            "7",
+            "--synthetic-scale",
+            "0.5",
+        ),
         SYNTHETIC
         | {f"synthetic/{name}/horizon_{n}" for name in ("cosine", "r2", "scale") for n in (1, 2)}
         | {f"fidelity/{name}_{n}" for name in ("cosine", "r2") for n in (1, 2)},
@@ -70,7 +81,10 @@ KINDS = {
         SYNTHETIC | {f"synthetic/{name}/horizon_{n}" for name in ("cosine", "r2", "scale") for n in (1, 2, 3)},
     ),
     "state": (("--synthesizer", "state", "--synthetic-scale", "0.5", "--no-normalize", "--no-gate"), SYNTHETIC),
-    "purely-online": (("--synthesizer", "multi-horizon", "--lookahead", "0", "--synthetic-scale", "0.5"), SYNTHETIC),
+    "purely-online": (
+        ("--synthesizer", "multi-horizon", "--lookahead", "0", "--regress-every", "2", "--synthetic-scale", "0.5"),
+        SYNTHETIC,
+    ),
     "exact": (("--synthesizer", "exact", "--exact-steps", "3"), {"synthetic/scale"}),
     "exact-with-tail": (("--synthesizer", "exact", "--exact-steps", "3", "--tail"), {"synthetic/loss", "synthetic/scale"}),
     "lambda": (("--synthesizer", "basic", "--targets", "lambda", "--replay-windows", "4"), {"synthetic/loss"}),
