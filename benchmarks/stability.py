@@ -88,7 +88,7 @@ def table(lines: Sequence[Mapping[str, Any]]) -> str:
         for line in sorted(lines, key=lambda line: (line["bptt"], line["lr"]))
     ]
     header = ["T", "learning rate", *(f"loss, {way}" for way in WAYS), "ratio", *(f"largest cell, {way}" for way in WAYS)]
-    return markdown(header, rows) + f"\n\nlargest ratio {max(line['ratio'] for line in lines):.3f}"
+    return markdown(header, rows) + f"\nlargest ratio {max(line['ratio'] for line in lines):.3f}"
 
 
 def main() -> None:
