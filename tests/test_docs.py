@@ -96,6 +96,7 @@ ELSEWHERE = {
     "streams": "test_benchmarks.py, its smallest case",
     "steps": "test_benchmarks.py",
     "growth": "test_benchmarks.py",
+    "stability": "test_benchmarks.py",
     "tables": "test_tables_are_those_of_the_code",
     "examples": "test_examples.py",
     "reproduce_paper": "test_reproduce_paper.py",
