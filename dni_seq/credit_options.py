@@ -298,7 +298,10 @@ def build_learned(
         kinds: dict[str, type[PackedSynthesizer]] = {"least-squares": LeastSquaresHeads, "descent": StateHeads}
         heads: nn.Module = kinds[options.fit](example, count, cells=cells, limit=limit, **size)
     else:
-        heads = GatedCells(StateNetwork(example, count, **size), cells)
+        if options.future_units:
+            raise ValueError("--future-units needs normalised targets: leave --no-normalize out, or --future-units")
+        # What learns from raw targets has no place for a second loss, without which that model would not learn.
+        heads = GatedCells(StateNetwork(example, count, **size | {"future": None}), cells)
     return heads if kind == "state" else Horizons(heads, horizons=horizons, tail=tail, draw=options.draw_horizon)
 
 

@@ -5,7 +5,7 @@ is shown the state and the targets has to find out for itself that its answer de
 network expects and what comes. A model that predicts q from the state, and is given the loss, has that difference, and
 the product through its own hidden layer has the form of what is looked for: a linear head on it learns the rest.
 
-Source: ours. Czarnecki et al. 2017, "Sobolev Training for Neural Networks", arXiv 1706.04859, section 4.3, train a synthetic
+Source: ours. Czarnecki et al. 2017, "Sobolev Training for Neural Networks", arXiv 1706.04859, train a synthetic
 gradient as the gradient of a predicted loss; here the prediction learns from the targets alone, and its gradient
 is a feature, not the message.
 

@@ -97,7 +97,7 @@ def test_normalised_messages_are_in_units_of_their_targets(kind):
     synthesizer, state, ahead = made(synthesizer=kind, normalize=False)
     bare = message(synthesizer, state, ahead)
     assert bare.any()
-    synthesizer, state, ahead = made(synthesizer=kind, normalize=True, message_clip=0.0)
+    synthesizer, state, ahead = made(synthesizer=kind, normalize=True, message_clip=0.0, future_units=0)
     assert not message(synthesizer, state, ahead).any()
     regress(synthesizer, state, ahead, [tuple(torch.full_like(leaf, 1000.0) for leaf in state)])
     torch.testing.assert_close(message(synthesizer, state, ahead), bare * 1000)
@@ -146,6 +146,9 @@ def test_the_model_of_what_is_ahead(kind):
     assert units(1001, future_units=8) == 8
     assert units(future_units=0) == 0
     assert units(lookahead=0) == 0
+    assert units(normalize=False) == 0
+    with pytest.raises(ValueError, match="needs normalised targets"):
+        units(normalize=False, future_units=8)
 
 
 def built(options: CreditOptions, outputs: int = 2) -> nn.Module:
