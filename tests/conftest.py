@@ -11,7 +11,7 @@ from tests.ranks import run_ranks
 
 TINY = ("--embed", "8", "--hidden", "8", "--bptt", "4", "--batch-size", "64", "--seed", "5", "--eval-tokens", "2048")
 LIMITS = ("--max-steps", "60", "--eval-every", "20", "--sample-every", "30")
-SYNTHETIC = ("--horizons", "2", "--synthesizer-hidden", "16", "--fidelity-every", "8")
+SYNTHETIC = ("--horizons", "2", "--synthesizer-hidden", "16", "--regress-every", "2", "--fidelity-every", "8")
 
 
 @pytest.fixture(scope="session")
