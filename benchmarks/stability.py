@@ -1,7 +1,7 @@
 """Do default synthetic gradients ever do harm? Short runs over seeds, learning rates and windows, beside truncated BPTT.
 
 python benchmarks/stability.py --dataset ptb --output docs/results/stability.jsonl
-    20 pairs of runs, ten minutes of one core. One JSON line a pair, and a table of all at the end.
+    20 pairs of runs, ten minutes of one core. One JSON line a pair.
 python benchmarks/stability.py --tables docs/results/stability.jsonl
     Measure nothing; print the lines on record as a table of Markdown.
 
@@ -107,12 +107,10 @@ def main() -> None:
         print(table(read_lines(options.tables)))
         return
     text = {name: getattr(options, name) for name in ("dataset", "data_dir", "data_file") if getattr(options, name)}
-    lines = read_lines(options.output) if options.output and options.output.exists() else []
-    known = {line["seed"] for line in lines}
+    known = {line["seed"] for line in read_lines(options.output)} if options.output else set()
     for number in range(options.pairs):
         if number not in known:
             line = pair(text, number, options.windows)
-            lines.append(line)
             print(json.dumps(line), flush=True)
             if options.output:
                 append_line(options.output, line)

@@ -176,13 +176,11 @@ def state_products(options: CreditOptions) -> float:
     if options.synthesizer == "none":
         return 0
     apart = regressions_apart(options)
-    heads = options.horizons + options.tail if options.synthesizer == "multi-horizon" else 1
-    if options.synthesizer == "multi-horizon" and options.targets == "bootstrap":
-        if heads == 1 and apart > 1 and not options.auxiliary:
-            return 0  # its window keeps quiet: see `SequenceTrainer`, regress_every
-        if not options.draw_horizon:
-            return heads / apart
-    return 1 / apart
+    by_horizon = options.synthesizer == "multi-horizon" and options.targets == "bootstrap"
+    heads = options.horizons + options.tail if by_horizon else 1
+    if by_horizon and heads == 1 and apart > 1 and not options.auxiliary:
+        return 0  # its window keeps quiet: see `SequenceTrainer`, regress_every
+    return (1 if options.draw_horizon else heads) / apart
 
 
 def regressions_apart(options: CreditOptions) -> int:
@@ -233,15 +231,14 @@ def build_synthesizer(
     """
     if options.synthesizer == "none":
         return None
-    if options.synthesizer == "exact" and not options.tail:
-        tail = None
-    else:
+    learned = None
+    if options.synthesizer != "exact" or options.tail:
         future = future_model(options, tail_lookahead(options, bptt), loss_fn, encode, outputs)
-        tail = build_learned(options, bptt, example, cells, encode, future)
+        learned = build_learned(options, bptt, example, cells, encode, future)
     if options.synthesizer != "exact":
-        return tail
+        return learned
     shared = loss_fn if share is None else share(loss_fn)
-    return ExactFuture(model, shared, steps=options.exact_steps, window=bptt, reduction=reduction, tail=tail)
+    return ExactFuture(model, shared, steps=options.exact_steps, window=bptt, reduction=reduction, tail=learned)
 
 
 def future_model(

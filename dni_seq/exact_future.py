@@ -122,7 +122,6 @@ class ExactFuture(nn.Module):
             raise ValueError(
                 f"ExactFuture: loss_fn must return unreduced losses {list(ahead.valid.shape)}, got {list(losses.shape)}"
             )
-        counts = ahead.valid if ahead.mask is None else ahead.valid & ahead.mask
-        total = torch.where(counts, losses, 0).sum()
+        total = torch.where(ahead.counts, losses, 0).sum()
         lanes = losses.shape[1]
         return total / {"mean": lanes * self.window, "lane-mean": lanes, "sum": 1}[self.reduction]

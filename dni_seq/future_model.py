@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .windows import Lookahead
+from .windows import Lookahead, next_steps
 
 SEEN = 4
 """Inputs, the step's own and those before it, from which a step's outputs are predicted, beside the state."""
@@ -82,19 +82,16 @@ class FutureModel(nn.Module):
         Raises:
             ValueError: the context is no lookahead of m steps.
         """
-        if not isinstance(context, Lookahead) or len(context.inputs) < self.steps:
-            raise ValueError(f"FutureModel: it looks {self.steps} steps ahead, and needs a Lookahead of as many as context")
-        ahead = context.span(0, self.steps)
-        counts = ahead.valid if ahead.mask is None else ahead.valid & ahead.mask
+        ahead = next_steps(context, self.steps)
         hidden = torch.tanh(self.from_state(flat) + self.from_inputs(self._recent(ahead)))  # [m, B, F]
         outputs = self.output(hidden)
         learning = torch.is_grad_enabled()
         with torch.enable_grad():
             roots = outputs if outputs.requires_grad else outputs.detach().requires_grad_()
-            loss = torch.where(counts, self.loss_fn(roots, ahead.targets), 0).sum()
+            loss = torch.where(ahead.counts, self.loss_fn(roots, ahead.targets), 0).sum()
             (error,) = torch.autograd.grad(loss, roots, retain_graph=learning)
         product = (error @ self.output.weight) * (1 - hidden.square())
-        return product.sum(0), loss / counts.numel()
+        return product.sum(0), loss / ahead.valid.numel()
 
     def _recent(self, ahead: Lookahead) -> Tensor:
         """[m, B, SEEN E]: the encoded input of each step and of those before it, zeros where there is none."""

@@ -31,7 +31,7 @@ from .synthesizers import (
     regress,
 )
 from .targets import TargetRule, combine, drawn, increments
-from .windows import Lookahead
+from .windows import next_steps
 
 
 class LookaheadEncoder(nn.Module):
@@ -62,16 +62,9 @@ class LookaheadEncoder(nn.Module):
 
     def forward(self, context: Any) -> Tensor:
         """[B, features] for a `Lookahead` of at least m steps, of which the first m are read."""
-        if not isinstance(context, Lookahead) or len(context.inputs) < self.steps:
-            seen = f"{len(context.inputs)} steps" if isinstance(context, Lookahead) else type(context).__name__
-            raise ValueError(
-                f"the synthesizer looks {self.steps} steps ahead, its context is {seen}: pass windows through "
-                f"dni_seq.with_lookahead(windows, {self.steps}), and lookahead=window.lookahead to the trainer"
-            )
-        ahead = context.span(0, self.steps)
-        counts = ahead.valid if ahead.mask is None else ahead.valid & ahead.mask
+        ahead = next_steps(context, self.steps)
         encoded = torch.cat([self.inputs(ahead.inputs), self.targets(ahead.targets)], dim=-1)
-        flags = torch.stack([ahead.valid, counts], dim=-1).to(encoded.dtype)
+        flags = torch.stack([ahead.valid, ahead.counts], dim=-1).to(encoded.dtype)
         step = torch.cat([encoded * flags[..., :1], flags], dim=-1)  # [m, B, E + 2]
         return step.transpose(0, 1).flatten(1)
 

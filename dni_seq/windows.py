@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,10 +32,30 @@ class Lookahead(NamedTuple):
     valid: Tensor
     mask: Tensor | None = None
 
+    @property
+    def counts(self) -> Tensor:
+        """[m, B] bool: the steps that are there and count in the loss."""
+        return self.valid if self.mask is None else self.valid & self.mask
+
     def span(self, start: int, stop: int | None) -> Lookahead:
         """The steps from `start` to before `stop`, as slices do."""
         mask = None if self.mask is None else self.mask[start:stop]
         return Lookahead(self.inputs[start:stop], self.targets[start:stop], self.valid[start:stop], mask)
+
+
+def next_steps(context: Any, steps: int) -> Lookahead:
+    """The first `steps` steps of a synthesizer's context.
+
+    Raises:
+        ValueError: it is no `Lookahead` of as many.
+    """
+    if not isinstance(context, Lookahead) or len(context.inputs) < steps:
+        seen = f"{len(context.inputs)} steps" if isinstance(context, Lookahead) else type(context).__name__
+        raise ValueError(
+            f"the synthesizer looks {steps} steps ahead, its context is {seen}: pass windows through "
+            f"dni_seq.with_lookahead(windows, {steps}), and lookahead=window.lookahead to the trainer"
+        )
+    return context.span(0, steps)
 
 
 class Window(NamedTuple):
