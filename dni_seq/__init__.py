@@ -7,6 +7,7 @@ interfaces. `import dni_seq` needs torch alone.
 from .credit import Synthetic
 from .deferred import GradientAccumulator, backward, defer_backward
 from .exact_future import ExactFuture
+from .future_gradient import FutureGradient
 from .future_model import FutureModel
 from .interfaces import BackwardInterface, BidirectionalInterface, ForwardInterface, synthesizer_context
 from .least_squares import LeastSquaresHeads
@@ -30,6 +31,7 @@ __all__ = [
     "BidirectionalInterface",
     "ExactFuture",
     "ForwardInterface",
+    "FutureGradient",
     "FutureModel",
     "GatedCells",
     "GradientAccumulator",

@@ -152,6 +152,8 @@ class SyntheticCredit:
         self.resets = 0
         self.disabled = False
         self.rule = self._rule()
+        if self.rule.ahead and settings.targets == "lambda":
+            raise ValueError('targets="lambda" trains towards targets, this synthesizer learns without any: use "bootstrap"')
 
     def _rule(self) -> TargetRule:
         """The coefficients of targets and injection at the coming window."""
@@ -160,14 +162,19 @@ class SyntheticCredit:
         # Drawn, since every second window, say, would be the same windows of short sequences each time.
         if self.settings.targets == "lambda" or drawn(self.settings.regress_every, self._steps):
             rule = rule._replace(trained=[False] * len(rule.own))
-        elif self.settings.regress_every > 1 and self._auxiliary is None and not any(map(any, rule.following)):
+        elif self._may_keep_quiet(rule):
             rule = rule._replace(quiet=True)
         if self.settings.scale == "auto":
             trust = self._reliability.shares or [0.0] * len(rule.weights)
             rule = rule._replace(weights=[w * r for w, r in zip(rule.weights, trust, strict=True)])
         if self.disabled:
-            rule = rule._replace(weights=[0.0] * len(rule.weights), trained=[False] * len(rule.own))
+            rule = rule._replace(weights=[0.0] * len(rule.weights), trained=[False] * len(rule.own), ahead=False)
         return rule
+
+    def _may_keep_quiet(self, rule: TargetRule) -> bool:
+        """Whether a window that trains the synthesizer may go without a message, which makes its target free."""
+        bootstraps = any(map(any, rule.following))
+        return self.settings.regress_every > 1 and self._auxiliary is None and not bootstraps and not rule.ahead
 
     def make_trigger(self, start: State, context: Lookahead | None) -> State:
         """The window's first state, as a target for the synthesizer."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .exact_future import ExactFuture
+from .future_gradient import FutureGradient
 from .future_model import FutureModel
 from .least_squares import LeastSquaresHeads
 from .options import above_zero, at_least, fraction, option
@@ -19,6 +20,7 @@ from .state_network import StateNetwork
 from .state_synthesizers import AuxiliaryTask, Horizons, LookaheadEncoder, PackedSynthesizer, StateHeads
 from .states import State, floating
 from .synthesizers import BasicSynthesizer, GatedCells, Normalized
+from .windows import Reduction
 
 GROUP = "credit assignment"
 
@@ -37,6 +39,9 @@ trusted one by one do not."""
 
 REGRESS_EVERY: Mapping[str, int] = MappingProxyType({"basic": 1, "paper": 1, "state": 3, "multi-horizon": 4, "exact": 1})
 """Defaults by synthesizer: those that predict well cost something to train (docs/performance.md)."""
+
+MEASURE_EVERY = 32
+"""Windows between two targets of what learns without them, which measure its messages."""
 
 AUTO_FIDELITY_EVERY = 47
 """Windows between two comparisons of an automatic scale. A prime: sequences of 2, 5 or 10 windows would be compared at the
@@ -95,7 +100,7 @@ class CreditOptions:
         group=GROUP,
         check=_is_scale,
         metavar="C|auto",
-        shown=_by_synthesizer(SCALES),
+        shown=f"{_by_synthesizer(SCALES)}, --fit future 1",
     )
     discount: float | None = option(
         None, "weight of each further window", group=GROUP, check=fraction, shown=_by_synthesizer(DISCOUNTS)
@@ -119,21 +124,23 @@ class CreditOptions:
         None, "bound what the synthesizer sees and says of an LSTM's cells", group=GROUP, shown="yes, paper no"
     )
     synthesizer_hidden: int = option(
-        128, "units of the hidden layers of state and multi-horizon", group=GROUP, check=at_least(1)
+        128, "units of the hidden layers of fitted state and multi-horizon", group=GROUP, check=at_least(1)
     )
-    synthesizer_layers: int = option(1, "hidden layers of state and multi-horizon", group=GROUP, check=at_least(0))
+    synthesizer_layers: int = option(1, "hidden layers of fitted state and multi-horizon", group=GROUP, check=at_least(0))
     future_units: int | None = option(
         None,
-        "units of a model of the steps ahead, whose gradient state and multi-horizon start from; 0 for none",
+        "units of a model of the steps ahead, whose gradient is the message, or what fitted ones start from; 0 for none",
         group=GROUP,
         check=at_least(0),
         shown="256, with more than 1000 outputs 0",
     )
-    fit: str = option(
-        "least-squares",
-        "how the last layer of state and multi-horizon learns: solved from the latest windows, or by descent",
+    fit: str | None = option(
+        None,
+        "what messages of state and multi-horizon are: future, the gradient of the model of the steps ahead; fitted to "
+        "targets, a last layer solved from the latest windows or learned by descent",
         group=GROUP,
-        choices=("least-squares", "descent"),
+        choices=("future", "least-squares", "descent"),
+        shown="least-squares; multi-horizon future, where it can be",
     )
     message_clip: float = option(
         10.0,
@@ -151,10 +158,10 @@ class CreditOptions:
     replay_windows: int = option(8, "windows in a replay", group=GROUP, check=at_least(1))
     regress_every: int | None = option(
         None,
-        "train the synthesizer at one window of so many, drawn at random",
+        "compute targets at one window of so many, drawn at random; all but --fit future are trained there alone",
         group=GROUP,
         check=at_least(1),
-        shown=_by_synthesizer(REGRESS_EVERY),
+        shown=f"{_by_synthesizer(REGRESS_EVERY)}, --fit future {MEASURE_EVERY}",
     )
     auxiliary: float = option(
         0.0, "weight of the loss of predicting the next synthetic gradient, 0 for off", group=GROUP, check=at_least(0)
@@ -171,6 +178,44 @@ class CreditOptions:
     )
 
 
+def decided(options: CreditOptions, outputs: int, bptt: int) -> CreditOptions:
+    """The options with `fit` decided: by the model of what is ahead where that can be and nothing else is asked for.
+
+    Args:
+        options: as given.
+        outputs: the width of the model's outputs.
+        bptt: T.
+
+    Raises:
+        ValueError: that model is asked for where it cannot be.
+    """
+    learned = options.synthesizer == "multi-horizon" or (options.synthesizer == "exact" and options.tail)
+    units = future_units(options, outputs)
+    hindrances = {
+        f"--synthesizer {options.synthesizer}": not learned,
+        "--lookahead 0": not tail_lookahead(options, bptt),
+        f"--lookahead {options.lookahead}, no multiple of --horizons": tail_lookahead(options, bptt) % options.horizons > 0,
+        f"no model of the steps ahead (--future-units, by default 0 with more than {FUTURE_OUTPUTS} outputs)": not units,
+        "--no-normalize": options.normalize is False,
+        "--tail": options.tail and options.synthesizer == "multi-horizon",
+        "--targets lambda": options.targets != "bootstrap",
+        "--target-network": options.target_network > 0,
+    }
+    found = [name for name, hinders in hindrances.items() if hinders]
+    if options.fit is None:
+        return replace(options, fit="least-squares" if found else "future")
+    if options.fit == "future" and found:
+        raise ValueError(f"--fit future is not possible with {found[0]}")
+    return options
+
+
+def future_units(options: CreditOptions, outputs: int) -> int:
+    """The units of the model of what is ahead, 0 for none."""
+    if options.future_units is not None:
+        return options.future_units
+    return FUTURE_UNITS if outputs <= FUTURE_OUTPUTS else 0
+
+
 def state_products(options: CreditOptions) -> float:
     """The vector-Jacobian products to the state alone that a window takes on average, which decides the LSTM's kernel."""
     if options.synthesizer == "none":
@@ -178,13 +223,15 @@ def state_products(options: CreditOptions) -> float:
     apart = regressions_apart(options)
     by_horizon = options.synthesizer == "multi-horizon" and options.targets == "bootstrap"
     heads = options.horizons + options.tail if by_horizon else 1
-    if by_horizon and heads == 1 and apart > 1 and not options.auxiliary:
+    if by_horizon and heads == 1 and apart > 1 and not options.auxiliary and options.fit != "future":
         return 0  # its window keeps quiet: see `SequenceTrainer`, regress_every
     return (1 if options.draw_horizon else heads) / apart
 
 
 def regressions_apart(options: CreditOptions) -> int:
     """The windows from one regression to the next, on average."""
+    if options.regress_every is None and options.fit == "future":
+        return MEASURE_EVERY
     return options.regress_every or REGRESS_EVERY.get(options.synthesizer, 1)
 
 
@@ -212,7 +259,7 @@ def build_synthesizer(
     cells: Any,
     encode: Callable[[], tuple[nn.Module, nn.Module]],
     outputs: int,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     share: Callable[[LossFn], LossFn] | None = None,
 ) -> nn.Module | None:
     """The synthesizer of the options, None for plain truncated BPTT.
@@ -231,10 +278,11 @@ def build_synthesizer(
     """
     if options.synthesizer == "none":
         return None
+    options = decided(options, outputs, bptt)
     learned = None
     if options.synthesizer != "exact" or options.tail:
         future = future_model(options, tail_lookahead(options, bptt), loss_fn, encode, outputs)
-        learned = build_learned(options, bptt, example, cells, encode, future)
+        learned = build_learned(options, bptt, example, cells, encode, future, reduction)
     if options.synthesizer != "exact":
         return learned
     shared = loss_fn if share is None else share(loss_fn)
@@ -249,9 +297,7 @@ def future_model(
     outputs: int,
 ) -> Callable[[int], FutureModel] | None:
     """Makes the model of what is ahead from the size of a lane's state; None without one. Arguments as above."""
-    units = options.future_units
-    if units is None:
-        units = FUTURE_UNITS if outputs <= FUTURE_OUTPUTS else 0
+    units = future_units(options, outputs)
     if not units or not steps:
         return None
 
@@ -269,6 +315,7 @@ def build_learned(
     cells: Any,
     encode: Callable[[], tuple[nn.Module, nn.Module]],
     future: Callable[[int], FutureModel] | None,
+    reduction: Reduction,
 ) -> nn.Module:
     """A synthesizer that learns; that of exact's tail is a multi-horizon one of one horizon. Arguments as above."""
     kind = options.synthesizer
@@ -283,6 +330,11 @@ def build_learned(
     steps = tail_lookahead(options, bptt)
     if kind == "paper":
         return build_published(options, example, steps, cells, normalize, encode)
+    if options.fit == "future" and future is not None:
+        ahead = FutureGradient(
+            example, future, window=bptt, horizons=horizons, reduction=reduction, cells=cells, limit=limit
+        )
+        return Horizons(ahead, horizons=horizons, draw=options.draw_horizon) if kind == "multi-horizon" else ahead
     encoder = LookaheadEncoder(steps, *encode()) if steps else None
     count = 1 if kind == "state" else horizons + tail
     hidden = [options.synthesizer_hidden] * options.synthesizer_layers
@@ -293,7 +345,7 @@ def build_learned(
                 "--fit least-squares needs features to learn: give --synthesizer-layers or --lookahead, or --fit descent"
             )
         kinds: dict[str, type[PackedSynthesizer]] = {"least-squares": LeastSquaresHeads, "descent": StateHeads}
-        heads: nn.Module = kinds[options.fit](example, count, cells=cells, limit=limit, **size)
+        heads: nn.Module = kinds[options.fit or "least-squares"](example, count, cells=cells, limit=limit, **size)
     else:
         if options.future_units:
             raise ValueError("--future-units needs normalised targets: leave --no-normalize out, or --future-units")
@@ -339,8 +391,8 @@ def build_auxiliary(options: CreditOptions, example: State) -> nn.Module | None:
 
 def trainer_settings(options: CreditOptions) -> dict[str, Any]:
     """The keyword arguments of `SequenceTrainer` that the options decide, but for the synthesizer and its optimizer."""
-    given = options.synthetic_scale
-    chosen = scale(SCALES.get(options.synthesizer, "0") if given is None else given)
+    usual = "1" if options.fit == "future" else SCALES.get(options.synthesizer, "0")
+    chosen = scale(usual if options.synthetic_scale is None else options.synthetic_scale)
     discount = DISCOUNTS.get(options.synthesizer, 1.0) if options.discount is None else options.discount
     every = options.fidelity_every or (AUTO_FIDELITY_EVERY if chosen == "auto" else 0)
     return {

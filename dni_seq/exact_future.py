@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from . import states
 from .replay import without_parameter_gradients
 from .states import State
-from .synthesizers import Regression, predict, regress
+from .synthesizers import Regression, learns_ahead, predict, regress
 from .targets import TargetRule
-from .windows import Lookahead
+from .windows import Lookahead, Reduction, step_weight
 
 
 class ExactFuture(nn.Module):
@@ -51,7 +51,7 @@ class ExactFuture(nn.Module):
         *,
         steps: int,
         window: int,
-        reduction: str = "mean",
+        reduction: Reduction = "mean",
         tail: nn.Module | None = None,
         batch_dim: Any = 1,
     ) -> None:
@@ -65,6 +65,7 @@ class ExactFuture(nn.Module):
         self.reduction = reduction
         self.tail = tail
         self.batch_dim = batch_dim
+        self.learns_ahead = tail is not None and learns_ahead(tail)
 
     def predict(self, trigger: State, context: Any) -> list[State]:
         """The exact gradient, that of the tail included; then the tail's own message at `trigger`, where there is one."""
@@ -87,8 +88,14 @@ class ExactFuture(nn.Module):
         """Inject the exact gradient; train the tail towards its own bootstrapped target."""
         if self.tail is None:
             return TargetRule(own=[1.0], following=[[0.0]], weights=[scale], trained=[False])
+        # What is no bootstrap is measured by the window's own gradient.
+        following = 0.0 if self.learns_ahead else discount
         return TargetRule(
-            own=[0.0, 1.0], following=[[0.0, 0.0], [0.0, discount]], weights=[scale, 0.0], trained=[False, True]
+            own=[0.0, 1.0],
+            following=[[0.0, 0.0], [0.0, following]],
+            weights=[scale, 0.0],
+            trained=[False, True],
+            ahead=self.learns_ahead,
         )
 
     def _exact(self, trigger: State, context: Any) -> State:
@@ -122,6 +129,4 @@ class ExactFuture(nn.Module):
             raise ValueError(
                 f"ExactFuture: loss_fn must return unreduced losses {list(ahead.valid.shape)}, got {list(losses.shape)}"
             )
-        total = torch.where(ahead.counts, losses, 0).sum()
-        lanes = losses.shape[1]
-        return total / {"mean": lanes * self.window, "lane-mean": lanes, "sum": 1}[self.reduction]
+        return torch.where(ahead.counts, losses, 0).sum() * step_weight(self.reduction, self.window, losses.shape[1])

@@ -31,7 +31,7 @@ SEEN = 4
 class FutureModel(nn.Module):
     """Predict the outputs of the next m steps from a state and their inputs, and differentiate their loss.
 
-        z_j = tanh(W s + Σ_{i < SEEN} U_i x_{j-i} + b),   q_j = D z_j + d
+        z_j = tanh(W s + Σ_{i < SEEN} U_i x_{j-i} + b_j),   q_j = D z_j + d
         features = Σ_j (Dᵀ ∂ℓ_j/∂q_j) ⊙ (1 - z_j²) = ∂(Σ_j ℓ_j) / ∂(W s)
 
     Each step sees its own input and those before it, never one behind: in a language model that would be its target.
@@ -70,6 +70,7 @@ class FutureModel(nn.Module):
         self.units = units
         self.inputs = inputs
         self.from_state = nn.Linear(size, units)
+        self.from_step = nn.Parameter(torch.zeros(steps, 1, units))
         self.from_inputs = nn.Linear(self.seen * inputs_width, units, bias=False)
         self.output = nn.Linear(units, outputs)
 
@@ -83,15 +84,39 @@ class FutureModel(nn.Module):
             ValueError: the context is no lookahead of m steps.
         """
         ahead = next_steps(context, self.steps)
-        hidden = torch.tanh(self.from_state(flat) + self.from_inputs(self._recent(ahead)))  # [m, B, F]
-        outputs = self.output(hidden)
+        hidden, outputs = self._expected(flat, ahead)
+        products, total = self._products(hidden, outputs, ahead)
+        return products.sum(0), total / ahead.valid.numel()
+
+    def loss(self, flat: Tensor, context: Any) -> Tensor:
+        """The mean loss alone, 0-d, arguments and errors as above."""
+        ahead = next_steps(context, self.steps)
+        _, outputs = self._expected(flat, ahead)
+        return self._total(outputs, ahead) / ahead.valid.numel()
+
+    def by_step(self, flat: Tensor, context: Any) -> Tensor:
+        """∂ℓ_j/∂(W s) [m, B, F], without a graph, arguments and errors as above."""
+        ahead = next_steps(context, self.steps)
+        with torch.no_grad():
+            products, _ = self._products(*self._expected(flat, ahead), ahead)
+        return products
+
+    def _expected(self, flat: Tensor, ahead: Lookahead) -> tuple[Tensor, Tensor]:
+        """z [m, B, F] and q [m, B, Q]."""
+        hidden = torch.tanh(self.from_state(flat) + self.from_inputs(self._recent(ahead)) + self.from_step)
+        return hidden, self.output(hidden)
+
+    def _total(self, outputs: Tensor, ahead: Lookahead) -> Tensor:
+        return torch.where(ahead.counts, self.loss_fn(outputs, ahead.targets), 0).sum()
+
+    def _products(self, hidden: Tensor, outputs: Tensor, ahead: Lookahead) -> tuple[Tensor, Tensor]:
+        """The steps' products [m, B, F], and their summed loss."""
         learning = torch.is_grad_enabled()
         with torch.enable_grad():
             roots = outputs if outputs.requires_grad else outputs.detach().requires_grad_()
-            loss = torch.where(ahead.counts, self.loss_fn(roots, ahead.targets), 0).sum()
-            (error,) = torch.autograd.grad(loss, roots, retain_graph=learning)
-        product = (error @ self.output.weight) * (1 - hidden.square())
-        return product.sum(0), loss / ahead.valid.numel()
+            total = self._total(roots, ahead)
+            (error,) = torch.autograd.grad(total, roots, retain_graph=learning)
+        return (error @ self.output.weight) * (1 - hidden.square()), total
 
     def _recent(self, ahead: Lookahead) -> Tensor:
         """[m, B, SEEN E]: the encoded input of each step and of those before it, zeros where there is none."""

@@ -424,7 +424,7 @@ class Exchange:
     def after_backward(self) -> None:
         """Regress at every trigger towards its targets."""
         arrived = [taken(leaf) for leaf in self.inputs()]
-        if self._rule is None or not any(self._rule.trained):
+        if self._rule is None or not (any(self._rule.trained) or self._rule.ahead):
             return
         rows = [self._row(i, arrived) if trained else None for i, trained in enumerate(self._rule.trained)]
         position = 0

@@ -10,6 +10,7 @@ from .credit_options import (
     EMBED,
     build_auxiliary,
     build_synthesizer,
+    decided,
     learning_parameters,
     state_products,
     trainer_settings,
@@ -29,10 +30,11 @@ def build_trainer(
 ) -> SequenceTrainer:
     """The trainer of the options, with its optimizers; of this rank where there are several."""
     dtype = model.projection.weight.dtype
+    chosen = decided(options, model.projection.out_features, options.bptt)
     example = model.initial_state(1)
-    model.native_steps = native_up_to(state_products(options))
+    model.native_steps = native_up_to(state_products(chosen))
     synthesizer = build_synthesizer(
-        options,
+        chosen,
         model,
         token_losses,
         bptt=options.bptt,
@@ -61,7 +63,7 @@ def build_trainer(
         clip=options.clip or None,
         autocast=lm.autocast_of(options),
         parallel=parallel,
-        **trainer_settings(options),
+        **trainer_settings(chosen),
     )
 
 

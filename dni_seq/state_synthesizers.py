@@ -25,6 +25,7 @@ from .synthesizers import (
     RunningRMS,
     check_like,
     checked_limit,
+    learns_ahead,
     limited,
     mean_squared,
     predict,
@@ -161,27 +162,40 @@ class PackedSynthesizer(nn.Module):
             ValueError: a target has not the shape of its message.
         """
         trained = [i for i, target in enumerate(targets) if target is not None]
-        like = states.floating(trigger)
-        for target in targets:
-            if target is not None:
-                check_like(like, states.floating(target), "trigger", "real message")
-        packed = [self.packing.pack(states.floating(target)) for target in targets if target is not None]
-        wanted = torch.stack(packed, dim=1)  # [B, n, S]
-        self._update(trained, wanted)
-        wanted = wanted / self._scales()[trained].clamp_min(Normalized.tiny)
+        wanted = self._wanted(trigger, targets)
         bounded, gate = self._bounded(trigger)
         outputs = self.outputs(bounded, gate, context)
         found = outputs.messages[:, trained]
         error = (found - wanted).square().mean((0, 2))
         with torch.no_grad():
-            power = wanted.square().mean((0, 2))
-            norms = (found.square().mean((0, 2)) * power).sqrt()
-            cosine = (found * wanted).mean((0, 2)) / norms.clamp_min(Normalized.tiny)
-            rows = wanted.new_full((3, len(targets)), float("nan"))
-            rows[:, trained] = torch.stack([error, power, cosine])
+            rows = self._measured(found, wanted, trained, len(targets))
             self.learn(trained, outputs.features, gate, wanted)
         loss = error.mean() if outputs.loss is None else error.mean() + outputs.loss
-        return Regression(loss, *rows.unbind())
+        return Regression(loss, *rows)
+
+    def _wanted(self, trigger: State, targets: list[State | None]) -> Tensor:
+        """The targets that are there, [B, n, S], in units of the running root mean square that takes them in first."""
+        trained = [i for i, target in enumerate(targets) if target is not None]
+        like = states.floating(trigger)
+        for target in targets:
+            if target is not None:
+                check_like(like, states.floating(target), "trigger", "real message")
+        packed = [self.packing.pack(states.floating(target)) for target in targets if target is not None]
+        wanted = torch.stack(packed, dim=1)
+        self._update(trained, wanted)
+        return wanted / self._scales()[trained].clamp_min(Normalized.tiny)
+
+    @staticmethod
+    def _measured(found: Tensor, wanted: Tensor, trained: list[int], horizons: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean squared error, the targets' mean square, and the cosine, [N] each, NaN where nothing is `trained`."""
+        error = (found - wanted).square().mean((0, 2))
+        power = wanted.square().mean((0, 2))
+        norms = (found.square().mean((0, 2)) * power).sqrt()
+        cosine = (found * wanted).mean((0, 2)) / norms.clamp_min(Normalized.tiny)
+        rows = wanted.new_full((3, horizons), float("nan"))
+        rows[:, trained] = torch.stack([error, power, cosine])
+        errors, powers, cosines = rows.unbind()
+        return errors, powers, cosines
 
     def _bounded(self, trigger: State) -> tuple[Tensor, Tensor]:
         """[B, S] each: the packed state with tanh of its cells, and the gate of what is said of them."""
@@ -279,6 +293,7 @@ class Horizons(nn.Module):
         self.draw = draw
         self.weights = [1.0] * (horizons + tail)
         self.heads = heads
+        self.learns_ahead = learns_ahead(heads)
         self.register_buffer("draws", torch.zeros((), dtype=torch.int64))
 
     def predict(self, trigger: State, context: Any) -> list[State]:
@@ -297,7 +312,7 @@ class Horizons(nn.Module):
 
     def target_rule(self, scale: float, discount: float) -> TargetRule:
         """The rule above, for one window."""
-        rule = increments(scale, discount, self.weights, self.tail)
+        rule = increments(scale, discount, self.weights, self.tail)._replace(ahead=self.learns_ahead)
         if not self.draw:
             return rule
         chosen = drawn(len(self.weights), int(self.draws))

@@ -78,6 +78,11 @@ def regress(synthesizer: nn.Module, trigger: State, context: Any, targets: list[
     return mean_squared(predict(synthesizer, trigger, context), targets)
 
 
+def learns_ahead(synthesizer: nn.Module) -> bool:
+    """Whether it learns at every window from its context, so that targets only measure it; its `learns_ahead` says so."""
+    return bool(getattr(synthesizer, "learns_ahead", False))
+
+
 def mean_squared(predictions: list[State], targets: list[State | None]) -> Regression:
     """Mean squared error over all elements, the one rule for regression, with its diagnostics.
 

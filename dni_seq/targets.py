@@ -34,6 +34,7 @@ class TargetRule(NamedTuple):
         trained: [N], the horizons to train at this window; the others' targets are not computed.
         quiet: whether nothing is injected at this window after all, so that its own gradient arrives alone and is a target
             without a product.
+        ahead: whether the synthesizer learns from its context, at windows without targets too.
     """
 
     own: Sequence[float]
@@ -41,6 +42,7 @@ class TargetRule(NamedTuple):
     weights: Sequence[float]
     trained: Sequence[bool]
     quiet: bool = False
+    ahead: bool = False
 
 
 def bootstrapped(scale: float, discount: float) -> TargetRule:

@@ -38,9 +38,7 @@ from .interfaces import Exchange
 from .optimization import clipped_step, gradient_norm, leaves_out_by_itself
 from .replay import Past, Replayer
 from .states import State
-from .windows import Lookahead
-
-Reduction = Literal["mean", "lane-mean", "sum"]
+from .windows import REDUCTIONS, Lookahead, Reduction
 
 
 class Model(Protocol):
@@ -185,7 +183,7 @@ class SequenceTrainer:
         settings.check()
         if clip is not None and not clip > 0:
             raise ValueError(f"clip must be positive, or None for no limit, got {clip}")
-        if reduction not in ("mean", "lane-mean", "sum"):
+        if reduction not in REDUCTIONS:
             raise ValueError(f'reduction must be "mean", "lane-mean" or "sum", got {reduction!r}')
         if auxiliary is not None and synthesizer is None:
             raise ValueError("the auxiliary task predicts synthetic gradients: give a synthesizer too")

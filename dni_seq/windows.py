@@ -10,10 +10,15 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
+
+Reduction = Literal["mean", "lane-mean", "sum"]
+"""How a window's losses become one number; see `trainer.window_loss`."""
+
+REDUCTIONS: tuple[Reduction, ...] = get_args(Reduction)
 
 
 class Lookahead(NamedTuple):
@@ -56,6 +61,17 @@ def next_steps(context: Any, steps: int) -> Lookahead:
             f"dni_seq.with_lookahead(windows, {steps}), and lookahead=window.lookahead to the trainer"
         )
     return context.span(0, steps)
+
+
+def step_weight(reduction: Reduction, window: int, lanes: int) -> float:
+    """What one step of one lane weighs in the loss of a full window of `window` steps and `lanes` lanes.
+
+    Raises:
+        ValueError: `window` is not positive, or the reduction is none.
+    """
+    if window < 1 or reduction not in REDUCTIONS:
+        raise ValueError(f"window must be positive and reduction one of {REDUCTIONS}, got {window} and {reduction!r}")
+    return 1 / {"mean": lanes * window, "lane-mean": lanes, "sum": 1}[reduction]
 
 
 class Window(NamedTuple):

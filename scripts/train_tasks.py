@@ -48,6 +48,7 @@ from dni_seq.credit_options import (
     EMBED,
     build_auxiliary,
     build_synthesizer,
+    decided,
     learning_parameters,
     lookahead_of,
     state_products,
@@ -373,10 +374,11 @@ def prepare(plan: Plan[TaskOptions], lock: RunLock) -> Training:
 
 def build_trainer(options: TaskOptions, task: Task, model: SequenceModel, device: torch.device) -> dni.SequenceTrainer:
     """The trainer of the options, with its optimizers; a window's loss is the sum over time and the mean over lanes."""
+    chosen = decided(options, task.target_size, options.bptt)
     example = model.initial_state(1)
-    model.native_steps = native_up_to(state_products(options))
+    model.native_steps = native_up_to(state_products(chosen))
     synthesizer = build_synthesizer(
-        options,
+        chosen,
         model,
         task.losses,
         bptt=options.bptt,
@@ -400,7 +402,7 @@ def build_trainer(options: TaskOptions, task: Task, model: SequenceModel, device
         auxiliary=auxiliary,
         clip=options.clip or None,
         reduction="lane-mean",
-        **trainer_settings(options),
+        **trainer_settings(chosen),
     )
 
 

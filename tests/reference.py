@@ -87,6 +87,22 @@ class Oracle(nn.Module):
             return states.with_floating(trigger, list(torch.autograd.grad(total, leaves)))
 
 
+def future_messages(heads: dni.FutureGradient, state: Any, ahead: dni.Lookahead, weight: float) -> list[Any]:
+    """A `FutureGradient`'s messages: its model's losses at each horizon's steps, differentiated by the state."""
+    model, horizons = heads.model, heads.network.horizons
+    part = model.steps // horizons
+    found = []
+    for n in range(horizons):
+        leaves = [leaf.detach().requires_grad_() for leaf in states.floating(state)]
+        flat = heads.packing.pack(leaves)
+        bounded = torch.where(heads.cell, flat.tanh(), flat)
+        counts = torch.zeros_like(ahead.valid)
+        counts[n * part : (n + 1) * part] = True
+        loss = model.loss(bounded, ahead._replace(mask=ahead.counts & counts)) * ahead.valid.numel()
+        found.append(states.with_floating(state, list(torch.autograd.grad(loss * weight, leaves))))
+    return found
+
+
 def future_features(model: dni.FutureModel, flat: Tensor, ahead: dni.Lookahead) -> Tensor:
     """A future model's features lane by lane, step by step: the gradient of its losses with respect to W s, by autograd."""
     rows = []
@@ -101,7 +117,7 @@ def future_features(model: dni.FutureModel, flat: Tensor, ahead: dni.Lookahead) 
                 there = step - before >= 0 and bool(ahead.valid[step - before, lane])
                 encoded = model.inputs(ahead.inputs[max(step - before, 0), lane])
                 pieces.append(encoded if there else torch.zeros_like(encoded))
-            hidden = torch.tanh(reached + model.from_inputs(torch.cat(pieces)))
+            hidden = torch.tanh(reached + model.from_inputs(torch.cat(pieces)) + model.from_step[step, 0])
             outputs = model.output(hidden)[None, None]
             loss = loss + model.loss_fn(outputs, ahead.targets[step, lane][None, None]).sum()
         (gradient,) = torch.autograd.grad(loss, reached, allow_unused=True) if loss.requires_grad else (None,)

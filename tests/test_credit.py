@@ -10,6 +10,7 @@ from torch import nn
 
 import dni_seq as dni
 from dni_seq import states
+from dni_seq.state_synthesizers import Horizons
 from dni_seq.synthesizers import Regression
 from tests import problems, reference
 from tests.test_trainer import LANES, assert_same, trainer_initial
@@ -24,6 +25,8 @@ KINDS = {
     "multi-horizon": {"horizons": {"horizons": 2, "tail": True}, "settings": {"target_network": 3}},
     "multi-horizon-drawn": {"horizons": {"horizons": 2, "draw": True}, "settings": {}},
     "multi-horizon-auto": {"horizons": {"horizons": 2}, "settings": {"synthetic_scale": "auto", "fidelity_every": 3}},
+    "future-gradient": {"future": 1, "settings": {"regress_every": 3}},
+    "future-gradient-auto": {"future": 3, "settings": {"synthetic_scale": "auto", "fidelity_every": 3}},
     "multi-horizon-lambda": {"horizons": {"horizons": 2}, "settings": {"targets": "lambda", "replay_windows": 4}},
 }
 
@@ -35,6 +38,8 @@ def make_trainer(model, kind, lr=1e-2, synthesizer_lr=1e-2, **settings):
     choice = KINDS[kind]
     if "horizons" in choice:
         synthesizer = dni.MultiHorizonSynthesizer(trainer_initial(model), **common, **choice["horizons"])
+    elif "future" in choice:
+        synthesizer = future_gradient(model, choice["future"])
     else:
         synthesizer = dni.StateSynthesizer(trainer_initial(model), **common)
     synthesizer.double()
@@ -53,6 +58,19 @@ def make_trainer(model, kind, lr=1e-2, synthesizer_lr=1e-2, **settings):
             **settings,
         },
     )
+
+
+def future_gradient(model, horizons=1, **settings):
+    """Messages of one window of T steps, or of each of its steps."""
+
+    def future(size):
+        embedding = nn.Embedding(problems.VOCABULARY, 4)
+        sizes = {"inputs_width": 4, "outputs": problems.VOCABULARY, "units": 16}
+        return dni.FutureModel(size, T, inputs=embedding, loss_fn=problems.unreduced, **sizes)
+
+    common = {"cells": model.cells, "batch_dim": model.state_batch_dim, "limit": 10.0}
+    heads = dni.FutureGradient(trainer_initial(model), future, window=T // horizons, horizons=horizons, **common | settings)
+    return Horizons(heads, horizons=horizons).double()
 
 
 def windows_of(steps, ends=None):

@@ -9,7 +9,16 @@ import torch
 from torch import nn
 
 import dni_seq as dni
-from dni_seq.credit_options import EMBED, SYNTHESIZERS, CreditOptions, build_synthesizer, lookahead_of, trainer_settings
+from dni_seq.credit_options import (
+    EMBED,
+    SYNTHESIZERS,
+    CreditOptions,
+    build_synthesizer,
+    decided,
+    lookahead_of,
+    state_products,
+    trainer_settings,
+)
 from dni_seq.models.sequence_model import SequenceModel
 from dni_seq.options import build
 from dni_seq.synthesizers import predict, regress
@@ -119,9 +128,9 @@ def test_every_name_is_built_or_none():
 
 
 @pytest.mark.parametrize("kind", ["state", "multi-horizon"])
-def test_heads_are_solved_by_default_and_descended_when_asked(kind):
+def test_what_messages_are_by_default_and_when_asked(kind):
     for fit, expected in (
-        (None, dni.LeastSquaresHeads),
+        (None, dni.FutureGradient if kind == "multi-horizon" else dni.LeastSquaresHeads),
         ("least-squares", dni.LeastSquaresHeads),
         ("descent", dni.StateHeads),
     ):
@@ -130,6 +139,45 @@ def test_heads_are_solved_by_default_and_descended_when_asked(kind):
         assert type(getattr(built(options), "heads", built(options))) is expected
     with pytest.raises(ValueError, match="features to learn"):
         built(build(CreditOptions, {"synthesizer": kind, "synthesizer_layers": 0, "lookahead": 0}))
+
+
+HINDRANCES = {
+    "state": {"synthesizer": "state"},
+    "lookahead 0": {"lookahead": 0},
+    "multiple": {"horizons": 2, "lookahead": 3},
+    "no model of the steps": {"future_units": 0},
+    "no-normalize": {"normalize": False},
+    "tail": {"tail": True},
+    "lambda": {"targets": "lambda"},
+    "target-network": {"target_network": 5},
+}
+
+
+@pytest.mark.parametrize("name", HINDRANCES)
+def test_where_the_model_of_the_steps_ahead_cannot_give_messages(name):
+    """By default they are fitted there; asked for all the same, the text says what is in the way."""
+    given = {"synthesizer": "multi-horizon"} | HINDRANCES[name]
+    assert decided(build(CreditOptions, given), 2, BPTT).fit == "least-squares"
+    with pytest.raises(ValueError, match=f"--fit future is not possible with .*{name}"):
+        decided(build(CreditOptions, given | {"fit": "future"}), 2, BPTT)
+
+
+def test_the_exact_futures_tail_is_the_model_of_the_steps_ahead():
+    tail = built(build(CreditOptions, {"synthesizer": "exact", "tail": True})).tail
+    assert isinstance(tail, dni.FutureGradient)
+    assert (tail.network.horizons, tail.model.steps) == (1, BPTT)
+
+
+def test_what_needs_no_targets_computes_few():
+    def settings(**given):
+        chosen = decided(build(CreditOptions, {"synthesizer": "multi-horizon"} | given), 2, BPTT)
+        return trainer_settings(chosen)["regress_every"], state_products(chosen)
+
+    assert settings() == (32, 1 / 32)
+    assert settings(horizons=2) == (32, 2 / 32)
+    assert settings(regress_every=4) == (4, 1 / 4)
+    assert settings(fit="descent") == (4, 0)
+    assert settings(fit="descent", horizons=2) == (4, 2 / 4)
 
 
 @pytest.mark.parametrize("kind", ["state", "multi-horizon"])

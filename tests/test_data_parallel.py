@@ -97,6 +97,9 @@ def settings(case: str, model: Net, parallel: DataParallel | None) -> dict[str, 
         size = {key: several[key] for key in ("cells", "hidden", "encoder")}
         heads = LeastSquaresHeads(example, 3, solve_every=2, memory=1.0, future=future, **size)
         return {"synthesizer": Horizons(heads, horizons=2, tail=True), "synthetic_scale": 0.5}
+    if case == "future":
+        heads = dni.FutureGradient(example, future, window=STEPS, cells=dni.LSTM_CELLS, limit=10.0)
+        return {"synthesizer": Horizons(heads, horizons=1), "synthetic_scale": 0.5, "regress_every": 3}
     if case == "loud":
         return {"synthesizer": dni.Normalized(Loud()), "synthetic_scale": 0.5}
     if case == "lambda":
@@ -113,7 +116,7 @@ def settings(case: str, model: Net, parallel: DataParallel | None) -> dict[str, 
 
 LOOKING = (Horizons, dni.MultiHorizonSynthesizer, dni.StateSynthesizer, dni.ExactFuture)
 
-CASES = ("none", "basic", "horizons", "least-squares", "lambda", "auxiliary", "exact", "paper")
+CASES = ("none", "basic", "horizons", "least-squares", "future", "lambda", "auxiliary", "exact", "paper")
 
 
 def trainer_of(case: str, parallel: DataParallel | None, reduction: str = "mean") -> dni.SequenceTrainer:
@@ -159,7 +162,7 @@ def every_case(parallel: DataParallel | None) -> dict[str, Any]:
     for reduction in ("sum", "lane-mean"):
         trainer = trainer_of("horizons", parallel, reduction)
         found[reduction] = {"rows": train(trainer, windows(True)), "saved": trainer.state_dict()}
-    for case in ("horizons", "least-squares", "lambda"):
+    for case in ("horizons", "least-squares", "future", "lambda"):
         trainer = trainer_of(case, parallel)
         found[f"broken {case}"] = {"rows": train(trainer, windows(True, broken=True)), "saved": trainer.state_dict()}
     trainer = trainer_of("loud", parallel)
@@ -172,7 +175,7 @@ def on_ranks(ranks: Ranks) -> dict[str, Any]:
     parallel = DataParallel(ranks)
     found = {"cases": every_case(parallel), "ddp": own_loop(parallel), "partial": partly_without_gradient(parallel)}
     resumed = {}
-    for case in ("horizons", "least-squares", "lambda"):
+    for case in ("horizons", "least-squares", "future", "lambda"):
         first = trainer_of(case, None)
         train(first, windows(True)[:5])
         trainer = trainer_of(case, parallel)
@@ -262,7 +265,7 @@ def plain(saved: Any) -> Any:
     return saved.to(torch.float64) if isinstance(saved, torch.Tensor) else saved
 
 
-BROKEN_CASES = ("broken horizons", "broken least-squares", "broken lambda")
+BROKEN_CASES = ("broken horizons", "broken least-squares", "broken future", "broken lambda")
 
 EVERY_CASE = [f"{case}-{masked}" for case in CASES for masked in (False, True)]
 
@@ -305,7 +308,7 @@ def test_a_synthesizer_that_is_too_loud_on_one_rank_begins_anew_on_all(ranks, al
         assert credit["resets"] >= 1
 
 
-@pytest.mark.parametrize("case", ["horizons", "least-squares", "lambda"])
+@pytest.mark.parametrize("case", ["horizons", "least-squares", "future", "lambda"])
 def test_a_run_goes_on_with_another_number_of_ranks(ranks, alone, case):
     rows = alone[f"{case}-True"]["rows"]
     for rank in ranks:

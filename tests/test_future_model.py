@@ -33,6 +33,7 @@ def make(kind="tokens", steps=STEPS):
     else:
         model = dni.FutureModel(SIZE, steps, inputs=nn.Linear(3, WIDTH), outputs=2, loss_fn=vectors_loss, **common)
         inputs, targets = torch.randn(steps, LANES, 3).double(), torch.randn(steps, LANES, 2).double()
+    nn.init.normal_(model.from_step)
     return model.double(), torch.randn(LANES, SIZE).double(), dni.Lookahead(inputs, targets, valid, mask)
 
 

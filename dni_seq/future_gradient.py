@@ -1,0 +1,125 @@
+"""FutureGradient: messages that are the gradient of a small learned model of what is ahead, instead of regressions on it.
+
+A regression towards real gradients is right on average and wrong alike in all lanes for hundreds of windows, and an RNN sums
+up what is alike; what a message explains of the exact gradient (R²) says little of what it brings. The gradient of one
+learned loss has no such bias: it leads the RNN to states from which that model, too, tells better what comes. The
+model needs no targets but those of the steps ahead, so it learns at every window without a product.
+
+Source: ours; the paper (Jaderberg et al. 2017, arXiv 1608.05343) regresses. Trinh et al. 2018, "Learning Longer-term
+Dependencies in RNNs with Auxiliary Losses", arXiv 1803.00144, train an RNN by the loss of a second network that predicts
+from its states; that one is unrolled from single states of the past, this one is read at every window's end.
+docs/synthetic-gradients.md measures it.
+
+Legend: B = lanes, S = numbers in one lane's packed state, m = lookahead in steps, K = horizons, F = units of the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .future_model import FutureModel
+from .state_network import StateTrunk
+from .state_synthesizers import Outputs, PackedSynthesizer
+from .states import State
+from .synthesizers import Regression, zero_
+from .targets import TargetRule, increments
+from .windows import Reduction, step_weight
+
+
+class FutureGradient(PackedSynthesizer):
+    """Messages by horizon: the n-th is the gradient of a `FutureModel`'s loss over the n-th of K equal parts of m steps.
+
+    With m = K T those parts are the windows to come. Messages are in the unit of the trainer's loss; they start at exactly
+    zero, since the model's last layer does.
+
+        M_n(s) = w (1 - tanh²(c) at cells) ⊙ Wᵀ Σ_{steps j of part n} ∂ℓ_j/∂(W s)
+
+    Targets measure it (R², cosine) and limit it, but do not train it.
+
+    Args:
+        example: a state of the model, such as `model.initial_state(1)`.
+        future: makes the model of m steps from S.
+        window: T, the length of the trainer's windows; a mean over a window weighs each of its steps by w = 1 / (T · B).
+        horizons: K.
+        reduction: that of the trainer ("mean", "lane-mean" or "sum").
+        cells, decay, limit: see `PackedSynthesizer`.
+        batch_dim: where the lanes lie in the state's leaves, an int or a nest.
+
+    Raises:
+        ValueError: the steps are not a multiple of the horizons.
+    """
+
+    learns_ahead = True
+
+    def __init__(
+        self,
+        example: State,
+        future: Callable[[int], FutureModel],
+        *,
+        window: int,
+        horizons: int = 1,
+        reduction: Reduction = "mean",
+        cells: Any = False,
+        decay: float = 0.99,
+        limit: float | None = None,
+        batch_dim: Any = 1,
+    ) -> None:
+        trunk = StateTrunk(example, horizons, hidden=(), batch_dim=batch_dim, future=future)
+        super().__init__(trunk, example, cells, decay, limit)
+        zero_(self.model.output)
+        self.window, self.reduction = window, reduction
+        step_weight(reduction, window, 1)  # says what is wrong with them
+        if self.model.steps % horizons:
+            raise ValueError(
+                f"FutureGradient: {horizons} horizons share the lookahead evenly, {self.model.steps} steps are no multiple"
+            )
+
+    @property
+    def model(self) -> FutureModel:
+        """The model of what is ahead."""
+        model: FutureModel = self.network.future
+        return model
+
+    def target_rule(self, scale: float, discount: float) -> TargetRule:
+        """That of horizons, by which it is measured; it learns at every window."""
+        return increments(scale, discount, [1.0] * self.network.horizons, False)._replace(ahead=True)
+
+    def outputs(self, bounded: Tensor, gate: Tensor, context: Any) -> Outputs:
+        """Raw messages without a graph, those of all lanes of all ranks in one unit."""
+        steps = self.model.by_step(bounded, context)
+        parts = steps.unflatten(0, (self.network.horizons, -1)).sum(1)  # [K, B, F]
+        ranks = 1 if self.across_ranks is None or self.reduction == "sum" else self.across_ranks.size
+        weight = step_weight(self.reduction, self.window, len(bounded) * ranks)
+        found = (parts @ self.model.from_state.weight.detach()) * (weight * gate)
+        return Outputs(found.transpose(0, 1), None, None)
+
+    def predict(self, trigger: State, context: Any) -> list[State]:
+        """One message a horizon, raw, limited once there has been a target."""
+        found = self.outputs(*self._bounded(trigger), context).messages
+        if self.limit is not None:
+            largest = torch.where(self.counts > 0, self.limit * self._scales(), torch.inf)
+            found = found.clamp(-largest, largest)
+        return [self.packing.unpack(message, trigger) for message in found.unbind(1)]
+
+    def regress(self, trigger: State, context: Any, targets: list[State | None]) -> Regression:
+        """The model's own mean loss, which trains it; against the targets that are there the message is measured.
+
+        Raises:
+            ValueError: a target has not the shape of its message.
+        """
+        bounded, gate = self._bounded(trigger)
+        loss = self.model.loss(bounded, context)
+        trained = [i for i, target in enumerate(targets) if target is not None]
+        if not trained:
+            return Regression(loss, *loss.new_full((3, len(targets)), float("nan")).unbind())
+        with torch.no_grad():
+            wanted = self._wanted(trigger, targets)
+            found = self.outputs(bounded, gate, context).messages[:, trained]
+            scales = self._scales()[trained]
+            # Where every target was zero so far there is no unit, and nothing to measure a message by.
+            found = torch.where(scales > 0, found / scales, 0)
+            return Regression(loss, *self._measured(found, wanted, trained, len(targets)))
