@@ -34,9 +34,9 @@ class FutureGradient(PackedSynthesizer):
     """Messages by horizon: the n-th is the gradient of a `FutureModel`'s loss over the n-th of K equal parts of m steps.
 
     With m = K T those parts are the windows to come. Messages are in the unit of the trainer's loss; they start at exactly
-    zero, since the model's last layer does.
+    zero, since the model's last layers do.
 
-        M_n(s) = w (1 - tanh²(c) at cells) ⊙ Wᵀ Σ_{steps j of part n} ∂ℓ_j/∂(W s)
+        M_n(s) = w (1 - tanh²(c) at cells) ⊙ ∂(Σ_{steps j of part n} ℓ_j)/∂s
 
     Targets measure it (R², cosine) and limit it, but do not train it.
 
@@ -90,12 +90,10 @@ class FutureGradient(PackedSynthesizer):
 
     def outputs(self, bounded: Tensor, gate: Tensor, context: Any) -> Outputs:
         """Raw messages without a graph, those of all lanes of all ranks in one unit."""
-        steps = self.model.by_step(bounded, context)
-        parts = steps.unflatten(0, (self.network.horizons, -1)).sum(1)  # [K, B, F]
+        found = self.model.gradients(bounded, context, self.network.horizons)  # [K, B, S]
         ranks = 1 if self.across_ranks is None or self.reduction == "sum" else self.across_ranks.size
         weight = step_weight(self.reduction, self.window, len(bounded) * ranks)
-        found = (parts @ self.model.from_state.weight.detach()) * (weight * gate)
-        return Outputs(found.transpose(0, 1), None, None)
+        return Outputs((found * (weight * gate)).transpose(0, 1), None, None)
 
     def predict(self, trigger: State, context: Any) -> list[State]:
         """One message a horizon, raw, limited once there has been a target."""

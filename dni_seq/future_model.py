@@ -31,7 +31,7 @@ SEEN = 4
 class FutureModel(nn.Module):
     """Predict the outputs of the next m steps from a state and their inputs, and differentiate their loss.
 
-        z_j = tanh(W s + Σ_{i < SEEN} U_i x_{j-i} + b_j),   q_j = D z_j + d
+        z_j = tanh(W s + Σ_{i < SEEN} U_i x_{j-i} + b_j),   q_j = D z_j + C s + d
         features = Σ_j (Dᵀ ∂ℓ_j/∂q_j) ⊙ (1 - z_j²) = ∂(Σ_j ℓ_j) / ∂(W s)
 
     Each step sees its own input and those before it, never one behind: in a language model that would be its target.
@@ -73,6 +73,8 @@ class FutureModel(nn.Module):
         self.from_step = nn.Parameter(torch.zeros(steps, 1, units))
         self.from_inputs = nn.Linear(self.seen * inputs_width, units, bias=False)
         self.output = nn.Linear(units, outputs)
+        self.direct = nn.Linear(size, outputs, bias=False)
+        nn.init.zeros_(self.direct.weight)
 
     def forward(self, flat: Tensor, context: Any) -> tuple[Tensor, Tensor]:
         """Features [B, F] of packed states [B, S] and a `Lookahead` of at least m steps, and the mean loss, 0-d.
@@ -85,7 +87,7 @@ class FutureModel(nn.Module):
         """
         ahead = next_steps(context, self.steps)
         hidden, outputs = self._expected(flat, ahead)
-        products, total = self._products(hidden, outputs, ahead)
+        products, _, total = self._products(hidden, outputs, ahead)
         return products.sum(0), total / ahead.valid.numel()
 
     def loss(self, flat: Tensor, context: Any) -> Tensor:
@@ -94,29 +96,34 @@ class FutureModel(nn.Module):
         _, outputs = self._expected(flat, ahead)
         return self._total(outputs, ahead) / ahead.valid.numel()
 
-    def by_step(self, flat: Tensor, context: Any) -> Tensor:
-        """∂ℓ_j/∂(W s) [m, B, F], without a graph, arguments and errors as above."""
+    def gradients(self, flat: Tensor, context: Any, parts: int) -> Tensor:
+        """[parts, B, S]: the gradient of the summed loss of each of as many equal parts of the steps, without a graph.
+
+        Arguments and errors as above.
+        """
         ahead = next_steps(context, self.steps)
         with torch.no_grad():
-            products, _ = self._products(*self._expected(flat, ahead), ahead)
-        return products
+            hidden, outputs = self._expected(flat, ahead)
+            products, errors, _ = self._products(hidden, outputs, ahead)
+            products, errors = (found.unflatten(0, (parts, -1)).sum(1) for found in (products, errors))
+            return products @ self.from_state.weight + errors @ self.direct.weight
 
     def _expected(self, flat: Tensor, ahead: Lookahead) -> tuple[Tensor, Tensor]:
         """z [m, B, F] and q [m, B, Q]."""
         hidden = torch.tanh(self.from_state(flat) + self.from_inputs(self._recent(ahead)) + self.from_step)
-        return hidden, self.output(hidden)
+        return hidden, self.output(hidden) + self.direct(flat)
 
     def _total(self, outputs: Tensor, ahead: Lookahead) -> Tensor:
         return torch.where(ahead.counts, self.loss_fn(outputs, ahead.targets), 0).sum()
 
-    def _products(self, hidden: Tensor, outputs: Tensor, ahead: Lookahead) -> tuple[Tensor, Tensor]:
-        """The steps' products [m, B, F], and their summed loss."""
+    def _products(self, hidden: Tensor, outputs: Tensor, ahead: Lookahead) -> tuple[Tensor, Tensor, Tensor]:
+        """∂ℓ_j/∂(W s) [m, B, F], ∂ℓ_j/∂q_j [m, B, Q] without a graph, and the steps' summed loss."""
         learning = torch.is_grad_enabled()
         with torch.enable_grad():
             roots = outputs if outputs.requires_grad else outputs.detach().requires_grad_()
             total = self._total(roots, ahead)
             (error,) = torch.autograd.grad(total, roots, retain_graph=learning)
-        return (error @ self.output.weight) * (1 - hidden.square()), total
+        return (error @ self.output.weight) * (1 - hidden.square()), error, total
 
     def _recent(self, ahead: Lookahead) -> Tensor:
         """[m, B, SEEN E]: the encoded input of each step and of those before it, zeros where there is none."""

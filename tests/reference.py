@@ -118,7 +118,7 @@ def future_features(model: dni.FutureModel, flat: Tensor, ahead: dni.Lookahead) 
                 encoded = model.inputs(ahead.inputs[max(step - before, 0), lane])
                 pieces.append(encoded if there else torch.zeros_like(encoded))
             hidden = torch.tanh(reached + model.from_inputs(torch.cat(pieces)) + model.from_step[step, 0])
-            outputs = model.output(hidden)[None, None]
+            outputs = (model.output(hidden) + model.direct(flat[lane]).detach())[None, None]
             loss = loss + model.loss_fn(outputs, ahead.targets[step, lane][None, None]).sum()
         (gradient,) = torch.autograd.grad(loss, reached, allow_unused=True) if loss.requires_grad else (None,)
         rows.append(torch.zeros_like(reached) if gradient is None else gradient)

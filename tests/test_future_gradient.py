@@ -21,12 +21,15 @@ def prepared(name="lstm", horizons=1, **settings):
     torch.manual_seed(0)
     model = problems.make_model(name)
     synthesizer = future_gradient(model, horizons, **settings)
-    nn.init.normal_(synthesizer.heads.model.output.weight)
+    for layer in (synthesizer.heads.model.output, synthesizer.heads.model.direct):
+        nn.init.normal_(layer.weight)
     state = states.map_floating(torch.randn_like, trainer_initial(model))
     inputs, targets = (problems.tokens(T, LANES, seed=seed)[:T] for seed in (1, 2))
     valid = torch.ones(T, LANES, dtype=torch.bool)
     valid[1:, 1] = False
-    return synthesizer, state, dni.Lookahead(inputs, targets, valid, torch.rand(T, LANES) > 0.2)
+    mask = torch.ones(T, LANES, dtype=torch.bool)
+    mask[0, 0] = False
+    return synthesizer, state, dni.Lookahead(inputs, targets, valid, mask)
 
 
 @pytest.mark.parametrize("name", problems.MODELS)
