@@ -178,8 +178,9 @@ class SyntheticCredit:
 
     def make_trigger(self, start: State, context: Lookahead | None) -> State:
         """The window's first state, as a target for the synthesizer."""
+        watched = any(self._rule().trained) or self.interface.observes(self._steps)
         with synthesizer_context(context):
-            return self.interface.make_trigger(start)
+            return self.interface.make_trigger(start, watched=watched)
 
     def inject(
         self, scope: GradientAccumulator, loss: Tensor, last: State, ends: Tensor | None, context: Lookahead | None

@@ -134,8 +134,10 @@ class BackwardInterface(_Interface):
         return self.make_trigger(trigger)
 
     @uncompiled
-    def make_trigger(self, trigger: State) -> State:
+    def make_trigger(self, trigger: State, *, watched: bool = True) -> State:
         """Cut `trigger` from what came before; the gradient that arrives at the returned copy trains the synthesizer.
+
+        In a scope whose window has no target for it, `watched=False` spares the backward pass that gradient.
 
         The context of the moment is the one that the synthesizer is trained with. In a `defer_backward` scope the gradient
         is taken at the scope's end; elsewhere when a backward pass brings it, for a nest when it has come for every leaf.
@@ -147,8 +149,9 @@ class BackwardInterface(_Interface):
             return trigger
         if not states.floating(trigger):
             raise ValueError("make_trigger: the trigger holds no floating-point tensor, so no gradient can arrive at it")
-        state = states.map_floating(lambda leaf: leaf.detach().requires_grad_(), trigger)
         scope = current_scope()
+        watched = watched or scope is None
+        state = states.map_floating(lambda leaf: leaf.detach().requires_grad_(watched), trigger)
         if scope is not None:
             self.exchange(scope).add_trigger(state, current_context())
         elif self.learns:

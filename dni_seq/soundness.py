@@ -62,6 +62,10 @@ class SoundInterface(BackwardInterface):
         self.sound = norm < (LARGEST_MESSAGE * self.largest or math.inf)
         return injected if self.sound else [torch.zeros_like(leaf) for leaf in injected]
 
+    def observes(self, windows: int) -> bool:
+        """Whether the window behind as many others is one to observe."""
+        return self.learns and (windows < OBSERVED_FIRST or windows % OBSERVED_EVERY == 0)
+
     def observe(self, loss: Tensor, scope: GradientAccumulator, windows: int) -> None:
         """Take in the gradient that a window's `loss` alone sends to its trigger, where the window is one to observe.
 
@@ -71,7 +75,7 @@ class SoundInterface(BackwardInterface):
             windows: before this one.
         """
         leaves = self.exchange(scope).inputs()
-        if not leaves or not self.learns or (windows >= OBSERVED_FIRST and windows % OBSERVED_EVERY):
+        if not leaves or not self.observes(windows):
             return
         found = torch.autograd.grad(loss, leaves, retain_graph=True, allow_unused=True)
         norm = self._of_all_ranks(nn.utils.get_total_norm([gradient for gradient in found if gradient is not None]))

@@ -112,18 +112,21 @@ ABLATION = (("ptb", 1), ("copy", 4))
 
 
 def without(bptt: int) -> dict[str, dict[str, Any]]:
-    """The default with one thing taken away, or put in the place of another."""
+    """The default with one thing taken away, or put in the place of another, which may leave messages to be fitted."""
     horizons = CreditOptions().horizons
     message = {"synthesizer": "state"}
     return {
         "default": {},
-        "no lookahead": {"lookahead": 0},
-        "no model of the future": {"future_units": 0},
-        "no normalisation": {"normalize": False},
+        "fitted to targets": {"fit": "least-squares"},
+        "fitted, c = 1": {"fit": "least-squares", "synthetic_scale": "1"},
+        "fitted, no model of the future": {"future_units": 0},
+        "fitted, no lookahead": {"lookahead": 0},
+        "fitted, no normalisation": {"normalize": False},
+        "fitted, with a tail": {"tail": True},
         "no gate": {"gate": False},
-        "no automatic scale, c = 1": {"synthetic_scale": "1"},
+        "c = 0.5": {"synthetic_scale": "0.5"},
+        "automatic scale": {"synthetic_scale": "auto"},
         **{f"K = {count}": {"horizons": count} for count in (1, 2, 4) if count != horizons},
-        "with a tail": {"tail": True},
         "auxiliary task": {"auxiliary": 0.1},
         "one bootstrapped message, γ = 0.9": message,
         "one bootstrapped message, c = γ = 0.5": {**message, "synthetic_scale": "0.5", "discount": 0.5},

@@ -10,6 +10,7 @@ from torch import nn
 
 import dni_seq as dni
 from dni_seq import states
+from dni_seq.soundness import OBSERVED_EVERY, OBSERVED_FIRST
 from dni_seq.state_synthesizers import Horizons
 from dni_seq.synthesizers import Regression
 from tests import problems, reference
@@ -135,6 +136,21 @@ def test_ended_lanes_teach_and_receive_nothing_from_behind(kind):
         b = reset.step(window.inputs, window.targets, ends=window.ends)
         assert a.loss.item() == b.loss.item()
     assert_same(dict(model.named_parameters()), dict(plain.named_parameters()), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["bootstrap", "future-gradient"])
+def test_a_window_without_a_target_has_no_gradient_of_its_first_state(kind):
+    """Which would be computed for nothing; the first windows, all of them observed, have one."""
+    model = problems.make_model("lstm")
+    asked = []
+    model.register_forward_pre_hook(lambda _, arguments: asked.append(states.floating(arguments[1])[0].requires_grad))
+    trainer = make_trainer(model, kind, regress_every=5)
+    found = steps(trainer, windows_of(3 * 140))
+    assert all(asked[:OBSERVED_FIRST])
+    trained = [not result.synthetic.cosine.isnan().all() for result in found]
+    later = range(OBSERVED_FIRST, len(found))
+    assert [asked[k] for k in later] == [trained[k] or k % OBSERVED_EVERY == 0 for k in later]
+    assert 0 < sum(trained[OBSERVED_FIRST:]) < 20
 
 
 class Fixed(nn.Module):
