@@ -25,7 +25,7 @@ from .future_model import FutureModel
 from .state_network import StateTrunk
 from .state_synthesizers import Outputs, PackedSynthesizer
 from .states import State
-from .synthesizers import Regression, zero_
+from .synthesizers import Regression
 from .targets import TargetRule, increments
 from .windows import Reduction, step_weight
 
@@ -33,8 +33,8 @@ from .windows import Reduction, step_weight
 class FutureGradient(PackedSynthesizer):
     """Messages by horizon: the n-th is the gradient of a `FutureModel`'s loss over the n-th of K equal parts of m steps.
 
-    With m = K T those parts are the windows to come. Messages are in the unit of the trainer's loss; they start at exactly
-    zero, since the model's last layers do.
+    With m = K T those parts are the windows to come. Messages are in the unit of the trainer's loss from the first one on.
+    A model whose last layers start at zero, and its messages with them, ends up worse (docs/synthetic-gradients.md).
 
         M_n(s) = w (1 - tanh²(c) at cells) ⊙ ∂(Σ_{steps j of part n} ℓ_j)/∂s
 
@@ -70,7 +70,6 @@ class FutureGradient(PackedSynthesizer):
     ) -> None:
         trunk = StateTrunk(example, horizons, hidden=(), batch_dim=batch_dim, future=future)
         super().__init__(trunk, example, cells, decay, limit)
-        zero_(self.model.output)
         self.window, self.reduction = window, reduction
         step_weight(reduction, window, 1)  # says what is wrong with them
         if self.model.steps % horizons:

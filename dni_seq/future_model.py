@@ -74,7 +74,6 @@ class FutureModel(nn.Module):
         self.from_inputs = nn.Linear(self.seen * inputs_width, units, bias=False)
         self.output = nn.Linear(units, outputs)
         self.direct = nn.Linear(size, outputs, bias=False)
-        nn.init.zeros_(self.direct.weight)
 
     def forward(self, flat: Tensor, context: Any) -> tuple[Tensor, Tensor]:
         """Features [B, F] of packed states [B, S] and a `Lookahead` of at least m steps, and the mean loss, 0-d.

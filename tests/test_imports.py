@@ -28,6 +28,7 @@ LEVELS = {
     "future_model": 1,
     "state_network": 2,
     "state_synthesizers": 3,
+    "future_gradient": 4,
     "least_squares": 3,
     "published": 3,
     "interfaces": 4,
