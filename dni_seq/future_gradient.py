@@ -1,9 +1,9 @@
 """FutureGradient: messages that are the gradient of a small learned model of what is ahead, instead of regressions on it.
 
-A regression towards real gradients is right on average and wrong alike in all lanes for hundreds of windows, and an RNN sums
-up what is alike; what a message explains of the exact gradient (R²) says little of what it brings. The gradient of one
-learned loss has no such bias: it leads the RNN to states from which that model, too, tells better what comes. The
-model needs no targets but those of the steps ahead, so it learns at every window without a product.
+A regression towards real gradients may be right on average and still wrong alike in all lanes for many windows, and an RNN
+sums up what is alike; what a message explains of the exact gradient (R²) says little of what it brings. The gradient of
+one learned loss is the gradient of something: it leads the RNN to states from which that model, too, tells better what
+comes. The model needs no targets but those of the steps ahead, so it learns at every window without a product.
 
 Source: ours; the paper (Jaderberg et al. 2017, arXiv 1608.05343) regresses. Trinh et al. 2018, "Learning Longer-term
 Dependencies in RNNs with Auxiliary Losses", arXiv 1803.00144, train an RNN by the loss of a second network that predicts
@@ -45,7 +45,8 @@ class FutureGradient(PackedSynthesizer):
         future: makes the model of m steps from S.
         window: T, the length of the trainer's windows; a mean over a window weighs each of its steps by w = 1 / (T · B).
         horizons: K.
-        reduction: that of the trainer ("mean", "lane-mean" or "sum").
+        reduction: that of the trainer ("mean", "lane-mean" or "sum"); with "mean", masked windows weigh their steps as full
+            ones do.
         cells, decay, limit: see `PackedSynthesizer`.
         batch_dim: where the lanes lie in the state's leaves, an int or a nest.
 

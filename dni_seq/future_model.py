@@ -1,4 +1,4 @@
-"""FutureModel: a small model of what comes, whose own gradient is a feature of the gradient to come.
+"""FutureModel: a small model of what comes, whose own gradient stands in for the gradient to come, or is a feature of it.
 
 The gradient of a loss to come is a vector-Jacobian product: Jᵀ (∂ℓ/∂q), q the outputs of the steps ahead. A perceptron that
 is shown the state and the targets has to find out for itself that its answer depends on the difference between what the
@@ -6,8 +6,8 @@ network expects and what comes. A model that predicts q from the state, and is g
 the product through its own hidden layer has the form of what is looked for: a linear head on it learns the rest.
 
 Source: ours. Czarnecki et al. 2017, "Sobolev Training for Neural Networks", arXiv 1706.04859, train a synthetic
-gradient as the gradient of a predicted loss; here the prediction learns from the targets alone, and its gradient
-is a feature, not the message.
+gradient as the gradient of a predicted loss; here the prediction is of outputs and learns from their targets alone.
+`FutureGradient` sends its gradient, `StateTrunk` gives it to fitted heads.
 
 Legend: B = lanes, S = numbers in one lane's packed state, m = lookahead in steps, E = width of an encoded input, F = units,
 Q = width of the model's outputs.
