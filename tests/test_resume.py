@@ -106,9 +106,9 @@ def small(tmp_path, monkeypatch):
 
 
 def test_a_run_that_diverges_stops_with_a_diagnosis_and_a_whole_checkpoint(small, capsys):
-    """Weights of 1e30 after the first step: every later window is left out."""
+    """Weights of 1e37 after the first step, whose products overflow: every later window is left out."""
     main, options = small
-    assert main([*options, "--synthesizer", "none", "--lr", "1e30", "--clip", "0"]) == 2
+    assert main([*options, "--synthesizer", "none", "--lr", "1e37", "--clip", "0"]) == 2
     out, err = capsys.readouterr()
     (line,) = [line for line in err.splitlines() if line.startswith("train_lm: error: ")]
     assert "windows in a row were left out, from step" in line
