@@ -47,7 +47,8 @@ class Synthetic(NamedTuple):
     """What the synthesizer did in one step; tensors without a graph, N horizons.
 
     Attributes:
-        loss: 0-d, the regression's loss, in normalised units where the synthesizer is `Normalized`.
+        loss: 0-d, the regression's loss, in normalised units where the synthesizer is `Normalized`; the mean loss of its
+            own model where it learns ahead.
         gradient_norm: 0-d, norm of the synthesizer's gradient before clipping.
         injected_ratio: 0-d, c‖M‖ / ‖a‖: the norm of what was injected into the last state, or would have been at a quiet
             window, over that of the target of the first horizon at the first state; NaN where that horizon was not trained.

@@ -32,7 +32,8 @@ KEYS = MappingProxyType(
         "test/word_perplexity": "perplexity a word (line ends are words) of the test split's text",
         "best/valid_perplexity": "perplexity of the validation split with the best checkpoint, at the end of the run",
         "best/valid_bpc": "bits a character of the validation split's text, likewise",
-        "synthetic/loss": "the synthesizer's regression loss, in its own unit (normalised: 1 is no better than zero)",
+        "synthetic/loss": "what the synthesizer learns by: regression in its own unit (normalised: 1 is no better "
+        "than zero), or the loss of its model of the steps ahead",
         "synthetic/cosine": "cosine between predicted and target gradient; /horizon_n for the n-th window ahead",
         "synthetic/r2": "1 - squared error / squared target; /horizon_n for the n-th window ahead",
         "synthetic/injected_ratio": "norm of the injected message (scaled) over the norm of the window's own gradient there",

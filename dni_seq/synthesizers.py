@@ -49,7 +49,8 @@ class Regression(NamedTuple):
     """One regression step of a synthesizer, before its backward pass.
 
     Attributes:
-        loss: 0-d, mean squared error over all elements of all horizons, in the unit the synthesizer regresses in.
+        loss: 0-d, mean squared error over all elements of all horizons, in the unit the synthesizer regresses in; what it
+            learns by instead, where it learns ahead.
         error: [N], the mean squared error of each horizon, detached.
         power: [N], the mean square of each horizon's target in the same unit; R² is 1 - error / power.
         cosine: [N], the cosine between prediction and target, over all elements of a horizon; 0 where one is zero.

@@ -113,10 +113,11 @@ class SequenceTrainer:
         lam: λ: 0 is the bootstrapped target, 1 that of exact BPTT over the replayed windows.
         replay_windows: K, how many windows are replayed: for λ-targets, and for the fidelity of a synthesizer whose one
             message stands for all windows to come.
-        regress_every: n: the synthesizer is trained at one window of n, drawn at random. One that learns a window's own
-            gradient and nothing behind it, as a `MultiHorizonSynthesizer` of one horizon does, keeps quiet there, since
-            the gradient then arrives alone and costs nothing; others send their messages at all windows, and so does
-            every one beside an auxiliary task. λ-targets are not thinned out.
+        regress_every: n: targets are computed at one window of n, drawn at random, and the synthesizer is trained there; one
+            that learns ahead, as `FutureGradient`, is trained at every window. One that learns a window's own
+            gradient and nothing behind it, as a `MultiHorizonSynthesizer` of one horizon does, keeps quiet at its target,
+            since the gradient then arrives alone and costs nothing; others send their messages at all windows, and so
+            does every one beside an auxiliary task. λ-targets are not thinned out.
         target_network: every so many windows a copy of the synthesizer is made, whose messages go into targets; 0 for off.
         fidelity_every: every so many windows messages are compared with exact gradients; 0 for never.
         auxiliary: an `AuxiliaryTask` whose loss joins the window's; its parameters go to `synthesizer_optimizer`. The
