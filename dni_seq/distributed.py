@@ -7,12 +7,13 @@ GPUs. A rank that dies closes its connections, which the others notice at once; 
 from __future__ import annotations
 
 import os
+import sys
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor
@@ -190,6 +191,18 @@ def joined(timeout: float = TIMEOUT) -> Iterator[Ranks]:
     yield Ranks(timeout=timeout)
     # After a failure the connections close with the process: others may wait in them, and taking them down would too.
     dist.destroy_process_group()
+
+
+def leave(status: int) -> NoReturn:
+    """End this process with `status`, at once where its group still stands, as after another rank's end.
+
+    The group's threads may be waiting for the rank that is gone; an interpreter that takes them down at its end may abort.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if dist.is_available() and dist.is_initialized():
+        os._exit(status)
+    sys.exit(status)
 
 
 def _meet(timeout: float) -> None:

@@ -37,7 +37,7 @@ from torch.nn import functional as F
 from dni_seq.bugs import guarded
 from dni_seq.checkpoint import write_json
 from dni_seq.decoupled import remote_end
-from dni_seq.distributed import TIMEOUT, RankError, Ranks, answered, joined, program
+from dni_seq.distributed import TIMEOUT, RankError, Ranks, answered, joined, leave, program
 from dni_seq.interfaces import synthesizer_context
 from dni_seq.models.feedforward import CLASSES
 from dni_seq.models.halves import Halves, digits_halves, language_model_halves
@@ -426,4 +426,4 @@ def plot(rows: list[Row], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(main))
+    leave(guarded(main))

@@ -10,10 +10,9 @@ import pytest
 from dni_seq.allocator import keep_freed_memory
 
 FAULTS = """
-import resource, sys, torch
+import resource, torch
 from dni_seq.allocator import keep_freed_memory
-if sys.argv[1] == "keep":
-    assert keep_freed_memory()
+assert keep_freed_memory()
 embed, project = torch.nn.Embedding(10_000, 100), torch.nn.Linear(100, 10_000)
 tokens = torch.zeros(100, dtype=torch.int64)
 def window():
@@ -32,8 +31,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 def test_a_window_uses_the_memory_of_the_one_before():
     if not keep_freed_memory():
         pytest.skip("this C library is not glibc, whose options it sets")
-    faults = {
-        name: int(subprocess.run([sys.executable, "-c", FAULTS, name], capture_output=True, text=True, check=True).stdout)
-        for name in ("keep", "as it comes")
-    }
-    assert faults["keep"] < faults["as it comes"] / 4
+    found = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True).stdout
+    # A process that does not ask to keep them has 10,000 to 22,000 faults here as a rule; now and then, by where its heap
+    # lies, as few as this one: the bound is absolute.
+    assert int(found) < 5000
