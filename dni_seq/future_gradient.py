@@ -115,9 +115,10 @@ class FutureGradient(PackedSynthesizer):
         if not trained:
             return Regression(loss, *loss.new_full((3, len(targets)), float("nan")).unbind())
         with torch.no_grad():
-            wanted = self._wanted(trigger, targets)
+            wanted = self._wanted(trigger, targets, trained)
             found = self.outputs(bounded, gate, context).messages[:, trained]
             scales = self._scales()[trained]
             # Where every target was zero so far there is no unit, and nothing to measure a message by.
             found = torch.where(scales > 0, found / scales, 0)
-            return Regression(loss, *self._measured(found, wanted, trained, len(targets)))
+            error = (found - wanted).square().mean((0, 2))
+            return Regression(loss, *self._measured(error, found, wanted, trained, len(targets)))

@@ -162,20 +162,19 @@ class PackedSynthesizer(nn.Module):
             ValueError: a target has not the shape of its message.
         """
         trained = [i for i, target in enumerate(targets) if target is not None]
-        wanted = self._wanted(trigger, targets)
+        wanted = self._wanted(trigger, targets, trained)
         bounded, gate = self._bounded(trigger)
         outputs = self.outputs(bounded, gate, context)
         found = outputs.messages[:, trained]
         error = (found - wanted).square().mean((0, 2))
         with torch.no_grad():
-            rows = self._measured(found, wanted, trained, len(targets))
+            rows = self._measured(error, found, wanted, trained, len(targets))
             self.learn(trained, outputs.features, gate, wanted)
         loss = error.mean() if outputs.loss is None else error.mean() + outputs.loss
         return Regression(loss, *rows)
 
-    def _wanted(self, trigger: State, targets: list[State | None]) -> Tensor:
+    def _wanted(self, trigger: State, targets: list[State | None], trained: list[int]) -> Tensor:
         """The targets that are there, [B, n, S], in units of the running root mean square that takes them in first."""
-        trained = [i for i, target in enumerate(targets) if target is not None]
         like = states.floating(trigger)
         for target in targets:
             if target is not None:
@@ -186,9 +185,10 @@ class PackedSynthesizer(nn.Module):
         return wanted / self._scales()[trained].clamp_min(Normalized.tiny)
 
     @staticmethod
-    def _measured(found: Tensor, wanted: Tensor, trained: list[int], horizons: int) -> tuple[Tensor, Tensor, Tensor]:
+    def _measured(
+        error: Tensor, found: Tensor, wanted: Tensor, trained: list[int], horizons: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Mean squared error, the targets' mean square, and the cosine, [N] each, NaN where nothing is `trained`."""
-        error = (found - wanted).square().mean((0, 2))
         power = wanted.square().mean((0, 2))
         norms = (found.square().mean((0, 2)) * power).sqrt()
         cosine = (found * wanted).mean((0, 2)) / norms.clamp_min(Normalized.tiny)
