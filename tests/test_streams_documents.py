@@ -250,7 +250,8 @@ def test_killed_readers_go_on_with_the_same_windows(tmp_path: Path) -> None:
         assert int(out) >= 1
     logs = [(tmp_path / run / "log").read_text().splitlines() for run in ("killed", "whole")]
     assert len(logs[1]) == steps
-    assert len(logs[0]) > steps  # some were done twice
+    # What was read since the latest saved state is read twice, at most seven windows a kill: none began anew.
+    assert steps <= len(logs[0]) <= steps + 2 * 7
     assert set(logs[0]) == set(logs[1])
 
 
