@@ -179,7 +179,7 @@ class SyntheticCredit:
 
     def make_trigger(self, start: State, context: Lookahead | None) -> State:
         """The window's first state, as a target for the synthesizer."""
-        watched = any(self._rule().trained) or self.interface.observes(self._steps)
+        watched = any(self.rule.trained) or self.interface.observes(self._steps)
         with synthesizer_context(context):
             return self.interface.make_trigger(start, watched=watched)
 
@@ -187,7 +187,6 @@ class SyntheticCredit:
         self, scope: GradientAccumulator, loss: Tensor, last: State, ends: Tensor | None, context: Lookahead | None
     ) -> Exchange:
         """Send the synthetic gradient of what is to come into the window's last state."""
-        self.rule = self._rule()
         if not self.disabled:
             self.interface.observe(loss, scope, self._steps)
         with synthesizer_context(context):
@@ -338,7 +337,8 @@ class SyntheticCredit:
         self._probe = Probe()
 
     def keep(self) -> None:
-        """Remember what a step that fails must leave as it is."""
+        """Before a window: settle its rule, and remember what a step that fails must leave as it is."""
+        self.rule = self._rule()
         self._buffers.keep()
         self._whole = None
         self._before = self._remember()

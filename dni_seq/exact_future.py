@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from . import states
 from .replay import without_parameter_gradients
 from .states import State
-from .synthesizers import Regression, learns_ahead, predict, regress
+from .synthesizers import Regression, learn_ahead, learns_ahead, predict, regress
 from .targets import TargetRule
 from .windows import Lookahead, Reduction, step_weight
 
@@ -73,6 +73,13 @@ class ExactFuture(nn.Module):
         if self.tail is None:
             return [exact]
         return [exact, *predict(self.tail, trigger, context)]
+
+    def learn_ahead(self, trigger: State, context: Any) -> tuple[list[State], Tensor]:
+        """The same with a tail that learns as it predicts, and its loss; see `synthesizers.learn_ahead`."""
+        assert self.tail is not None
+        exact = self._exact(trigger, context)
+        messages, loss = learn_ahead(self.tail, trigger, context)
+        return [exact, *messages], loss
 
     def forward(self, trigger: State, context: Any = None) -> State:
         """The exact gradient, that of the tail included."""

@@ -90,14 +90,26 @@ class FutureGradient(PackedSynthesizer):
 
     def outputs(self, bounded: Tensor, gate: Tensor, context: Any) -> Outputs:
         """Raw messages without a graph, those of all lanes of all ranks in one unit."""
-        found = self.model.gradients(bounded, context, self.network.horizons)  # [K, B, S]
-        ranks = 1 if self.across_ranks is None or self.reduction == "sum" else self.across_ranks.size
-        weight = step_weight(self.reduction, self.window, len(bounded) * ranks)
-        return Outputs((found * (weight * gate)).transpose(0, 1), None, None)
+        return self._weighted(self.model.gradients(bounded, context, self.network.horizons), gate)
 
     def predict(self, trigger: State, context: Any) -> list[State]:
         """One message a horizon, raw, limited once there has been a target."""
-        found = self.outputs(*self._bounded(trigger), context).messages
+        return self._unpacked(self.outputs(*self._bounded(trigger), context), trigger)
+
+    def learn_ahead(self, trigger: State, context: Any) -> tuple[list[State], Tensor]:
+        """What `predict` gives, and the model's mean loss, 0-d, whose gradients are added to the parameters."""
+        bounded, gate = self._bounded(trigger)
+        found, loss = self.model.learn(bounded, context, self.network.horizons)
+        return self._unpacked(self._weighted(found, gate), trigger), loss
+
+    def _weighted(self, found: Tensor, gate: Tensor) -> Outputs:
+        """Messages from gradients [K, B, S] of summed losses with respect to bounded states."""
+        ranks = 1 if self.across_ranks is None or self.reduction == "sum" else self.across_ranks.size
+        weight = step_weight(self.reduction, self.window, len(gate) * ranks)
+        return Outputs((found * (weight * gate)).transpose(0, 1), None, None)
+
+    def _unpacked(self, outputs: Outputs, trigger: State) -> list[State]:
+        found = outputs.messages
         if self.limit is not None:
             largest = torch.where(self.counts > 0, self.limit * self._scales(), torch.inf)
             found = found.clamp(-largest, largest)
@@ -112,8 +124,6 @@ class FutureGradient(PackedSynthesizer):
         bounded, gate = self._bounded(trigger)
         loss = self.model.loss(bounded, context)
         trained = [i for i, target in enumerate(targets) if target is not None]
-        if not trained:
-            return Regression(loss, *loss.new_full((3, len(targets)), float("nan")).unbind())
         with torch.no_grad():
             wanted = self._wanted(trigger, targets, trained)
             found = self.outputs(bounded, gate, context).messages[:, trained]

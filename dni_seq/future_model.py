@@ -85,14 +85,14 @@ class FutureModel(nn.Module):
             ValueError: the context is no lookahead of m steps.
         """
         ahead = next_steps(context, self.steps)
-        hidden, outputs = self._expected(flat, ahead)
-        products, _, total = self._products(hidden, outputs, ahead)
+        hidden, outputs = self._expected(flat[None], ahead)
+        products, total = self._products(hidden, outputs, ahead)
         return products.sum(0), total / ahead.valid.numel()
 
     def loss(self, flat: Tensor, context: Any) -> Tensor:
         """The mean loss alone, 0-d, arguments and errors as above."""
         ahead = next_steps(context, self.steps)
-        _, outputs = self._expected(flat, ahead)
+        _, outputs = self._expected(flat[None], ahead)
         return self._total(outputs, ahead) / ahead.valid.numel()
 
     def gradients(self, flat: Tensor, context: Any, parts: int) -> Tensor:
@@ -100,29 +100,44 @@ class FutureModel(nn.Module):
 
         Arguments and errors as above.
         """
-        ahead = next_steps(context, self.steps)
-        with torch.no_grad():
-            hidden, outputs = self._expected(flat, ahead)
-            products, errors, _ = self._products(hidden, outputs, ahead)
-            products, errors = (found.unflatten(0, (parts, -1)).sum(1) for found in (products, errors))
-            return products @ self.from_state.weight + errors @ self.direct.weight
+        flats, total, _ = self._summed(flat, context, parts)
+        (found,) = torch.autograd.grad(total, flats)
+        return found
 
-    def _expected(self, flat: Tensor, ahead: Lookahead) -> tuple[Tensor, Tensor]:
-        """z [m, B, F] and q [m, B, Q]."""
-        hidden = torch.tanh(self.from_state(flat) + self.from_inputs(self._recent(ahead)) + self.from_step)
-        return hidden, self.output(hidden) + self.direct(flat)
+    def learn(self, flat: Tensor, context: Any, parts: int) -> tuple[Tensor, Tensor]:
+        """What `gradients` gives, and the mean loss, 0-d, whose gradients are added to the parameters: all in one pass."""
+        flats, total, steps = self._summed(flat, context, parts)
+        loss = total / steps
+        loss.backward()
+        assert flats.grad is not None
+        return flats.grad * steps, loss.detach()
+
+    @torch.enable_grad()
+    def _summed(self, flat: Tensor, context: Any, parts: int) -> tuple[Tensor, Tensor, int]:
+        """A state [parts, B, S] for each part of the steps, the steps' summed loss as their function, and how many it is."""
+        ahead = next_steps(context, self.steps)
+        flats = flat.detach().expand(parts, *flat.shape).requires_grad_()
+        _, outputs = self._expected(flats, ahead)
+        return flats, self._total(outputs, ahead), ahead.valid.numel()
+
+    def _expected(self, flats: Tensor, ahead: Lookahead) -> tuple[Tensor, Tensor]:
+        """z [m, B, F] and q [m, B, Q] from states [parts, B, S], each of which says what comes in its part of the steps."""
+        seen = (self.from_inputs(self._recent(ahead)) + self.from_step).unflatten(0, (len(flats), -1))
+        hidden = torch.tanh(self.from_state(flats)[:, None] + seen)
+        outputs = self.output(hidden) + self.direct(flats)[:, None]
+        return hidden.flatten(0, 1), outputs.flatten(0, 1)
 
     def _total(self, outputs: Tensor, ahead: Lookahead) -> Tensor:
         return torch.where(ahead.counts, self.loss_fn(outputs, ahead.targets), 0).sum()
 
-    def _products(self, hidden: Tensor, outputs: Tensor, ahead: Lookahead) -> tuple[Tensor, Tensor, Tensor]:
-        """∂ℓ_j/∂(W s) [m, B, F], ∂ℓ_j/∂q_j [m, B, Q] without a graph, and the steps' summed loss."""
+    def _products(self, hidden: Tensor, outputs: Tensor, ahead: Lookahead) -> tuple[Tensor, Tensor]:
+        """∂ℓ_j/∂(W s) [m, B, F], and the steps' summed loss."""
         learning = torch.is_grad_enabled()
         with torch.enable_grad():
             roots = outputs if outputs.requires_grad else outputs.detach().requires_grad_()
             total = self._total(roots, ahead)
             (error,) = torch.autograd.grad(total, roots, retain_graph=learning)
-        return (error @ self.output.weight) * (1 - hidden.square()), error, total
+        return (error @ self.output.weight) * (1 - hidden.square()), total
 
     def _recent(self, ahead: Lookahead) -> Tensor:
         """[m, B, SEEN E]: the encoded input of each step and of those before it, zeros where there is none."""

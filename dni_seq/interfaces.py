@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from . import states
 from .deferred import GradientAccumulator, current_scope, uncompiled
 from .states import State
-from .synthesizers import Regression, check_like, predict, regress
+from .synthesizers import Regression, check_like, learn_ahead, predict, regress
 from .targets import TargetRule, combine, rule_of
 
 _contexts: ContextVar[tuple[Any, ...]] = ContextVar("dni_seq_contexts", default=())
@@ -68,12 +68,26 @@ class _Interface(nn.Module):
             messages = predict(synthesizer or self.synthesizer, cast(states.detach(trigger)), cast(context))
         return [_like(message, trigger) for message in messages]
 
-    def regress(self, trigger: State, context: Any, targets: list[State | None]) -> Regression:
-        """One regression step: the gradients of its loss are added to the synthesizer's parameters, to no others."""
-        with torch.enable_grad(), _full_precision(trigger) as cast:
+    def _learn_ahead(self, trigger: State, context: Any) -> tuple[list[State], Tensor]:
+        """The messages of a synthesizer that learns ahead, without a graph, and its loss, which it has learned from."""
+        with _full_precision(trigger) as cast:
+            messages, loss = learn_ahead(self.synthesizer, cast(states.detach(trigger)), cast(context))
+        return [_like(message, trigger) for message in messages], loss
+
+    def measure(self, trigger: State, context: Any, targets: list[State | None]) -> Regression:
+        """What a regression would say of the synthesizer's messages; its statistics take the targets in, nothing learns.
+
+        With a graph where one is recorded.
+        """
+        with _full_precision(trigger) as cast:
             numeric = [None if target is None else cast(target) for target in targets]
             trigger, context = cast(states.detach(trigger)), cast(states.detach(context))
-            regression = regress(self.synthesizer, trigger, context, numeric)
+            return regress(self.synthesizer, trigger, context, numeric)
+
+    def regress(self, trigger: State, context: Any, targets: list[State | None]) -> Regression:
+        """One regression step: the gradients of its loss are added to the synthesizer's parameters, to no others."""
+        with torch.enable_grad():
+            regression = self.measure(trigger, context, targets)
         if not regression.loss.requires_grad:
             raise RuntimeError(
                 "the synthesizer has trainable parameters, but its message does not depend on them: its forward must not "
@@ -191,16 +205,23 @@ class BackwardInterface(_Interface):
                 "backward: the trigger needs no gradient, so a synthetic one has nowhere to go; pass the tensor that part A "
                 "computed, before any detach() (make_trigger is for the state that a window starts from)"
             )
-        messages = self._messages(self.synthesizer, trigger, ends, batch_dim)
         if rule is None:
             rule = rule_of(self.synthesizer, float(factor), float(factor))
+        scope, context = current_scope(), current_context()
+        if rule.ahead and scope is not None and self.learns:
+            messages, loss = self._learn_ahead(trigger, context)
+            self.exchange(scope).learned.append(loss)
+        else:
+            messages = self._predict(trigger, context)
+        messages = self._checked(messages, trigger, ends, batch_dim)
         injected = self.injection(messages, rule)
         if rule.quiet:
             injected = [torch.zeros_like(leaf) for leaf in injected]
             rule = rule._replace(weights=[0.0] * len(rule.weights))
-        scope = current_scope()
         if scope is not None:
-            others = None if bootstrap is None else self._messages(bootstrap, trigger, ends, batch_dim)
+            others = None
+            if bootstrap is not None:
+                others = self._checked(self._predict(trigger, context, bootstrap), trigger, ends, batch_dim)
             self.exchange(scope).add_end(End(leaves, injected, others or messages, rule, others is None))
         else:
             alone = GradientAccumulator()  # the leaves of a nest share a graph, which one pass frees
@@ -230,13 +251,15 @@ class BackwardInterface(_Interface):
     @uncompiled
     def receive(self, trigger: State) -> State:
         """The synthetic gradient for `trigger`, without a graph: the weighted sum of all horizons."""
-        messages = self._predict(trigger, current_context())
-        for message in messages:
-            check_like(states.floating(message), states.floating(trigger), "message")
+        messages = self._checked(self._predict(trigger, current_context()), trigger, None, None)
         return states.with_floating(trigger, combine(messages, rule_of(self.synthesizer, 1.0, 1.0).weights))
 
-    def _messages(self, synthesizer: nn.Module, trigger: State, ends: Tensor | None, batch_dim: Any) -> list[State]:
-        messages = self._predict(trigger, current_context(), synthesizer)
+    def _checked(self, messages: list[State], trigger: State, ends: Tensor | None, batch_dim: Any) -> list[State]:
+        """The messages, zero in lanes that end.
+
+        Raises:
+            ValueError: one has not the trigger's shape and dtype.
+        """
         for message in messages:
             check_like(states.floating(message), states.floating(trigger), "message")
         return messages if ends is None else [silence(message, ends, batch_dim) for message in messages]
@@ -372,7 +395,9 @@ class Exchange:
     """The triggers and last states of one interface in one scope, until the scope's one backward pass has joined them.
 
     Attributes:
-        regressions: one for every trigger, in the order they were made, once the scope is delivered.
+        regressions: one for every trigger, in the order they were made, once the scope is delivered; of a synthesizer that
+            has learned ahead one at least, with the mean loss at the last states.
+        learned: the losses, 0-d, of a synthesizer that learns ahead, one for every last state.
         own_gradients: the target of the first horizon of every trigger, raw: its floating-point leaves; None where that
             horizon was not trained.
         injected: the injected messages, raw, floating-point leaves of every last state.
@@ -386,6 +411,7 @@ class Exchange:
         self._rule: TargetRule | None = None
         self._products: dict[int, list[Tensor | None]] = {}
         self.regressions: list[Regression] = []
+        self.learned: list[Tensor] = []
         self.own_gradients: list[list[Tensor] | None] = []
         self.injected: list[list[Tensor]] = []
 
@@ -425,11 +451,18 @@ class Exchange:
                 self._products[i] = list(found)
 
     def after_backward(self) -> None:
-        """Regress at every trigger towards its targets."""
+        """Regress at every trigger towards its targets, or measure there what has learned already."""
         arrived = [taken(leaf) for leaf in self.inputs()]
-        if self._rule is None or not (any(self._rule.trained) or self._rule.ahead):
-            return
-        rows = [self._row(i, arrived) if trained else None for i, trained in enumerate(self._rule.trained)]
+        if self._rule is not None and any(self._rule.trained):
+            self._regress(self._rule, arrived)
+        if self.learned:
+            loss = self.learned[0] if len(self.learned) == 1 else torch.stack(self.learned).mean()
+            nothing = loss.new_full((3, len(self._ends[0].messages)), float("nan"))
+            found = self.regressions or [Regression(loss, *nothing.unbind())]
+            self.regressions = [regression._replace(loss=loss) for regression in found]
+
+    def _regress(self, rule: TargetRule, arrived: list[Tensor]) -> None:
+        rows = [self._row(i, arrived) if trained else None for i, trained in enumerate(rule.trained)]
         position = 0
         for state, context in self._triggers:
             count = len(states.floating(state))
@@ -437,7 +470,12 @@ class Exchange:
             position += count
             targets = [None if row is None else states.with_floating(state, row) for row in leaves]
             self.own_gradients.append(leaves[0])
-            self.regressions.append(self._interface.regress(state, context, targets))
+            if self.learned:
+                with torch.no_grad():
+                    regression = self._interface.measure(state, context, targets)
+            else:
+                regression = self._interface.regress(state, context, targets)
+            self.regressions.append(regression)
 
     def _row(self, i: int, arrived: list[Tensor]) -> list[Tensor]:
         """The target of horizon i at every trigger."""

@@ -25,6 +25,7 @@ from .synthesizers import (
     RunningRMS,
     check_like,
     checked_limit,
+    learn_ahead,
     learns_ahead,
     limited,
     mean_squared,
@@ -299,6 +300,10 @@ class Horizons(nn.Module):
     def predict(self, trigger: State, context: Any) -> list[State]:
         """E_1..E_K and the tail, raw."""
         return predict(self.heads, trigger, context)
+
+    def learn_ahead(self, trigger: State, context: Any) -> tuple[list[State], Tensor]:
+        """The same from heads that learn as they predict, and their loss; see `synthesizers.learn_ahead`."""
+        return learn_ahead(self.heads, trigger, context)
 
     def forward(self, trigger: State, context: Any = None) -> State:
         """The raw gradient of all the windows predicted, undiscounted: Σ_n w_n E_n + w_tail tail."""

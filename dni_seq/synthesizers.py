@@ -80,8 +80,14 @@ def regress(synthesizer: nn.Module, trigger: State, context: Any, targets: list[
 
 
 def learns_ahead(synthesizer: nn.Module) -> bool:
-    """Whether it learns at every window from its context, so that targets only measure it; its `learns_ahead` says so."""
+    """Whether it learns where it predicts, from its context, so that targets only measure it; its `learns_ahead` says so."""
     return bool(getattr(synthesizer, "learns_ahead", False))
+
+
+def learn_ahead(synthesizer: nn.Module, trigger: State, context: Any) -> tuple[list[State], Tensor]:
+    """What `predict` gives, and the loss, 0-d, that a synthesizer which learns ahead has added the gradients of."""
+    own: Callable[[State, Any], tuple[list[State], Tensor]] = synthesizer.learn_ahead  # type: ignore[assignment]
+    return own(trigger, context)
 
 
 def mean_squared(predictions: list[State], targets: list[State | None]) -> Regression:

@@ -48,6 +48,33 @@ def test_messages_are_the_gradient_of_the_models_loss(name, horizons, reduction)
             assert a.any()
 
 
+@pytest.mark.parametrize("name", problems.MODELS)
+@pytest.mark.parametrize("horizons", [1, 3])
+def test_it_learns_where_it_predicts_what_two_passes_would(name, horizons):
+    """One pass gives the messages of `predict` and, for parameters, the gradients of the loss that `regress` has."""
+    synthesizer, state, ahead = prepared(name, horizons)
+    expected = predict(synthesizer, state, ahead)
+    loss = regress(synthesizer, state, ahead, expected).loss
+    synthesizer = prepared(name, horizons)[0]
+    gradients = torch.autograd.grad(
+        synthesizer.heads.model.loss(packed(synthesizer, state), ahead), synthesizer.parameters()
+    )
+    found, learned = synthesizer.learn_ahead(state, ahead)
+    assert learned.item() == pytest.approx(loss.item(), rel=1e-12)
+    for parameter, gradient in zip(synthesizer.parameters(), gradients, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-10, atol=1e-14)
+    for one, other in zip(found, expected, strict=True):
+        for a, b in zip(states.floating(one), states.floating(other), strict=True):
+            assert not a.requires_grad
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-14)
+
+
+def packed(synthesizer, state):
+    """The packed state that a synthesizer's network sees."""
+    flat = synthesizer.heads.packing.pack(states.floating(state))
+    return torch.where(synthesizer.heads.cell, flat.tanh(), flat)
+
+
 def test_nothing_is_said_where_nothing_follows():
     synthesizer, state, ahead = prepared()
     nothing = ahead._replace(valid=torch.zeros_like(ahead.valid))
@@ -70,7 +97,7 @@ def test_it_learns_at_every_window_and_needs_no_target():
     before = copy.deepcopy(trainer.credit.synthesizer.state_dict())
     losses = []
     counting = (torch.arange(3 * 40 + 1)[:, None] + torch.arange(LANES)) % problems.VOCABULARY
-    for window in dni.with_lookahead(problems.cut(counting, T), T):
+    for window in list(dni.with_lookahead(problems.cut(counting, T), T))[:-1]:
         (result,) = steps(trainer, [window])
         losses.append(result.synthetic.loss.item())
         assert result.synthetic.cosine.isnan().all()

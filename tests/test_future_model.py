@@ -88,7 +88,7 @@ def test_its_loss_is_the_mean_over_steps_and_lanes_and_trains_it():
         optimizer.step()
         losses.append(loss.item())
     with torch.no_grad():
-        _, outputs = model._expected(flat, ahead)
+        _, outputs = model._expected(flat[None], ahead)
     assert model(flat, ahead)[1].item() == pytest.approx(vectors_loss(outputs, ahead.targets).mean().item())
     assert losses[-1] < 0.3 * losses[0]
 

@@ -142,11 +142,11 @@ def _rates(rates: tuple) -> dict[str, Any]:
 
 
 def test_a_cell_has_the_rates_of_the_nearest_tuned_window():
-    lines = tuned("none", 1, (5e-4, None)) + tuned("none", 4, (2e-3, None)) + tuned("paper", 4, (1e-3, 3e-3))
+    lines = tuned("none", 1, (1e-3, None)) + tuned("none", 4, (2e-3, None)) + tuned("paper", 4, (1e-3, 3e-4))
     arguments = ("table1", "--task", "copy", "--bptt", "1", "3", "8", "--seeds", "1", "--synthesizer", "none", "paper")
     found = {(c.about["column"], c.about["bptt"]): c.options for c in cells(*arguments, lines=lines)}
-    assert [found["none", bptt]["lr"] for bptt in (1, 3, 8)] == [5e-4, 2e-3, 2e-3]
-    assert {(found["paper", bptt]["lr"], found["paper", bptt]["synthesizer_lr"]) for bptt in (1, 3, 8)} == {(1e-3, 3e-3)}
+    assert [found["none", bptt]["lr"] for bptt in (1, 3, 8)] == [1e-3, 2e-3, 2e-3]
+    assert {(found["paper", bptt]["lr"], found["paper", bptt]["synthesizer_lr"]) for bptt in (1, 3, 8)} == {(1e-3, 3e-4)}
     # What is given holds.
     assert cells(*arguments, *RATES, lines=lines)[0].options["lr"] == 1e-3
 
@@ -155,7 +155,7 @@ def test_a_cell_has_the_rates_of_the_nearest_tuned_window():
     ("lines", "more", "match"),
     [
         ([], (), "no learning rates are tuned for paper on copy: run table1 --tune"),
-        (tuned("paper", 4, (1e-3, 3e-3))[:4], (), "2 of the learning rates for paper on copy at T = 4 are not tried yet"),
+        (tuned("paper", 4, (1e-3, 3e-4))[:4], (), "2 of the learning rates for paper on copy at T = 4 are not tried yet"),
         ([], ("--lr", "1e-3"), "--lr needs --synthesizer-lr"),
         ([], ("--data-file", "none.txt"), "--data-file is for --task ptb"),
     ],
@@ -235,12 +235,12 @@ def test_tables_of_copy_ablation_and_tuning():
         line("multi-horizon", seed, length, task="copy", bptt=4, part="ablation", variant=variant)
         for variant, seed, length in changes
     ]
-    text = tables([*lines, *tuned("none", 4, (5e-4, None)), line("none", 0, 7, task="copy", bptt=2)])
+    text = tables([*lines, *tuned("none", 4, (1e-3, None)), line("none", 0, 7, task="copy", bptt=2)])
     assert "| `multi-horizon` | default | 9.0 ± 1.4 (2) | – |" in text
     assert "| `multi-horizon` | no gate | 7.0 ± 2.8 (2) | -2.0 ± 1.4 (2) |" in text
     assert "| `multi-horizon` | K = 2 | 12.0 ± 0.0 (2) | +3.0 ± 1.4 (2) |" in text
     assert "| `none` | 7.0 (1) |" in text
-    assert "| copy, small | `none` | 4 | 0.0005 | 5 | 3 |" in text
+    assert "| copy, small | `none` | 4 | 0.001 | 5 | 3 |" in text
     assert "| ablation | copy | 6 | 0.15 | 0.20 |" in text
     assert "### time spent" in tables([])
 
