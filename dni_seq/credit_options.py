@@ -40,7 +40,7 @@ trusted one by one do not."""
 REGRESS_EVERY: Mapping[str, int] = MappingProxyType({"basic": 1, "paper": 1, "state": 3, "multi-horizon": 4, "exact": 1})
 """Defaults by synthesizer: those that predict well cost something to train (docs/performance.md)."""
 
-MEASURE_EVERY = 32
+MEASURE_EVERY = 100
 """Windows between two targets of what learns without them, which measure its messages."""
 
 AUTO_FIDELITY_EVERY = 47

@@ -69,11 +69,10 @@ class FutureModel(nn.Module):
         self.loss_fn = loss_fn
         self.units = units
         self.inputs = inputs
-        self.from_state = nn.Linear(size, units)
+        self.from_state = nn.Linear(size, units + outputs)  # to hidden units and straight to the outputs, in one product
         self.from_step = nn.Parameter(torch.zeros(steps, 1, units))
         self.from_inputs = nn.Linear(self.seen * inputs_width, units, bias=False)
-        self.output = nn.Linear(units, outputs)
-        self.direct = nn.Linear(size, outputs, bias=False)
+        self.output = nn.Linear(units, outputs, bias=False)
 
     def forward(self, flat: Tensor, context: Any) -> tuple[Tensor, Tensor]:
         """Features [B, F] of packed states [B, S] and a `Lookahead` of at least m steps, and the mean loss, 0-d.
@@ -123,8 +122,9 @@ class FutureModel(nn.Module):
     def _expected(self, flats: Tensor, ahead: Lookahead) -> tuple[Tensor, Tensor]:
         """z [m, B, F] and q [m, B, Q] from states [parts, B, S], each of which says what comes in its part of the steps."""
         seen = (self.from_inputs(self._recent(ahead)) + self.from_step).unflatten(0, (len(flats), -1))
-        hidden = torch.tanh(self.from_state(flats)[:, None] + seen)
-        outputs = self.output(hidden) + self.direct(flats)[:, None]
+        reached, direct = self.from_state(flats)[:, None].tensor_split([self.units], dim=-1)
+        hidden = torch.tanh(reached + seen)
+        outputs = self.output(hidden) + direct
         return hidden.flatten(0, 1), outputs.flatten(0, 1)
 
     def _total(self, outputs: Tensor, ahead: Lookahead) -> Tensor:

@@ -23,7 +23,7 @@ from .targets import TargetRule
 LARGEST_MESSAGE = 100.0
 """Times the largest gradient that a window's own loss has sent to its first state: no credit is as large as that."""
 
-OBSERVED_FIRST, OBSERVED_EVERY = 100, 50
+OBSERVED_FIRST, OBSERVED_EVERY = 100, 200
 """Windows at the start, and then every so many, whose own gradient is observed, at the price of a product to the state."""
 
 
@@ -64,7 +64,7 @@ class SoundInterface(BackwardInterface):
 
     def observes(self, windows: int) -> bool:
         """Whether the window behind as many others is one to observe."""
-        return self.learns and (windows < OBSERVED_FIRST or windows % OBSERVED_EVERY == 0)
+        return (windows < OBSERVED_FIRST or windows % OBSERVED_EVERY == 0) and self.learns
 
     def observe(self, loss: Tensor, scope: GradientAccumulator, windows: int) -> None:
         """Take in the gradient that a window's `loss` alone sends to its trigger, where the window is one to observe.

@@ -59,7 +59,7 @@ COLUMNS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 )
 """The columns of the table: what each sets beside the budget and the learning rates."""
 
-LEARNING_RATES = (1e-3, 2e-3, 4e-3)
+LEARNING_RATES = (1e-3, 2e-3, 4e-3, 8e-3)
 SYNTHESIZER_LEARNING_RATES = (3e-4, 1e-3)
 LEARNS = ("paper", "paper-aux", "multi-horizon")
 """Columns with a synthesizer that learns; the others have no rate of it to tune."""

@@ -107,7 +107,8 @@ def future_features(model: dni.FutureModel, flat: Tensor, ahead: dni.Lookahead) 
     """A future model's features lane by lane, step by step: the gradient of its losses with respect to W s, by autograd."""
     rows = []
     for lane in range(len(flat)):
-        reached = (flat[lane] @ model.from_state.weight.T + model.from_state.bias).detach().requires_grad_()
+        both = (flat[lane] @ model.from_state.weight.T + model.from_state.bias).detach()
+        reached, direct = both[: model.units].clone().requires_grad_(), both[model.units :]
         loss = flat.new_zeros(())
         for step in range(model.steps):
             if not ahead.valid[step, lane] or (ahead.mask is not None and not ahead.mask[step, lane]):
@@ -118,7 +119,7 @@ def future_features(model: dni.FutureModel, flat: Tensor, ahead: dni.Lookahead) 
                 encoded = model.inputs(ahead.inputs[max(step - before, 0), lane])
                 pieces.append(encoded if there else torch.zeros_like(encoded))
             hidden = torch.tanh(reached + model.from_inputs(torch.cat(pieces)) + model.from_step[step, 0])
-            outputs = (model.output(hidden) + model.direct(flat[lane]).detach())[None, None]
+            outputs = (model.output(hidden) + direct)[None, None]
             loss = loss + model.loss_fn(outputs, ahead.targets[step, lane][None, None]).sum()
         (gradient,) = torch.autograd.grad(loss, reached, allow_unused=True) if loss.requires_grad else (None,)
         rows.append(torch.zeros_like(reached) if gradient is None else gradient)

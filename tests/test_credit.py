@@ -116,7 +116,7 @@ def test_zero_messages_are_truncated_bptt_to_the_bit(kind):
     trainer = make_trainer(model, kind, synthesizer_lr=0.0)
     if "future" in KINDS[kind]:  # messages that are not zero from the start on
         ahead = trainer.credit.synthesizer.heads.model
-        for layer in (ahead.output, ahead.direct):
+        for layer in (ahead.output, ahead.from_state):
             zero_(layer)
     for window, (loss, gradients) in zip(windows, expected, strict=True):
         result = trainer.step(window.inputs, window.targets, lookahead=window.lookahead)

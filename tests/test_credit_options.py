@@ -11,6 +11,7 @@ from torch import nn
 import dni_seq as dni
 from dni_seq.credit_options import (
     EMBED,
+    MEASURE_EVERY,
     SYNTHESIZERS,
     CreditOptions,
     build_synthesizer,
@@ -173,8 +174,8 @@ def test_what_needs_no_targets_computes_few():
         chosen = decided(build(CreditOptions, {"synthesizer": "multi-horizon"} | given), 2, BPTT)
         return trainer_settings(chosen)["regress_every"], state_products(chosen)
 
-    assert settings() == (32, 1 / 32)
-    assert settings(horizons=2) == (32, 2 / 32)
+    assert settings() == (MEASURE_EVERY, 1 / MEASURE_EVERY)
+    assert settings(horizons=2) == (MEASURE_EVERY, 2 / MEASURE_EVERY)
     assert settings(regress_every=4) == (4, 1 / 4)
     assert settings(fit="descent") == (4, 0)
     assert settings(fit="descent", horizons=2) == (4, 2 / 4)

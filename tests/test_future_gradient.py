@@ -21,7 +21,7 @@ def prepared(name="lstm", horizons=1, **settings):
     torch.manual_seed(0)
     model = problems.make_model(name)
     synthesizer = future_gradient(model, horizons, **settings)
-    for layer in (synthesizer.heads.model.output, synthesizer.heads.model.direct):
+    for layer in (synthesizer.heads.model.output, synthesizer.heads.model.from_state):
         nn.init.normal_(layer.weight)
     state = states.map_floating(torch.randn_like, trainer_initial(model))
     inputs, targets = (problems.tokens(T, LANES, seed=seed)[:T] for seed in (1, 2))
