@@ -173,8 +173,12 @@ class CreditOptions:
         0, "windows between comparisons with exact gradients, 0 for none (auto scale: 47)", group=GROUP, check=at_least(0)
     )
     synthesizer_lr: float = option(1e-3, "the synthesizer's learning rate", group=GROUP, check=above_zero)
-    synthesizer_clip: float = option(
-        1.0, "largest norm of the synthesizer's gradient, 0 for no limit", group=GROUP, check=at_least(0)
+    synthesizer_clip: float | None = option(
+        None,
+        "largest norm of the synthesizer's gradient, 0 for no limit",
+        group=GROUP,
+        check=at_least(0),
+        shown="1, --fit future 0",
     )
 
 
@@ -394,6 +398,8 @@ def trainer_settings(options: CreditOptions) -> dict[str, Any]:
     usual = "1" if options.fit == "future" else SCALES.get(options.synthesizer, "0")
     chosen = scale(usual if options.synthetic_scale is None else options.synthetic_scale)
     discount = DISCOUNTS.get(options.synthesizer, 1.0) if options.discount is None else options.discount
+    usual_clip = 0.0 if options.fit == "future" else 1.0
+    clip = usual_clip if options.synthesizer_clip is None else options.synthesizer_clip
     every = options.fidelity_every or (AUTO_FIDELITY_EVERY if chosen == "auto" else 0)
     return {
         "synthetic_scale": chosen,
@@ -405,7 +411,7 @@ def trainer_settings(options: CreditOptions) -> dict[str, Any]:
         "target_network": options.target_network,
         "fidelity_every": every,
         "auxiliary_weight": options.auxiliary,
-        "synthesizer_clip": options.synthesizer_clip or None,
+        "synthesizer_clip": clip or None,
     }
 
 

@@ -169,6 +169,17 @@ def test_the_exact_futures_tail_is_the_model_of_the_steps_ahead():
     assert (tail.network.horizons, tail.model.steps) == (1, BPTT)
 
 
+def test_what_is_fitted_is_clipped_and_what_learns_ahead_is_not():
+    def clip(**given):
+        chosen = decided(build(CreditOptions, {"synthesizer": "multi-horizon"} | given), 2, BPTT)
+        return trainer_settings(chosen)["synthesizer_clip"]
+
+    assert clip() is None
+    assert clip(fit="descent") == clip(synthesizer="basic") == clip(synthesizer="state") == 1.0
+    assert clip(synthesizer_clip=3.0) == clip(fit="descent", synthesizer_clip=3.0) == 3.0
+    assert clip(fit="descent", synthesizer_clip=0.0) is None
+
+
 def test_what_needs_no_targets_computes_few():
     def settings(**given):
         chosen = decided(build(CreditOptions, {"synthesizer": "multi-horizon"} | given), 2, BPTT)
