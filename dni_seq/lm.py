@@ -94,7 +94,9 @@ def build_model(options: LanguageModelOptions, vocabulary_size: int, device: tor
     Raises:
         ValueError: the sizes do not fit together, or this processor cannot run the dtype.
     """
-    settings = {name: getattr(options, name) for name in ("embed", "hidden", "layers", "dropout", "tied")}
+    settings = {
+        name: getattr(options, name) for name in ("embed", "hidden", "layers", "dropout", "tied", "sparse_embedding")
+    }
     model = LanguageModel(vocabulary_size, cell=options.model, **settings)
     if options.dtype == "float64":
         model = model.double()

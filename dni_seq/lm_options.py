@@ -184,6 +184,9 @@ class LanguageModelOptions(CreditOptions):
     layers: int = option(None, "layers", group=_MODEL, check=at_least(1), shown=_by_level("layers"))
     dropout: float = option(None, "share of activations dropped", group=_MODEL, check=share, shown=_by_level("dropout"))
     tied: bool = option(False, "use the embedding's weights for the projection too", group=_MODEL)
+    sparse_embedding: bool = option(
+        False, "update only the embedding's rows that a window reads: quicker with many words, other numbers", group=_MODEL
+    )
 
     bptt: int = option(
         None,

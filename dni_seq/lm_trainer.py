@@ -19,6 +19,7 @@ from .data_parallel import DataParallel
 from .lm_options import LanguageModelOptions
 from .models.kernels import native_up_to
 from .models.language_model import LanguageModel, token_losses
+from .optimization import JoinedOptimizer
 from .states import floating
 from .synthesizers import LSTM_CELLS, predict
 from .trainer import SequenceTrainer
@@ -28,7 +29,13 @@ from .windows import Lookahead
 def build_trainer(
     options: LanguageModelOptions, model: LanguageModel, device: torch.device, parallel: DataParallel | None = None
 ) -> SequenceTrainer:
-    """The trainer of the options, with its optimizers; of this rank where there are several."""
+    """The trainer of the options, with its optimizers; of this rank where there are several.
+
+    Raises:
+        ValueError: options cannot go together, as a sparse embedding and several ranks.
+    """
+    if parallel is not None and options.sparse_embedding:
+        raise ValueError("--sparse-embedding works in one process: leave it out under torchrun")
     dtype = model.projection.weight.dtype
     chosen = decided(options, model.projection.out_features, options.bptt)
     example = model.initial_state(1)
@@ -55,7 +62,7 @@ def build_trainer(
     learning = learning_parameters(synthesizer, auxiliary)
     return SequenceTrainer(
         model,
-        adam(list(model.parameters()), options.lr, device),
+        optimizer_of(model, options, device),
         token_losses,
         synthesizer=synthesizer,
         synthesizer_optimizer=adam(learning, options.synthesizer_lr, device) if learning else None,
@@ -108,6 +115,15 @@ def compile_model(model: LanguageModel, options: LanguageModelOptions, device: t
     except RuntimeError as error:
         raise ValueError(f"--compile does not work here, leave it out: {str(error).splitlines()[0]}") from error
     model.zero_grad()
+
+
+def optimizer_of(model: LanguageModel, options: LanguageModelOptions, device: torch.device) -> torch.optim.Optimizer:
+    """Adam for all parameters; with `--sparse-embedding` its sparse kind for the rows of the embedding that were read."""
+    if not options.sparse_embedding:
+        return adam(list(model.parameters()), options.lr, device)
+    rows = model.embedding.weight
+    others = [parameter for parameter in model.parameters() if parameter is not rows]
+    return JoinedOptimizer([adam(others, options.lr, device), torch.optim.SparseAdam([rows], options.lr)])
 
 
 def adam(parameters: list[nn.Parameter], lr: float, device: torch.device) -> torch.optim.Adam:

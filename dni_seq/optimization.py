@@ -1,6 +1,12 @@
-"""An optimizer's step with its gradients clipped, in as few passes over the gradients as the optimizer allows."""
+"""An optimizer's step with its gradients clipped, in as few passes over the gradients as the optimizer allows.
+
+And one optimizer made of two, for embeddings whose gradients are row-sparse.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -8,12 +14,64 @@ from torch import Tensor, nn
 from .guard import decided_here
 
 
+class JoinedOptimizer(torch.optim.Optimizer):
+    """Several optimizers of parameters of their own that step as one; learning rates are set in any of its groups.
+
+    Made for `nn.Embedding(sparse=True)`: its gradient holds the rows that were read, which `torch.optim.SparseAdam` alone
+    updates, while a fused Adam steps all the other parameters.
+
+    Args:
+        parts: the optimizers.
+
+    Raises:
+        ValueError: a parameter is in more than one of them.
+    """
+
+    def __init__(self, parts: Sequence[torch.optim.Optimizer]) -> None:
+        self.parts = list(parts)
+        super().__init__([group for part in self.parts for group in part.param_groups], {})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step of each; `closure`, as everywhere, computes loss and gradients first."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for part in self.parts:
+            part.step()
+        return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        """Those of the parts."""
+        return {"parts": [part.state_dict() for part in self.parts]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over what `state_dict` gave.
+
+        Raises:
+            ValueError: it is that of another optimizer.
+        """
+        saved = state_dict.get("parts", [])
+        if len(saved) != len(self.parts):
+            raise ValueError(f"the saved optimizer has {len(saved)} parts, this one {len(self.parts)}")
+        for part, state in zip(self.parts, saved, strict=True):
+            part.load_state_dict(state)
+        self.param_groups = [group for part in self.parts for group in part.param_groups]
+
+
 def gradient_norm(optimizer: torch.optim.Optimizer) -> Tensor:
     """The norm of the gradients of `optimizer`'s parameters together, 0-d; 0 where none has a gradient."""
-    return nn.utils.get_total_norm([p.grad for p in _parameters(optimizer) if p.grad is not None])
+    return nn.utils.get_total_norm([_numbers(p) for p in _parameters(optimizer) if p.grad is not None])
 
 
 def clipped_step(optimizer: torch.optim.Optimizer, limit: float | None, norm: Tensor, good: Tensor) -> None:
+    """The step of `optimizer`, or of each of the parts that it is joined of; see `_clipped_step`."""
+    for part in optimizer.parts if isinstance(optimizer, JoinedOptimizer) else [optimizer]:
+        _clipped_step(part, limit, norm, good)
+
+
+def _clipped_step(optimizer: torch.optim.Optimizer, limit: float | None, norm: Tensor, good: Tensor) -> None:
     """Scale gradients of that `norm` down to `limit`, None for no limit, and take the optimizer's step, where `good` holds.
 
     A fused optimizer divides by the factor as it reads the gradients, the others after one more pass over them: the numbers
@@ -44,6 +102,15 @@ def clipped_step(optimizer: torch.optim.Optimizer, limit: float | None, norm: Te
 def leaves_out_by_itself(optimizer: torch.optim.Optimizer) -> bool:
     """Whether the optimizer's kernels take a factor and can leave a step out on the device: fused ones."""
     return all(group.get("fused") for group in optimizer.param_groups) and hasattr(optimizer, "_step_supports_amp_scaling")
+
+
+def _numbers(parameter: Tensor) -> Tensor:
+    """The numbers of a gradient; a row-sparse one is coalesced, since the same row may be there twice."""
+    assert parameter.grad is not None
+    if not parameter.grad.is_sparse:
+        return parameter.grad
+    parameter.grad = parameter.grad.coalesce()
+    return parameter.grad.values()
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:

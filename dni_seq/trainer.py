@@ -412,7 +412,7 @@ class SequenceTrainer:
             ("the targets", window.targets),
             ("the loss", result.loss),
             *((f"the parameter auxiliary.{n}", p) for pre, m in parts if pre for n, p in m.named_parameters()),
-            *((f"the gradient of {pre}{n}", p.grad) for pre, m in parts for n, p in m.named_parameters()),
+            *((f"the gradient of {pre}{n}", dense(p.grad)) for pre, m in parts for n, p in m.named_parameters()),
         ]
         found = first_not_finite(named)
         return found[1] if self.parallel is None else self.parallel.first(*found)
@@ -615,6 +615,11 @@ def ahead_of_window(inputs: Tensor, targets: Tensor, mask: Tensor | None, lookah
         valid=torch.cat([torch.ones_like(counts), lookahead.valid])[:steps],
         mask=torch.cat([counts, behind])[:steps],
     )
+
+
+def dense(gradient: Tensor | None) -> Tensor | None:
+    """The same gradient, a row-sparse one with all its rows."""
+    return gradient.to_dense() if gradient is not None and gradient.is_sparse else gradient
 
 
 def _check_apart(optimizer: torch.optim.Optimizer, synthesizer_optimizer: torch.optim.Optimizer | None) -> None:

@@ -61,3 +61,15 @@ def test_bfloat16_trains_by_autocast():
     full = losses_of(trainer_of(model="gru", synthesizer="none"))
     # bfloat16 keeps 8 bits: a loss near ln 9 moves by less than a percent.
     assert half == pytest.approx(full, rel=1e-2)
+
+
+def test_a_sparse_embedding_moves_only_what_is_read_and_is_for_one_process():
+    trainer = trainer_of(sparse_embedding=True)
+    before = trainer.model.embedding.weight.detach().clone()
+    read = torch.tensor([[1], [2], [1], [2]]).expand(T, B)
+    trainer.step(read, read)
+    moved = (trainer.model.embedding.weight != before).any(dim=1)
+    assert moved.nonzero().flatten().tolist() == [1, 2]
+    options = settle(LanguageModelOptions(sparse_embedding=True), open_corpus())
+    with pytest.raises(ValueError, match="--sparse-embedding works in one process"):
+        build_trainer(options, lm.build_model(options, V, CPU), CPU, parallel=object())

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from dni_seq.optimization import clipped_step, gradient_norm
+from dni_seq.optimization import JoinedOptimizer, clipped_step, gradient_norm
 
 OPTIMIZERS = {
     "fused Adam": lambda parameters: torch.optim.Adam(parameters, lr=1e-2, fused=True),
@@ -42,3 +42,82 @@ def test_clipped_step_is_clip_grad_norm_and_step(make, limit, dtype, rounding):
         for found, wanted in zip(model.parameters(), twin.parameters(), strict=True):
             torch.testing.assert_close(found, wanted, rtol=rounding, atol=rounding / 100)
     assert not hasattr(optimizer, "grad_scale")
+
+
+class Words(nn.Module):
+    """An embedding and a layer behind it."""
+
+    def __init__(self, sparse: bool) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(6, 4, sparse=sparse, dtype=torch.float64)
+        self.layer = nn.Linear(4, 2, dtype=torch.float64)
+
+    def forward(self, tokens):
+        return self.layer(self.embedding(tokens)).square().sum()
+
+
+def joined(words, lr=1e-2, eps=1e-8):
+    dense = torch.optim.Adam(words.layer.parameters(), lr, eps=eps, fused=True)
+    return JoinedOptimizer([dense, torch.optim.SparseAdam([words.embedding.weight], lr, eps=eps)])
+
+
+@pytest.mark.parametrize("limit", [None, 0.1])
+def test_where_all_rows_are_read_a_joined_step_is_that_of_adam(limit):
+    """One of them twice, so that its gradient is a sum that the norm has to see as one.
+
+    SparseAdam has another place for epsilon, so that it is next to nothing here.
+    """
+    torch.manual_seed(0)
+    words, twin = Words(sparse=True), Words(sparse=False)
+    twin.load_state_dict(words.state_dict())
+    optimizer, plain = joined(words, eps=1e-30), torch.optim.Adam(twin.parameters(), 1e-2, eps=1e-30)
+    tokens = torch.tensor([0, 1, 2, 3, 4, 5, 2])
+    for _ in range(3):
+        for net, its in ((words, optimizer), (twin, plain)):
+            its.zero_grad()
+            net(tokens).backward()
+        norm = gradient_norm(optimizer)
+        torch.testing.assert_close(norm, gradient_norm(plain), rtol=1e-12, atol=0)
+        clipped_step(optimizer, limit, norm, torch.tensor(True))
+        clipped_step(plain, limit, norm, torch.tensor(True))
+        for found, wanted in zip(words.parameters(), twin.parameters(), strict=True):
+            torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-13)
+
+
+def test_rows_that_are_not_read_stay_and_their_moments_too():
+    words = Words(sparse=True)
+    optimizer = joined(words)
+    for tokens in (torch.tensor([0, 1]), torch.tensor([1, 2])):
+        before = words.embedding.weight.detach().clone()
+        optimizer.zero_grad()
+        words(tokens).backward()
+        clipped_step(optimizer, None, gradient_norm(optimizer), torch.tensor(True))
+        changed = (words.embedding.weight != before).any(dim=1)
+        assert changed.nonzero().flatten().tolist() == tokens.tolist()
+
+
+def test_a_joined_optimizer_goes_on_from_what_it_saved():
+    words = Words(sparse=True)
+    optimizer = joined(words)
+    tokens = torch.tensor([0, 3])
+
+    def step(net, its):
+        its.zero_grad()
+        net(tokens).backward()
+        its.step()
+
+    step(words, optimizer)
+    twin = copy.deepcopy(words)
+    other = joined(twin, lr=1.0)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert [group["lr"] for group in other.param_groups] == [1e-2, 1e-2]
+    for net, its in ((words, optimizer), (twin, other)):
+        step(net, its)
+    for found, wanted in zip(twin.parameters(), words.parameters(), strict=True):
+        assert torch.equal(found, wanted)
+    other.param_groups[1]["lr"] = 0.0
+    before = twin.embedding.weight.detach().clone()
+    step(twin, other)
+    assert torch.equal(twin.embedding.weight, before)
+    with pytest.raises(ValueError, match="0 parts, this one 2"):
+        other.load_state_dict(torch.optim.Adam(twin.layer.parameters()).state_dict())

@@ -120,8 +120,22 @@ def test_a_run_that_diverges_stops_with_a_diagnosis_and_a_whole_checkpoint(small
     assert saved["trainer"]["skipped"]["in_a_row"] == 10
 
 
-def test_steps_left_out_are_on_the_curve_and_not_in_its_averages(small):
+def test_a_sparse_embedding_is_resumed_to_the_bit(small):
+    main, options = small
+    options = [*options, "--sparse-embedding"]
+    assert main([*options, "--max-steps", "60"]) == 0
+    RunDirectory("run").path.rename("whole")
+    assert main([*options, "--max-steps", "40"]) == 0
+    assert main(["--run-dir", "run", "--resume", "auto", "--max-steps", "60"]) == 0
+    one, two = (load_checkpoint(RunDirectory(each).last)["trainer"] for each in ("whole", "run"))
+    assert len(one["optimizer"]["parts"]) == 2
+    assert list(SOAK["differences_of"](one, two, "trainer")) == []
+
+
+@pytest.mark.parametrize("more", [(), ("--sparse-embedding",)])
+def test_steps_left_out_are_on_the_curve_and_not_in_its_averages(small, more):
     _, options = small
+    options = [*options, *more]
     script = runpy.run_path(str(ROOT / "scripts" / "train_lm.py"))
     losses = script["build_trainer"].__globals__["token_losses"]
     calls = []

@@ -213,6 +213,7 @@ def test_bad_input_is_one_line_and_status_2(trained, tmp_path):
         ("--batch-size", "1000000"): "--batch-size",
         ("--tokenizer", "letters"): "invalid choice: 'letters'",
         ("--tied", "--embed", "8"): "embed equal to hidden",
+        ("--tied", "--embed", "8", "--hidden", "8", "--sparse-embedding"): "exclude each other",
         ("--device", "nothing"): "--device nothing",
         ("--resume", "text.pt"): "not a checkpoint",
         ("--resume", "auto"): "needs --run-dir",

@@ -32,12 +32,14 @@ class LanguageModel(nn.Module):
         layers: L.
         dropout: share of activations zeroed after the embedding, between layers and before the projection.
         tied: the projection uses the embedding's weights.
+        sparse_embedding: the embedding's gradient holds the rows that were read; see `optimization.JoinedOptimizer`.
 
     Attributes:
         native_steps: the longest window that PyTorch's native LSTM kernel runs on the CPU; see `kernels.native_up_to`.
 
     Raises:
-        ValueError: unknown cell, sizes below 1, dropout outside [0, 1), or tied weights with embed != hidden.
+        ValueError: unknown cell, sizes below 1, dropout outside [0, 1), tied weights with embed != hidden or a
+            sparse embedding.
     """
 
     def __init__(
@@ -50,13 +52,14 @@ class LanguageModel(nn.Module):
         layers: int = 2,
         dropout: float = 0.0,
         tied: bool = False,
+        sparse_embedding: bool = False,
     ):
         super().__init__()
         sizes = {"vocabulary_size": vocabulary_size, "embed": embed, "hidden": hidden, "layers": layers}
-        _check_settings(sizes, cell, dropout, tied)
+        _check_settings(sizes, cell, dropout, tied, sparse_embedding)
         self.cell, self.hidden, self.layers = cell, hidden, layers
         self.dropout = nn.Dropout(dropout)
-        self.embedding = nn.Embedding(vocabulary_size, embed)
+        self.embedding = nn.Embedding(vocabulary_size, embed, sparse=sparse_embedding)
         # nn.LSTM warns of dropout where there is no second layer to apply it to.
         between = dropout if layers > 1 else 0.0
         kind = nn.LSTM if cell == "lstm" else nn.GRU
@@ -91,7 +94,7 @@ def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
     return functional.cross_entropy(precise.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
 
 
-def _check_settings(sizes: dict[str, int], cell: str, dropout: float, tied: bool) -> None:
+def _check_settings(sizes: dict[str, int], cell: str, dropout: float, tied: bool, sparse: bool) -> None:
     """Raise a ValueError that says which setting to change."""
     for name, size in sizes.items():
         if size < 1:
@@ -102,3 +105,7 @@ def _check_settings(sizes: dict[str, int], cell: str, dropout: float, tied: bool
         raise ValueError(f"dropout must be at least 0 and below 1, got {dropout}")
     if tied and sizes["embed"] != sizes["hidden"]:
         raise ValueError(f"tied weights need embed equal to hidden, got embed {sizes['embed']} and hidden {sizes['hidden']}")
+    if tied and sparse:
+        raise ValueError(
+            "the projection's gradient is not sparse, so tied weights and a sparse embedding exclude each other"
+        )
