@@ -40,6 +40,9 @@ trusted one by one do not."""
 REGRESS_EVERY: Mapping[str, int] = MappingProxyType({"basic": 1, "paper": 1, "state": 3, "multi-horizon": 4, "exact": 1})
 """Defaults by synthesizer: those that predict well cost something to train (docs/performance.md)."""
 
+HORIZONS = 2
+"""Of multi-horizon where messages are a model's gradient and nothing else is asked for: of one, copying learns less."""
+
 MEASURE_EVERY = 100
 """Windows between two targets of what learns without them, which measure its messages."""
 
@@ -105,8 +108,12 @@ class CreditOptions:
     discount: float | None = option(
         None, "weight of each further window", group=GROUP, check=fraction, shown=_by_synthesizer(DISCOUNTS)
     )
-    horizons: int = option(
-        1, "windows ahead that multi-horizon predicts one by one; paper: from 2 on", group=GROUP, check=at_least(1)
+    horizons: int | None = option(
+        None,
+        "windows ahead that multi-horizon predicts one by one; paper: from 2 on",
+        group=GROUP,
+        check=at_least(1),
+        shown=f"multi-horizon {HORIZONS}, by words, fitted, or with a lookahead that is given 1",
     )
     tail: bool = option(False, "with horizons: one more head for all windows behind them", group=GROUP)
     draw_horizon: bool = option(False, "with horizons: train one head a window, drawn at random", group=GROUP)
@@ -183,7 +190,7 @@ class CreditOptions:
 
 
 def decided(options: CreditOptions, outputs: int, bptt: int) -> CreditOptions:
-    """The options with `fit` decided: by the model of what is ahead where that can be and nothing else is asked for.
+    """The options with `fit` and `horizons` decided: by the model of what is ahead where that can be and is not ruled out.
 
     Args:
         options: as given.
@@ -198,7 +205,8 @@ def decided(options: CreditOptions, outputs: int, bptt: int) -> CreditOptions:
     hindrances = {
         f"--synthesizer {options.synthesizer}": not learned,
         "--lookahead 0": not tail_lookahead(options, bptt),
-        f"--lookahead {options.lookahead}, no multiple of --horizons": tail_lookahead(options, bptt) % options.horizons > 0,
+        f"--lookahead {options.lookahead}, no multiple of --horizons": tail_lookahead(options, bptt) % horizons_of(options)
+        > 0,
         f"no model of the steps ahead (--future-units, by default 0 with more than {FUTURE_OUTPUTS} outputs)": not units,
         "--no-normalize": options.normalize is False,
         "--tail": options.tail and options.synthesizer == "multi-horizon",
@@ -207,10 +215,18 @@ def decided(options: CreditOptions, outputs: int, bptt: int) -> CreditOptions:
     }
     found = [name for name, hinders in hindrances.items() if hinders]
     if options.fit is None:
-        return replace(options, fit="least-squares" if found else "future")
+        return replace(options, fit="least-squares" if found else "future", horizons=horizons_of(options))
     if options.fit == "future" and found:
         raise ValueError(f"--fit future is not possible with {found[0]}")
-    return options
+    return replace(options, horizons=horizons_of(options))
+
+
+def horizons_of(options: CreditOptions) -> int:
+    """K, given or by default."""
+    if options.horizons is not None:
+        return options.horizons
+    usual = options.synthesizer == "multi-horizon" and options.lookahead is None and options.fit in (None, "future")
+    return HORIZONS if usual else 1
 
 
 def future_units(options: CreditOptions, outputs: int) -> int:
@@ -226,7 +242,7 @@ def state_products(options: CreditOptions) -> float:
         return 0
     apart = regressions_apart(options)
     by_horizon = options.synthesizer == "multi-horizon" and options.targets == "bootstrap"
-    heads = options.horizons + options.tail if by_horizon else 1
+    heads = horizons_of(options) + options.tail if by_horizon else 1
     if by_horizon and heads == 1 and apart > 1 and not options.auxiliary and options.fit != "future":
         return 0  # its window keeps quiet: see `SequenceTrainer`, regress_every
     return (1 if options.draw_horizon else heads) / apart
@@ -250,7 +266,7 @@ def tail_lookahead(options: CreditOptions, bptt: int) -> int:
     """The steps that a learned synthesizer sees."""
     if options.lookahead is not None:
         return options.lookahead
-    return 1 if options.synthesizer == "paper" else options.horizons * bptt
+    return 1 if options.synthesizer == "paper" else horizons_of(options) * bptt
 
 
 def build_synthesizer(
@@ -323,7 +339,7 @@ def build_learned(
 ) -> nn.Module:
     """A synthesizer that learns; that of exact's tail is a multi-horizon one of one horizon. Arguments as above."""
     kind = options.synthesizer
-    horizons, tail = (1, False) if kind == "exact" else (options.horizons, options.tail)
+    horizons, tail = (1, False) if kind == "exact" else (horizons_of(options), options.tail)
     normalize = kind != "paper" if options.normalize is None else options.normalize
     if not (kind != "paper" if options.gate is None else options.gate):
         cells = False
@@ -373,13 +389,14 @@ def build_published(
         encoder = NextInput(encode()[0], EMBED + 1)
     elif steps:
         encoder = LookaheadEncoder(steps, *encode())
-    count = options.horizons + options.tail
+    horizons = horizons_of(options)
+    count = horizons + options.tail
     width = sum(leaf.shape[-1] for leaf in leaves)
     network = PublishedSynthesizer(width, hidden=leaves[0].shape[-1], encoder=encoder, horizons=count)
     heads = dressed(network, cells, normalize, options.message_clip or None)
     if count == 1:
         return heads
-    return Horizons(heads, horizons=options.horizons, tail=options.tail, draw=options.draw_horizon)
+    return Horizons(heads, horizons=horizons, tail=options.tail, draw=options.draw_horizon)
 
 
 def dressed(network: nn.Module, cells: Any, normalize: bool, limit: float | None) -> nn.Module:

@@ -13,7 +13,7 @@ from types import MappingProxyType
 from typing import Any, ClassVar
 
 from .credit_options import GROUP as CREDIT
-from .credit_options import CreditOptions, tail_lookahead
+from .credit_options import CreditOptions, horizons_of, tail_lookahead
 from .distributed import TIMEOUT
 from .models.language_model import CELLS
 from .options import above_zero, at_least, option, share
@@ -265,5 +265,7 @@ def settle(options: LanguageModelOptions, corpus: Corpus) -> LanguageModelOption
     sized = settled.synthesizer in ("state", "multi-horizon") or (settled.synthesizer == "exact" and settled.tail)
     if not sized:
         return settled
-    # The synthesizer's size depends on it, so it stays where a resumed run changes --bptt.
+    # With many words messages are fitted. The synthesizer's size depends on both numbers: a resumed run keeps them.
+    horizons = horizons_of(settled) if kind == "char" else settled.horizons or 1
+    settled = dataclasses.replace(settled, horizons=horizons)
     return dataclasses.replace(settled, lookahead=tail_lookahead(settled, settled.bptt))

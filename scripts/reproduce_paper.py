@@ -35,7 +35,7 @@ from typing import Any, NamedTuple
 
 from dni_seq.bugs import guarded
 from dni_seq.cells import Cell, Outcome, Study
-from dni_seq.credit_options import CreditOptions
+from dni_seq.credit_options import HORIZONS
 from dni_seq.options import OneLineParser, report
 from dni_seq.paper_figures import draw_curves
 from dni_seq.paper_tables import MARKS, TASKS, better, tables
@@ -113,20 +113,20 @@ ABLATION = (("ptb", 1), ("copy", 4))
 
 def without(bptt: int) -> dict[str, dict[str, Any]]:
     """The default with one thing taken away, or put in the place of another, which may leave messages to be fitted."""
-    horizons = CreditOptions().horizons
+    fitted = {"fit": "least-squares", "horizons": HORIZONS}
     message = {"synthesizer": "state"}
     return {
         "default": {},
-        "fitted to targets": {"fit": "least-squares"},
-        "fitted, c = 1": {"fit": "least-squares", "synthetic_scale": "1"},
-        "fitted, no model of the future": {"future_units": 0},
-        "fitted, no lookahead": {"lookahead": 0},
-        "fitted, no normalisation": {"normalize": False},
-        "fitted, with a tail": {"tail": True},
+        "fitted to targets": fitted,
+        "fitted, c = 1": {**fitted, "synthetic_scale": "1"},
+        "fitted, no model of the future": {**fitted, "future_units": 0},
+        "fitted, no lookahead": {**fitted, "lookahead": 0},
+        "fitted, no normalisation": {**fitted, "normalize": False},
+        "fitted, with a tail": {**fitted, "tail": True},
         "no gate": {"gate": False},
         "c = 0.5": {"synthetic_scale": "0.5"},
         "automatic scale": {"synthetic_scale": "auto"},
-        **{f"K = {count}": {"horizons": count} for count in (1, 2, 4) if count != horizons},
+        **{f"K = {count}": {"horizons": count} for count in (1, 2, 4) if count != HORIZONS},
         "auxiliary task": {"auxiliary": 0.1},
         "one bootstrapped message, γ = 0.9": message,
         "one bootstrapped message, c = γ = 0.5": {**message, "synthetic_scale": "0.5", "discount": 0.5},
@@ -138,7 +138,7 @@ def added(bptt: int) -> dict[str, dict[str, Any]]:
     """The published recipe with one thing added."""
     return {
         "paper": {},
-        "lookahead": {"lookahead": max(CreditOptions().horizons * bptt, 1)},
+        "lookahead": {"lookahead": HORIZONS * bptt},
         "normalisation": {"normalize": True},
         "gate": {"gate": True},
         "c and γ apart, γ = 0.9": {"discount": 0.9},

@@ -11,6 +11,7 @@ from torch import nn
 import dni_seq as dni
 from dni_seq.credit_options import (
     EMBED,
+    HORIZONS,
     MEASURE_EVERY,
     SYNTHESIZERS,
     CreditOptions,
@@ -20,8 +21,10 @@ from dni_seq.credit_options import (
     state_products,
     trainer_settings,
 )
+from dni_seq.lm_options import LanguageModelOptions, settle
 from dni_seq.models.sequence_model import SequenceModel
 from dni_seq.options import build
+from dni_seq.streams import open_corpus
 from dni_seq.synthesizers import predict, regress
 from dni_seq.targets import rule_of
 from dni_seq.windows import Lookahead
@@ -180,14 +183,30 @@ def test_what_is_fitted_is_clipped_and_what_learns_ahead_is_not():
     assert clip(fit="descent", synthesizer_clip=0.0) is None
 
 
+def test_horizons_by_default():
+    """Several where messages are a model's gradient, one where they are fitted, or sized by a lookahead that is given."""
+
+    def horizons(**given):
+        return decided(build(CreditOptions, {"synthesizer": "multi-horizon"} | given), 2, BPTT).horizons
+
+    assert horizons() == horizons(fit="future") == HORIZONS > 1
+    assert horizons(horizons=3) == horizons(horizons=3, fit="descent") == 3
+    assert horizons(synthesizer="paper") == horizons(fit="descent") == horizons(lookahead=5) == 1
+    by_words, by_characters = (
+        settle(LanguageModelOptions(synthesizer="multi-horizon", tokenizer=kind), open_corpus()) for kind in ("word", "char")
+    )
+    assert (by_words.horizons, by_words.lookahead) == (1, by_words.bptt)
+    assert (by_characters.horizons, by_characters.lookahead) == (HORIZONS, HORIZONS * by_characters.bptt)
+
+
 def test_what_needs_no_targets_computes_few():
     def settings(**given):
         chosen = decided(build(CreditOptions, {"synthesizer": "multi-horizon"} | given), 2, BPTT)
         return trainer_settings(chosen)["regress_every"], state_products(chosen)
 
-    assert settings() == (MEASURE_EVERY, 1 / MEASURE_EVERY)
-    assert settings(horizons=2) == (MEASURE_EVERY, 2 / MEASURE_EVERY)
-    assert settings(regress_every=4) == (4, 1 / 4)
+    assert settings() == (MEASURE_EVERY, HORIZONS / MEASURE_EVERY)
+    assert settings(horizons=1) == (MEASURE_EVERY, 1 / MEASURE_EVERY)
+    assert settings(regress_every=4, horizons=1) == (4, 1 / 4)
     assert settings(fit="descent") == (4, 0)
     assert settings(fit="descent", horizons=2) == (4, 2 / 4)
 
