@@ -109,6 +109,17 @@ def test_it_learns_at_every_window_and_needs_no_target():
     assert sum(losses[-10:]) < 0.5 * sum(losses[:10])
 
 
+def test_it_learns_at_the_first_window_too_where_the_model_chooses_its_state():
+    """There is no trigger then, and a last state all the same."""
+    model = problems.make_model("lstm")
+    trainer = make_trainer(model, "future-gradient")
+    trainer.initial_state = lambda lanes: None
+    (result,) = steps(trainer, windows_of(2 * T)[:1])
+    assert result.synthetic.loss > 0
+    assert result.synthetic.gradient_norm > 0
+    assert result.synthetic.cosine.isnan().all()
+
+
 def test_targets_measure_it_and_are_the_windows_own_gradients():
     """The first target holds nothing of what was injected, and the regression's numbers are those of the message."""
     synthesizer, state, ahead = prepared()
