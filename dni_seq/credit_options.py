@@ -201,12 +201,11 @@ def decided(options: CreditOptions, outputs: int, bptt: int) -> CreditOptions:
         ValueError: that model is asked for where it cannot be.
     """
     learned = options.synthesizer == "multi-horizon" or (options.synthesizer == "exact" and options.tail)
-    units = future_units(options, outputs)
+    units, steps, horizons = future_units(options, outputs), tail_lookahead(options, bptt), horizons_of(options)
     hindrances = {
         f"--synthesizer {options.synthesizer}": not learned,
-        "--lookahead 0": not tail_lookahead(options, bptt),
-        f"--lookahead {options.lookahead}, no multiple of --horizons": tail_lookahead(options, bptt) % horizons_of(options)
-        > 0,
+        "--lookahead 0": not steps,
+        f"--lookahead {options.lookahead}, no multiple of --horizons": steps % horizons > 0,
         f"no model of the steps ahead (--future-units, by default 0 with more than {FUTURE_OUTPUTS} outputs)": not units,
         "--no-normalize": options.normalize is False,
         "--tail": options.tail and options.synthesizer == "multi-horizon",
@@ -215,10 +214,10 @@ def decided(options: CreditOptions, outputs: int, bptt: int) -> CreditOptions:
     }
     found = [name for name, hinders in hindrances.items() if hinders]
     if options.fit is None:
-        return replace(options, fit="least-squares" if found else "future", horizons=horizons_of(options))
+        return replace(options, fit="least-squares" if found else "future", horizons=horizons)
     if options.fit == "future" and found:
         raise ValueError(f"--fit future is not possible with {found[0]}")
-    return replace(options, horizons=horizons_of(options))
+    return replace(options, horizons=horizons)
 
 
 def horizons_of(options: CreditOptions) -> int:
@@ -320,10 +319,11 @@ def future_model(
     units = future_units(options, outputs)
     if not units or not steps:
         return None
+    by_part = options.fit == "future" and options.synthesizer == "multi-horizon"
 
     def make(size: int) -> FutureModel:
-        inputs = encode()[0]
-        return FutureModel(size, steps, inputs=inputs, inputs_width=EMBED, outputs=outputs, loss_fn=loss_fn, units=units)
+        sizes = {"inputs_width": EMBED, "outputs": outputs, "units": units, "parts": horizons_of(options) if by_part else 1}
+        return FutureModel(size, steps, inputs=encode()[0], loss_fn=loss_fn, **sizes)
 
     return make
 
@@ -351,9 +351,7 @@ def build_learned(
     if kind == "paper":
         return build_published(options, example, steps, cells, normalize, encode)
     if options.fit == "future" and future is not None:
-        ahead = FutureGradient(
-            example, future, window=bptt, horizons=horizons, reduction=reduction, cells=cells, limit=limit
-        )
+        ahead = FutureGradient(example, future, window=bptt, reduction=reduction, cells=cells, limit=limit)
         return Horizons(ahead, horizons=horizons, draw=options.draw_horizon) if kind == "multi-horizon" else ahead
     encoder = LookaheadEncoder(steps, *encode()) if steps else None
     count = 1 if kind == "state" else horizons + tail

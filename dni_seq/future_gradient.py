@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from .future_model import FutureModel
-from .state_network import StateTrunk
+from .state_network import Packing, StateTrunk
 from .state_synthesizers import Outputs, PackedSynthesizer
 from .states import State
 from .synthesizers import Regression
@@ -42,16 +42,12 @@ class FutureGradient(PackedSynthesizer):
 
     Args:
         example: a state of the model, such as `model.initial_state(1)`.
-        future: makes the model of m steps from S.
+        future: makes the model of m steps, of K parts, from S.
         window: T, the length of the trainer's windows; a mean over a window weighs each of its steps by w = 1 / (T · B).
-        horizons: K.
         reduction: that of the trainer ("mean", "lane-mean" or "sum"); with "mean", masked windows weigh their steps as full
             ones do.
         cells, decay, limit: see `PackedSynthesizer`.
         batch_dim: where the lanes lie in the state's leaves, an int or a nest.
-
-    Raises:
-        ValueError: the steps are not a multiple of the horizons.
     """
 
     learns_ahead = True
@@ -62,21 +58,17 @@ class FutureGradient(PackedSynthesizer):
         future: Callable[[int], FutureModel],
         *,
         window: int,
-        horizons: int = 1,
         reduction: Reduction = "mean",
         cells: Any = False,
         decay: float = 0.99,
         limit: float | None = None,
         batch_dim: Any = 1,
     ) -> None:
-        trunk = StateTrunk(example, horizons, hidden=(), batch_dim=batch_dim, future=future)
+        model = future(Packing(example, batch_dim).size)
+        trunk = StateTrunk(example, model.parts, hidden=(), batch_dim=batch_dim, future=lambda _: model)
         super().__init__(trunk, example, cells, decay, limit)
         self.window, self.reduction = window, reduction
         step_weight(reduction, window, 1)  # says what is wrong with them
-        if self.model.steps % horizons:
-            raise ValueError(
-                f"FutureGradient: {horizons} horizons share the lookahead evenly, {self.model.steps} steps are no multiple"
-            )
 
     @property
     def model(self) -> FutureModel:
@@ -90,7 +82,7 @@ class FutureGradient(PackedSynthesizer):
 
     def outputs(self, bounded: Tensor, gate: Tensor, context: Any) -> Outputs:
         """Raw messages without a graph, those of all lanes of all ranks in one unit."""
-        return self._weighted(self.model.gradients(bounded, context, self.network.horizons), gate)
+        return self._weighted(self.model.gradients(bounded, context), gate)
 
     def predict(self, trigger: State, context: Any) -> list[State]:
         """One message a horizon, raw, limited once there has been a target."""
@@ -99,7 +91,7 @@ class FutureGradient(PackedSynthesizer):
     def learn_ahead(self, trigger: State, context: Any) -> tuple[list[State], Tensor]:
         """What `predict` gives, and the model's mean loss, 0-d, whose gradients are added to the parameters."""
         bounded, gate = self._bounded(trigger)
-        found, loss = self.model.learn(bounded, context, self.network.horizons)
+        found, loss = self.model.learn(bounded, context)
         return self._unpacked(self._weighted(found, gate), trigger), loss
 
     def _weighted(self, found: Tensor, gate: Tensor) -> Outputs:

@@ -9,8 +9,8 @@ Source: ours. Czarnecki et al. 2017, "Sobolev Training for Neural Networks", arX
 gradient as the gradient of a predicted loss; here the prediction is of outputs and learns from their targets alone.
 `FutureGradient` sends its gradient, `StateTrunk` gives it to fitted heads.
 
-Legend: B = lanes, S = numbers in one lane's packed state, m = lookahead in steps, E = width of an encoded input, F = units,
-Q = width of the model's outputs.
+Legend: B = lanes, S = numbers in one lane's packed state, m = lookahead in steps, K = parts of it, E = width of an encoded
+input, F = units, Q = width of the model's outputs.
 """
 
 from __future__ import annotations
@@ -31,10 +31,11 @@ SEEN = 4
 class FutureModel(nn.Module):
     """Predict the outputs of the next m steps from a state and their inputs, and differentiate their loss.
 
-        z_j = tanh(W s + Σ_{i < SEEN} U_i x_{j-i} + b_j),   q_j = D z_j + C s + d
-        features = Σ_j (Dᵀ ∂ℓ_j/∂q_j) ⊙ (1 - z_j²) = ∂(Σ_j ℓ_j) / ∂(W s)
+        z_j = tanh(W_p s + Σ_{i < SEEN} U_i x_{j-i} + b_j),   q_j = D z_j + C_p s + d_p,   step j in part p
+        features of p = Σ_{j in p} (Dᵀ ∂ℓ_j/∂q_j) ⊙ (1 - z_j²) = ∂(Σ_{j in p} ℓ_j) / ∂(W_p s)
 
-    Each step sees its own input and those before it, never one behind: in a language model that would be its target.
+    Each step sees its own input and those before it, never one behind: in a language model that would be its target. What
+    the state says of near steps and of far ones differs, so each part of the steps reads it by weights of its own.
 
     Args:
         size: S.
@@ -44,9 +45,13 @@ class FutureModel(nn.Module):
         outputs: Q, the width of the outputs that `loss_fn` takes.
         loss_fn: `loss_fn(outputs [m, B, Q], targets [m, B, ...])`, unreduced losses [m, B].
         units: F.
+        parts: K, equal parts of the m steps.
+
+    Attributes:
+        features: K F.
 
     Raises:
-        ValueError: a size is not positive.
+        ValueError: a size is not positive, or the steps are not a multiple of the parts.
     """
 
     def __init__(
@@ -59,23 +64,28 @@ class FutureModel(nn.Module):
         outputs: int,
         loss_fn: Callable[[Tensor, Tensor], Tensor],
         units: int = 256,
+        parts: int = 1,
     ) -> None:
         super().__init__()
-        for name, value in (("steps", steps), ("outputs", outputs), ("units", units)):
+        for name, value in (("steps", steps), ("outputs", outputs), ("units", units), ("parts", parts)):
             if value < 1:
                 raise ValueError(f"FutureModel: {name} must be positive, got {value}")
+        if steps % parts:
+            raise ValueError(f"FutureModel: {parts} parts share the lookahead evenly, {steps} steps are no multiple")
         self.steps = steps
         self.seen = min(SEEN, steps)
         self.loss_fn = loss_fn
         self.units = units
+        self.features = parts * units
         self.inputs = inputs
-        self.from_state = nn.Linear(size, units + outputs)  # to hidden units and straight to the outputs, in one product
+        # Of each part: to hidden units and straight to the outputs, in one product.
+        self.from_state = nn.ModuleList(nn.Linear(size, units + outputs) for _ in range(parts))
         self.from_step = nn.Parameter(torch.zeros(steps, 1, units))
         self.from_inputs = nn.Linear(self.seen * inputs_width, units, bias=False)
         self.output = nn.Linear(units, outputs, bias=False)
 
     def forward(self, flat: Tensor, context: Any) -> tuple[Tensor, Tensor]:
-        """Features [B, F] of packed states [B, S] and a `Lookahead` of at least m steps, and the mean loss, 0-d.
+        """Features [B, K F] of packed states [B, S] and a `Lookahead` of at least m steps, and the mean loss, 0-d.
 
         Steps behind the end of a sequence, and those that do not count, add nothing to either. Both are differentiable, so
         that a regression trains this model too; the gradient of a loss with respect to its outputs counts as a constant.
@@ -84,45 +94,52 @@ class FutureModel(nn.Module):
             ValueError: the context is no lookahead of m steps.
         """
         ahead = next_steps(context, self.steps)
-        hidden, outputs = self._expected(flat[None], ahead)
+        hidden, outputs = self._expected(flat.expand(self.parts, -1, -1), ahead)
         products, total = self._products(hidden, outputs, ahead)
-        return products.sum(0), total / ahead.valid.numel()
+        by_part = products.unflatten(0, (self.parts, -1)).sum(1)  # [K, B, F]
+        return by_part.transpose(0, 1).flatten(1), total / ahead.valid.numel()
 
     def loss(self, flat: Tensor, context: Any) -> Tensor:
         """The mean loss alone, 0-d, arguments and errors as above."""
         ahead = next_steps(context, self.steps)
-        _, outputs = self._expected(flat[None], ahead)
+        _, outputs = self._expected(flat.expand(self.parts, -1, -1), ahead)
         return self._total(outputs, ahead) / ahead.valid.numel()
 
-    def gradients(self, flat: Tensor, context: Any, parts: int) -> Tensor:
-        """[parts, B, S]: the gradient of the summed loss of each of as many equal parts of the steps, without a graph.
+    @property
+    def parts(self) -> int:
+        """K."""
+        return len(self.from_state)
+
+    def gradients(self, flat: Tensor, context: Any) -> Tensor:
+        """[K, B, S]: the gradient of the summed loss of each part of the steps, without a graph.
 
         Arguments and errors as above.
         """
-        flats, total, _ = self._summed(flat, context, parts)
+        flats, total, _ = self._summed(flat, context)
         (found,) = torch.autograd.grad(total, flats)
         return found
 
-    def learn(self, flat: Tensor, context: Any, parts: int) -> tuple[Tensor, Tensor]:
+    def learn(self, flat: Tensor, context: Any) -> tuple[Tensor, Tensor]:
         """What `gradients` gives, and the mean loss, 0-d, whose gradients are added to the parameters: all in one pass."""
-        flats, total, steps = self._summed(flat, context, parts)
+        flats, total, steps = self._summed(flat, context)
         loss = total / steps
         loss.backward()
         assert flats.grad is not None
         return flats.grad * steps, loss.detach()
 
     @torch.enable_grad()
-    def _summed(self, flat: Tensor, context: Any, parts: int) -> tuple[Tensor, Tensor, int]:
-        """A state [parts, B, S] for each part of the steps, the steps' summed loss as their function, and how many it is."""
+    def _summed(self, flat: Tensor, context: Any) -> tuple[Tensor, Tensor, int]:
+        """A state [K, B, S] for each part of the steps, the steps' summed loss as their function, and how many it is."""
         ahead = next_steps(context, self.steps)
-        flats = flat.detach().expand(parts, *flat.shape).requires_grad_()
+        flats = flat.detach().expand(self.parts, -1, -1).requires_grad_()
         _, outputs = self._expected(flats, ahead)
         return flats, self._total(outputs, ahead), ahead.valid.numel()
 
     def _expected(self, flats: Tensor, ahead: Lookahead) -> tuple[Tensor, Tensor]:
-        """z [m, B, F] and q [m, B, Q] from states [parts, B, S], each of which says what comes in its part of the steps."""
-        seen = (self.from_inputs(self._recent(ahead)) + self.from_step).unflatten(0, (len(flats), -1))
-        reached, direct = self.from_state(flats)[:, None].tensor_split([self.units], dim=-1)
+        """z [m, B, F] and q [m, B, Q] from states [K, B, S], each of which says what comes in its part of the steps."""
+        seen = (self.from_inputs(self._recent(ahead)) + self.from_step).unflatten(0, (self.parts, -1))
+        said = torch.stack([layer(flat) for layer, flat in zip(self.from_state, flats, strict=True)])
+        reached, direct = said[:, None].tensor_split([self.units], dim=-1)
         hidden = torch.tanh(reached + seen)
         outputs = self.output(hidden) + direct
         return hidden.flatten(0, 1), outputs.flatten(0, 1)
@@ -131,7 +148,7 @@ class FutureModel(nn.Module):
         return torch.where(ahead.counts, self.loss_fn(outputs, ahead.targets), 0).sum()
 
     def _products(self, hidden: Tensor, outputs: Tensor, ahead: Lookahead) -> tuple[Tensor, Tensor]:
-        """∂ℓ_j/∂(W s) [m, B, F], and the steps' summed loss."""
+        """∂ℓ_j/∂(W_p s) [m, B, F], and the steps' summed loss."""
         learning = torch.is_grad_enabled()
         with torch.enable_grad():
             roots = outputs if outputs.requires_grad else outputs.detach().requires_grad_()

@@ -118,7 +118,7 @@ class StateTrunk(nn.Module):
         widths = [self.packing.size + ahead, *hidden]
         self.trunk = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(widths))
         self.future = None if future is None else future(self.packing.size)
-        self.width = widths[-1] + (0 if self.future is None else self.future.units)
+        self.width = widths[-1] + (0 if self.future is None else self.future.features)
 
     def features(self, flat: Tensor, context: Any) -> tuple[Tensor, Tensor | None]:
         """[B, width] of packed states [B, S], and the loss, 0-d, of the model of what is ahead, where there is one."""

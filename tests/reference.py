@@ -107,8 +107,8 @@ def future_features(model: dni.FutureModel, flat: Tensor, ahead: dni.Lookahead) 
     """A future model's features lane by lane, step by step: the gradient of its losses with respect to W s, by autograd."""
     rows = []
     for lane in range(len(flat)):
-        both = (flat[lane] @ model.from_state.weight.T + model.from_state.bias).detach()
-        reached, direct = both[: model.units].clone().requires_grad_(), both[model.units :]
+        both = [(flat[lane] @ layer.weight.T + layer.bias).detach() for layer in model.from_state]
+        reached = [one[: model.units].clone().requires_grad_() for one in both]
         loss = flat.new_zeros(())
         for step in range(model.steps):
             if not ahead.valid[step, lane] or (ahead.mask is not None and not ahead.mask[step, lane]):
@@ -118,9 +118,10 @@ def future_features(model: dni.FutureModel, flat: Tensor, ahead: dni.Lookahead) 
                 there = step - before >= 0 and bool(ahead.valid[step - before, lane])
                 encoded = model.inputs(ahead.inputs[max(step - before, 0), lane])
                 pieces.append(encoded if there else torch.zeros_like(encoded))
-            hidden = torch.tanh(reached + model.from_inputs(torch.cat(pieces)) + model.from_step[step, 0])
-            outputs = (model.output(hidden) + direct)[None, None]
+            part = step // (model.steps // model.parts)
+            hidden = torch.tanh(reached[part] + model.from_inputs(torch.cat(pieces)) + model.from_step[step, 0])
+            outputs = (model.output(hidden) + both[part][model.units :])[None, None]
             loss = loss + model.loss_fn(outputs, ahead.targets[step, lane][None, None]).sum()
-        (gradient,) = torch.autograd.grad(loss, reached, allow_unused=True) if loss.requires_grad else (None,)
-        rows.append(torch.zeros_like(reached) if gradient is None else gradient)
+        found = torch.autograd.grad(loss, reached, allow_unused=True) if loss.requires_grad else [None] * len(reached)
+        rows.append(torch.cat([torch.zeros_like(r) if g is None else g for r, g in zip(reached, found, strict=True)]))
     return torch.stack(rows).detach()

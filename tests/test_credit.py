@@ -67,10 +67,10 @@ def future_gradient(model, horizons=1, **settings):
     def future(size):
         embedding = nn.Embedding(problems.VOCABULARY, 4)
         sizes = {"inputs_width": 4, "outputs": problems.VOCABULARY, "units": 16}
-        return dni.FutureModel(size, T, inputs=embedding, loss_fn=problems.unreduced, **sizes)
+        return dni.FutureModel(size, T, inputs=embedding, loss_fn=problems.unreduced, parts=horizons, **sizes)
 
     common = {"cells": model.cells, "batch_dim": model.state_batch_dim, "limit": 10.0}
-    heads = dni.FutureGradient(trainer_initial(model), future, window=T // horizons, horizons=horizons, **common | settings)
+    heads = dni.FutureGradient(trainer_initial(model), future, window=T // horizons, **common | settings)
     return Horizons(heads, horizons=horizons).double()
 
 
@@ -116,7 +116,7 @@ def test_zero_messages_are_truncated_bptt_to_the_bit(kind):
     trainer = make_trainer(model, kind, synthesizer_lr=0.0)
     if "future" in KINDS[kind]:  # messages that are not zero from the start on
         ahead = trainer.credit.synthesizer.heads.model
-        for layer in (ahead.output, ahead.from_state):
+        for layer in (ahead.output, *ahead.from_state):
             zero_(layer)
     for window, (loss, gradients) in zip(windows, expected, strict=True):
         result = trainer.step(window.inputs, window.targets, lookahead=window.lookahead)

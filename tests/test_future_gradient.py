@@ -21,7 +21,7 @@ def prepared(name="lstm", horizons=1, **settings):
     torch.manual_seed(0)
     model = problems.make_model(name)
     synthesizer = future_gradient(model, horizons, **settings)
-    for layer in (synthesizer.heads.model.output, synthesizer.heads.model.from_state):
+    for layer in (synthesizer.heads.model.output, *synthesizer.heads.model.from_state):
         nn.init.normal_(layer.weight)
     state = states.map_floating(torch.randn_like, trainer_initial(model))
     inputs, targets = (problems.tokens(T, LANES, seed=seed)[:T] for seed in (1, 2))
@@ -165,7 +165,7 @@ def test_switched_off_it_learns_nothing():
 
 def test_what_it_cannot_do_is_said():
     model = problems.make_model("lstm")
-    with pytest.raises(ValueError, match="2 horizons share the lookahead evenly, 3 steps"):
+    with pytest.raises(ValueError, match="2 parts share the lookahead evenly, 3 steps"):
         future_gradient(model, 2)
     with pytest.raises(ValueError, match="reduction one of"):
         future_gradient(model, reduction="median")

@@ -18,13 +18,13 @@ def vectors_loss(outputs, targets):
     return (outputs - targets).square().sum(-1)
 
 
-def make(kind="tokens", steps=STEPS):
+def make(kind="tokens", steps=STEPS, parts=1):
     """A future model of tokens or of vectors, a state and what lies ahead of it, lanes that end among it."""
     torch.manual_seed(0)
     valid = torch.ones(steps, LANES, dtype=torch.bool)
     valid[steps // 2 :, 1] = False
     mask = torch.rand(steps, LANES) > 0.3
-    common = {"inputs_width": WIDTH, "units": 11}
+    common = {"inputs_width": WIDTH, "units": 11, "parts": parts}
     if kind == "tokens":
         embedding = nn.Embedding(problems.VOCABULARY, WIDTH)
         outputs = problems.VOCABULARY
@@ -38,9 +38,9 @@ def make(kind="tokens", steps=STEPS):
 
 
 @pytest.mark.parametrize("kind", ["tokens", "vectors"])
-@pytest.mark.parametrize("steps", [1, 2, STEPS])
-def test_features_are_the_exact_gradient_of_its_own_loss(kind, steps):
-    model, flat, ahead = make(kind, steps)
+@pytest.mark.parametrize(("steps", "parts"), [(1, 1), (2, 1), (2, 2), (STEPS, 1), (STEPS, STEPS)])
+def test_features_are_the_exact_gradient_of_its_own_loss(kind, steps, parts):
+    model, flat, ahead = make(kind, steps, parts)
     for context in (ahead, ahead._replace(mask=None)):
         expected = reference.future_features(model, flat, context)
         learning, _ = model(flat, context)
