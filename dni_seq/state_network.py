@@ -68,11 +68,13 @@ class Packing(nn.Module):
             leaves.append(piece.reshape(leaf.movedim(d, 0).shape).movedim(0, d))
         return states.with_floating(like, leaves)
 
-    def marks(self, setting: Any, example: State, name: str) -> Tensor:
-        """[S] bool: the numbers of the leaves that `setting`, one bool or a nest of them, marks."""
+    def spans(self, setting: Any, example: State, name: str) -> list[slice]:
+        """Where the leaves lie that `setting`, one bool or a nest of them, marks."""
         values = states.spread(setting, example, name)
         chosen = [bool(v) for v, leaf in zip(values, states.flatten(example), strict=True) if states.is_floating(leaf)]
-        return torch.tensor(chosen).repeat_interleave(torch.tensor(self._sizes))
+        ends = list(itertools.accumulate(self._sizes))
+        pieces = zip(chosen, self._sizes, ends, strict=True)
+        return [slice(end - size, end) for mark, size, end in pieces if mark]
 
     def segment_means(self, values: Tensor) -> Tensor:
         """[N, G], the mean of `values` [N, S] over each segment."""

@@ -109,7 +109,6 @@ class PackedSynthesizer(nn.Module):
         limit: the largest number in a message, in units of its segment's running root mean square; None for no limit.
     """
 
-    cell: Tensor
     mean_square: Tensor
     counts: Tensor
 
@@ -119,7 +118,7 @@ class PackedSynthesizer(nn.Module):
         self.network: Any = network
         self.decay = decay
         self.across_ranks: AcrossRanks | None = None
-        self.register_buffer("cell", self.packing.marks(cells, example, "cells"), persistent=False)
+        self.cells = self.packing.spans(cells, example, "cells")
         zeros = states.floating(example)[0].new_zeros
         self.register_buffer("mean_square", zeros(network.horizons, len(self.packing.lengths)))
         self.register_buffer("counts", zeros(network.horizons, 1))
@@ -200,9 +199,12 @@ class PackedSynthesizer(nn.Module):
 
     def _bounded(self, trigger: State) -> tuple[Tensor, Tensor]:
         """[B, S] each: the packed state with tanh of its cells, and the gate of what is said of them."""
-        flat = self.packing.pack(states.floating(trigger))
-        bounded = torch.where(self.cell, flat.tanh(), flat)
-        return bounded, torch.where(self.cell, 1 - bounded.square(), 1)
+        bounded = self.packing.pack(states.floating(states.detach(trigger)))  # a copy, since no state is its packed form
+        gate = torch.ones_like(bounded)
+        for span in self.cells:
+            bounded[:, span] = bounded[:, span].tanh()
+            gate[:, span] -= bounded[:, span].square()
+        return bounded, gate
 
     def _scales(self) -> Tensor:
         """[N, S], the root mean square of every number's segment; zero before the first update."""

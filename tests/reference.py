@@ -95,7 +95,10 @@ def future_messages(heads: dni.FutureGradient, state: Any, ahead: dni.Lookahead,
     for n in range(horizons):
         leaves = [leaf.detach().requires_grad_() for leaf in states.floating(state)]
         flat = heads.packing.pack(leaves)
-        bounded = torch.where(heads.cell, flat.tanh(), flat)
+        cell = torch.zeros(flat.shape[1], dtype=torch.bool)
+        for span in heads.cells:
+            cell[span] = True
+        bounded = torch.where(cell, flat.tanh(), flat)
         counts = torch.zeros_like(ahead.valid)
         counts[n * part : (n + 1) * part] = True
         loss = model.loss(bounded, ahead._replace(mask=ahead.counts & counts)) * ahead.valid.numel()

@@ -57,7 +57,7 @@ def test_it_learns_where_it_predicts_what_two_passes_would(name, horizons):
     loss = regress(synthesizer, state, ahead, expected).loss
     synthesizer = prepared(name, horizons)[0]
     gradients = torch.autograd.grad(
-        synthesizer.heads.model.loss(packed(synthesizer, state), ahead), synthesizer.parameters()
+        synthesizer.heads.model.loss(synthesizer.heads._bounded(state)[0], ahead), synthesizer.parameters()
     )
     found, learned = synthesizer.learn_ahead(state, ahead)
     assert learned.item() == pytest.approx(loss.item(), rel=1e-12)
@@ -67,12 +67,6 @@ def test_it_learns_where_it_predicts_what_two_passes_would(name, horizons):
         for a, b in zip(states.floating(one), states.floating(other), strict=True):
             assert not a.requires_grad
             torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-14)
-
-
-def packed(synthesizer, state):
-    """The packed state that a synthesizer's network sees."""
-    flat = synthesizer.heads.packing.pack(states.floating(state))
-    return torch.where(synthesizer.heads.cell, flat.tanh(), flat)
 
 
 def test_nothing_is_said_where_nothing_follows():
