@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from dni_seq.cells import Cell, Outcome, Study, finite
+from dni_seq.credit_options import HORIZONS
 from dni_seq.checkpoint import load_checkpoint, save_checkpoint
 from dni_seq.stopping import StopSignals
 from dni_seq.study import read_lines
@@ -54,7 +55,7 @@ def test_each_cell_is_a_line_once(study):
     assert line["process_seconds"] > 0
     assert line["peak_memory_mb"] > 50
     assert line["injected_ratio"] > 0
-    assert len(line["fidelity"]["cosine"]) == len(line["fidelity"]["r2"]) == 1
+    assert len(line["fidelity"]["cosine"]) == len(line["fidelity"]["r2"]) == HORIZONS
     assert set(line["versions"]) == {"dni_seq", "commit", "torch", "python"}
     # A failed cell keeps its log; nothing else stays.
     assert {path.name for path in study.scratch.iterdir()} == {f"{bad.name()}.{ending}" for ending in ("log", "lock")}
