@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from dni_seq.cells import Cell, Outcome, Study, finite
-from dni_seq.credit_options import HORIZONS
 from dni_seq.checkpoint import load_checkpoint, save_checkpoint
+from dni_seq.credit_options import HORIZONS
 from dni_seq.stopping import StopSignals
 from dni_seq.study import read_lines
 
