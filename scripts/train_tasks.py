@@ -49,6 +49,7 @@ from dni_seq.credit_options import (
     build_auxiliary,
     build_synthesizer,
     decided,
+    horizons_of,
     learning_parameters,
     lookahead_of,
     state_products,
@@ -333,7 +334,9 @@ def summary(t: Training) -> dict[str, Any]:
 
 def prepare(plan: Plan[TaskOptions], lock: RunLock) -> Training:
     """Build all parts of the run, and only then its directory; nothing is written where something is wrong."""
-    options, checkpoint = plan.options, plan.checkpoint
+    # On record, so that a run which is resumed keeps them whatever the default has become.
+    options = dataclasses.replace(plan.options, horizons=horizons_of(plan.options))
+    checkpoint = plan.checkpoint
     torch.set_num_threads(options.threads)
     device = device_of(options.device)
     task = TASKS[options.task]

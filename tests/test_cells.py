@@ -50,7 +50,7 @@ def test_each_cell_is_a_line_once(study):
     assert line["key"] == good.key()
     assert (line["part"], line["seed"], line["options"]) == ("table1", 1, good.options)
     assert (line["result"], line["updates"], line["curve"]) == ({"length": 0}, 30, [])
-    assert line["config"]["message_clip"] == 10.0  # what nobody gave is on record too
+    assert line["config"]["horizons"] == HORIZONS  # what nobody gave is on record too
     assert "run_dir" not in line["config"]
     assert line["process_seconds"] > 0
     assert line["peak_memory_mb"] > 50
