@@ -88,7 +88,7 @@ class Budget(NamedTuple):
 
 _CHARACTERS = {"tokenizer": "char", "layers": 1, "dropout": 0.0}
 _SMALL_TEXT = {**_CHARACTERS, "embed": 64, "hidden": 256, "batch_size": 64}
-_SMALL_TASK = {"hidden": 256, "layers": 1, "batch_size": 32, "updates": 50_000}
+_SMALL_TASK = {"hidden": 256, "layers": 1, "batch_size": 32, "updates": 20_000}
 
 BUDGETS: Mapping[str, Budget] = MappingProxyType(
     {
@@ -100,7 +100,7 @@ BUDGETS: Mapping[str, Budget] = MappingProxyType(
             5,
             (7e-5, 7e-5),
         ),
-        "ablation": Budget({**_SMALL_TEXT, "max_tokens": 1_000_000}, {**_SMALL_TASK, "updates": 15_000}, None, None),
+        "ablation": Budget({**_SMALL_TEXT, "max_tokens": 1_000_000}, {**_SMALL_TASK, "updates": 10_000}, None, None),
     }
 )
 
