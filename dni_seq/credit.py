@@ -177,6 +177,12 @@ class SyntheticCredit:
         bootstraps = any(map(any, rule.following))
         return self.settings.regress_every > 1 and self._auxiliary is None and not bootstraps and not rule.ahead
 
+    @property
+    def looks_back(self) -> bool:
+        """Whether the coming window's first state may be shown to the synthesizer once the window has run."""
+        settings = self.settings
+        return any(self.rule.trained) or settings.targets == "lambda" or settings.fidelity_every > 0
+
     def make_trigger(self, start: State, context: Lookahead | None) -> State:
         """The window's first state, as a target for the synthesizer."""
         watched = any(self.rule.trained) or self.interface.observes(self._steps)
@@ -230,14 +236,14 @@ class SyntheticCredit:
         unknown = injected.new_full((), float("nan"))
         if regression is None:
             regression = Regression(unknown, unknown[None], unknown[None], unknown[None])
-        else:
+        elif exchange.own_gradients or self.settings.targets == "lambda":
             self._running.update(regression.error, regression.power)
         return Synthetic(
             loss=regression.loss,
             gradient_norm=norm,
             injected_ratio=unknown if own is None else injected / nn.utils.get_total_norm(own),
             cosine=regression.cosine,
-            r2=self._running.r2(),
+            r2=self._running.r2(len(regression.error)),
             scale=torch.tensor(self.rule.weights),
             fidelity=measured,
         )

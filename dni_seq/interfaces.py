@@ -452,9 +452,10 @@ class Exchange:
 
     def after_backward(self) -> None:
         """Regress at every trigger towards its targets, or measure there what has learned already."""
-        arrived = [taken(leaf) for leaf in self.inputs()]
         if self._rule is not None and any(self._rule.trained):
-            self._regress(self._rule, arrived)
+            self._regress(self._rule, [taken(leaf) for leaf in self.inputs()])
+        for leaf in self.inputs():
+            leaf.grad = None
         if self.learned:
             loss = self.learned[0] if len(self.learned) == 1 else torch.stack(self.learned).mean()
             nothing = loss.new_full((3, len(self._ends[0].messages)), float("nan"))

@@ -109,10 +109,10 @@ class RunningFidelity:
         self._error = torch.where(known, torch.lerp(error, self._error, self.decay), self._error)
         self._power = torch.where(known, torch.lerp(power, self._power, self.decay), self._power)
 
-    def r2(self) -> Tensor:
-        """[N]: 1 - squared error / squared target."""
+    def r2(self, horizons: int) -> Tensor:
+        """[N]: 1 - squared error / squared target; NaN for each of the `horizons` before there was a target."""
         if self._error is None or self._power is None:
-            return torch.full((1,), float("nan"))
+            return torch.full((horizons,), float("nan"))
         return 1 - self._error / self._power
 
     def state_dict(self) -> dict[str, Any]:

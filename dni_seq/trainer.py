@@ -295,7 +295,9 @@ class SequenceTrainer:
         """One step from a checked window, `window.start` its first state."""
         inputs, targets, mask, ends, start, _ = window
         credit = self.credit
-        context = None if lookahead is None else ahead_of_window(inputs, targets, mask, lookahead)
+        context = None
+        if lookahead is not None and credit is not None and credit.looks_back:
+            context = ahead_of_window(inputs, targets, mask, lookahead)
         self._zero_gradients()
         with defer_backward() as scope:
             trigger = self._make_trigger(start, context)
