@@ -116,7 +116,7 @@ def _like(message: State, trigger: State) -> State:
     A trigger without numbers, such as tokens, asks for none.
     """
     leaves, dtypes = states.floating(message), [leaf.dtype for leaf in states.floating(trigger)]
-    if not dtypes:
+    if not any(dtype in _HALF for dtype in dtypes):
         return message
     if len(dtypes) != len(leaves):
         dtypes = dtypes[:1] * len(leaves)

@@ -202,8 +202,8 @@ class PackedSynthesizer(nn.Module):
         bounded = self.packing.pack(states.floating(states.detach(trigger)))  # a copy, since no state is its packed form
         gate = torch.ones_like(bounded)
         for span in self.cells:
-            bounded[:, span] = bounded[:, span].tanh()
-            gate[:, span] -= bounded[:, span].square()
+            cells = bounded[:, span].tanh_()
+            gate[:, span].addcmul_(cells, cells, value=-1)
         return bounded, gate
 
     def _scales(self) -> Tensor:

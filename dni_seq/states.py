@@ -20,10 +20,14 @@ State = Any
 def flatten(state: State) -> list[Any]:
     """The leaves of `state` in a fixed order: that of positions, and of insertion in dicts."""
     if isinstance(state, dict):
-        return [leaf for value in state.values() for leaf in flatten(value)]
-    if isinstance(state, (tuple, list)):
-        return [leaf for value in state for leaf in flatten(value)]
-    return [state]
+        state = state.values()
+    elif not isinstance(state, (tuple, list)):
+        return [state]
+    leaves: list[Any] = []
+    for value in state:
+        # A call for every tensor, several times a step, would be felt: most states are a tuple of two.
+        leaves += [value] if isinstance(value, Tensor) else flatten(value)
+    return leaves
 
 
 def unflatten(like: State, leaves: Sequence[Any]) -> State:
@@ -35,17 +39,20 @@ def unflatten(like: State, leaves: Sequence[Any]) -> State:
     expected = len(flatten(like))
     if len(leaves) != expected:
         raise ValueError(f"the state has {expected} leaves, got {len(leaves)}")
-    return _fill(like, iter(leaves))
+    source = iter(leaves)
+    return _mapped(lambda _: next(source), like)
 
 
-def _fill(like: State, leaves: Any) -> State:
-    if isinstance(like, dict):
-        return {key: _fill(value, leaves) for key, value in like.items()}
-    if isinstance(like, tuple) and hasattr(like, "_fields"):
-        return type(like)(*(_fill(value, leaves) for value in like))
-    if isinstance(like, (tuple, list)):
-        return type(like)(_fill(value, leaves) for value in like)
-    return next(leaves)
+def _mapped(function: Callable[[Any], Any], state: State) -> State:
+    """`state` with `function` applied to every leaf, in the order of `flatten`."""
+    if isinstance(state, Tensor):
+        return function(state)
+    if isinstance(state, dict):
+        return {key: _mapped(function, value) for key, value in state.items()}
+    if isinstance(state, (tuple, list)):
+        found = [function(value) if isinstance(value, Tensor) else _mapped(function, value) for value in state]
+        return type(state)(*found) if hasattr(state, "_fields") else type(state)(found)
+    return function(state)
 
 
 def is_floating(leaf: Any) -> bool:
@@ -68,27 +75,31 @@ def with_floating(state: State, tensors: Sequence[Tensor]) -> State:
     if len(tensors) != expected:
         raise ValueError(f"the state has {expected} floating-point leaves, got {len(tensors)} tensors")
     source = iter(tensors)
-    return unflatten(state, [next(source) if is_floating(leaf) else leaf for leaf in flatten(state)])
+    return map_floating(lambda _: next(source), state)
 
 
 def map_floating(function: Callable[[Tensor], Tensor], state: State) -> State:
     """`state` with `function` applied to its floating-point leaves."""
-    return unflatten(state, [function(leaf) if is_floating(leaf) else leaf for leaf in flatten(state)])
+    return _mapped(lambda leaf: function(leaf) if is_floating(leaf) else leaf, state)
 
 
 def detach(state: State) -> State:
     """`state` cut from its graph; leaves share memory with those of `state`."""
-    return unflatten(state, [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in flatten(state)])
+    return _map_tensors(Tensor.detach, state)
 
 
 def copied(state: State) -> State:
     """`state` with every tensor copied, into memory of its own; gradients flow through the copies."""
-    return unflatten(state, [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in flatten(state)])
+    return _map_tensors(Tensor.clone, state)
 
 
 def owned(state: State) -> State:
     """`state` cut from its graph, in memory of its own."""
-    return unflatten(state, [leaf.detach().clone() if isinstance(leaf, Tensor) else leaf for leaf in flatten(state)])
+    return _map_tensors(lambda leaf: leaf.detach().clone(), state)
+
+
+def _map_tensors(function: Callable[[Tensor], Tensor], state: State) -> State:
+    return _mapped(lambda leaf: function(leaf) if isinstance(leaf, Tensor) else leaf, state)
 
 
 def spread(setting: Any, state: State, name: str) -> list[Any]:
