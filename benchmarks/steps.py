@@ -15,7 +15,8 @@ Ways of training, on the same model and random tokens, take turns, so many steps
 a synthesizer's steps with a regression and without. Medians and quartiles over the turns are reported, of the process's CPU
 time for a step, which suffers less from other work on the machine than the clock does. Two processes take turns, round by
 round: in one, freed memory is kept for the next window, as our scripts have it (`dni_seq.allocator`); in the other it is
-not, as a loop that nobody tuned has it.
+not, as a loop that nobody tuned has it. Beside them stand the matrix products of a truncated step alone, the floor of
+them all.
 """
 
 from __future__ import annotations
@@ -93,7 +94,8 @@ ONE = "multi-horizon, K = 1"
 
 PLAIN, PLAIN_FUSED, SEED = "plain", "plain, fused Adam", "dni-pytorch's way"
 PLAIN_KEPT = "plain, fused Adam, freed memory kept"
-AS_IT_COMES, KEPT = (PLAIN, PLAIN_FUSED, SEED), (PLAIN_KEPT, *OURS)
+PRODUCTS = "products alone"
+AS_IT_COMES, KEPT = (PLAIN, PLAIN_FUSED, SEED), (PLAIN_KEPT, PRODUCTS, *OURS)
 WAYS = (*AS_IT_COMES, *KEPT)
 
 CLIP = 0.25
@@ -162,6 +164,30 @@ def seed_step(setting: Setting, bptt: int) -> Step:
     return step
 
 
+def products_step(setting: Setting, bptt: int) -> Step:
+    """The matrix products of a truncated step, forward and backward, and nothing else: no training goes below them."""
+    width = {"lstm": 4, "gru": 3}[setting.cell] * setting.hidden
+    window = bptt * setting.lanes
+    ins = [setting.embed] + [setting.hidden] * (setting.layers - 1)
+    # Rows, width in and out, how often forward, back to the input, and for the weights' gradient.
+    shapes = [(window, size, width, 1, 1, 1) for size in ins]
+    shapes += [(setting.lanes, setting.hidden, width, bptt, bptt - 1, 0)] * setting.layers
+    shapes += [(window, setting.hidden, width, 0, 0, 1)] * setting.layers
+    shapes += [(window, setting.hidden, setting.vocabulary, 1, 1, 1)]
+    products: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+    for rows, size, out, forward, back, weights in shapes:
+        x, w, y = torch.rand(rows, size), torch.rand(out, size), torch.rand(rows, out)
+        products += [(x, w.t(), torch.empty_like(y))] * forward
+        products += [(y, w, torch.empty_like(x))] * back
+        products += [(y.t(), x, torch.empty_like(w))] * weights
+
+    def step() -> None:
+        for left, right, out in products:
+            torch.mm(left, right, out=out)
+
+    return step
+
+
 def our_step(setting: Setting, bptt: int, options: Mapping[str, Any]) -> Step:
     """`SequenceTrainer` as scripts/train_lm.py builds it."""
     sizes = {name: getattr(setting, name) for name in ("embed", "hidden", "layers", "dropout")}
@@ -183,6 +209,8 @@ def step_of(way: str, setting: Setting, bptt: int) -> Step:
     """One way's step on one cell of the grid."""
     if way == SEED:
         return seed_step(setting, bptt)
+    if way == PRODUCTS:
+        return products_step(setting, bptt)
     if way in OURS:
         return our_step(setting, bptt, OURS[way])
     return plain_step(setting, bptt, fused=way != PLAIN)
@@ -227,7 +255,7 @@ class Worker:
 
 def warm_up(way: str) -> int:
     """Steps before the first that is measured: a synthesizer's first windows are observed more closely than later ones."""
-    return 3 if way in AS_IT_COMES or way in (PLAIN_KEPT, "none") else OBSERVED_FIRST + 1
+    return 3 if way in AS_IT_COMES or way in (PLAIN_KEPT, PRODUCTS, "none") else OBSERVED_FIRST + 1
 
 
 def take_turns(name: str, bptt: int, ways: Sequence[str], kept: bool, pipe: Connection) -> None:
@@ -292,13 +320,13 @@ def table(lines: Sequence[Mapping[str, Any]]) -> str:
             str(bptt),
             *(f"{medians[way]:.1f}" if way in medians else NOTHING for way in ("none", ONE)),
             *(ratio(medians, "none", other) for other in (PLAIN, PLAIN_FUSED, PLAIN_KEPT)),
-            *(ratio(medians, way, "none") for way in OURS if way != "none"),
+            *(ratio(medians, way, "none") for way in (PRODUCTS, *OURS) if way != "none"),
             ratio(medians, SEED, ONE),
         ]
         for (name, bptt), medians in cells.items()
     ]
     over = [f"none / {other}" for other in (PLAIN, PLAIN_FUSED, PLAIN_KEPT)]
-    costs = [f"{way} / none" for way in OURS if way != "none"]
+    costs = [f"{way} / none" for way in (PRODUCTS, *OURS) if way != "none"]
     return markdown(["setting", "T", "none, ms", f"{ONE}, ms", *over, *costs, f"{SEED} / {ONE}"], rows)
 
 
