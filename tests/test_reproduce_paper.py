@@ -124,7 +124,7 @@ def test_tuning_gives_every_column_the_same_grid():
     assert {lr for lr, _ in grids["none"]} == {lr for lr, _ in grids["multi-horizon"]} == set(reproduce_paper.LEARNING_RATES)
     assert grids["none"] == grids["exact"]
     assert grids["paper"] == grids["paper-aux"] == grids["multi-horizon"]
-    assert {cell.options["updates"] for cell in found} == {12_500}
+    assert {cell.options["updates"] for cell in found} == {5_000}
     assert {cell.about["seed"] for cell in found} == {reproduce_paper.TUNING_SEED}
 
 
