@@ -115,31 +115,31 @@ class FutureModel(nn.Module):
 
         Arguments and errors as above.
         """
-        flats, total, _ = self._summed(flat, context)
-        (found,) = torch.autograd.grad(total, flats)
+        flats, losses, ahead = self._unweighted(flat, context)
+        (found,) = torch.autograd.grad(losses, flats, ahead.counts.to(losses.dtype))
         return found
 
     def learn(self, flat: Tensor, context: Any) -> tuple[Tensor, Tensor]:
         """What `gradients` gives, and the mean loss, 0-d, whose gradients are added to the parameters: all in one pass."""
-        flats, total, steps = self._summed(flat, context)
-        loss = total / steps
-        loss.backward()
+        flats, losses, ahead = self._unweighted(flat, context)
+        steps = ahead.valid.numel()
+        losses.backward(ahead.counts.to(losses.dtype) / steps)
         assert flats.grad is not None
-        return flats.grad * steps, loss.detach()
+        return flats.grad.mul_(steps), torch.where(ahead.counts, losses.detach(), 0).sum() / steps
 
     @torch.enable_grad()
-    def _summed(self, flat: Tensor, context: Any) -> tuple[Tensor, Tensor, int]:
-        """A state [K, B, S] for each part of the steps, the steps' summed loss as their function, and how many it is."""
+    def _unweighted(self, flat: Tensor, context: Any) -> tuple[Tensor, Tensor, Lookahead]:
+        """A state [K, B, S] for each part of the steps, their losses [m, B] as its function, and the steps."""
         ahead = next_steps(context, self.steps)
         flats = flat.detach().expand(self.parts, -1, -1).requires_grad_()
         _, outputs = self._expected(flats, ahead)
-        return flats, self._total(outputs, ahead), ahead.valid.numel()
+        return flats, self.loss_fn(outputs, ahead.targets), ahead
 
     def _expected(self, flats: Tensor, ahead: Lookahead) -> tuple[Tensor, Tensor]:
         """z [m, B, F] and q [m, B, Q] from states [K, B, S], each of which says what comes in its part of the steps."""
         seen = (self.from_inputs(self._recent(ahead)) + self.from_step).unflatten(0, (self.parts, -1))
         said = torch.stack([layer(flat) for layer, flat in zip(self.from_state, flats, strict=True)])
-        reached, direct = said[:, None].tensor_split([self.units], dim=-1)
+        reached, direct = said[:, None].split([self.units, said.shape[-1] - self.units], dim=-1)
         hidden = torch.tanh(reached + seen)
         outputs = self.output(hidden) + direct
         return hidden.flatten(0, 1), outputs.flatten(0, 1)
@@ -158,8 +158,8 @@ class FutureModel(nn.Module):
 
     def _recent(self, ahead: Lookahead) -> Tensor:
         """[m, B, SEEN E]: the encoded input of each step and of those before it, zeros where there is none."""
-        encoded = self.inputs(ahead.inputs) * ahead.valid[..., None]
+        encoded = self.inputs(ahead.inputs)
         if self.seen == 1:
             return encoded
-        before = F.pad(encoded, (0, 0, 0, 0, self.seen - 1, 0))
+        before = F.pad(encoded * ahead.valid[..., None], (0, 0, 0, 0, self.seen - 1, 0))
         return torch.cat([before[i : i + self.steps] for i in range(self.seen)], dim=-1)

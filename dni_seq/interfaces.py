@@ -458,8 +458,8 @@ class Exchange:
             leaf.grad = None
         if self.learned:
             loss = self.learned[0] if len(self.learned) == 1 else torch.stack(self.learned).mean()
-            nothing = loss.new_full((3, len(self._ends[0].messages)), float("nan"))
-            found = self.regressions or [Regression(loss, *nothing.unbind())]
+            nothing = loss.new_full((len(self._ends[0].messages),), float("nan"))
+            found = self.regressions or [Regression(loss, nothing, nothing, nothing)]
             self.regressions = [regression._replace(loss=loss) for regression in found]
 
     def _regress(self, rule: TargetRule, arrived: list[Tensor]) -> None:

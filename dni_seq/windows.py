@@ -60,7 +60,7 @@ def next_steps(context: Any, steps: int) -> Lookahead:
             f"the synthesizer looks {steps} steps ahead, its context is {seen}: pass windows through "
             f"dni_seq.with_lookahead(windows, {steps}), and lookahead=window.lookahead to the trainer"
         )
-    return context.span(0, steps)
+    return context if len(context.inputs) == steps else context.span(0, steps)
 
 
 def step_weight(reduction: Reduction, window: int, lanes: int) -> float:
