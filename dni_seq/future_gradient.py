@@ -69,9 +69,6 @@ class FutureGradient(PackedSynthesizer):
         super().__init__(trunk, example, cells, decay, limit)
         self.window, self.reduction = window, reduction
         step_weight(reduction, window, 1)  # says what is wrong with them
-        # Bounds change with targets, which come seldom: the counts of targets and their version tell when.
-        self._latest: tuple[Tensor, int] | None = None
-        self._limits: tuple[Tensor, Tensor]
 
     @property
     def model(self) -> FutureModel:
@@ -106,16 +103,9 @@ class FutureGradient(PackedSynthesizer):
     def _unpacked(self, outputs: Outputs, trigger: State) -> list[State]:
         found = outputs.messages
         if self.limit is not None:
-            found = found.clamp(*self._bounds(self.limit))
+            largest = torch.where(self.counts > 0, self.limit * self._scales(), torch.inf)
+            found = found.clamp(-largest, largest)
         return [self.packing.unpack(message, trigger) for message in found.unbind(1)]
-
-    def _bounds(self, limit: float) -> tuple[Tensor, Tensor]:
-        """The least and the largest number of a message, [K, S] each, as of the latest target."""
-        latest = (self.counts, self.counts._version)
-        if self._latest is None or self._latest[0] is not latest[0] or self._latest[1] != latest[1]:
-            largest = torch.where(self.counts > 0, limit * self._scales(), torch.inf)
-            self._latest, self._limits = latest, (-largest, largest)
-        return self._limits
 
     def regress(self, trigger: State, context: Any, targets: list[State | None]) -> Regression:
         """The model's own mean loss, which trains it; against the targets that are there the message is measured.

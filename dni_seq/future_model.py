@@ -103,7 +103,7 @@ class FutureModel(nn.Module):
         """The mean loss alone, 0-d, arguments and errors as above."""
         ahead = next_steps(context, self.steps)
         _, outputs = self._expected(flat.expand(self.parts, -1, -1), ahead)
-        return self._total(outputs, ahead) / ahead.valid.numel()
+        return self._total(self.loss_fn(outputs, ahead.targets), ahead) / ahead.valid.numel()
 
     @property
     def parts(self) -> int:
@@ -125,7 +125,7 @@ class FutureModel(nn.Module):
         steps = ahead.valid.numel()
         losses.backward(ahead.counts.to(losses.dtype) / steps)
         assert flats.grad is not None
-        return flats.grad.mul_(steps), torch.where(ahead.counts, losses.detach(), 0).sum() / steps
+        return flats.grad.mul_(steps), self._total(losses.detach(), ahead) / steps
 
     @torch.enable_grad()
     def _unweighted(self, flat: Tensor, context: Any) -> tuple[Tensor, Tensor, Lookahead]:
@@ -144,15 +144,16 @@ class FutureModel(nn.Module):
         outputs = self.output(hidden) + direct
         return hidden.flatten(0, 1), outputs.flatten(0, 1)
 
-    def _total(self, outputs: Tensor, ahead: Lookahead) -> Tensor:
-        return torch.where(ahead.counts, self.loss_fn(outputs, ahead.targets), 0).sum()
+    @staticmethod
+    def _total(losses: Tensor, ahead: Lookahead) -> Tensor:
+        return torch.where(ahead.counts, losses, 0).sum()
 
     def _products(self, hidden: Tensor, outputs: Tensor, ahead: Lookahead) -> tuple[Tensor, Tensor]:
         """∂ℓ_j/∂(W_p s) [m, B, F], and the steps' summed loss."""
         learning = torch.is_grad_enabled()
         with torch.enable_grad():
             roots = outputs if outputs.requires_grad else outputs.detach().requires_grad_()
-            total = self._total(roots, ahead)
+            total = self._total(self.loss_fn(roots, ahead.targets), ahead)
             (error,) = torch.autograd.grad(total, roots, retain_graph=learning)
         return (error @ self.output.weight) * (1 - hidden.square()), total
 

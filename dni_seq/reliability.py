@@ -100,7 +100,6 @@ class RunningFidelity:
     def __init__(self) -> None:
         self._error: Tensor | None = None
         self._power: Tensor | None = None
-        self._r2: Tensor | None = None
 
     def update(self, error: Tensor, power: Tensor) -> None:
         """Take in the squared error and the squared target of each horizon, [N] each, NaN where there is none."""
@@ -109,15 +108,12 @@ class RunningFidelity:
         known = ~error.isnan()
         self._error = torch.where(known, torch.lerp(error, self._error, self.decay), self._error)
         self._power = torch.where(known, torch.lerp(power, self._power, self.decay), self._power)
-        self._r2 = None
 
     def r2(self, horizons: int) -> Tensor:
         """[N]: 1 - squared error / squared target; NaN for each of the `horizons` before there was a target."""
-        if self._r2 is None:
-            if self._error is None or self._power is None:
-                return torch.full((horizons,), float("nan"))
-            self._r2 = 1 - self._error / self._power
-        return self._r2
+        if self._error is None or self._power is None:
+            return torch.full((horizons,), float("nan"))
+        return 1 - self._error / self._power
 
     def state_dict(self) -> dict[str, Any]:
         """The running sums."""
@@ -125,4 +121,4 @@ class RunningFidelity:
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Take over what `state_dict` gave."""
-        self._error, self._power, self._r2 = saved["error"], saved["power"], None
+        self._error, self._power = saved["error"], saved["power"]
