@@ -38,6 +38,27 @@ def better(line: Line) -> tuple[float, float]:
     return (-line["result"]["length"], line["curve"][-1][0] if line["curve"] else 0.0)
 
 
+def rates_in(line: Line) -> tuple[float, float | None]:
+    """Learning rates of the network and of the synthesizer, None where none learns."""
+    return line["options"]["lr"], line["options"].get("synthesizer_lr")
+
+
+def tied(grid: Sequence[Line]) -> list[Line]:
+    """The lines of a grid of learning rates that have the best result, however soon they had it."""
+    best = min(better(line)[0] for line in grid)
+    return [line for line in grid if better(line)[0] == best]
+
+
+def chosen(grid: Sequence[Line], longer: Sequence[Line]) -> Line:
+    """The line whose rates are taken: the better of those that are tied, in runs of the whole budget where all have them.
+
+    A short run of a task solves a few lengths, whatever the rate, and how soon the last of them says little of the next.
+    """
+    whole = {rates_in(line): line for line in longer}
+    found = [whole.get(rates_in(line), line) for line in tied(grid)]
+    return min(found, key=lambda line: (*better(line), *known(rates_in(line))))
+
+
 def test_result(line: Line) -> float | None:
     """What the main table shows: test bits per character, None for a run that diverged; or the length solved."""
     return line["result"]["test_bpc" if is_text(line) else "length"]
@@ -74,7 +95,7 @@ def tables(lines: list[Line]) -> str:
     of_ablation = latest(line for line in lines if line["part"] == "ablation")
     for task, bptt in in_order((line["task"], line["bptt"]) for line in of_ablation):
         blocks.append(ablation([line for line in of_ablation if (line["task"], line["bptt"]) == (task, bptt)]))
-    tuned = [line for line in lines if line["part"] == "tune"]
+    tuned = [line for line in lines if line["part"] in ("tune", "ties")]
     if tuned:
         blocks.append(tuning(tuned))
     blocks.append(spent(lines))
@@ -211,16 +232,18 @@ def ablation(lines: list[Line]) -> str:
 
 
 def tuning(lines: list[Line]) -> str:
-    """The best learning rates of each grid."""
+    """The learning rates that are taken of each grid."""
     rows = []
     for name, column, bptt in in_order((title(line), line["column"], line["bptt"]) for line in lines):
-        tried = [line for line in lines if (title(line), line["column"], line["bptt"]) == (name, column, bptt)]
-        best = min(tried, key=better)
-        rates = ", ".join(f"{best['options'][rate]:g}" for rate in ("lr", "synthesizer_lr") if rate in best["options"])
+        here = [line for line in lines if (title(line), line["column"], line["bptt"]) == (name, column, bptt)]
+        grid, longer = ([line for line in here if line["part"] == part] for part in ("tune", "ties"))
+        best = chosen(grid, longer)
+        shown = ", ".join(f"{rate:g}" for rate in rates_in(best) if rate is not None)
         reached = best["result"]["valid_bpc" if is_text(best) else "length"]
-        shown = "diverged" if reached is None else f"{reached:.3f}" if is_text(best) else str(reached)
-        rows.append([name, f"`{column}`", str(bptt), rates, shown, str(len(tried))])
-    header = ["task", "column", "T", "best rates (network, synthesizer)", "validation bpc, or length", "tried"]
+        result = "diverged" if reached is None else f"{reached:.3f}" if is_text(best) else str(reached)
+        tries = f"{len(grid)}, {len(longer)} again" if longer else str(len(grid))
+        rows.append([name, f"`{column}`", str(bptt), shown, result, tries])
+    header = ["task", "column", "T", "rates taken (network, synthesizer)", "validation bpc, or length", "tried"]
     return "### learning rates\n\n" + markdown(header, rows)
 
 

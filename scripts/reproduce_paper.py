@@ -2,6 +2,8 @@
 
 python scripts/reproduce_paper.py table1 --task copy --bptt 4 --tune --jobs 2
     Learning rates: the same grid for every column, one seed, a quarter of the budget.
+python scripts/reproduce_paper.py table1 --task copy --bptt 4 --break-ties --jobs 2
+    The rates that solve the same length there, with the whole budget: the best of these is taken then, not the soonest.
 python scripts/reproduce_paper.py table1 --task copy --bptt 2 4 --jobs 2
     The cells, 3 seeds, with the best rates of that grid, those of the T nearest to it; then tables and curves.
 python scripts/reproduce_paper.py table1 --task ptb --bptt 1 2 4 8 --synthesizer none paper multi-horizon --max-minutes 60
@@ -27,7 +29,7 @@ import itertools
 import math
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from types import MappingProxyType
@@ -38,7 +40,7 @@ from dni_seq.cells import Cell, Outcome, Study
 from dni_seq.credit_options import HORIZONS
 from dni_seq.options import OneLineParser, report
 from dni_seq.paper_figures import draw_curves
-from dni_seq.paper_tables import MARKS, TASKS, better, tables
+from dni_seq.paper_tables import MARKS, TASKS, chosen, rates_in, tables, tied
 from dni_seq.stopping import StopSignals
 from dni_seq.study import around_tables, read_lines, write_tables
 
@@ -68,6 +70,10 @@ TUNING_SEED = 1000
 """Of no cell of the tables."""
 
 TUNING_SHARE = 4
+
+
+Rates = tuple[float, float | None]
+"""Learning rates of the network and of the synthesizer, None where none learns."""
 
 
 class Budget(NamedTuple):
@@ -182,7 +188,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     table.add_argument("--bptt", type=positive, nargs="+", required=True, metavar="T")
     table.add_argument("--synthesizer", choices=COLUMNS, nargs="+", default=list(COLUMNS))
     table.add_argument("--budget", choices=("small", "paper"), default="small")
-    table.add_argument("--tune", action="store_true", help="the grid of learning rates instead of the cells")
+    instead = table.add_mutually_exclusive_group()
+    instead.add_argument("--tune", action="store_true", help="the grid of learning rates instead of the cells")
+    instead.add_argument("--break-ties", action="store_true", help="the best of that grid again, with the whole budget")
     table.add_argument("--data-file", metavar="FILE", help="other text in the place of Penn Treebank")
     away = parts.add_parser("ablation", help="one thing taken away, or added", allow_abbrev=False)
     away.add_argument("--task", choices=[task for task, _ in ABLATION], nargs="+", default=[task for task, _ in ABLATION])
@@ -221,16 +229,18 @@ def rate(text: str) -> float:
 def table1(options: argparse.Namespace, lines: list[dict[str, Any]]) -> list[Cell]:
     """The cells of a call, seeds outermost, so that a study that is not through has a whole table of fewer seeds."""
     if options.data_file is not None:
-        if options.task != "ptb" or options.tune:
-            raise ValueError("--data-file is for --task ptb, with the rates that are tuned there: leave out --tune")
+        if options.task != "ptb" or options.tune or options.break_ties:
+            raise ValueError(
+                "--data-file is for --task ptb, with the rates that are tuned there: leave out --tune and --break-ties"
+            )
         if not Path(options.data_file).is_file():
             raise ValueError(f"--data-file {options.data_file}: there is no such file")
-    if options.tune:
-        grid = itertools.product(options.bptt, options.synthesizer)
+    if options.tune or options.break_ties:
+        part = "tune" if options.tune else "ties"
         return [
-            made("tune", options, options.task, bptt, column, COLUMNS[column], TUNING_SEED, rates)
-            for bptt, column in grid
-            for rates in rates_to_try(column)
+            made(part, options, options.task, bptt, column, COLUMNS[column], TUNING_SEED, rates)
+            for bptt, column in itertools.product(options.bptt, options.synthesizer)
+            for rates in (rates_to_try(column) if options.tune else tied_rates(options, lines, column, bptt))
         ]
     return [
         made("table1", options, options.task, bptt, column, COLUMNS[column], seed, rates)
@@ -264,7 +274,7 @@ def made(
     column: str,
     settings: Mapping[str, Any],
     seed: int,
-    rates: tuple[float, float | None],
+    rates: Rates,
     **more: str,
 ) -> Cell:
     """One cell: the command's options from budget, column and rates."""
@@ -289,16 +299,23 @@ def made(
     return Cell("train_tasks", {**about, "seed": seed}, {**budget.task, "task": task, "updates": updates, **start, **chosen})
 
 
-def rates_to_try(column: str) -> list[tuple[float, float | None]]:
+def rates_to_try(column: str) -> list[Rates]:
     """The grid: the same rates of the network for every column, and of the synthesizer for every one that learns."""
     second: Sequence[float | None] = SYNTHESIZER_LEARNING_RATES if column in LEARNS else (None,)
     return list(itertools.product(LEARNING_RATES, second))
 
 
-def rates_of(
-    options: argparse.Namespace, lines: list[dict[str, Any]], task: str, column: str, bptt: int
-) -> tuple[float, float | None]:
-    """The learning rates of a column: given, else the best of the grid at the tuned T nearest to `bptt`.
+def tied_rates(options: argparse.Namespace, lines: list[dict[str, Any]], column: str, bptt: int) -> list[Rates]:
+    """Those that are the best of a column's grid, where there are several."""
+    here = {"part": "tune", "task": options.task, "column": column, "budget": options.budget, "bptt": bptt}
+    grid = [line for line in lines if all(line[name] == value for name, value in here.items())]
+    to_the_end(rates_to_try(column), grid, f"--tune --task {options.task} --bptt {bptt} --synthesizer {column}")
+    best = tied(grid)
+    return sorted(map(rates_in, best)) if len(best) > 1 else []
+
+
+def rates_of(options: argparse.Namespace, lines: list[dict[str, Any]], task: str, column: str, bptt: int) -> Rates:
+    """The learning rates of a column: given, else those chosen from the grid at the tuned T nearest to `bptt`.
 
     Raises:
         ValueError: nothing is tuned, or not to the end.
@@ -308,9 +325,10 @@ def rates_of(
         if learns and options.synthesizer_lr is None:
             raise ValueError("--lr needs --synthesizer-lr beside it, for the columns whose synthesizer learns")
         return options.lr, options.synthesizer_lr if learns else None
-    here = {"part": "tune", "task": task, "column": column, "budget": options.budget}
-    tried = [line for line in lines if all(line[name] == value for name, value in here.items())]
-    if not tried:
+    here = {"task": task, "column": column, "budget": options.budget}
+    found = [line for line in lines if all(line[name] == value for name, value in here.items())]
+    widths = {line["bptt"] for line in found if line["part"] == "tune"}
+    if not widths:
         published = BUDGETS[options.budget].rates
         if published is not None:
             return published if learns else (published[0], None)
@@ -318,16 +336,18 @@ def rates_of(
             f"no learning rates are tuned for {column} on {task}: run table1 --tune --task {task} --bptt {bptt} "
             f"--synthesizer {column} first, or give --lr and --synthesizer-lr"
         )
-    nearest = min((line["bptt"] for line in tried), key=lambda tuned: (abs(math.log(tuned / bptt)), tuned))
-    at_nearest = {
-        (line["options"]["lr"], line["options"].get("synthesizer_lr")): line for line in tried if line["bptt"] == nearest
-    }
-    if missing := set(rates_to_try(column)) - set(at_nearest):
-        raise ValueError(
-            f"{len(missing)} of the learning rates for {column} on {task} at T = {nearest} are not tried yet: "
-            f"run table1 --tune --task {task} --bptt {nearest} --synthesizer {column} to the end"
-        )
-    return min(rates_to_try(column), key=lambda pair: better(at_nearest[pair]))
+    nearest = min(widths, key=lambda tuned: (abs(math.log(tuned / bptt)), tuned))
+    grid, longer = ([line for line in found if (line["part"], line["bptt"]) == (part, nearest)] for part in ("tune", "ties"))
+    to_the_end(rates_to_try(column), grid, f"--tune --task {task} --bptt {nearest} --synthesizer {column}")
+    if longer:
+        to_the_end(map(rates_in, tied(grid)), longer, f"--break-ties --task {task} --bptt {nearest} --synthesizer {column}")
+    return rates_in(chosen(grid, longer))
+
+
+def to_the_end(pairs: Iterable[Rates], tried: Sequence[dict[str, Any]], call: str) -> None:
+    """ValueError where learning rates are not tried yet."""
+    if missing := set(pairs) - set(map(rates_in, tried)):
+        raise ValueError(f"{len(missing)} learning rates are not tried yet: run table1 {call} to the end")
 
 
 def measure(cell: Cell, summary: dict[str, Any]) -> dict[str, Any]:

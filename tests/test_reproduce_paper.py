@@ -151,11 +151,44 @@ def test_a_cell_has_the_rates_of_the_nearest_tuned_window():
     assert cells(*arguments, *RATES, lines=lines)[0].options["lr"] == 1e-3
 
 
+def test_ties_are_broken_by_the_whole_budget():
+    """Of rates that solve the same length in a short run the soonest is taken, or the best of longer runs."""
+    ask = ("table1", "--task", "copy", "--bptt", "4", "--synthesizer", "none")
+    found = {0.001: (30, 4), 0.002: (20, 4), 0.004: (40, 4), 0.008: (10, 2)}
+    about = {"task": "copy", "bptt": 4, "part": "tune"}
+    grid = [
+        line("none", 1000, length, options=_rates((lr, None)), curve=[[at, length]], **about)
+        for lr, (at, length) in found.items()
+    ]
+    ties = cells(*ask, "--break-ties", lines=grid)
+    assert [(cell.options["lr"], cell.options["updates"], cell.about["seed"]) for cell in ties] == [
+        (lr, 20_000, reproduce_paper.TUNING_SEED) for lr in (0.001, 0.002, 0.004)
+    ]
+    # Without ties there is nothing to break, and without a grid nothing that could be tied.
+    assert cells(*ask, "--break-ties", lines=tuned("none", 4, (1e-3, None))) == []
+    with pytest.raises(ValueError, match="4 learning rates are not tried yet: run table1 --tune"):
+        cells(*ask, "--break-ties")
+
+    assert cells(*ask, lines=grid)[0].options["lr"] == 0.002
+    longer = [
+        line("none", 1000, length, task="copy", bptt=4, part="ties", options=_rates((lr, None)))
+        for lr, length in ((0.001, 5), (0.002, 4), (0.004, 6))
+    ]
+    assert cells(*ask, lines=grid + longer)[0].options["lr"] == 0.004
+    with pytest.raises(ValueError, match="1 learning rates are not tried yet: run table1 --break-ties --task copy"):
+        cells(*ask, lines=grid + longer[:2])
+    assert "| copy, small | `none` | 4 | 0.004 | 6 | 4, 3 again |" in tables([*grid, *longer])
+
+
 @pytest.mark.parametrize(
     ("lines", "more", "match"),
     [
         ([], (), "no learning rates are tuned for paper on copy: run table1 --tune"),
-        (tuned("paper", 4, (1e-3, 3e-4))[:-2], (), "2 of the learning rates for paper on copy at T = 4 are not tried yet"),
+        (
+            tuned("paper", 4, (1e-3, 3e-4))[:-2],
+            (),
+            "2 learning rates are not tried yet: run table1 --tune --task copy --bptt 4",
+        ),
         ([], ("--lr", "1e-3"), "--lr needs --synthesizer-lr"),
         ([], ("--data-file", "none.txt"), "--data-file is for --task ptb"),
     ],
