@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from . import states
+from .guard import buffers_apart
 from .replay import Past, Replayer
 from .states import State
 
@@ -81,11 +82,11 @@ def fidelity(
     """Compare the messages predicted at the first state of `windows[0]` with exact gradients over `windows`.
 
     Args:
-        replayer: runs the model; training is not touched.
+        replayer: runs the model; training is not touched, nor are the model's buffers.
         windows: those that followed the state, as many as there are horizons or more.
         messages: raw, one a horizon.
         discount: γ, the weight of each further window in the total.
-        bootstrapped: the one message stands for all windows, discounted, instead of for the first.
+        bootstrapped: the last message, a tail's or the only one, stands for all windows from its own on, discounted.
 
     Raises:
         ValueError: there are fewer windows than horizons.
@@ -97,7 +98,7 @@ def fidelity(
     heads = [states.floating(message) for message in messages]
     weights = [discount**n for n in range(len(heads))]
     if bootstrapped:
-        truths = [replayer.discounted_gradient(windows, discount)]
+        truths = replayer.exact_gradients(windows, len(heads), discount)
     else:
         truths = replayer.exact_gradients(windows[: len(heads)])
     total, true_total = _sum(heads, weights), _sum(truths, weights)
@@ -115,9 +116,9 @@ def _sum(rows: list[list[Tensor]], weights: Sequence[float]) -> list[Tensor]:
 def _parts(total: list[Tensor], exact: list[Tensor], dims: list[int]) -> dict[tuple[int, int], Fidelity]:
     parts = {}
     for i, (p, e, d) in enumerate(zip(total, exact, dims, strict=True)):
-        if p.dim() == 3 and d != 0:
+        if p.dim() == 3 and d % 3 != 0:
             for layer in range(len(p)):
-                parts[i, layer] = compare([p[layer]], [e[layer]], [d - 1])
+                parts[i, layer] = compare([p[layer]], [e[layer]], [d % 3 - 1])
         else:
             parts[i, 0] = compare([p], [e], [d])
     return parts
@@ -138,7 +139,7 @@ def bptt_gradients(replayer: Replayer, windows: Sequence[Past]) -> list[Tensor]:
     `cosine` with the trainer's own gradients. Parameters' `.grad` is not touched.
     """
     parameters = [parameter for parameter in replayer.model.parameters() if parameter.requires_grad]
-    with torch.random.fork_rng(), torch.enable_grad():
+    with torch.random.fork_rng(), buffers_apart(replayer.model), torch.enable_grad():
         outputs, last = replayer.run(windows[0].inputs, states.detach(windows[0].start))
         loss = replayer.loss(outputs, windows[0].targets, windows[0].mask)
         roots: list[Tensor] = [loss]
@@ -147,7 +148,7 @@ def bptt_gradients(replayer: Replayer, windows: Sequence[Past]) -> list[Tensor]:
             state = replayer.reset(last, windows[0].ends)
             behind = [windows[1]._replace(start=states.detach(state)), *windows[2:]]
             roots += states.floating(state)
-            gradients += replayer.discounted_gradient(behind, 1.0)
+            gradients += replayer.exact_gradients(behind, 1)[0]
         pairs = [(root, gradient) for root, gradient in zip(roots, gradients, strict=True) if root.requires_grad]
         found: Any = torch.autograd.grad(
             [root for root, _ in pairs], parameters, [gradient for _, gradient in pairs], allow_unused=True

@@ -10,7 +10,8 @@ Legend: B = lanes.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, NamedTuple
 
@@ -142,6 +143,27 @@ def _entry(tensor: Tensor | None, before: _Entry | None) -> _Entry | None:
 def buffers_of(modules: Iterable[nn.Module | None]) -> list[dict[str, Tensor | None]]:
     """The dicts of buffers of modules and all that is in them."""
     return [part._buffers for module in modules if module is not None for part in module.modules()]
+
+
+@contextmanager
+def buffers_apart(model: nn.Module) -> Iterator[None]:
+    """In the block the model has copies of its buffers, which are dropped behind it: those of training stay as they are.
+
+    The originals are not written to, since a graph of training may still read them.
+    """
+    tables = buffers_of([model])
+    kept = [dict(table) for table in tables]
+    copies: dict[int, Tensor] = {}
+    for table in tables:
+        for name, tensor in table.items():
+            if tensor is not None:
+                table[name] = copies.setdefault(id(tensor), tensor.clone())
+    try:
+        yield
+    finally:
+        for table, entries in zip(tables, kept, strict=True):
+            table.clear()
+            table.update(entries)
 
 
 def parameters_of(modules: Iterable[nn.Module | None]) -> list[dict[str, Tensor | None]]:

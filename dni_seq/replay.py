@@ -1,7 +1,8 @@
 """Windows that were trained on, run once more: exact gradients of several windows, and λ-targets.
 
-A replay holds inputs and first states, never graphs; it runs the model with its present parameters, leaves their gradients
-and the random state alone, and has one graph alive at a time (λ-targets) or one over the windows it is asked for (exact).
+A replay holds inputs and first states, never graphs; it runs the model with its present parameters, leaves their gradients,
+the model's buffers and the random state alone, and has one graph alive at a time (λ-targets) or one over the windows it is
+asked for (exact).
 
 Source of λ-targets: Pemberton and Costa 2024, "BP(λ): Online Learning via Synthetic Gradients", arXiv 2401.07044. We
 compute the forward view that their eligibility traces equal, sweeping a ring of windows backwards, since a trace would hold
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from . import states
+from .guard import buffers_apart
 from .states import State
 from .targets import TargetRule, combine
 from .windows import Lookahead
@@ -64,20 +66,30 @@ class Replayer(NamedTuple):
     state_batch_dim: Any
     batch_dim: int = 1
 
-    def exact_gradients(self, windows: Sequence[Past]) -> list[list[Tensor]]:
+    def exact_gradients(
+        self, windows: Sequence[Past], horizons: int | None = None, discount: float = 1.0
+    ) -> list[list[Tensor]]:
         """The gradient of each window's loss with respect to the first state of the first one.
 
-        Returns one list for each window, of the state's floating-point leaves, raw. A lane's gradient is zero behind the end
-        of its sequence. One graph runs over all windows, one backward pass starts at each.
-        """
-        with self._unrolled(windows) as (leaves, losses):
-            return [_gradient([loss], leaves, [None], keep=True) for loss in losses]
+        A lane's gradient is zero behind the end of its sequence. One graph runs over all windows, one backward pass starts
+        at each.
 
-    def discounted_gradient(self, windows: Sequence[Past], discount: float) -> list[Tensor]:
-        """Σ_n discount^n times the n-th of `exact_gradients`, by one backward pass."""
+        Args:
+            windows: consecutive ones.
+            horizons: as many gradients are found; the last is that of all windows from its own on, each weighed by
+                `discount` once more than the one before it. None for one a window.
+
+        Returns:
+            For each, the state's floating-point leaves, raw.
+        """
+        alone = len(windows) if horizons is None else horizons - 1
         with self._unrolled(windows) as (leaves, losses):
-            weights: list[Tensor | None] = [loss.new_full((), discount**n) for n, loss in enumerate(losses)]
-            return _gradient(losses, leaves, weights, keep=False)
+            found = [_gradient([loss], leaves, [None], keep=True) for loss in losses[:alone]]
+            behind = losses[alone:]
+            if behind:
+                weights: list[Tensor | None] = [loss.new_full((), discount**n) for n, loss in enumerate(behind)]
+                found.append(_gradient(behind, leaves, weights, keep=False))
+            return found
 
     @contextmanager
     def _unrolled(self, windows: Sequence[Past]) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
@@ -182,9 +194,9 @@ def _gradient(roots: list[Tensor], leaves: list[Tensor], gradients: list[Tensor 
 
 @contextmanager
 def without_parameter_gradients(model: nn.Module) -> Iterator[None]:
-    """Keep the model's parameters out of the graphs made in the block, and leave the random state as it was."""
+    """Keep the model's parameters out of the graphs made in the block; buffers and the random state stay as they were."""
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    with torch.random.fork_rng(devices=sorted({p.get_device() for p in learning if p.is_cuda})):
+    with torch.random.fork_rng(devices=sorted({p.get_device() for p in learning if p.is_cuda})), buffers_apart(model):
         for parameter in learning:
             parameter.requires_grad_(False)
         try:

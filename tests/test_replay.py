@@ -198,3 +198,28 @@ def test_fidelity_of_one_message_for_all_windows_is_discounted():
     assert found.horizons[0].r2 == pytest.approx(1.0)
     with pytest.raises(ValueError, match="as many windows"):
         diagnostics.fidelity(replayer, past[:1], [total, total])
+
+
+def test_fidelity_of_a_tail_is_against_all_behind_the_horizons():
+    """A tail that says exactly what the windows behind it send is perfect; it is not what one window sends."""
+    model, windows = make("lstm")
+    past, _ = past_of(model, windows)
+    replayer = replayer_of(model)
+    first, *behind = replayer.exact_gradients(past)
+    tail = [sum(0.7**n * leaves[i] for n, leaves in enumerate(behind)) for i in range(2)]
+    messages = [states.with_floating(past[0].start, leaves) for leaves in (first, tail)]
+    found = diagnostics.fidelity(replayer, past, messages, 0.7, bootstrapped=True)
+    for part in [*found.horizons, found.total]:
+        assert part.r2 == pytest.approx(1.0)
+    assert diagnostics.fidelity(replayer, past, messages, 0.7).horizons[1].r2 < 0.9
+
+
+def test_fidelity_takes_lanes_counted_from_behind():
+    model, windows = make("lstm")
+    past, _ = past_of(model, windows)
+    replayer = replayer_of(model)
+    messages = [states.with_floating(past[0].start, replayer.exact_gradients(past[:1])[0])]
+    behind = replayer._replace(state_batch_dim=-2)
+    found, expected = (diagnostics.fidelity(how, past[:1], messages) for how in (behind, replayer))
+    assert found == expected
+    assert len(found.parts) == 4
