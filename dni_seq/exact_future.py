@@ -14,20 +14,22 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from . import states
 from .replay import without_parameter_gradients
 from .states import State
 from .synthesizers import Regression, learn_ahead, learns_ahead, predict, regress
 from .targets import TargetRule
-from .windows import Lookahead, Reduction, step_weight
+from .windows import Lookahead, Reduction, check_unreduced, next_steps, step_weight
 
 
 class ExactFuture(nn.Module):
     """The gradient of the next n steps' loss with respect to a state, by running the model over them.
 
-    Takes a `Lookahead` of n steps, and of the tail's m behind them, as context. Parameters get no gradients from it, and the
-    random state is left as it was, so dropout in those steps is drawn as in the window that follows.
+    Takes a `Lookahead` of n steps, and of the tail's m behind them, as context. Parameters get no gradients from it; the
+    model's buffers and the random state are left as they were, so that dropout in those steps is drawn as in the window
+    that follows.
 
     Args:
         model: `model(inputs, state) -> (outputs, state)`; held without being registered as a submodule.
@@ -36,12 +38,13 @@ class ExactFuture(nn.Module):
         window: T, the length of the trainer's windows; a mean over a window weighs each of its steps by 1 / (T · B).
         reduction: that of the trainer ("mean", "lane-mean" or "sum"); with "mean", masked windows weigh their steps as full
             ones do.
-        tail: a synthesizer of one horizon for what is behind the n steps, None for nothing.
+        tail: a synthesizer of one horizon for what is behind the n steps, None for nothing. Where a sequence ends with the
+            n-th step shows in the lookahead behind it: a tail that asks for none is sent there too.
         batch_dim: where the lanes lie in the state's leaves, used with a tail.
 
     Raises:
-        ValueError: `steps` or `window` is not positive; at a call, the context is no lookahead of as many steps, or
-            `loss_fn` does not return [n, B].
+        ValueError: `steps` or `window` is not positive, or the reduction is none; at a call, the context is no lookahead of
+            as many steps, or `loss_fn` does not return [n, B].
     """
 
     def __init__(
@@ -56,8 +59,9 @@ class ExactFuture(nn.Module):
         batch_dim: Any = 1,
     ) -> None:
         super().__init__()
-        if steps < 1 or window < 1:
-            raise ValueError(f"ExactFuture: steps and window must be positive, got {steps} and {window}")
+        if steps < 1:
+            raise ValueError(f"ExactFuture: steps must be positive, got {steps}")
+        step_weight(reduction, window, 1)  # says what is wrong with them
         self._model = (model,)  # in a tuple, which nn.Module does not look into
         self.loss_fn = loss_fn
         self.steps = steps
@@ -86,10 +90,12 @@ class ExactFuture(nn.Module):
         return self._exact(trigger, context)
 
     def regress(self, trigger: State, context: Any, targets: list[State | None]) -> Regression:
-        """One regression step of the tail."""
+        """One regression step of the tail; nothing is said of the exact gradient, whose place is the first."""
         if self.tail is None:
             raise RuntimeError("ExactFuture without a tail has nothing to train")
-        return regress(self.tail, trigger, context, targets[1:])
+        of_tail = regress(self.tail, trigger, context, targets[1:])
+        rows = (F.pad(row, (1, 0), value=float("nan")) for row in (of_tail.error, of_tail.power, of_tail.cosine))
+        return Regression(of_tail.loss, *rows)
 
     def target_rule(self, scale: float, discount: float) -> TargetRule:
         """Inject the exact gradient; train the tail towards its own bootstrapped target."""
@@ -106,12 +112,7 @@ class ExactFuture(nn.Module):
         )
 
     def _exact(self, trigger: State, context: Any) -> State:
-        if not isinstance(context, Lookahead) or len(context.inputs) < self.steps:
-            raise ValueError(
-                f"ExactFuture needs the next {self.steps} steps: pass windows through dni_seq.with_lookahead, "
-                "and lookahead=window.lookahead to the trainer"
-            )
-        ahead = context.span(0, self.steps)
+        ahead = next_steps(context, self.steps)
         model = self._model[0]
         with without_parameter_gradients(model), torch.enable_grad():
             start = states.map_floating(lambda leaf: leaf.detach().requires_grad_(), trigger)
@@ -123,7 +124,9 @@ class ExactFuture(nn.Module):
                 behind = context.span(self.steps, None)
                 with torch.no_grad():
                     (message,) = predict(self.tail, states.detach(last), behind)
-                message = states.reset_lanes(message, ~ahead.valid[-1], None, self.batch_dim)
+                # Without lookahead behind the n steps it is not known whether a sequence ends with the last of them.
+                alive = behind.valid[0] if len(behind.valid) else ahead.valid[-1]
+                message = states.reset_lanes(message, ~alive, None, self.batch_dim)
                 for leaf, gradient in zip(states.floating(last), states.floating(message), strict=True):
                     roots.append(leaf)
                     gradients.append(gradient)
@@ -132,8 +135,5 @@ class ExactFuture(nn.Module):
         return states.with_floating(trigger, leaves)
 
     def _reduce(self, losses: Tensor, ahead: Lookahead) -> Tensor:
-        if losses.shape != ahead.valid.shape:
-            raise ValueError(
-                f"ExactFuture: loss_fn must return unreduced losses {list(ahead.valid.shape)}, got {list(losses.shape)}"
-            )
+        check_unreduced(losses, ahead)
         return torch.where(ahead.counts, losses, 0).sum() * step_weight(self.reduction, self.window, losses.shape[1])

@@ -103,7 +103,8 @@ class FutureGradient(PackedSynthesizer):
     def _unpacked(self, outputs: Outputs, trigger: State) -> list[State]:
         found = outputs.messages
         if self.limit is not None:
-            largest = torch.where(self.counts > 0, self.limit * self._scales(), torch.inf)
+            scales = self._scales()  # zero before the first target, and where all were zero: no unit to limit it by
+            largest = torch.where(scales > 0, self.limit * scales, torch.inf)
             found = found.clamp(-largest, largest)
         return [self.packing.unpack(message, trigger) for message in found.unbind(1)]
 

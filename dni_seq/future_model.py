@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .windows import Lookahead, next_steps
+from .windows import Lookahead, check_unreduced, next_steps
 
 SEEN = 4
 """Inputs, the step's own and those before it, from which a step's outputs are predicted, beside the state."""
@@ -91,7 +91,7 @@ class FutureModel(nn.Module):
         that a regression trains this model too; the gradient of a loss with respect to its outputs counts as a constant.
 
         Raises:
-            ValueError: the context is no lookahead of m steps.
+            ValueError: the context is no lookahead of m steps, or `loss_fn` does not return [m, B].
         """
         ahead = next_steps(context, self.steps)
         hidden, outputs = self._expected(flat.expand(self.parts, -1, -1), ahead)
@@ -103,7 +103,7 @@ class FutureModel(nn.Module):
         """The mean loss alone, 0-d, arguments and errors as above."""
         ahead = next_steps(context, self.steps)
         _, outputs = self._expected(flat.expand(self.parts, -1, -1), ahead)
-        return self._total(self.loss_fn(outputs, ahead.targets), ahead) / ahead.valid.numel()
+        return self._total(self._losses(outputs, ahead), ahead) / ahead.valid.numel()
 
     @property
     def parts(self) -> int:
@@ -133,7 +133,7 @@ class FutureModel(nn.Module):
         ahead = next_steps(context, self.steps)
         flats = flat.detach().expand(self.parts, -1, -1).requires_grad_()
         _, outputs = self._expected(flats, ahead)
-        return flats, self.loss_fn(outputs, ahead.targets), ahead
+        return flats, self._losses(outputs, ahead), ahead
 
     def _expected(self, flats: Tensor, ahead: Lookahead) -> tuple[Tensor, Tensor]:
         """z [m, B, F] and q [m, B, Q] from states [K, B, S], each of which says what comes in its part of the steps."""
@@ -144,6 +144,11 @@ class FutureModel(nn.Module):
         outputs = self.output(hidden) + direct
         return hidden.flatten(0, 1), outputs.flatten(0, 1)
 
+    def _losses(self, outputs: Tensor, ahead: Lookahead) -> Tensor:
+        losses = self.loss_fn(outputs, ahead.targets)
+        check_unreduced(losses, ahead)
+        return losses
+
     @staticmethod
     def _total(losses: Tensor, ahead: Lookahead) -> Tensor:
         return torch.where(ahead.counts, losses, 0).sum()
@@ -153,7 +158,7 @@ class FutureModel(nn.Module):
         learning = torch.is_grad_enabled()
         with torch.enable_grad():
             roots = outputs if outputs.requires_grad else outputs.detach().requires_grad_()
-            total = self._total(self.loss_fn(roots, ahead.targets), ahead)
+            total = self._total(self._losses(roots, ahead), ahead)
             (error,) = torch.autograd.grad(total, roots, retain_graph=learning)
         return (error @ self.output.weight) * (1 - hidden.square()), total
 

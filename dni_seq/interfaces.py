@@ -26,8 +26,6 @@ from .targets import TargetRule, combine, rule_of
 
 _contexts: ContextVar[tuple[Any, ...]] = ContextVar("dni_seq_contexts", default=())
 
-_HALF = (torch.float16, torch.bfloat16)
-
 
 @contextmanager
 def synthesizer_context(context: Any) -> Iterator[None]:
@@ -62,7 +60,7 @@ class _Interface(nn.Module):
         return any(parameter.requires_grad for parameter in self.synthesizer.parameters())
 
     @torch.no_grad()
-    def _predict(self, trigger: State, context: Any, synthesizer: nn.Module | None = None) -> list[State]:
+    def messages(self, trigger: State, context: Any, synthesizer: nn.Module | None = None) -> list[State]:
         """The messages by horizon at `trigger`, of the interface's synthesizer or another, without a graph."""
         with _full_precision(trigger) as cast:
             messages = predict(synthesizer or self.synthesizer, cast(states.detach(trigger)), cast(context))
@@ -104,7 +102,7 @@ def _full_precision(trigger: State) -> Iterator[Any]:
     device = leaves[0].device.type if leaves else "cpu"
 
     def cast(state: State) -> State:
-        return states.map_floating(lambda t: t.float() if t.dtype in _HALF else t, state)
+        return states.map_floating(lambda t: t.float() if t.dtype in states.HALF else t, state)
 
     with torch.autocast(device, enabled=False):
         yield cast
@@ -116,12 +114,12 @@ def _like(message: State, trigger: State) -> State:
     A trigger without numbers, such as tokens, asks for none.
     """
     leaves, dtypes = states.floating(message), [leaf.dtype for leaf in states.floating(trigger)]
-    if not any(dtype in _HALF for dtype in dtypes):
+    if not any(dtype in states.HALF for dtype in dtypes):
         return message
     if len(dtypes) != len(leaves):
         dtypes = dtypes[:1] * len(leaves)
     pairs = zip(leaves, dtypes, strict=True)
-    return states.with_floating(message, [leaf.to(dtype) if dtype in _HALF else leaf for leaf, dtype in pairs])
+    return states.with_floating(message, [leaf.to(dtype) if dtype in states.HALF else leaf for leaf, dtype in pairs])
 
 
 class BackwardInterface(_Interface):
@@ -212,7 +210,7 @@ class BackwardInterface(_Interface):
             messages, loss = self._learn_ahead(trigger, context)
             self.exchange(scope).learned.append(loss)
         else:
-            messages = self._predict(trigger, context)
+            messages = self.messages(trigger, context)
         messages = self._checked(messages, trigger, ends, batch_dim)
         injected = self.injection(messages, rule)
         if rule.quiet:
@@ -221,7 +219,7 @@ class BackwardInterface(_Interface):
         if scope is not None:
             others = None
             if bootstrap is not None:
-                others = self._checked(self._predict(trigger, context, bootstrap), trigger, ends, batch_dim)
+                others = self._checked(self.messages(trigger, context, bootstrap), trigger, ends, batch_dim)
             self.exchange(scope).add_end(End(leaves, injected, others or messages, rule, others is None))
         else:
             alone = GradientAccumulator()  # the leaves of a nest share a graph, which one pass frees
@@ -251,7 +249,7 @@ class BackwardInterface(_Interface):
     @uncompiled
     def receive(self, trigger: State) -> State:
         """The synthetic gradient for `trigger`, without a graph: the weighted sum of all horizons."""
-        messages = self._checked(self._predict(trigger, current_context()), trigger, None, None)
+        messages = self._checked(self.messages(trigger, current_context()), trigger, None, None)
         return states.with_floating(trigger, combine(messages, rule_of(self.synthesizer, 1.0, 1.0).weights))
 
     def _checked(self, messages: list[State], trigger: State, ends: Tensor | None, batch_dim: Any) -> list[State]:
@@ -315,7 +313,7 @@ class ForwardInterface(_Interface):
     @uncompiled
     def receive(self, trigger: State) -> State:
         """The synthetic activation for `trigger`, without a graph."""
-        (message,) = self._predict(trigger, current_context())
+        (message,) = self.messages(trigger, current_context())
         return message
 
 

@@ -21,7 +21,7 @@ from .models.kernels import native_up_to
 from .models.language_model import LanguageModel, token_losses
 from .optimization import JoinedOptimizer
 from .states import floating
-from .synthesizers import LSTM_CELLS, predict
+from .synthesizers import LSTM_CELLS
 from .trainer import SequenceTrainer
 from .windows import Lookahead
 
@@ -90,7 +90,7 @@ def messages(trainer: SequenceTrainer, lookahead: Lookahead | None) -> list[Tens
     """
     if trainer.credit is None:
         return []
-    predicted = predict(trainer.credit.synthesizer, trainer.state, lookahead)
+    predicted = trainer.credit.interface.messages(trainer.state, lookahead)
     return [torch.cat([leaf.flatten() for leaf in floating(message)]) for message in predicted]
 
 

@@ -119,7 +119,9 @@ class PackedSynthesizer(nn.Module):
         self.decay = decay
         self.across_ranks: AcrossRanks | None = None
         self.cells = self.packing.spans(cells, example, "cells")
-        zeros = states.floating(example)[0].new_zeros
+        like = states.floating(example)[0]
+        # States in half precision arrive in float32.
+        zeros = (like.float() if like.dtype in states.HALF else like).new_zeros
         self.register_buffer("mean_square", zeros(network.horizons, len(self.packing.lengths)))
         self.register_buffer("counts", zeros(network.horizons, 1))
 

@@ -55,6 +55,10 @@ def _mapped(function: Callable[[Any], Any], state: State) -> State:
     return function(state)
 
 
+HALF = (torch.float16, torch.bfloat16)
+"""What synthesizers do not compute in: interfaces hand it to them in float32."""
+
+
 def is_floating(leaf: Any) -> bool:
     """Whether `leaf` is a tensor that can receive a gradient."""
     return isinstance(leaf, Tensor) and leaf.is_floating_point()

@@ -319,12 +319,16 @@ class RunningRMS(nn.Module):
         count = len(self._buffers) // 2
         return [self.get_buffer(f"mean_square_{i}").sqrt() for i in range(count)] or None
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, metadata: dict[str, Any], strict: bool, *others: Any
+    ) -> None:
         for key, value in state_dict.items():
             name = key.removeprefix(prefix)
             if key.startswith((prefix + "mean_square_", prefix + "count_")) and name not in self._buffers:
                 self.register_buffer(name, torch.zeros_like(value))
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        for name in [name for name in self._buffers if strict and prefix + name not in state_dict]:
+            del self._buffers[name]  # saved before there was a target
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, *others)
 
 
 def _mean_square(leaf: Tensor) -> Tensor:

@@ -63,6 +63,12 @@ def next_steps(context: Any, steps: int) -> Lookahead:
     return context if len(context.inputs) == steps else context.span(0, steps)
 
 
+def check_unreduced(losses: Tensor, ahead: Lookahead) -> None:
+    """ValueError where `losses` are not those of the single steps and lanes of `ahead`, [m, B]."""
+    if losses.shape != ahead.valid.shape:
+        raise ValueError(f"loss_fn must return unreduced losses {list(ahead.valid.shape)}, got {list(losses.shape)}")
+
+
 def step_weight(reduction: Reduction, window: int, lanes: int) -> float:
     """What one step of one lane weighs in the loss of a full window of `window` steps and `lanes` lanes.
 

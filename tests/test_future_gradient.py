@@ -136,6 +136,16 @@ def test_targets_of_zero_are_no_measure():
     assert found.loss.isfinite()
 
 
+def test_a_horizon_whose_targets_were_zero_is_not_limited_to_zero():
+    """Steps that do not count send nothing; that is no measure of what later ones will send."""
+    synthesizer, state, ahead = prepared(horizons=3, limit=10.0)
+    messages = predict(synthesizer, state, ahead)
+    nothing = states.map_floating(torch.zeros_like, state)
+    regress(synthesizer, state, ahead, [messages[0], nothing, nothing])
+    for before, after in zip(messages, predict(synthesizer, state, ahead), strict=True):
+        assert all(map(torch.equal, states.floating(before), states.floating(after)))
+
+
 def test_once_measured_a_message_is_limited():
     synthesizer, state, ahead = prepared(limit=0.5)
     (message,) = predict(synthesizer, state, ahead)
@@ -155,6 +165,14 @@ def test_switched_off_it_learns_nothing():
     before = copy.deepcopy(trainer.credit.synthesizer.state_dict())
     steps(trainer, windows[3:])
     assert all(torch.equal(value, before[key]) for key, value in trainer.credit.synthesizer.state_dict().items())
+
+
+def test_a_loss_that_is_reduced_is_refused():
+    synthesizer, state, ahead = prepared()
+    synthesizer.heads.model.loss_fn = problems.mean
+    for ask in (predict, lambda *given: regress(*given, [state])):
+        with pytest.raises(ValueError, match="unreduced losses"):
+            ask(synthesizer, state, ahead)
 
 
 def test_what_it_cannot_do_is_said():
