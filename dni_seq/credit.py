@@ -22,14 +22,15 @@ from . import states
 from .data_parallel import DataParallel
 from .deferred import GradientAccumulator
 from .diagnostics import StateFidelity, fidelity
+from .exact_future import ExactFuture
 from .guard import Kept, Tally, Whole, all_finite, buffers_of, decided_here
 from .interfaces import Exchange, silence, synthesizer_context
-from .optimization import clipped_step, gradient_norm
+from .optimization import clipped_step, forget, gradient_norm
 from .reliability import Reliability, RunningFidelity
 from .replay import Past, Replayer, map_past, pack, unpack
 from .soundness import SoundInterface
 from .states import State
-from .synthesizers import Regression, predict
+from .synthesizers import Regression
 from .targets import TargetRule, drawn, rule_of
 from .windows import Lookahead
 
@@ -135,7 +136,9 @@ class SyntheticCredit:
         self.optimizer = optimizer
         self.replayer = replayer
         self.interface = SoundInterface(synthesizer, parallel)
-        self._target_network = copy.deepcopy(synthesizer) if settings.target_network else None
+        # The RNN, which an exact future holds, is nothing to copy.
+        memo = {id(replayer.model): replayer.model}
+        self._target_network = copy.deepcopy(synthesizer, memo) if settings.target_network else None
         self._running = RunningFidelity()
         self._reliability = Reliability()
         self._ring: deque[Past] = deque()
@@ -146,13 +149,17 @@ class SyntheticCredit:
         self._fresh = Whole(self._modules, [])
         self._buffers = Kept(buffers_of(self._modules))
         self._whole: Whole | None = None
-        self._before = self._remember()
         self._largest = self.interface.largest
         self._bad = Tally()
         self._events: list[str] = []
         self.resets = 0
         self.disabled = False
+        self._before = self._remember()
         self.rule = self._rule()
+        if settings.scale == "auto" and isinstance(synthesizer, ExactFuture):
+            raise ValueError(
+                'synthetic_scale="auto" asks what of a message is true, and all of an exact one is: give a number'
+            )
         if self.rule.ahead and settings.targets == "lambda":
             raise ValueError('targets="lambda" trains towards targets, this synthesizer learns without any: use "bootstrap"')
 
@@ -176,6 +183,11 @@ class SyntheticCredit:
         """Whether a window that trains the synthesizer may go without a message, which makes its target free."""
         bootstraps = any(map(any, rule.following))
         return self.settings.regress_every > 1 and self._auxiliary is None and not bootstraps and not rule.ahead
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        """All whose tensors a step may change."""
+        return [module for module in (*self._modules, self._target_network) if module is not None]
 
     @property
     def looks_back(self) -> bool:
@@ -219,13 +231,15 @@ class SyntheticCredit:
             window = None
         if window is not None and self._runs_again():
             self._whole = Whole(self._modules, [self.optimizer])
-        if self.settings.targets == "lambda" and window is not None:
-            regression, norm, sound = self._replay(window, last, last_context)
-        elif exchange.regressions:
+        regression, norm, sound = None, torch.zeros(()), self.interface.sound
+        if exchange.regressions:
             regression = exchange.regressions[0]
-            norm, sound = self._step_optimizer(regression.loss, self.interface.sound, self._buffers)
-        else:
-            regression, norm, sound = None, torch.zeros(()), self.interface.sound
+            norm, sound = self._step_optimizer(regression.loss, sound, self._buffers)
+        elif self._auxiliary is not None and not self.disabled:
+            # Its own gradients alone: the synthesizer's parameters have none here.
+            norm, sound = self._step_optimizer(norm, sound, self._buffers)
+        if self.settings.targets == "lambda" and window is not None:
+            regression, norm, sound = self._replay(window, last, last_context, sound)
         measured = None if window is None else self._measure(window)
         # Last, since everything before it may fail and be undone.
         if self._target_network is not None and self._steps % self.settings.target_network == 0:
@@ -237,7 +251,7 @@ class SyntheticCredit:
         if regression is None:
             regression = Regression(unknown, unknown[None], unknown[None], unknown[None])
         elif exchange.own_gradients or self.settings.targets == "lambda":
-            self._running.update(regression.error, regression.power)
+            self._running.update(torch.where(sound, regression.error, unknown), regression.power)
         return Synthetic(
             loss=regression.loss,
             gradient_norm=norm,
@@ -254,13 +268,14 @@ class SyntheticCredit:
         due = self._probe.messages is not None or (every > 0 and self._steps % every == 0)
         return due or (self.settings.targets == "lambda" and len(self._ring) + 1 >= self.settings.replay_windows)
 
-    def _replay(self, window: Past, last: State, last_context: Lookahead | None) -> tuple[Regression | None, Tensor, Tensor]:
+    def _replay(
+        self, window: Past, last: State, last_context: Lookahead | None, sound: Tensor
+    ) -> tuple[Regression | None, Tensor, Tensor]:
         """Every K windows: λ-targets for the ring by one sweep backwards, then one regression step for each window.
 
-        Returns the last regression, the norm of its gradient, and whether message and regressions were sound, 0-d bool.
+        Returns the last regression, the norm of its gradient, and whether these were `sound` too, 0-d bool.
         """
         self._ring.append(states.copied(window))
-        sound = self.interface.sound
         if len(self._ring) < self.settings.replay_windows or not self.interface.learns:
             return None, torch.zeros(()), sound
         windows = list(self._ring)
@@ -268,13 +283,12 @@ class SyntheticCredit:
         teacher = self._target_network or self.synthesizer
         scale = 1.0 if self.settings.scale == "auto" else self.settings.scale
         rule = rule_of(self.synthesizer, scale, self.settings.discount)
-        with torch.no_grad():
-            behind = predict(teacher, last, last_context)
-            if window.ends is not None:
-                behind = [silence(message, window.ends, self.replayer.state_batch_dim) for message in behind]
-            targets = self.replayer.lambda_targets(
-                windows, behind, rule, lambda past: predict(teacher, past.start, past.context), self.settings.lam
-            )
+        behind = self.interface.messages(last, last_context, teacher)
+        if window.ends is not None:
+            behind = [silence(message, window.ends, self.replayer.state_batch_dim) for message in behind]
+        targets = self.replayer.lambda_targets(
+            windows, behind, rule, lambda past: self.interface.messages(past.start, past.context, teacher), self.settings.lam
+        )
         for past, target in zip(windows, targets, strict=True):
             if self.optimizer is not None:
                 self.optimizer.zero_grad()
@@ -329,15 +343,15 @@ class SyntheticCredit:
         self._events.append(f"the synthesizer has diverged and {then}")
         self._fresh.restore()
         if self.optimizer is not None:
-            self.optimizer.state.clear()
+            forget(self.optimizer)
         if self._target_network is not None:
-            self._target_network = copy.deepcopy(self.synthesizer)
+            self._target_network.load_state_dict(self.synthesizer.state_dict())
         self._running = RunningFidelity()
         self._reliability = Reliability()
         self._bad.end_row()
-        self._break_chain()
+        self.break_chain()
 
-    def _break_chain(self) -> None:
+    def break_chain(self) -> None:
         """Forget the windows that were to be run again, since the next one does not follow them."""
         self._ring.clear()
         self._probe = Probe()
@@ -353,6 +367,10 @@ class SyntheticCredit:
     def _remember(self) -> dict[str, Any]:
         """What changes in a step beside tensors of modules: by attribute, containers copied."""
         return {
+            "_bad": copy.copy(self._bad),
+            "_events": list(self._events),
+            "resets": self.resets,
+            "disabled": self.disabled,
             "_steps": self._steps,
             "_ring": deque(self._ring),
             "_probe": Probe(self._probe.messages, self._probe.windows),
@@ -371,7 +389,7 @@ class SyntheticCredit:
     def leave_out(self, *, broken_auxiliary: bool) -> None:
         """A window was left out, and `undo` called: the next one does not follow the ones before it."""
         self._steps += 1
-        self._break_chain()
+        self.break_chain()
         if broken_auxiliary:
             self._begin_anew()
 
@@ -393,14 +411,14 @@ class SyntheticCredit:
         if not every:
             return None
         if not self._probe.windows and self._steps % every == 0:
-            with torch.no_grad():
-                self._probe.messages = predict(self.synthesizer, window.start, window.context)
+            self._probe.messages = self.interface.messages(window.start, window.context)
         if self._probe.messages is None:
             return None
         self._probe.windows.append(states.copied(window))
         horizons = len(self._probe.messages)
-        bootstrapped = len(self.rule.own) == 1 and bool(self.rule.following[0][0])
-        needed = self.settings.replay_windows if bootstrapped else horizons
+        # A tail, or the only message, that is its own target stands for all windows from there on.
+        bootstrapped = bool(self.rule.following[-1][-1])
+        needed = horizons - 1 + self.settings.replay_windows if bootstrapped else horizons
         if len(self._probe.windows) < needed:
             return None
         discount = self.settings.discount
@@ -446,7 +464,8 @@ class SyntheticCredit:
         self._ring = deque(self._window_of_this_rank(unpack(window, like)) for window in saved["ring"])
         self._probe = Probe(messages, [self._window_of_this_rank(unpack(window, like)) for window in saved["probe_windows"]])
         if self._target_network is not None:
-            self._target_network.load_state_dict(saved["target_network"])
+            # Saved without one, it begins as a copy.
+            self._target_network.load_state_dict(saved["target_network"] or self.synthesizer.state_dict())
         self._steps = saved["steps"]
         if "bad" in saved:  # missing in what older versions saved
             self._bad.load_state_dict(saved["bad"])
@@ -463,6 +482,11 @@ class SyntheticCredit:
     def _window_of_this_rank(self, window: Past) -> Past:
         """This rank's lanes of a window of all."""
         return window if self.parallel is None else map_past(self.parallel.own, window, self.replayer)
+
+
+def without_chain(saved: dict[str, Any]) -> dict[str, Any]:
+    """What `SyntheticCredit.state_dict` gave, without the windows that were to be run again."""
+    return {**saved, "ring": [], "probe_windows": [], "probe_messages": None}
 
 
 class Probe:

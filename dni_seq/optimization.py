@@ -99,6 +99,12 @@ def _clipped_step(optimizer: torch.optim.Optimizer, limit: float | None, norm: T
             delattr(optimizer, name)
 
 
+def forget(optimizer: torch.optim.Optimizer) -> None:
+    """Drop the moments of `optimizer`, or of each of the parts that it is joined of."""
+    for part in optimizer.parts if isinstance(optimizer, JoinedOptimizer) else [optimizer]:
+        part.state.clear()
+
+
 def leaves_out_by_itself(optimizer: torch.optim.Optimizer) -> bool:
     """Whether the optimizer's kernels take a factor and can leave a step out on the device: fused ones."""
     return all(group.get("fused") for group in optimizer.param_groups) and hasattr(optimizer, "_step_supports_amp_scaling")

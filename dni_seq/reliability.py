@@ -102,10 +102,10 @@ class RunningFidelity:
         self._power: Tensor | None = None
 
     def update(self, error: Tensor, power: Tensor) -> None:
-        """Take in the squared error and the squared target of each horizon, [N] each, NaN where there is none."""
+        """Take in the squared error and the squared target of each horizon, [N] each; what is not finite is left out."""
         if self._error is None or self._power is None:
             self._error, self._power = torch.zeros_like(error), torch.zeros_like(power)
-        known = ~error.isnan()
+        known = error.isfinite() & power.isfinite()
         self._error = torch.where(known, torch.lerp(error, self._error, self.decay), self._error)
         self._power = torch.where(known, torch.lerp(power, self._power, self.decay), self._power)
 

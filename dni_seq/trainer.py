@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from . import states
-from .credit import CreditSettings, Synthetic, SyntheticCredit
+from .credit import CreditSettings, Synthetic, SyntheticCredit, without_chain
 from .data_parallel import DataParallel
 from .deferred import backward, defer_backward
 from .guard import (
@@ -111,8 +111,8 @@ class SequenceTrainer:
         targets: "bootstrap" trains the synthesizer at every window, on its own message behind it; "lambda" every
             `replay_windows` windows, on λ-targets computed by replaying them.
         lam: λ: 0 is the bootstrapped target, 1 that of exact BPTT over the replayed windows.
-        replay_windows: K, how many windows are replayed: for λ-targets, and for the fidelity of a synthesizer whose one
-            message stands for all windows to come.
+        replay_windows: K, how many windows are replayed: for λ-targets, and for the fidelity of a message that stands for
+            all windows to come, a tail's or the only one.
         regress_every: n: targets are computed at one window of n, drawn at random, and the synthesizer is trained there; one
             that learns ahead, as `FutureGradient`, is trained at every window. One that learns a window's own
             gradient and nothing behind it, as a `MultiHorizonSynthesizer` of one horizon does, keeps quiet at its target,
@@ -120,8 +120,8 @@ class SequenceTrainer:
             does every one beside an auxiliary task. λ-targets are not thinned out.
         target_network: every so many windows a copy of the synthesizer is made, whose messages go into targets; 0 for off.
         fidelity_every: every so many windows messages are compared with exact gradients; 0 for never.
-        auxiliary: an `AuxiliaryTask` whose loss joins the window's; its parameters go to `synthesizer_optimizer`. The
-            model's outputs must then be one time-major tensor, since the window is run in two parts.
+        auxiliary: an `AuxiliaryTask` whose loss joins the window's; its parameters go to `synthesizer_optimizer`, and learn
+            at every window. The model's outputs must then be one time-major tensor, since the window is run in two parts.
         auxiliary_weight: w, the share of that loss.
         clip: largest norm of the model's gradient, None for no limit.
         synthesizer_clip: largest norm of the synthesizer's gradient, None for no limit.
@@ -364,9 +364,8 @@ class SequenceTrainer:
 
     def _whole(self) -> Whole:
         """A copy of all parameters, buffers and moments."""
-        parts = self._parts()
-        modules = [part for part in parts.values() if isinstance(part, nn.Module)]
-        return Whole(modules, [part for part in parts.values() if isinstance(part, torch.optim.Optimizer)])
+        modules = [self.model, *(self.credit.modules if self.credit is not None else ())]
+        return Whole(modules, [part for part in self._parts().values() if isinstance(part, torch.optim.Optimizer)])
 
     def _undo(self) -> None:
         """Put back what a step has changed before its optimizers ran."""
@@ -427,9 +426,12 @@ class SequenceTrainer:
         return not all(bool(tensor.isfinite().all()) for tensor in tensors)
 
     def reset(self) -> None:
-        """Start all lanes anew: the next window begins in the initial state."""
+        """Start all lanes anew: the next window begins in the initial state, and follows none of those before it."""
         self.state = None
-        self._saved = None
+        if self._saved is not None:
+            self._saved = {"state": None, "credit": self._saved["credit"] and without_chain(self._saved["credit"])}
+        if self.credit is not None:
+            self.credit.break_chain()
 
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to go on exactly, as nests of dicts and lists of tensors and numbers."""
@@ -459,7 +461,7 @@ class SequenceTrainer:
             raise ValueError(f"the saved trainer has parts {sorted(saved)}, this one {sorted(expected)}")
         for name, part in parts.items():
             part.load_state_dict(saved[name])
-        self.reset()
+        self.state = None
         self._saved = {"state": saved["state"], "credit": saved["credit"]}
         self.steps = saved["steps"]
         self._tally.load_state_dict(saved.get("skipped", {"total": 0, "in_a_row": 0}))

@@ -50,8 +50,8 @@ def make_trainer(model, kind, lr=1e-2, synthesizer_lr=1e-2, **settings):
         problems.mean,
         synthesizer=synthesizer,
         state_batch_dim=model.state_batch_dim,
-        initial_state=lambda lanes: trainer_initial(model),
         **{
+            "initial_state": lambda lanes: trainer_initial(model),
             "synthesizer_optimizer": torch.optim.Adam(synthesizer.parameters(), synthesizer_lr),
             "synthetic_scale": 0.5,
             "discount": 0.8,
@@ -410,3 +410,191 @@ def test_messages_are_cut_relative_to_their_running_rms(make):
         assert leaf.abs().max().item() == pytest.approx(2 * scale, rel=1e-4)
     with pytest.raises(ValueError, match="limit must be positive"):
         dni.Normalized(dni.BasicSynthesizer(6), limit=0.0)
+
+
+@pytest.mark.parametrize("kind", ["lambda", "auto"])
+def test_after_a_reset_nothing_is_run_again_of_what_was_before(kind):
+    """A ring that went over it would hold windows that do not follow each other, of other lanes even."""
+    model = problems.make_model("lstm")
+    trainer = make_trainer(model, kind, initial_state=model.initial_state)
+    steps(trainer, windows_of(3 * 3))
+    kept = trainer.credit.state_dict()
+    assert kept["ring"] or kept["probe_windows"]
+    trainer.reset()
+    kept = trainer.credit.state_dict()
+    assert not kept["ring"]
+    assert not kept["probe_windows"]
+    assert kept["probe_messages"] is None
+    narrow = dni.with_lookahead(problems.cut(problems.tokens(3 * 12, LANES - 1), T), T)
+    assert all(result.loss.isfinite() for result in steps(trainer, list(narrow)))
+
+
+def test_a_reset_behind_loading_drops_the_state_alone():
+    windows = windows_of(3 * 12)
+    trainer = make_trainer(problems.make_model("lstm"), "target-network")
+    steps(trainer, windows[:8])
+    saved = copy.deepcopy(trainer.state_dict())
+    other = make_trainer(problems.make_model("lstm", seed=1), "target-network")
+    other.load_state_dict(saved)
+    other.reset()
+    assert other.state_dict()["state"] is None
+    steps(other, windows[8:9])
+    trainer.reset()
+    steps(trainer, windows[8:9])
+    found, expected = other.credit.state_dict(), trainer.credit.state_dict()
+    assert found["steps"] == expected["steps"] == 9
+    assert_same(found["target_network"], expected["target_network"], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["bootstrap", "thinned", "lambda", "exact"])
+def test_the_auxiliary_task_learns_at_every_window(kind):
+    """Also where the synthesizer does not: between its targets, between replays, or where it has nothing to learn."""
+    model = problems.make_model("lstm")
+    settings = {"thinned": {"regress_every": 4}, "lambda": {"targets": "lambda", "replay_windows": 4}}.get(kind, {})
+    task = dni.AuxiliaryTask(trainer_initial(model), hidden=(8,)).double()
+    exact = dni.ExactFuture(model, problems.unreduced, steps=2, window=T)
+    synthesizer = exact if kind == "exact" else dni.StateSynthesizer(trainer_initial(model), hidden=(8,)).double()
+    if kind != "exact":
+        nn.init.normal_(synthesizer.network.heads.weight, std=0.1)
+    trainer = dni.SequenceTrainer(
+        model,
+        torch.optim.Adam(model.parameters(), 1e-3),
+        problems.mean,
+        synthesizer=synthesizer,
+        auxiliary=task,
+        initial_state=lambda lanes: trainer_initial(model),
+        **settings,
+    )
+    for number, window in enumerate(windows_of(3 * 10)):
+        before = [parameter.detach().clone() for parameter in task.parameters()]
+        # Messages are zero, and so is what the task has to tell, before the synthesizer's first target.
+        ahead = window.lookahead if kind == "exact" else None
+        said = trainer.step(window.inputs, window.targets, ends=window.ends, lookahead=ahead).synthetic
+        moved = not all(map(torch.equal, task.parameters(), before))
+        assert moved or number == 0 or not said.injected_ratio > 0, number
+    assert moved
+
+
+class HalfState(nn.Module):
+    """An RNN whose state is in bfloat16 under autocast."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(problems.VOCABULARY, 4)
+        self.cell = nn.Linear(4 + 5, 5)
+        self.readout = nn.Linear(5, problems.VOCABULARY)
+
+    def initial_state(self, lanes):
+        return torch.zeros(1, lanes, 5)
+
+    def forward(self, tokens, state):
+        h, outputs = state[0], []
+        for x in self.embedding(tokens):
+            h = torch.tanh(self.cell(torch.cat([x, h.to(x.dtype)], -1)))
+            outputs.append(h)
+        return self.readout(torch.stack(outputs)), h[None]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"fidelity_every": 2}, {"synthetic_scale": "auto", "fidelity_every": 2}, {"targets": "lambda", "replay_windows": 3}],
+    ids=["fidelity", "auto", "lambda"],
+)
+@pytest.mark.parametrize("kind", ["basic", "state"])
+def test_states_in_half_precision_are_compared_and_replayed(kind, settings):
+    torch.manual_seed(0)
+    model = HalfState()
+    basic = dni.Normalized(dni.BasicSynthesizer(5, n_hidden=1))
+    synthesizer = basic if kind == "basic" else dni.StateSynthesizer(model.initial_state(1).bfloat16(), hidden=(8,))
+    trainer = dni.SequenceTrainer(
+        model,
+        torch.optim.Adam(model.parameters(), 1e-2),
+        problems.unreduced,
+        synthesizer=synthesizer,
+        autocast=torch.bfloat16,
+        **settings,
+    )
+    results = steps(trainer, list(problems.cut(problems.tokens(3 * 12, LANES), T)))
+    assert trainer.state.dtype == torch.bfloat16
+    assert results[-1].loss.isfinite()
+    assert trainer.credit.skipped == 0
+    assert results[-1].synthetic.r2.isfinite().all() or settings.get("targets") == "lambda"
+
+
+class Counting(nn.Module):
+    """A GRU that counts in a buffer how often it has run, and reads the count in its outputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = problems.PlainGRU()
+        self.register_buffer("runs", torch.zeros((), dtype=torch.float64))
+
+    def forward(self, tokens, state):
+        self.runs += 1
+        outputs, state = self.inner(tokens, state)
+        return outputs * (1 + self.runs.clone() / 100), state
+
+
+@pytest.mark.parametrize("kind", ["fidelity", "lambda", "exact"])
+def test_what_is_run_again_leaves_the_models_buffers(kind):
+    torch.manual_seed(0)
+    model = Counting().double()
+    settings = {"fidelity": {"fidelity_every": 2}, "lambda": {"targets": "lambda", "replay_windows": 3}}.get(kind, {})
+    example = torch.zeros(1, LANES, 5, dtype=torch.float64)
+    exact = dni.ExactFuture(model, problems.unreduced, steps=2, window=T)
+    synthesizer = exact if kind == "exact" else dni.StateSynthesizer(example, hidden=(8,)).double()
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    trainer = dni.SequenceTrainer(
+        model, optimizer, problems.mean, synthesizer=synthesizer, initial_state=example, **settings
+    )
+    kept = model.runs
+    for window in windows_of(3 * 12):
+        trainer.step(window.inputs, window.targets, lookahead=window.lookahead if kind == "exact" else None)
+    assert model.runs == 12
+    assert model.runs is kept
+
+
+def test_an_automatic_scale_of_an_exact_gradient_is_refused():
+    model = problems.make_model("lstm")
+    exact = dni.ExactFuture(model, problems.unreduced, steps=2, window=T)
+    with pytest.raises(ValueError, match="all of an exact one is"):
+        dni.SequenceTrainer(
+            model, problems.frozen(model), problems.mean, synthesizer=exact, synthetic_scale="auto", fidelity_every=3
+        )
+
+
+def test_a_target_network_beside_an_exact_future_copies_the_tail_alone():
+    model = problems.make_model("lstm")
+    tail = dni.StateSynthesizer(trainer_initial(model), hidden=(8,)).double()
+    exact = dni.ExactFuture(model, problems.unreduced, steps=2, window=T, tail=tail)
+    trainer = dni.SequenceTrainer(model, problems.frozen(model), problems.mean, synthesizer=exact, target_network=2)
+    copied = next(module for module in trainer.credit.modules if isinstance(module, dni.ExactFuture) and module is not exact)
+    assert copied.tail is not tail
+    assert copied._model[0] is model
+
+
+def test_a_target_network_begins_as_a_copy_where_none_was_saved():
+    windows = windows_of(3 * 8)
+    without = make_trainer(problems.make_model("lstm"), "bootstrap")
+    steps(without, windows[:4])
+    trainer = make_trainer(problems.make_model("lstm", seed=1), "bootstrap", target_network=100)
+    trainer.load_state_dict(without.state_dict())
+    steps(trainer, windows[4:5])
+    assert_same(trainer.credit.state_dict()["target_network"], without.credit.synthesizer.state_dict(), rtol=0, atol=0)
+    steps(trainer, windows[5:])
+
+
+def test_a_first_step_that_fails_leaves_the_target_network():
+    class Fails(torch.optim.SGD):
+        def step(self, closure=None):
+            raise RuntimeError("no step")
+
+    model = problems.make_model("lstm")
+    trainer = make_trainer(model, "bootstrap", target_network=1)
+    trainer.optimizer = Fails(model.parameters(), 1e-3)
+    before = [copy.deepcopy(module.state_dict()) for module in trainer.credit.modules]
+    window = windows_of(T)[0]
+    with pytest.raises(RuntimeError, match="no step"):
+        trainer.step(window.inputs, window.targets, lookahead=window.lookahead)
+    for module, values in zip(trainer.credit.modules, before, strict=True):
+        assert_same(module.state_dict(), values, rtol=0, atol=0)

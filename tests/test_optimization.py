@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from dni_seq.optimization import JoinedOptimizer, clipped_step, gradient_norm
+from dni_seq.optimization import JoinedOptimizer, clipped_step, forget, gradient_norm
 
 OPTIMIZERS = {
     "fused Adam": lambda parameters: torch.optim.Adam(parameters, lr=1e-2, fused=True),
@@ -121,3 +121,14 @@ def test_a_joined_optimizer_goes_on_from_what_it_saved():
     assert torch.equal(twin.embedding.weight, before)
     with pytest.raises(ValueError, match="0 parts, this one 2"):
         other.load_state_dict(torch.optim.Adam(twin.layer.parameters()).state_dict())
+
+
+def test_forgetting_reaches_all_that_is_joined():
+    parameters = [nn.Parameter(torch.ones(2)) for _ in range(2)]
+    joined = JoinedOptimizer([torch.optim.Adam([parameter]) for parameter in parameters])
+    for parameter in parameters:
+        parameter.grad = torch.ones(2)
+    joined.step()
+    assert all(part.state for part in joined.parts)
+    forget(joined)
+    assert not any(part.state for part in joined.parts)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dni_seq.reliability import Reliability
+from dni_seq.reliability import Reliability, RunningFidelity
 
 
 def comparisons(count: int, slope: float, noise: float, seed: int = 0) -> list[torch.Tensor]:
@@ -73,3 +73,12 @@ def test_what_was_saved_takes_the_place_of_what_there_was(evidence):
     reliability.load_state_dict({"evidence": evidence, "comparisons": 0 if evidence is None else 9})
     assert reliability.shares is None
     assert reliability.state_dict() == {"evidence": None, "comparisons": 0}
+
+
+def test_running_r2_survives_an_error_that_is_not_finite():
+    """One overflowing message must not be the last thing that is known of a synthesizer."""
+    running = RunningFidelity()
+    running.update(torch.tensor([1.0, 1.0]), torch.tensor([4.0, 4.0]))
+    running.update(torch.tensor([torch.inf, 2.0]), torch.tensor([4.0, torch.inf]))
+    running.update(torch.tensor([1.0, torch.nan]), torch.tensor([4.0, 4.0]))
+    torch.testing.assert_close(running.r2(2), torch.tensor([0.75, 0.75]))
