@@ -81,11 +81,21 @@ def future(size: int) -> dni.FutureModel:
     return dni.FutureModel(size, STEPS, inputs=nn.Linear(3, 4), inputs_width=4, outputs=2, loss_fn=losses, units=5)
 
 
+class Told(nn.Module):
+    """A synthesizer of one's own that says what another one does."""
+
+    def __init__(self, other: nn.Module) -> None:
+        super().__init__()
+        self.other = other
+
+    def forward(self, trigger: Any, context: Any = None) -> Any:
+        return self.other(trigger, context)
+
+
 def settings(case: str, model: Net, parallel: DataParallel | None) -> dict[str, Any]:
     """The synthesizer of a case and what goes with it."""
     example = model.initial_state(1)
     several = {"horizons": 2, "tail": True, "cells": dni.LSTM_CELLS, "hidden": (6,), "encoder": encoder()}
-    auto = {"synthetic_scale": "auto", "fidelity_every": 2}
     shared = losses if parallel is None else parallel.share(losses)
     if case == "none":
         return {}
@@ -109,14 +119,17 @@ def settings(case: str, model: Net, parallel: DataParallel | None) -> dict[str, 
         synthesizer = dni.StateSynthesizer(example, hidden=(6,), encoder=encoder())
         return {"synthesizer": synthesizer, "auxiliary": dni.AuxiliaryTask(example, hidden=(6,)).double()}
     if case == "exact":
-        return {"synthesizer": dni.ExactFuture(model, shared, steps=3, window=STEPS), **auto}
+        return {"synthesizer": dni.ExactFuture(model, shared, steps=3, window=STEPS), "synthetic_scale": 1.0}
+    if case == "auto":  # of what is true, so that there is something to send
+        told = Told(dni.ExactFuture(model, shared, steps=STEPS, window=STEPS))
+        return {"synthesizer": told, "synthetic_scale": "auto", "fidelity_every": 2, "replay_windows": 1}
     network = PublishedSynthesizer(2 * WIDTH, hidden=WIDTH, encoder=None, horizons=1)
     return {"synthesizer": network, "synthetic_scale": 0.5}
 
 
-LOOKING = (Horizons, dni.MultiHorizonSynthesizer, dni.StateSynthesizer, dni.ExactFuture)
+LOOKING = (Horizons, dni.MultiHorizonSynthesizer, dni.StateSynthesizer, dni.ExactFuture, Told)
 
-CASES = ("none", "basic", "horizons", "least-squares", "future", "lambda", "auxiliary", "exact", "paper")
+CASES = ("none", "basic", "horizons", "least-squares", "future", "lambda", "auxiliary", "exact", "auto", "paper")
 
 
 def trainer_of(case: str, parallel: DataParallel | None, reduction: str = "mean") -> dni.SequenceTrainer:
