@@ -29,7 +29,8 @@ class ExactFuture(nn.Module):
 
     Takes a `Lookahead` of n steps, and of the tail's m behind them, as context. Parameters get no gradients from it; the
     model's buffers and the random state are left as they were, so that dropout in those steps is drawn as in the window
-    that follows.
+    that follows. Comparisons (`fidelity_every`) hold its message against one window's gradient: they tell something where
+    n = T and there is no tail.
 
     Args:
         model: `model(inputs, state) -> (outputs, state)`; held without being registered as a submodule.
