@@ -30,6 +30,10 @@ def is_text(line: Line) -> bool:
     return line["task"] == "ptb"
 
 
+Rates = tuple[float, float | None]
+"""Learning rates of the network and of the synthesizer, None where none learns."""
+
+
 def better(line: Line) -> tuple[float, float]:
     """The smaller, the better: validation bits per character; or the length solved, and how soon it was."""
     if is_text(line):
@@ -38,8 +42,8 @@ def better(line: Line) -> tuple[float, float]:
     return (-line["result"]["length"], line["curve"][-1][0] if line["curve"] else 0.0)
 
 
-def rates_in(line: Line) -> tuple[float, float | None]:
-    """Learning rates of the network and of the synthesizer, None where none learns."""
+def rates_in(line: Line) -> Rates:
+    """The learning rates of a run."""
     return line["options"]["lr"], line["options"].get("synthesizer_lr")
 
 

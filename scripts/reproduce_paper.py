@@ -40,7 +40,7 @@ from dni_seq.cells import Cell, Outcome, Study
 from dni_seq.credit_options import HORIZONS
 from dni_seq.options import OneLineParser, report
 from dni_seq.paper_figures import draw_curves
-from dni_seq.paper_tables import MARKS, TASKS, chosen, rates_in, tables, tied
+from dni_seq.paper_tables import MARKS, TASKS, Rates, chosen, rates_in, tables, tied
 from dni_seq.stopping import StopSignals
 from dni_seq.study import around_tables, read_lines, write_tables
 
@@ -70,10 +70,6 @@ TUNING_SEED = 1000
 """Of no cell of the tables."""
 
 TUNING_SHARE = 4
-
-
-Rates = tuple[float, float | None]
-"""Learning rates of the network and of the synthesizer, None where none learns."""
 
 
 class Budget(NamedTuple):
@@ -307,10 +303,7 @@ def rates_to_try(column: str) -> list[Rates]:
 
 def tied_rates(options: argparse.Namespace, lines: list[dict[str, Any]], column: str, bptt: int) -> list[Rates]:
     """Those that are the best of a column's grid, where there are several."""
-    here = {"part": "tune", "task": options.task, "column": column, "budget": options.budget, "bptt": bptt}
-    grid = [line for line in lines if all(line[name] == value for name, value in here.items())]
-    to_the_end(rates_to_try(column), grid, f"--tune --task {options.task} --bptt {bptt} --synthesizer {column}")
-    best = tied(grid)
+    best = tied(tried(options, lines, "tune", options.task, column, bptt, rates_to_try(column)))
     return sorted(map(rates_in, best)) if len(best) > 1 else []
 
 
@@ -325,9 +318,8 @@ def rates_of(options: argparse.Namespace, lines: list[dict[str, Any]], task: str
         if learns and options.synthesizer_lr is None:
             raise ValueError("--lr needs --synthesizer-lr beside it, for the columns whose synthesizer learns")
         return options.lr, options.synthesizer_lr if learns else None
-    here = {"task": task, "column": column, "budget": options.budget}
-    found = [line for line in lines if all(line[name] == value for name, value in here.items())]
-    widths = {line["bptt"] for line in found if line["part"] == "tune"}
+    here = {"part": "tune", "task": task, "column": column, "budget": options.budget}
+    widths = {line["bptt"] for line in lines if all(line[name] == value for name, value in here.items())}
     if not widths:
         published = BUDGETS[options.budget].rates
         if published is not None:
@@ -337,17 +329,34 @@ def rates_of(options: argparse.Namespace, lines: list[dict[str, Any]], task: str
             f"--synthesizer {column} first, or give --lr and --synthesizer-lr"
         )
     nearest = min(widths, key=lambda tuned: (abs(math.log(tuned / bptt)), tuned))
-    grid, longer = ([line for line in found if (line["part"], line["bptt"]) == (part, nearest)] for part in ("tune", "ties"))
-    to_the_end(rates_to_try(column), grid, f"--tune --task {task} --bptt {nearest} --synthesizer {column}")
-    if longer:
-        to_the_end(map(rates_in, tied(grid)), longer, f"--break-ties --task {task} --bptt {nearest} --synthesizer {column}")
-    return rates_in(chosen(grid, longer))
+    grid = tried(options, lines, "tune", task, column, nearest, rates_to_try(column))
+    return rates_in(chosen(grid, tried(options, lines, "ties", task, column, nearest, map(rates_in, tied(grid)))))
 
 
-def to_the_end(pairs: Iterable[Rates], tried: Sequence[dict[str, Any]], call: str) -> None:
-    """ValueError where learning rates are not tried yet."""
-    if missing := set(pairs) - set(map(rates_in, tried)):
-        raise ValueError(f"{len(missing)} learning rates are not tried yet: run table1 {call} to the end")
+def tried(
+    options: argparse.Namespace,
+    lines: list[dict[str, Any]],
+    part: str,
+    task: str,
+    column: str,
+    bptt: int,
+    wanted: Iterable[Rates],
+) -> list[dict[str, Any]]:
+    """The lines of a column's learning rates, of the grid ("tune") or of its ties; of ties there may be none.
+
+    Raises:
+        ValueError: some of those `wanted` are not tried yet.
+    """
+    here = {"part": part, "task": task, "column": column, "budget": options.budget, "bptt": bptt}
+    found = [line for line in lines if all(line[name] == value for name, value in here.items())]
+    missing = set(wanted) - set(map(rates_in, found))
+    if missing and (found or part == "tune"):
+        option = {"tune": "--tune", "ties": "--break-ties"}[part]
+        raise ValueError(
+            f"{len(missing)} of the learning rates for {column} on {task} at T = {bptt} are not tried yet: "
+            f"run table1 {option} --task {task} --bptt {bptt} --synthesizer {column} to the end"
+        )
+    return found
 
 
 def measure(cell: Cell, summary: dict[str, Any]) -> dict[str, Any]:

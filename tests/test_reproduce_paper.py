@@ -166,7 +166,9 @@ def test_ties_are_broken_by_the_whole_budget():
     ]
     # Without ties there is nothing to break, and without a grid nothing that could be tied.
     assert cells(*ask, "--break-ties", lines=tuned("none", 4, (1e-3, None))) == []
-    with pytest.raises(ValueError, match="4 learning rates are not tried yet: run table1 --tune"):
+    with pytest.raises(
+        ValueError, match="4 of the learning rates for none on copy at T = 4 are not tried yet: run table1 --tune"
+    ):
         cells(*ask, "--break-ties")
 
     assert cells(*ask, lines=grid)[0].options["lr"] == 0.002
@@ -175,7 +177,9 @@ def test_ties_are_broken_by_the_whole_budget():
         for lr, length in ((0.001, 5), (0.002, 4), (0.004, 6))
     ]
     assert cells(*ask, lines=grid + longer)[0].options["lr"] == 0.004
-    with pytest.raises(ValueError, match="1 learning rates are not tried yet: run table1 --break-ties --task copy"):
+    with pytest.raises(
+        ValueError, match="1 of the learning rates for none on copy at T = 4 are not tried yet: run table1 --break-ties"
+    ):
         cells(*ask, lines=grid + longer[:2])
     assert "| copy, small | `none` | 4 | 0.004 | 6 | 4, 3 again |" in tables([*grid, *longer])
 
@@ -184,11 +188,7 @@ def test_ties_are_broken_by_the_whole_budget():
     ("lines", "more", "match"),
     [
         ([], (), "no learning rates are tuned for paper on copy: run table1 --tune"),
-        (
-            tuned("paper", 4, (1e-3, 3e-4))[:-2],
-            (),
-            "2 learning rates are not tried yet: run table1 --tune --task copy --bptt 4",
-        ),
+        (tuned("paper", 4, (1e-3, 3e-4))[:-2], (), "2 of the learning rates for paper on copy at T = 4 are not tried yet"),
         ([], ("--lr", "1e-3"), "--lr needs --synthesizer-lr"),
         ([], ("--data-file", "none.txt"), "--data-file is for --task ptb"),
     ],
