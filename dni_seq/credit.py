@@ -231,14 +231,14 @@ class SyntheticCredit:
             window = None
         if window is not None and self._runs_again():
             self._whole = Whole(self._modules, [self.optimizer])
-        nothing = torch.zeros(())
-        regression, norm, sound = None, nothing, self.interface.sound
         if exchange.regressions:
             regression = exchange.regressions[0]
-            norm, sound = self._step_optimizer(regression.loss, sound, self._buffers)
-        elif self._auxiliary is not None and not self.disabled:
-            # Its own gradients alone: the synthesizer's parameters have none here.
-            norm, sound = self._step_optimizer(nothing, sound, self._buffers)
+            norm, sound = self._step_optimizer(regression.loss, self.interface.sound, self._buffers)
+        else:
+            regression, norm, sound = None, torch.zeros(()), self.interface.sound
+            if self._auxiliary is not None and not self.disabled:
+                # Its own gradients alone: the synthesizer's parameters have none here.
+                norm, sound = self._step_optimizer(torch.zeros(()), sound, self._buffers)
         if self.settings.targets == "lambda" and window is not None:
             regression, norm, sound = self._replay(window, last, last_context, sound)
         measured = None if window is None else self._measure(window)

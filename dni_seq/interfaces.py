@@ -102,7 +102,7 @@ def _full_precision(trigger: State) -> Iterator[Any]:
     device = leaves[0].device.type if leaves else "cpu"
 
     def cast(state: State) -> State:
-        return states.map_floating(lambda t: t.float() if t.dtype in states.HALF else t, state)
+        return states.map_floating(states.in_full, state)
 
     with torch.autocast(device, enabled=False):
         yield cast

@@ -119,9 +119,7 @@ class PackedSynthesizer(nn.Module):
         self.decay = decay
         self.across_ranks: AcrossRanks | None = None
         self.cells = self.packing.spans(cells, example, "cells")
-        like = states.floating(example)[0]
-        # States in half precision arrive in float32.
-        zeros = (like.float() if like.dtype in states.HALF else like).new_zeros
+        zeros = states.in_full(states.floating(example)[0]).new_zeros  # as states arrive
         self.register_buffer("mean_square", zeros(network.horizons, len(self.packing.lengths)))
         self.register_buffer("counts", zeros(network.horizons, 1))
 

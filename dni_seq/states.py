@@ -59,6 +59,11 @@ HALF = (torch.float16, torch.bfloat16)
 """What synthesizers do not compute in: interfaces hand it to them in float32."""
 
 
+def in_full(leaf: Tensor) -> Tensor:
+    """`leaf`, in float32 where it is in half precision."""
+    return leaf.float() if leaf.dtype in HALF else leaf
+
+
 def is_floating(leaf: Any) -> bool:
     """Whether `leaf` is a tensor that can receive a gradient."""
     return isinstance(leaf, Tensor) and leaf.is_floating_point()

@@ -429,7 +429,8 @@ class SequenceTrainer:
         """Start all lanes anew: the next window begins in the initial state, and follows none of those before it."""
         self.state = None
         if self._saved is not None:
-            self._saved = {"state": None, "credit": self._saved["credit"] and without_chain(self._saved["credit"])}
+            credit = self._saved["credit"]
+            self._saved = {"state": None, "credit": None if credit is None else without_chain(credit)}
         if self.credit is not None:
             self.credit.break_chain()
 
