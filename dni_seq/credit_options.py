@@ -90,13 +90,17 @@ def _by_synthesizer(defaults: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} {value}" for name, value in defaults.items())
 
 
+def synthesizer_option(default: str | None, shown: str | None = None) -> Any:
+    """The option `synthesizer`; `shown` describes a default that depends on others."""
+    meaning = "what stands in for the gradient from behind the window"
+    return option(default, meaning, group=GROUP, choices=SYNTHESIZERS, shown=shown)
+
+
 @dataclass(frozen=True)
 class CreditOptions:
     """How gradients reach back over the window's start; the options of each script inherit these."""
 
-    synthesizer: str = option(
-        "basic", "what stands in for the gradient from behind the window", group=GROUP, choices=SYNTHESIZERS
-    )
+    synthesizer: str = synthesizer_option("multi-horizon")
     synthetic_scale: str | None = option(
         None,
         "share of the synthetic gradient that is injected; auto: what comparisons with exact gradients find right",

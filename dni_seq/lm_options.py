@@ -13,7 +13,7 @@ from types import MappingProxyType
 from typing import Any, ClassVar
 
 from .credit_options import GROUP as CREDIT
-from .credit_options import CreditOptions, horizons_of, tail_lookahead
+from .credit_options import CreditOptions, horizons_of, synthesizer_option, tail_lookahead
 from .distributed import TIMEOUT
 from .models.language_model import CELLS
 from .options import above_zero, at_least, option, share
@@ -33,6 +33,8 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "lr": 1e-3,
             "clip": 0.25,
             "epochs": 6,
+            # It sends nothing that does not tell of the gradient, so that this is truncated BPTT where nothing does.
+            "synthesizer": "basic",
         },
         # Two minutes on two cores for the embedded corpus.
         "char": {
@@ -45,6 +47,7 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "lr": 2e-3,
             "clip": 1.0,
             "epochs": 3,
+            "synthesizer": "multi-horizon",
         },
     }
 )
@@ -188,6 +191,7 @@ class LanguageModelOptions(CreditOptions):
         False, "update only the embedding's rows that a window reads: quicker with many words, other numbers", group=_MODEL
     )
 
+    synthesizer: str = synthesizer_option(None, shown=_by_level("synthesizer"))
     bptt: int = option(
         None,
         "window length in steps: gradients are exact within it",

@@ -22,25 +22,29 @@ def trainer_of(**given) -> dni.SequenceTrainer:
     return build_trainer(options, lm.build_model(options, V, CPU), CPU)
 
 
-def losses_of(trainer: dni.SequenceTrainer, steps: int = 3) -> list[float]:
-    text = torch.arange((T + 1) * B).view(T + 1, B) % V
-    return [trainer.step(text[:-1], text[1:]).loss.item() for _ in range(steps)]
+def losses_of(trainer: dni.SequenceTrainer, ahead: int = 0) -> list[float]:
+    """Of the same window three times, and as often what follows it, where a synthesizer looks `ahead`."""
+    text = torch.arange((T + ahead + 1) * B).view(T + ahead + 1, B) % V
+    behind = dni.Lookahead(text[T:-1], text[T + 1 :], torch.ones(ahead, B, dtype=torch.bool)) if ahead else None
+    return [trainer.step(text[:T], text[1 : T + 1], lookahead=behind).loss.item() for _ in range(3)]
 
 
 @pytest.mark.parametrize("model", ["lstm", "gru"])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_a_synthesizer_for_every_cell_and_dtype(model, dtype):
-    trainer = trainer_of(model=model, dtype=dtype, synthetic_scale="0.5", discount=0.8, clip=0.3)
+@pytest.mark.parametrize(("synthesizer", "ahead"), [("basic", 0), ("multi-horizon", 2 * T)])
+def test_a_synthesizer_for_every_cell_and_dtype(model, dtype, synthesizer, ahead):
+    given = {"model": model, "dtype": dtype, "synthesizer": synthesizer}
+    trainer = trainer_of(**given, synthetic_scale="0.5", discount=0.8, clip=0.3)
     settings = trainer.credit.settings
     assert (settings.scale, settings.discount, trainer.clip) == (0.5, 0.8, 0.3)
-    losses_of(trainer)
+    losses_of(trainer, ahead)
     assert {parameter.dtype for parameter in trainer.credit.synthesizer.parameters()} == {getattr(torch, dtype)}
     assert any(parameter.abs().sum() > 0 for parameter in trainer.credit.synthesizer.parameters())
 
 
 def test_nothing_injected_is_truncated_bptt_with_the_same_dropout():
     plain = losses_of(trainer_of(synthesizer="none"))
-    assert losses_of(trainer_of(synthetic_scale="0")) == plain
+    assert losses_of(trainer_of(synthesizer="basic", synthetic_scale="0")) == plain
     assert losses_of(trainer_of(synthesizer="none", seed=2)) != plain
 
 
@@ -64,7 +68,7 @@ def test_bfloat16_trains_by_autocast():
 
 
 def test_a_sparse_embedding_moves_only_what_is_read_and_is_for_one_process():
-    trainer = trainer_of(sparse_embedding=True)
+    trainer = trainer_of(synthesizer="none", sparse_embedding=True)
     before = trainer.model.embedding.weight.detach().clone()
     read = torch.tensor([[1], [2], [1], [2]]).expand(T, B)
     trainer.step(read, read)
