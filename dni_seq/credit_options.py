@@ -53,9 +53,12 @@ same place every time otherwise, at their first state, say, whose gradient is ze
 LossFn = Callable[[Any, Tensor], Tensor]
 """`loss_fn(outputs, targets)`, unreduced losses [T, B]."""
 
-FUTURE_UNITS, FUTURE_OUTPUTS = 256, 1000
-"""Default units of the model of what is ahead, and the most outputs it is made for by default: with as many as a
-vocabulary of words has, it would cost as much as the network's own last layer."""
+FUTURE_UNITS = 256
+"""Default units of the model of what is ahead."""
+
+FUTURE_OUTPUTS = 1000
+"""Most outputs that the model of what is ahead tells apart. Ids of a vocabulary go by falling frequency, and the rare ones
+of a larger one are one to it: told apart they cost as much as the network's own last layer, and teach less."""
 
 EMBED = 32
 """Size of the synthesizer's own embedding of a token."""
@@ -90,17 +93,13 @@ def _by_synthesizer(defaults: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} {value}" for name, value in defaults.items())
 
 
-def synthesizer_option(default: str | None, shown: str | None = None) -> Any:
-    """The option `synthesizer`; `shown` describes a default that depends on others."""
-    meaning = "what stands in for the gradient from behind the window"
-    return option(default, meaning, group=GROUP, choices=SYNTHESIZERS, shown=shown)
-
-
 @dataclass(frozen=True)
 class CreditOptions:
     """How gradients reach back over the window's start; the options of each script inherit these."""
 
-    synthesizer: str = synthesizer_option("multi-horizon")
+    synthesizer: str = option(
+        "multi-horizon", "what stands in for the gradient from behind the window", group=GROUP, choices=SYNTHESIZERS
+    )
     synthetic_scale: str | None = option(
         None,
         "share of the synthetic gradient that is injected; auto: what comparisons with exact gradients find right",
@@ -117,7 +116,7 @@ class CreditOptions:
         "windows ahead that multi-horizon predicts one by one; paper: from 2 on",
         group=GROUP,
         check=at_least(1),
-        shown=f"multi-horizon {HORIZONS}, by words, fitted, or with a lookahead that is given 1",
+        shown=f"multi-horizon {HORIZONS}; by words or sentencepiece, fitted, or with a lookahead that is given 1",
     )
     tail: bool = option(False, "with horizons: one more head for all windows behind them", group=GROUP)
     draw_horizon: bool = option(False, "with horizons: train one head a window, drawn at random", group=GROUP)
@@ -143,7 +142,7 @@ class CreditOptions:
         "units of a model of the steps ahead, whose gradient is the message, or what fitted ones start from; 0 for none",
         group=GROUP,
         check=at_least(0),
-        shown="256, with more than 1000 outputs 0",
+        shown=str(FUTURE_UNITS),
     )
     fit: str | None = option(
         None,
@@ -193,24 +192,23 @@ class CreditOptions:
     )
 
 
-def decided(options: CreditOptions, outputs: int, bptt: int) -> CreditOptions:
+def decided(options: CreditOptions, bptt: int) -> CreditOptions:
     """The options with `fit` and `horizons` decided: by the model of what is ahead where that can be and is not ruled out.
 
     Args:
         options: as given.
-        outputs: the width of the model's outputs.
         bptt: T.
 
     Raises:
         ValueError: that model is asked for where it cannot be.
     """
     learned = options.synthesizer == "multi-horizon" or (options.synthesizer == "exact" and options.tail)
-    units, steps, horizons = future_units(options, outputs), tail_lookahead(options, bptt), horizons_of(options)
+    steps, horizons = tail_lookahead(options, bptt), horizons_of(options)
     hindrances = {
         f"--synthesizer {options.synthesizer}": not learned,
         "--lookahead 0": not steps,
         f"--lookahead {options.lookahead}, no multiple of --horizons": steps % horizons > 0,
-        f"no model of the steps ahead (--future-units, by default 0 with more than {FUTURE_OUTPUTS} outputs)": not units,
+        "no model of the steps ahead, --future-units 0": not future_units(options),
         "--no-normalize": options.normalize is False,
         "--tail": options.tail and options.synthesizer == "multi-horizon",
         "--targets lambda": options.targets != "bootstrap",
@@ -232,11 +230,9 @@ def horizons_of(options: CreditOptions) -> int:
     return HORIZONS if usual else 1
 
 
-def future_units(options: CreditOptions, outputs: int) -> int:
+def future_units(options: CreditOptions) -> int:
     """The units of the model of what is ahead, 0 for none."""
-    if options.future_units is not None:
-        return options.future_units
-    return FUTURE_UNITS if outputs <= FUTURE_OUTPUTS else 0
+    return FUTURE_UNITS if options.future_units is None else options.future_units
 
 
 def state_products(options: CreditOptions) -> float:
@@ -301,7 +297,7 @@ def build_synthesizer(
     """
     if options.synthesizer == "none":
         return None
-    options = decided(options, outputs, bptt)
+    options = decided(options, bptt)
     learned = None
     if options.synthesizer != "exact" or options.tail:
         future = future_model(options, tail_lookahead(options, bptt), loss_fn, encode, outputs)
@@ -320,9 +316,11 @@ def future_model(
     outputs: int,
 ) -> Callable[[int], FutureModel] | None:
     """Makes the model of what is ahead from the size of a lane's state; None without one. Arguments as above."""
-    units = future_units(options, outputs)
+    units = future_units(options)
     if not units or not steps:
         return None
+    if outputs > FUTURE_OUTPUTS:
+        loss_fn, outputs = among_the_first(loss_fn, FUTURE_OUTPUTS), FUTURE_OUTPUTS
     by_part = options.fit == "future" and options.synthesizer == "multi-horizon"
 
     def make(size: int) -> FutureModel:
@@ -330,6 +328,15 @@ def future_model(
         return FutureModel(size, steps, inputs=encode()[0], loss_fn=loss_fn, **sizes)
 
     return make
+
+
+def among_the_first(loss_fn: LossFn, count: int) -> LossFn:
+    """`loss_fn` of classes, for outputs that tell `count` of them apart: from the last one on they are one."""
+
+    def losses(outputs: Any, targets: Tensor) -> Tensor:
+        return loss_fn(outputs, targets.clamp(max=count - 1))
+
+    return losses
 
 
 def build_learned(

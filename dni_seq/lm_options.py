@@ -13,7 +13,7 @@ from types import MappingProxyType
 from typing import Any, ClassVar
 
 from .credit_options import GROUP as CREDIT
-from .credit_options import CreditOptions, horizons_of, synthesizer_option, tail_lookahead
+from .credit_options import CreditOptions, horizons_of, tail_lookahead
 from .distributed import TIMEOUT
 from .models.language_model import CELLS
 from .options import above_zero, at_least, option, share
@@ -33,8 +33,6 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "lr": 1e-3,
             "clip": 0.25,
             "epochs": 6,
-            # It sends nothing that does not tell of the gradient, so that this is truncated BPTT where nothing does.
-            "synthesizer": "basic",
         },
         # Two minutes on two cores for the embedded corpus.
         "char": {
@@ -47,7 +45,6 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "lr": 2e-3,
             "clip": 1.0,
             "epochs": 3,
-            "synthesizer": "multi-horizon",
         },
     }
 )
@@ -191,7 +188,6 @@ class LanguageModelOptions(CreditOptions):
         False, "update only the embedding's rows that a window reads: quicker with many words, other numbers", group=_MODEL
     )
 
-    synthesizer: str = synthesizer_option(None, shown=_by_level("synthesizer"))
     bptt: int = option(
         None,
         "window length in steps: gradients are exact within it",
@@ -269,7 +265,7 @@ def settle(options: LanguageModelOptions, corpus: Corpus) -> LanguageModelOption
     sized = settled.synthesizer in ("state", "multi-horizon") or (settled.synthesizer == "exact" and settled.tail)
     if not sized:
         return settled
-    # With many words messages are fitted. The synthesizer's size depends on both numbers: a resumed run keeps them.
+    # By words one horizon teaches more than two. The synthesizer's size depends on both numbers: a resumed run keeps them.
     horizons = horizons_of(settled) if kind == "char" else settled.horizons or 1
     settled = dataclasses.replace(settled, horizons=horizons)
     return dataclasses.replace(settled, lookahead=tail_lookahead(settled, settled.bptt))

@@ -37,7 +37,7 @@ def build_trainer(
     if parallel is not None and options.sparse_embedding:
         raise ValueError("--sparse-embedding works in one process: leave it out under torchrun")
     dtype = model.projection.weight.dtype
-    chosen = decided(options, model.projection.out_features, options.bptt)
+    chosen = decided(options, options.bptt)
     example = model.initial_state(1)
     model.native_steps = native_up_to(state_products(chosen))
     synthesizer = build_synthesizer(

@@ -377,7 +377,7 @@ def prepare(plan: Plan[TaskOptions], lock: RunLock) -> Training:
 
 def build_trainer(options: TaskOptions, task: Task, model: SequenceModel, device: torch.device) -> dni.SequenceTrainer:
     """The trainer of the options, with its optimizers; a window's loss is the sum over time and the mean over lanes."""
-    chosen = decided(options, task.target_size, options.bptt)
+    chosen = decided(options, options.bptt)
     example = model.initial_state(1)
     model.native_steps = native_up_to(state_products(chosen))
     synthesizer = build_synthesizer(

@@ -11,6 +11,7 @@ from torch import nn
 import dni_seq as dni
 from dni_seq.credit_options import (
     EMBED,
+    FUTURE_OUTPUTS,
     HORIZONS,
     MEASURE_EVERY,
     SYNTHESIZERS,
@@ -21,7 +22,9 @@ from dni_seq.credit_options import (
     state_products,
     trainer_settings,
 )
+from dni_seq.lm import build_model
 from dni_seq.lm_options import LanguageModelOptions, settle
+from dni_seq.lm_trainer import build_trainer
 from dni_seq.models.sequence_model import SequenceModel
 from dni_seq.options import build
 from dni_seq.streams import open_corpus
@@ -161,9 +164,9 @@ HINDRANCES = {
 def test_where_the_model_of_the_steps_ahead_cannot_give_messages(name):
     """By default they are fitted there; asked for all the same, the text says what is in the way."""
     given = {"synthesizer": "multi-horizon"} | HINDRANCES[name]
-    assert decided(build(CreditOptions, given), 2, BPTT).fit == "least-squares"
+    assert decided(build(CreditOptions, given), BPTT).fit == "least-squares"
     with pytest.raises(ValueError, match=f"--fit future is not possible with .*{name}"):
-        decided(build(CreditOptions, given | {"fit": "future"}), 2, BPTT)
+        decided(build(CreditOptions, given | {"fit": "future"}), BPTT)
 
 
 def test_the_exact_futures_tail_is_the_model_of_the_steps_ahead():
@@ -174,7 +177,7 @@ def test_the_exact_futures_tail_is_the_model_of_the_steps_ahead():
 
 def test_what_is_fitted_is_clipped_and_what_learns_ahead_is_not():
     def clip(**given):
-        chosen = decided(build(CreditOptions, {"synthesizer": "multi-horizon"} | given), 2, BPTT)
+        chosen = decided(build(CreditOptions, {"synthesizer": "multi-horizon"} | given), BPTT)
         return trainer_settings(chosen)["synthesizer_clip"]
 
     assert clip() is None
@@ -187,7 +190,7 @@ def test_horizons_by_default():
     """Several where messages are a model's gradient, one where they are fitted, or sized by a lookahead that is given."""
 
     def horizons(**given):
-        return decided(build(CreditOptions, {"synthesizer": "multi-horizon"} | given), 2, BPTT).horizons
+        return decided(build(CreditOptions, {"synthesizer": "multi-horizon"} | given), BPTT).horizons
 
     assert horizons() == horizons(fit="future") == HORIZONS > 1
     assert horizons(horizons=3) == horizons(horizons=3, fit="descent") == 3
@@ -201,7 +204,7 @@ def test_horizons_by_default():
 
 def test_what_needs_no_targets_computes_few():
     def settings(**given):
-        chosen = decided(build(CreditOptions, {"synthesizer": "multi-horizon"} | given), 2, BPTT)
+        chosen = decided(build(CreditOptions, {"synthesizer": "multi-horizon"} | given), BPTT)
         return trainer_settings(chosen)["regress_every"], state_products(chosen)
 
     assert settings() == (MEASURE_EVERY, HORIZONS / MEASURE_EVERY)
@@ -213,21 +216,43 @@ def test_what_needs_no_targets_computes_few():
 
 @pytest.mark.parametrize("kind", ["state", "multi-horizon"])
 def test_the_model_of_what_is_ahead(kind):
-    """There by default, unless it would have to predict as many outputs as there are words, or has nothing ahead."""
+    """There by default, unless it has nothing ahead, or no targets of one unit beside it."""
 
-    def units(outputs: int = 2, **given: Any) -> int:
+    def sizes(outputs: int = 2, **given: Any) -> list[tuple[int, int]]:
         found = built(build(CreditOptions, {"synthesizer": kind, **given}), outputs)
-        return sum(part.units for part in found.modules() if isinstance(part, dni.FutureModel))
+        models = [part for part in found.modules() if isinstance(part, dni.FutureModel)]
+        return [(model.units, model.output.out_features) for model in models]
 
-    assert units() == 256
-    assert units(1000) == 256
-    assert units(1001) == 0
-    assert units(1001, future_units=8) == 8
-    assert units(future_units=0) == 0
-    assert units(lookahead=0) == 0
-    assert units(normalize=False) == 0
+    assert sizes() == [(256, 2)]
+    assert sizes(FUTURE_OUTPUTS) == sizes(FUTURE_OUTPUTS + 1) == [(256, FUTURE_OUTPUTS)]
+    assert sizes(FUTURE_OUTPUTS + 1, future_units=8) == [(8, FUTURE_OUTPUTS)]
+    assert sizes(future_units=0) == sizes(lookahead=0) == sizes(normalize=False) == []
     with pytest.raises(ValueError, match="needs normalised targets"):
-        units(normalize=False, future_units=8)
+        sizes(normalize=False, future_units=8)
+
+
+def test_the_rarest_of_many_outputs_are_one_to_the_model_of_what_is_ahead():
+    """As though the text had been written with one word for all of them."""
+    many, last = FUTURE_OUTPUTS + 5, FUTURE_OUTPUTS - 1
+    trainer = trainer_of_words(many)
+    (model,) = (part for part in trainer.credit.synthesizer.modules() if isinstance(part, dni.FutureModel))
+    steps = model.steps
+    targets = torch.tensor([[3], [last], [last + 1], [many - 1]]).expand(4, steps).T.contiguous()
+    valid = torch.ones_like(targets, dtype=torch.bool)
+    few = targets.clamp(max=last)
+    assert len(few.unique()) == 2
+    state = torch.randn(4, trainer.credit.synthesizer.heads.packing.size)
+    inputs = torch.zeros_like(targets)
+    found, expected = (model(state, Lookahead(inputs, shown, valid))[1] for shown in (targets, few))
+    assert torch.equal(found, expected)
+    logits = torch.randn(steps, 4, FUTURE_OUTPUTS)
+    losses = nn.functional.cross_entropy(logits.flatten(0, 1), few.flatten(), reduction="none").view_as(few)
+    torch.testing.assert_close(model.loss_fn(logits, targets), losses)
+
+
+def trainer_of_words(vocabulary: int) -> dni.SequenceTrainer:
+    options = settle(LanguageModelOptions(tokenizer="word", embed=4, hidden=4), open_corpus())
+    return build_trainer(options, build_model(options, vocabulary, torch.device("cpu")), torch.device("cpu"))
 
 
 def built(options: CreditOptions, outputs: int = 2) -> nn.Module:
