@@ -87,7 +87,7 @@ OURS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "exact, 4 steps": {"synthesizer": "exact", "exact_steps": 4},
     }
 )
-"""Our ways: options of scripts/train_lm.py, all others its defaults."""
+"""Our ways: options of scripts/train_lm.py, all others its defaults, but for two horizons by words too."""
 
 ONE = "multi-horizon, K = 1"
 """The way that the others are held to."""
@@ -101,7 +101,7 @@ WAYS = (*AS_IT_COMES, *KEPT)
 CLIP = 0.25
 
 TURN, ROUNDS = 24, 5
-"""Steps of a turn, and turns of each way at least. A regression comes at one window of 3, a comparison at one of 47."""
+"""Steps of a turn, and turns of each way at least. A regression of fitted messages comes at one window of 4, a comparison at one of 47."""
 
 
 def model_of(setting: Setting) -> LanguageModel:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -57,8 +57,9 @@ FUTURE_UNITS = 256
 """Default units of the model of what is ahead."""
 
 FUTURE_OUTPUTS = 1000
-"""Most outputs that the model of what is ahead tells apart. Ids of a vocabulary go by falling frequency, and the rare ones
-of a larger one are one to it: told apart they cost as much as the network's own last layer, and teach less."""
+"""Most outputs that the model of what is ahead tells apart. Of a larger vocabulary the last ids, which are the rare entries,
+are one to it: told apart they cost as much as the network's own last layer, and teach less. (SentencePiece's ids begin with
+its 256 bytes, so that of its pieces it tells some 740 apart.)"""
 
 EMBED = 32
 """Size of the synthesizer's own embedding of a token."""
@@ -106,7 +107,7 @@ class CreditOptions:
         group=GROUP,
         check=_is_scale,
         metavar="C|auto",
-        shown=f"{_by_synthesizer(SCALES)}, --fit future 1",
+        shown=_by_synthesizer({**SCALES, "multi-horizon": "1, fitted auto"}),
     )
     discount: float | None = option(
         None, "weight of each further window", group=GROUP, check=fraction, shown=_by_synthesizer(DISCOUNTS)
@@ -171,7 +172,9 @@ class CreditOptions:
         "compute targets at one window of so many, drawn at random; all but --fit future are trained there alone",
         group=GROUP,
         check=at_least(1),
-        shown=f"{_by_synthesizer(REGRESS_EVERY)}, --fit future {MEASURE_EVERY}",
+        shown=_by_synthesizer(
+            {**REGRESS_EVERY, "multi-horizon": f"{MEASURE_EVERY}, fitted {REGRESS_EVERY['multi-horizon']}"}
+        ),
     )
     auxiliary: float = option(
         0.0, "weight of the loss of predicting the next synthetic gradient, 0 for off", group=GROUP, check=at_least(0)
@@ -192,6 +195,9 @@ class CreditOptions:
     )
 
 
+CreditOptionsT = TypeVar("CreditOptionsT", bound=CreditOptions)
+
+
 def decided(options: CreditOptions, bptt: int) -> CreditOptions:
     """The options with `fit` and `horizons` decided: by the model of what is ahead where that can be and is not ruled out.
 
@@ -202,19 +208,12 @@ def decided(options: CreditOptions, bptt: int) -> CreditOptions:
     Raises:
         ValueError: that model is asked for where it cannot be.
     """
-    learned = options.synthesizer == "multi-horizon" or (options.synthesizer == "exact" and options.tail)
     steps, horizons = tail_lookahead(options, bptt), horizons_of(options)
-    hindrances = {
-        f"--synthesizer {options.synthesizer}": not learned,
-        "--lookahead 0": not steps,
-        f"--lookahead {options.lookahead}, no multiple of --horizons": steps % horizons > 0,
-        "no model of the steps ahead, --future-units 0": not future_units(options),
-        "--no-normalize": options.normalize is False,
-        "--tail": options.tail and options.synthesizer == "multi-horizon",
-        "--targets lambda": options.targets != "bootstrap",
-        "--target-network": options.target_network > 0,
-    }
-    found = [name for name, hinders in hindrances.items() if hinders]
+    found = _hindrances(options)
+    if not steps:
+        found.append("--lookahead 0")
+    elif steps % horizons:
+        found.append(f"--lookahead {options.lookahead}, no multiple of --horizons")
     if options.fit is None:
         return replace(options, fit="least-squares" if found else "future", horizons=horizons)
     if options.fit == "future" and found:
@@ -222,12 +221,48 @@ def decided(options: CreditOptions, bptt: int) -> CreditOptions:
     return replace(options, horizons=horizons)
 
 
+def _hindrances(options: CreditOptions) -> list[str]:
+    """What rules out that messages are the gradient of the model of what is ahead, but for the steps that it would see."""
+    learned = options.synthesizer == "multi-horizon" or (options.synthesizer == "exact" and options.tail)
+    hindrances = {
+        f"--synthesizer {options.synthesizer}": not learned,
+        "no model of the steps ahead, --future-units 0": not future_units(options),
+        "--no-normalize": options.normalize is False,
+        "--tail": options.tail and options.synthesizer == "multi-horizon",
+        "--targets lambda": options.targets != "bootstrap",
+        "--target-network": options.target_network > 0,
+    }
+    return [name for name, hinders in hindrances.items() if hinders]
+
+
 def horizons_of(options: CreditOptions) -> int:
-    """K, given or by default."""
+    """K, given or by default: one where messages are fitted, and where a lookahead that is given says how far they reach."""
     if options.horizons is not None:
         return options.horizons
     usual = options.synthesizer == "multi-horizon" and options.lookahead is None and options.fit in (None, "future")
-    return HORIZONS if usual else 1
+    return HORIZONS if usual and not _hindrances(options) else 1
+
+
+def unsettled(
+    config: Mapping[str, Any], options: CreditOptionsT, sized: Callable[[CreditOptionsT], CreditOptionsT]
+) -> dict[str, Any]:
+    """A run's configuration as it was given: without the sizes that only followed from its other options.
+
+    They are on record so that a run which is resumed keeps them; a new run with some other options has its own.
+
+    Args:
+        config: the options on record, by name.
+        options: those options.
+        sized: fills the sizes that are None.
+    """
+    followed = []
+    for name in ("lookahead", "horizons"):  # a lookahead follows from horizons
+        nobody_gave: dict[str, Any] = {name: None}
+        free = replace(options, **nobody_gave)
+        if getattr(sized(free), name) == getattr(options, name):
+            options = free
+            followed.append(name)
+    return {name: value for name, value in config.items() if name not in followed}
 
 
 def future_units(options: CreditOptions) -> int:
@@ -286,7 +321,7 @@ def build_synthesizer(
     Args:
         options: which one, and its sizes.
         model: that the exact future runs.
-        loss_fn: unreduced losses [T, B].
+        loss_fn: unreduced losses [T, B]. With more than `FUTURE_OUTPUTS` outputs its targets are ids, the rare ones last.
         bptt: T.
         example: a state of the model, leaves [L, B, H].
         cells: which of its leaves are LSTM cells.

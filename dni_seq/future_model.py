@@ -10,7 +10,7 @@ gradient as the gradient of a predicted loss; here the prediction is of outputs 
 `FutureGradient` sends its gradient, `StateTrunk` gives it to fitted heads.
 
 Legend: B = lanes, S = numbers in one lane's packed state, m = lookahead in steps, K = parts of it, E = width of an encoded
-input, F = units, Q = width of the model's outputs.
+input, F = units, Q = width of the outputs that its loss takes.
 """
 
 from __future__ import annotations

@@ -13,10 +13,10 @@ from types import MappingProxyType
 from typing import Any, ClassVar
 
 from .credit_options import GROUP as CREDIT
-from .credit_options import CreditOptions, horizons_of, tail_lookahead
+from .credit_options import CreditOptions, horizons_of, tail_lookahead, unsettled
 from .distributed import TIMEOUT
 from .models.language_model import CELLS
-from .options import above_zero, at_least, option, share
+from .options import above_zero, at_least, build, option, share
 from .streams import Corpus
 from .streams.text import default_data_dir
 
@@ -261,11 +261,22 @@ def settle(options: LanguageModelOptions, corpus: Corpus) -> LanguageModelOption
     if options.max_steps is not None or options.max_tokens is not None:
         del defaults["epochs"]
     missing = {name: value for name, value in defaults.items() if getattr(options, name) is None}
-    settled = dataclasses.replace(options, **missing)
-    sized = settled.synthesizer in ("state", "multi-horizon") or (settled.synthesizer == "exact" and settled.tail)
-    if not sized:
-        return settled
-    # By words one horizon teaches more than two. The synthesizer's size depends on both numbers: a resumed run keeps them.
-    horizons = horizons_of(settled) if kind == "char" else settled.horizons or 1
-    settled = dataclasses.replace(settled, horizons=horizons)
-    return dataclasses.replace(settled, lookahead=tail_lookahead(settled, settled.bptt))
+    return sized(dataclasses.replace(options, **missing))
+
+
+def sized(options: LanguageModelOptions) -> LanguageModelOptions:
+    """Fill the sizes of a synthesizer that nobody gave, where the tokenizer and T are settled."""
+    learned = options.synthesizer in ("state", "multi-horizon") or (options.synthesizer == "exact" and options.tail)
+    if not learned:
+        return options
+    # By words one horizon did better than two. The synthesizer's size depends on both numbers: a resumed run keeps them.
+    horizons = horizons_of(options) if options.tokenizer == "char" else options.horizons or 1
+    options = dataclasses.replace(options, horizons=horizons)
+    return dataclasses.replace(options, lookahead=tail_lookahead(options, options.bptt))
+
+
+def as_given(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What a new run takes over from a configuration, a run's or another one; see `unsettled`."""
+    if config.get("tokenizer") is None or config.get("bptt") is None:
+        return config
+    return unsettled(config, build(LanguageModelOptions, config), sized)

@@ -145,11 +145,12 @@ def parse(
     prog: str,
     description: str,
     presets: Presets | None = None,
+    as_given: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict,
 ) -> dict[str, Any]:
     """What the command line gives, over `--config FILE`, over `--preset NAME`: option names (of `cls`) and values.
 
-    Options that nobody gave are absent. A mistake in the syntax ends the process with one line on stderr and exit
-    status 2, `--help` prints all options with their defaults.
+    Options that nobody gave are absent; `as_given` drops from a file's those that its run has filled in by itself. A
+    mistake in the syntax ends the process with one line on stderr and status 2, `--help` prints all options and defaults.
 
     Raises:
         ValueError: the config file is missing, not JSON, or names options that `cls` does not have.
@@ -175,7 +176,7 @@ def parse(
     given = vars(parser.parse_args(arguments))
     config, preset = given.pop("config", None), given.pop("preset", None)
     below = dict(presets[preset]) if presets and preset is not None else {}
-    return below | (read_config(cls, config) if config is not None else {}) | given
+    return below | ({} if config is None else dict(as_given(read_config(cls, config)))) | given
 
 
 def _described(values: Mapping[str, Any]) -> str:

@@ -5,13 +5,15 @@ To add an option: declare it here, and use it in `scripts/train_tasks.py`.
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from .credit_options import GROUP as CREDIT
-from .credit_options import CreditOptions
+from .credit_options import CreditOptions, horizons_of, unsettled
 from .models.language_model import CELLS
-from .options import above_zero, at_least, option
+from .options import above_zero, at_least, build, option
 from .tasks import TASKS
 
 _TASK, _MODEL, _RUN = "task", "model", "run"
@@ -50,3 +52,13 @@ class TaskOptions(CreditOptions):
         group=_RUN,
         metavar="auto|PATH",
     )
+
+
+def sized(options: TaskOptions) -> TaskOptions:
+    """Fill K where nobody gave it, to be on record: a run which is resumed keeps it."""
+    return dataclasses.replace(options, horizons=horizons_of(options))
+
+
+def as_given(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What a new run takes over from a configuration, a run's or another one; see `unsettled`."""
+    return unsettled(config, build(TaskOptions, config), sized)

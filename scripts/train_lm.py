@@ -3,7 +3,7 @@
 python scripts/train_lm.py
     The embedded corpus, by characters; two minutes on two cores, then a sample of text.
 python scripts/train_lm.py --dataset ptb
-    Penn Treebank, by words, LSTM 2x200 on windows of 5 steps, 6 epochs; about half an hour on two cores.
+    Penn Treebank, by words, LSTM 2x200 on windows of 5 steps, 6 epochs; an hour or more of one core.
 python scripts/train_lm.py --dataset ptb --synthesizer none
     The same by plain truncated BPTT.
 python scripts/train_lm.py --run-dir runs/mine --resume auto
@@ -44,7 +44,7 @@ from dni_seq.distributed import TIMEOUT, RankError, Ranks, joined, local_device,
 from dni_seq.dry_run import dry_run
 from dni_seq.evaluation import Score
 from dni_seq.guard import NonFiniteError
-from dni_seq.lm_options import PRESETS, LanguageModelOptions, settle
+from dni_seq.lm_options import PRESETS, LanguageModelOptions, as_given, settle
 from dni_seq.lm_trainer import build_trainer, cell_size, messages
 from dni_seq.lock import RunLock
 from dni_seq.models.language_model import LanguageModel
@@ -84,7 +84,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def command(arguments: Sequence[str] | None, lock: RunLock) -> int:
     """The command, which takes the lock of the run's directory; returns its exit status."""
     try:
-        given = parse(LanguageModelOptions, arguments, prog="train_lm", description=__doc__ or "", presets=PRESETS)
+        command = {"prog": "train_lm", "description": __doc__ or ""}
+        given = parse(LanguageModelOptions, arguments, **command, presets=PRESETS, as_given=as_given)
         if given.get("dry_run"):
             for line in dry_run(plan_run(LanguageModelOptions, given).options):
                 print(line, flush=True)

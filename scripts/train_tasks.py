@@ -49,7 +49,6 @@ from dni_seq.credit_options import (
     build_auxiliary,
     build_synthesizer,
     decided,
-    horizons_of,
     learning_parameters,
     lookahead_of,
     state_products,
@@ -67,7 +66,7 @@ from dni_seq.progress import Progress
 from dni_seq.rundir import RunDirectory, new_run_path
 from dni_seq.runlog import LAYOUT, Layout, RunLog, peak_memory_mb
 from dni_seq.stopping import StopSignals
-from dni_seq.task_options import TaskOptions
+from dni_seq.task_options import TaskOptions, as_given, sized
 from dni_seq.tasks import TASKS, Curriculum, Stage, Task, TaskStream, mean_error
 from dni_seq.windows import Window
 
@@ -102,7 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def command(arguments: Sequence[str] | None, lock: RunLock) -> int:
     """The command, which takes the lock of the run's directory; returns its exit status."""
     try:
-        given = parse(TaskOptions, arguments, prog="train_tasks", description=__doc__ or "")
+        given = parse(TaskOptions, arguments, prog="train_tasks", description=__doc__ or "", as_given=as_given)
         training = prepare(plan_run(TaskOptions, given, lock), lock)
     except (ValueError, OSError) as error:
         return report("train_tasks", error)
@@ -334,8 +333,7 @@ def summary(t: Training) -> dict[str, Any]:
 
 def prepare(plan: Plan[TaskOptions], lock: RunLock) -> Training:
     """Build all parts of the run, and only then its directory; nothing is written where something is wrong."""
-    # On record, so that a run which is resumed keeps them whatever the default has become.
-    options = dataclasses.replace(plan.options, horizons=horizons_of(plan.options))
+    options = sized(plan.options)
     checkpoint = plan.checkpoint
     torch.set_num_threads(options.threads)
     device = device_of(options.device)

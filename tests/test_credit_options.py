@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -23,13 +24,16 @@ from dni_seq.credit_options import (
     trainer_settings,
 )
 from dni_seq.lm import build_model
-from dni_seq.lm_options import LanguageModelOptions, settle
+from dni_seq.lm_options import LanguageModelOptions, as_given, settle
 from dni_seq.lm_trainer import build_trainer
 from dni_seq.models.sequence_model import SequenceModel
 from dni_seq.options import build
 from dni_seq.streams import open_corpus
 from dni_seq.synthesizers import predict, regress
 from dni_seq.targets import rule_of
+from dni_seq.task_options import TaskOptions
+from dni_seq.task_options import as_given as tasks_as_given
+from dni_seq.task_options import sized as tasks_sized
 from dni_seq.windows import Lookahead
 
 BPTT, LANES = 2, 3
@@ -188,6 +192,9 @@ def test_what_is_fitted_is_clipped_and_what_learns_ahead_is_not():
 
 def test_horizons_by_default():
     """Several where messages are a model's gradient, one where they are fitted, or sized by a lookahead that is given."""
+    for name, given in HINDRANCES.items():
+        if "horizons" not in given:
+            assert decided(build(CreditOptions, {"synthesizer": "multi-horizon"} | given), BPTT).horizons == 1, name
 
     def horizons(**given):
         return decided(build(CreditOptions, {"synthesizer": "multi-horizon"} | given), BPTT).horizons
@@ -200,6 +207,28 @@ def test_horizons_by_default():
     )
     assert (by_words.horizons, by_words.lookahead) == (1, by_words.bptt)
     assert (by_characters.horizons, by_characters.lookahead) == (HORIZONS, HORIZONS * by_characters.bptt)
+
+
+@pytest.mark.parametrize(
+    "given", [{}, {"horizons": 3}, {"lookahead": 9}, {"horizons": 2, "lookahead": 6}, {"fit": "descent"}]
+)
+@pytest.mark.parametrize("tokenizer", ["word", "char"])
+def test_a_runs_configuration_leaves_its_sizes_to_follow_from_what_is_given_over_it(given, tokenizer):
+    """As though the options that somebody gave had been given with the new ones."""
+    asked = {"synthesizer": "multi-horizon", "tokenizer": tokenizer, **given}
+    settled = settle(build(LanguageModelOptions, asked), open_corpus())
+    recorded = as_given(dataclasses.asdict(settled))
+    assert set(given) <= set(recorded)
+    for change in ({}, {"bptt": 7}, {"fit": "least-squares"}, {"synthesizer": "paper"}, {"synthesizer": "none"}):
+        found, expected = (settle(build(LanguageModelOptions, layer, change), open_corpus()) for layer in (recorded, asked))
+        assert (found.horizons, found.lookahead) == (expected.horizons, expected.lookahead), change
+
+
+def test_a_tasks_configuration_does_so_too():
+    recorded = tasks_as_given(dataclasses.asdict(tasks_sized(TaskOptions(synthesizer="none"))))
+    assert tasks_sized(build(TaskOptions, recorded, {"synthesizer": "multi-horizon"})).horizons == HORIZONS
+    recorded = tasks_as_given(dataclasses.asdict(tasks_sized(TaskOptions(horizons=3))))
+    assert tasks_sized(build(TaskOptions, recorded, {"bptt": 2})).horizons == 3
 
 
 def test_what_needs_no_targets_computes_few():

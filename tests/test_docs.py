@@ -76,7 +76,7 @@ def test_links_lead_somewhere(page):
 
 TRAIN = ("--embed", "8", "--hidden", "8", "--layers", "1", "--batch-size", "8", "--max-steps", "2", "--eval-tokens", "600")
 SMALL = {
-    "train_lm": (*TRAIN, "--synthesizer-hidden", "8"),
+    "train_lm": (*TRAIN, "--synthesizer-hidden", "8", "--future-units", "8"),
     "train_tasks": ("--updates", "3", "--hidden", "8", "--batch-size", "4"),
     "evaluate_lm": (),
     "sample_lm": ("--length", "5"),
