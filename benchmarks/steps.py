@@ -101,7 +101,8 @@ WAYS = (*AS_IT_COMES, *KEPT)
 CLIP = 0.25
 
 TURN, ROUNDS = 24, 5
-"""Steps of a turn, and turns of each way at least. A regression of fitted messages comes at one window of 4, a comparison at one of 47."""
+"""Steps of a turn, and turns of each way at least. Fitted messages are regressed at one window of 4, the model of what is
+ahead is measured at one of 100, a comparison comes at one of 47."""
 
 
 def model_of(setting: Setting) -> LanguageModel:

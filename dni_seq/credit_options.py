@@ -28,6 +28,9 @@ SYNTHESIZERS = ("none", "basic", "paper", "state", "multi-horizon", "exact")
 """basic: one message, from each layer's state alone; paper: as published (`published.py`); state: the network of
 multi-horizon with one message for all windows; exact: the gradient itself."""
 
+STANDS_IN = "what stands in for the gradient from behind the window"
+"""What `--synthesizer` is, for --help."""
+
 SCALES: Mapping[str, str] = MappingProxyType(
     {"basic": "auto", "paper": "0.1", "state": "auto", "multi-horizon": "auto", "exact": "1"}
 )
@@ -98,9 +101,7 @@ def _by_synthesizer(defaults: Mapping[str, Any]) -> str:
 class CreditOptions:
     """How gradients reach back over the window's start; the options of each script inherit these."""
 
-    synthesizer: str = option(
-        "multi-horizon", "what stands in for the gradient from behind the window", group=GROUP, choices=SYNTHESIZERS
-    )
+    synthesizer: str = option("multi-horizon", STANDS_IN, group=GROUP, choices=SYNTHESIZERS)
     synthetic_scale: str | None = option(
         None,
         "share of the synthetic gradient that is injected; auto: what comparisons with exact gradients find right",

@@ -8,10 +8,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 from .credit_options import GROUP as CREDIT
-from .credit_options import CreditOptions, horizons_of, unsettled
+from .credit_options import STANDS_IN, SYNTHESIZERS, CreditOptions, horizons_of, unsettled
 from .models.language_model import CELLS
 from .options import above_zero, at_least, build, option
 from .tasks import TASKS
@@ -26,6 +26,9 @@ class TaskOptions(CreditOptions):
     MAY_CHANGE: ClassVar[frozenset[str]] = frozenset({"updates", "threads", "device"})
     OF_THE_CALL: ClassVar[frozenset[str]] = frozenset({"run_dir", "resume"})
 
+    synthesizer: str = option(
+        None, STANDS_IN, group=CREDIT, choices=SYNTHESIZERS, shown="multi-horizon, of the adding problem none"
+    )
     task: str = option("copy", "what is learned", group=_TASK, choices=tuple(TASKS))
     start: int | None = option(
         None,
@@ -54,11 +57,14 @@ class TaskOptions(CreditOptions):
     )
 
 
-def sized(options: TaskOptions) -> TaskOptions:
-    """Fill K where nobody gave it, to be on record: a run which is resumed keeps it."""
+def settle(options: TaskOptions) -> TaskOptions:
+    """Fill synthesizer and K where nobody gave them, to be on record: a run which is resumed keeps them."""
+    if cast("str | None", options.synthesizer) is None:  # until here, whatever its type says
+        # There truncated BPTT gets further (docs/synthetic-gradients.md).
+        options = dataclasses.replace(options, synthesizer="none" if options.task == "adding" else "multi-horizon")
     return dataclasses.replace(options, horizons=horizons_of(options))
 
 
 def as_given(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """What a new run takes over from a configuration, a run's or another one; see `unsettled`."""
-    return unsettled(config, build(TaskOptions, config), sized)
+    return unsettled(config, build(TaskOptions, config), settle)

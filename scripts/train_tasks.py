@@ -66,7 +66,7 @@ from dni_seq.progress import Progress
 from dni_seq.rundir import RunDirectory, new_run_path
 from dni_seq.runlog import LAYOUT, Layout, RunLog, peak_memory_mb
 from dni_seq.stopping import StopSignals
-from dni_seq.task_options import TaskOptions, as_given, sized
+from dni_seq.task_options import TaskOptions, as_given, settle
 from dni_seq.tasks import TASKS, Curriculum, Stage, Task, TaskStream, mean_error
 from dni_seq.windows import Window
 
@@ -333,7 +333,7 @@ def summary(t: Training) -> dict[str, Any]:
 
 def prepare(plan: Plan[TaskOptions], lock: RunLock) -> Training:
     """Build all parts of the run, and only then its directory; nothing is written where something is wrong."""
-    options = sized(plan.options)
+    options = settle(plan.options)
     checkpoint = plan.checkpoint
     torch.set_num_threads(options.threads)
     device = device_of(options.device)

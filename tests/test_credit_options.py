@@ -33,7 +33,7 @@ from dni_seq.synthesizers import predict, regress
 from dni_seq.targets import rule_of
 from dni_seq.task_options import TaskOptions
 from dni_seq.task_options import as_given as tasks_as_given
-from dni_seq.task_options import sized as tasks_sized
+from dni_seq.task_options import settle as settle_task
 from dni_seq.windows import Lookahead
 
 BPTT, LANES = 2, 3
@@ -225,10 +225,12 @@ def test_a_runs_configuration_leaves_its_sizes_to_follow_from_what_is_given_over
 
 
 def test_a_tasks_configuration_does_so_too():
-    recorded = tasks_as_given(dataclasses.asdict(tasks_sized(TaskOptions(synthesizer="none"))))
-    assert tasks_sized(build(TaskOptions, recorded, {"synthesizer": "multi-horizon"})).horizons == HORIZONS
-    recorded = tasks_as_given(dataclasses.asdict(tasks_sized(TaskOptions(horizons=3))))
-    assert tasks_sized(build(TaskOptions, recorded, {"bptt": 2})).horizons == 3
+    recorded = tasks_as_given(dataclasses.asdict(settle_task(TaskOptions(synthesizer="none"))))
+    assert settle_task(build(TaskOptions, recorded, {"synthesizer": "multi-horizon"})).horizons == HORIZONS
+    assert settle_task(TaskOptions(task="adding")).synthesizer == "none"
+    assert settle_task(TaskOptions(task="adding", synthesizer="exact")).synthesizer == "exact"
+    recorded = tasks_as_given(dataclasses.asdict(settle_task(TaskOptions(horizons=3))))
+    assert settle_task(build(TaskOptions, recorded, {"bptt": 2})).horizons == 3
 
 
 def test_what_needs_no_targets_computes_few():
