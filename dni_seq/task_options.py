@@ -60,7 +60,7 @@ class TaskOptions(CreditOptions):
 def settle(options: TaskOptions) -> TaskOptions:
     """Fill synthesizer and K where nobody gave them, to be on record: a run which is resumed keeps them."""
     if cast("str | None", options.synthesizer) is None:  # until here, whatever its type says
-        # There truncated BPTT gets further (docs/synthetic-gradients.md).
+        # There it does no better, in twice the time (docs/synthetic-gradients.md).
         options = dataclasses.replace(options, synthesizer="none" if options.task == "adding" else "multi-horizon")
     return dataclasses.replace(options, horizons=horizons_of(options))
 
