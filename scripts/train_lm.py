@@ -84,8 +84,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def command(arguments: Sequence[str] | None, lock: RunLock) -> int:
     """The command, which takes the lock of the run's directory; returns its exit status."""
     try:
-        command = {"prog": "train_lm", "description": __doc__ or ""}
-        given = parse(LanguageModelOptions, arguments, **command, presets=PRESETS, as_given=as_given)
+        given = parse(
+            LanguageModelOptions,
+            arguments,
+            prog="train_lm",
+            description=__doc__ or "",
+            presets=PRESETS,
+            as_given=as_given,
+        )
         if given.get("dry_run"):
             for line in dry_run(plan_run(LanguageModelOptions, given).options):
                 print(line, flush=True)
