@@ -263,7 +263,7 @@ def test_the_model_of_what_is_ahead(kind):
 
 
 def test_the_rarest_of_many_outputs_are_one_to_the_model_of_what_is_ahead():
-    """As though the text had been written with one word for all of them."""
+    """As though each of them, as a target, were the same word."""
     many, last = FUTURE_OUTPUTS + 5, FUTURE_OUTPUTS - 1
     trainer = trainer_of_words(many)
     (model,) = (part for part in trainer.credit.synthesizer.modules() if isinstance(part, dni.FutureModel))
