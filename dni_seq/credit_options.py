@@ -59,10 +59,10 @@ LossFn = Callable[[Any, Tensor], Tensor]
 FUTURE_UNITS = 256
 """Default units of the model of what is ahead."""
 
-FUTURE_OUTPUTS = 1000
-"""Most outputs that the model of what is ahead tells apart. Of a larger vocabulary the last ids, which are the rare entries,
-are one to it: told apart they cost as much as the network's own last layer, and teach less. (SentencePiece's ids begin with
-its 256 bytes, so that of its pieces it tells some 740 apart.)"""
+TOLD_APART = 500
+"""Most entries of a vocabulary that a synthesizer tells apart, in what it reads and in what it predicts. Of a larger one the
+last ids, which are the rare entries, are one to it: told apart they cost as much as the network's own first and last layer,
+and teach less. (SentencePiece's ids begin with its 256 bytes, so that of its pieces it tells some 240 apart.)"""
 
 EMBED = 32
 """Size of the synthesizer's own embedding of a token."""
@@ -322,7 +322,7 @@ def build_synthesizer(
     Args:
         options: which one, and its sizes.
         model: that the exact future runs.
-        loss_fn: unreduced losses [T, B]. With more than `FUTURE_OUTPUTS` outputs its targets are ids, the rare ones last.
+        loss_fn: unreduced losses [T, B]. With more than `TOLD_APART` outputs its targets are ids, the rare ones last.
         bptt: T.
         example: a state of the model, leaves [L, B, H].
         cells: which of its leaves are LSTM cells.
@@ -355,8 +355,8 @@ def future_model(
     units = future_units(options)
     if not units or not steps:
         return None
-    if outputs > FUTURE_OUTPUTS:
-        loss_fn, outputs = among_the_first(loss_fn, FUTURE_OUTPUTS), FUTURE_OUTPUTS
+    if outputs > TOLD_APART:
+        loss_fn, outputs = among_the_first(loss_fn, TOLD_APART), TOLD_APART
     by_part = options.fit == "future" and options.synthesizer == "multi-horizon"
 
     def make(size: int) -> FutureModel:

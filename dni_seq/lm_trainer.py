@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from . import lm
 from .credit_options import (
     EMBED,
+    TOLD_APART,
     build_auxiliary,
     build_synthesizer,
     decided,
@@ -75,9 +76,17 @@ def build_trainer(
 
 
 def token_encoders(vocabulary_size: int) -> tuple[nn.Module, nn.Module]:
-    """One embedding of the synthesizer's own, for the inputs and the targets that it looks ahead at."""
-    embedding = nn.Embedding(vocabulary_size, EMBED)
+    """One embedding of the synthesizer's own for what it looks ahead at, inputs and targets; rare tokens are one to it."""
+    embedding = nn.Embedding(vocabulary_size, EMBED) if vocabulary_size <= TOLD_APART else FirstTokens(TOLD_APART, EMBED)
     return embedding, embedding
+
+
+class FirstTokens(nn.Embedding):
+    """An embedding of a vocabulary's first ids: from its last one on they are one."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """[..., E] of ids [...]."""
+        return super().forward(ids.clamp(max=self.num_embeddings - 1))
 
 
 @torch.no_grad()

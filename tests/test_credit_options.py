@@ -12,10 +12,10 @@ from torch import nn
 import dni_seq as dni
 from dni_seq.credit_options import (
     EMBED,
-    FUTURE_OUTPUTS,
     HORIZONS,
     MEASURE_EVERY,
     SYNTHESIZERS,
+    TOLD_APART,
     CreditOptions,
     build_synthesizer,
     decided,
@@ -255,16 +255,16 @@ def test_the_model_of_what_is_ahead(kind):
         return [(model.units, model.output.out_features) for model in models]
 
     assert sizes() == [(256, 2)]
-    assert sizes(FUTURE_OUTPUTS) == sizes(FUTURE_OUTPUTS + 1) == [(256, FUTURE_OUTPUTS)]
-    assert sizes(FUTURE_OUTPUTS + 1, future_units=8) == [(8, FUTURE_OUTPUTS)]
+    assert sizes(TOLD_APART) == sizes(TOLD_APART + 1) == [(256, TOLD_APART)]
+    assert sizes(TOLD_APART + 1, future_units=8) == [(8, TOLD_APART)]
     assert sizes(future_units=0) == sizes(lookahead=0) == sizes(normalize=False) == []
     with pytest.raises(ValueError, match="needs normalised targets"):
         sizes(normalize=False, future_units=8)
 
 
-def test_the_rarest_of_many_outputs_are_one_to_the_model_of_what_is_ahead():
-    """As though each of them, as a target, were the same word."""
-    many, last = FUTURE_OUTPUTS + 5, FUTURE_OUTPUTS - 1
+def test_the_rarest_of_many_entries_are_one_to_the_model_of_what_is_ahead():
+    """As though each of them were the same word, where it is read and where it is predicted."""
+    many, last = TOLD_APART + 5, TOLD_APART - 1
     trainer = trainer_of_words(many)
     (model,) = (part for part in trainer.credit.synthesizer.modules() if isinstance(part, dni.FutureModel))
     steps = model.steps
@@ -273,10 +273,14 @@ def test_the_rarest_of_many_outputs_are_one_to_the_model_of_what_is_ahead():
     few = targets.clamp(max=last)
     assert len(few.unique()) == 2
     state = torch.randn(4, trainer.credit.synthesizer.heads.packing.size)
-    inputs = torch.zeros_like(targets)
-    found, expected = (model(state, Lookahead(inputs, shown, valid))[1] for shown in (targets, few))
-    assert torch.equal(found, expected)
-    logits = torch.randn(steps, 4, FUTURE_OUTPUTS)
+    found, read, predicted = (
+        model(state, Lookahead(inputs, shown, valid))[1]
+        for inputs, shown in ((targets, targets), (few, targets), (targets, few))
+    )
+    assert torch.equal(found, read)
+    assert torch.equal(found, predicted)
+    assert not torch.equal(found, model(state, Lookahead(targets.flip(1), targets, valid))[1])
+    logits = torch.randn(steps, 4, TOLD_APART)
     losses = nn.functional.cross_entropy(logits.flatten(0, 1), few.flatten(), reduction="none").view_as(few)
     torch.testing.assert_close(model.loss_fn(logits, targets), losses)
 
