@@ -6,16 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from . import lm
-from .credit_options import (
-    EMBED,
-    TOLD_APART,
-    build_auxiliary,
-    build_synthesizer,
-    decided,
-    learning_parameters,
-    state_products,
-    trainer_settings,
-)
+from .credit_options import decided, state_products
+from .credit_parts import EMBED, TOLD_APART, build_auxiliary, build_synthesizer, learning_parameters, trainer_settings
 from .data_parallel import DataParallel
 from .lm_options import LanguageModelOptions
 from .models.kernels import native_up_to

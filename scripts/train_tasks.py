@@ -44,16 +44,8 @@ import dni_seq as dni
 from dni_seq.allocator import keep_freed_memory
 from dni_seq.bugs import guarded
 from dni_seq.checkpoint import fitting, random_state, save_checkpoint, set_random_state, write_json
-from dni_seq.credit_options import (
-    EMBED,
-    build_auxiliary,
-    build_synthesizer,
-    decided,
-    learning_parameters,
-    lookahead_of,
-    state_products,
-    trainer_settings,
-)
+from dni_seq.credit_options import decided, lookahead_of, state_products
+from dni_seq.credit_parts import EMBED, build_auxiliary, build_synthesizer, learning_parameters, trainer_settings
 from dni_seq.guard import NonFiniteError
 from dni_seq.lm import device_of, on_device
 from dni_seq.lm_trainer import adam

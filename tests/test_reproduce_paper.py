@@ -11,7 +11,7 @@ from torch import nn
 
 import dni_seq as dni
 from dni_seq.cells import Cell
-from dni_seq.credit_options import EMBED, build_synthesizer, trainer_settings
+from dni_seq.credit_parts import EMBED, build_synthesizer, trainer_settings
 from dni_seq.lm_options import LanguageModelOptions
 from dni_seq.models.sequence_model import SequenceModel
 from dni_seq.options import build
