@@ -34,11 +34,6 @@ from .windows import Reduction
 LossFn = Callable[[Any, Tensor], Tensor]
 """`loss_fn(outputs, targets)`, unreduced losses [T, B]."""
 
-TOLD_APART = 500
-"""Most entries of a vocabulary that a synthesizer tells apart, in what it reads and in what it predicts. Of a larger one the
-last ids, which are the rare entries, are one to it: told apart they cost as much as the network's own first and last layer,
-and teach less. (SentencePiece's ids begin with its 256 bytes, so that of its pieces it tells some 240 apart.)"""
-
 EMBED = 32
 """Size of the synthesizer's own embedding of a token."""
 
@@ -53,6 +48,7 @@ def build_synthesizer(
     cells: Any,
     encode: Callable[[], tuple[nn.Module, nn.Module]],
     outputs: int,
+    told_apart: int | None = None,
     reduction: Reduction = "mean",
     share: Callable[[LossFn], LossFn] | None = None,
 ) -> nn.Module | None:
@@ -61,12 +57,14 @@ def build_synthesizer(
     Args:
         options: which one, and its sizes.
         model: that the exact future runs.
-        loss_fn: unreduced losses [T, B]. With more than `TOLD_APART` outputs its targets are ids, the rare ones last.
+        loss_fn: unreduced losses [T, B].
         bptt: T.
         example: a state of the model, leaves [L, B, H].
         cells: which of its leaves are LSTM cells.
         encode: makes the lookahead's encoders of inputs and targets, each `EMBED` wide.
         outputs: the width of the model's outputs.
+        told_apart: most outputs that a model of what is ahead tells apart, None for all. Of more, targets must be ids, and
+            the last ones are one to it.
         reduction: the trainer's.
         share: makes of the loss what this rank adds to that of all ranks; None where there is one process.
     """
@@ -75,7 +73,10 @@ def build_synthesizer(
     options = decided(options, bptt)
     learned = None
     if options.synthesizer != "exact" or options.tail:
-        future = future_model(options, tail_lookahead(options, bptt), loss_fn, encode, outputs)
+        ahead_fn, width = loss_fn, outputs
+        if told_apart is not None and told_apart < outputs:
+            ahead_fn, width = among_the_first(loss_fn, told_apart), told_apart
+        future = future_model(options, tail_lookahead(options, bptt), ahead_fn, encode, width)
         learned = build_learned(options, bptt, example, cells, encode, future, reduction)
     if options.synthesizer != "exact":
         return learned
@@ -94,8 +95,6 @@ def future_model(
     units = future_units(options)
     if not units or not steps:
         return None
-    if outputs > TOLD_APART:
-        loss_fn, outputs = among_the_first(loss_fn, TOLD_APART), TOLD_APART
     by_part = options.fit == "future" and options.synthesizer == "multi-horizon"
 
     def make(size: int) -> FutureModel:

@@ -20,6 +20,10 @@ from .options import above_zero, at_least, build, option, share
 from .streams import Corpus
 from .streams.text import default_data_dir
 
+SYNTHESIZER_VOCAB_SIZE = 500
+"""Told apart, the rare entries cost as much as the network's own first and last layer, and teach less. (SentencePiece's ids
+begin with its 256 bytes, so that of its pieces some 240 are told apart.)"""
+
 DEFAULTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
         # The setting of dni-pytorch's language model, and of PyTorch's word_language_model example.
@@ -194,6 +198,12 @@ class LanguageModelOptions(CreditOptions):
         group=CREDIT,
         check=at_least(1),
         shown=_by_level("bptt"),
+    )
+    synthesizer_vocab_size: int = option(
+        SYNTHESIZER_VOCAB_SIZE,
+        "entries of the vocabulary that paper, state and multi-horizon tell apart; the others, the rarest, are one to them",
+        group=CREDIT,
+        check=at_least(2),
     )
 
     epochs: int | None = option(

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from . import lm
 from .credit_options import decided, state_products
-from .credit_parts import EMBED, TOLD_APART, build_auxiliary, build_synthesizer, learning_parameters, trainer_settings
+from .credit_parts import EMBED, build_auxiliary, build_synthesizer, learning_parameters, trainer_settings
 from .data_parallel import DataParallel
 from .lm_options import LanguageModelOptions
 from .models.kernels import native_up_to
@@ -40,8 +40,9 @@ def build_trainer(
         bptt=options.bptt,
         example=example,
         cells=LSTM_CELLS if options.model == "lstm" else False,
-        encode=lambda: token_encoders(model.projection.out_features),
+        encode=lambda: token_encoders(model.projection.out_features, options.synthesizer_vocab_size),
         outputs=model.projection.out_features,
+        told_apart=options.synthesizer_vocab_size,
         share=None if parallel is None else parallel.share,
     )
     auxiliary = build_auxiliary(options, example)
@@ -67,9 +68,9 @@ def build_trainer(
     )
 
 
-def token_encoders(vocabulary_size: int) -> tuple[nn.Module, nn.Module]:
+def token_encoders(vocabulary_size: int, told_apart: int) -> tuple[nn.Module, nn.Module]:
     """One embedding of the synthesizer's own for what it looks ahead at, inputs and targets; rare tokens are one to it."""
-    embedding = nn.Embedding(vocabulary_size, EMBED) if vocabulary_size <= TOLD_APART else FirstTokens(TOLD_APART, EMBED)
+    embedding = FirstTokens(told_apart, EMBED) if told_apart < vocabulary_size else nn.Embedding(vocabulary_size, EMBED)
     return embedding, embedding
 
 

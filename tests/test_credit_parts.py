@@ -18,7 +18,7 @@ from dni_seq.credit_options import (
     lookahead_of,
     state_products,
 )
-from dni_seq.credit_parts import EMBED, TOLD_APART, build_synthesizer, trainer_settings
+from dni_seq.credit_parts import EMBED, build_synthesizer, trainer_settings
 from dni_seq.lm import build_model
 from dni_seq.lm_options import LanguageModelOptions, settle
 from dni_seq.lm_trainer import build_trainer
@@ -184,8 +184,7 @@ def test_the_model_of_what_is_ahead(kind):
         return [(model.units, model.output.out_features) for model in models]
 
     assert sizes() == [(256, 2)]
-    assert sizes(TOLD_APART) == sizes(TOLD_APART + 1) == [(256, TOLD_APART)]
-    assert sizes(TOLD_APART + 1, future_units=8) == [(8, TOLD_APART)]
+    assert sizes(outputs=70, future_units=8) == [(8, 70)]
     assert sizes(future_units=0) == sizes(lookahead=0) == sizes(normalize=False) == []
     with pytest.raises(ValueError, match="needs normalised targets"):
         sizes(normalize=False, future_units=8)
@@ -193,8 +192,9 @@ def test_the_model_of_what_is_ahead(kind):
 
 def test_the_rarest_of_many_entries_are_one_to_the_model_of_what_is_ahead():
     """As though each of them were the same word, where it is read and where it is predicted."""
-    many, last = TOLD_APART + 5, TOLD_APART - 1
-    trainer = trainer_of_words(many)
+    many, told_apart = 30, 25
+    last = told_apart - 1
+    trainer = trainer_of_words(many, told_apart)
     (model,) = (part for part in trainer.credit.synthesizer.modules() if isinstance(part, dni.FutureModel))
     steps = model.steps
     targets = torch.tensor([[3], [last], [last + 1], [many - 1]]).expand(4, steps).T.contiguous()
@@ -209,13 +209,24 @@ def test_the_rarest_of_many_entries_are_one_to_the_model_of_what_is_ahead():
     assert torch.equal(found, read)
     assert torch.equal(found, predicted)
     assert not torch.equal(found, model(state, Lookahead(targets.flip(1), targets, valid))[1])
-    logits = torch.randn(steps, 4, TOLD_APART)
+    logits = torch.randn(steps, 4, told_apart)
     losses = nn.functional.cross_entropy(logits.flatten(0, 1), few.flatten(), reduction="none").view_as(few)
     torch.testing.assert_close(model.loss_fn(logits, targets), losses)
 
 
-def trainer_of_words(vocabulary: int) -> dni.SequenceTrainer:
-    options = settle(LanguageModelOptions(tokenizer="word", embed=4, hidden=4), open_corpus())
+@pytest.mark.parametrize("kind", ["paper", "state", "multi-horizon"])
+def test_the_synthesizers_vocabulary_is_as_large_as_asked_for_and_no_larger_than_there_is(kind):
+    def rows(told_apart: int) -> set[int]:
+        synthesizer = trainer_of_words(30, told_apart, synthesizer=kind).credit.synthesizer
+        return {part.num_embeddings for part in synthesizer.modules() if isinstance(part, nn.Embedding)}
+
+    assert rows(29) == {29}
+    assert rows(30) == rows(31) == {30}
+
+
+def trainer_of_words(vocabulary: int, told_apart: int, **given: Any) -> dni.SequenceTrainer:
+    chosen = LanguageModelOptions(tokenizer="word", embed=4, hidden=4, synthesizer_vocab_size=told_apart, **given)
+    options = settle(chosen, open_corpus())
     return build_trainer(options, build_model(options, vocabulary, torch.device("cpu")), torch.device("cpu"))
 
 
