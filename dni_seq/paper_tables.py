@@ -201,7 +201,8 @@ def fidelity(found: list[Line]) -> str:
     for name, symbol in (("cosine", "cos"), ("r2", "R²")):
         values = known(line["fidelity"][name][0] for line in found if line["fidelity"])
         if values:
-            said.append(f"{symbol} {statistics.mean(values):.2f}")
+            value = statistics.mean(values)
+            said.append(f"{symbol} {value:.2f}" if value >= -10 else f"{symbol} below -10")
     return "; ".join(said) or NOTHING
 
 

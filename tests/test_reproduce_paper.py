@@ -16,7 +16,7 @@ from dni_seq.lm_options import LanguageModelOptions
 from dni_seq.models.sequence_model import SequenceModel
 from dni_seq.options import build
 from dni_seq.paper_figures import axes_of, draw_curves, joined, linear, step
-from dni_seq.paper_tables import COLUMNS, MARKS, better, beyond_spread, tables
+from dni_seq.paper_tables import COLUMNS, MARKS, better, beyond_spread, fidelity, tables
 from dni_seq.study import append_line, read_lines
 from dni_seq.task_options import TaskOptions
 from scripts import reproduce_paper
@@ -276,6 +276,15 @@ def test_tables_of_copy_ablation_and_tuning():
     assert f"| copy, small | `none` | 4 | 0.001 | 5 | {len(reproduce_paper.LEARNING_RATES)} |" in text
     assert "| ablation | copy | 6 | 0.15 | 0.20 |" in text
     assert "### time spent" in tables([])
+
+
+def test_an_r2_over_next_to_nothing_is_no_number_to_print():
+    """Where the exact gradient is next to zero, whatever a message says is some 1e38 times as much."""
+    seeds = [
+        line("multi-horizon", seed, 1.0, fidelity={"cosine": [0.1], "r2": [r2]}) for seed, r2 in ((0, -1e38), (1, -9.0))
+    ]
+    assert fidelity(seeds) == "0.25; cos 0.10; R² below -10"
+    assert fidelity(seeds[1:]) == "0.25; cos 0.10; R² -9.00"
 
 
 def test_drawing_from_lines_alone(tmp_path):
