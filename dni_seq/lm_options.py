@@ -201,7 +201,8 @@ class LanguageModelOptions(CreditOptions):
     )
     synthesizer_vocab_size: int = option(
         SYNTHESIZER_VOCAB_SIZE,
-        "entries of the vocabulary that paper, state and multi-horizon tell apart; the others, the rarest, are one to them",
+        "kinds of token to paper, state, multi-horizon and the tail of exact: the first entries of the vocabulary, and one "
+        "for all others (sentencepiece's begin with 256 bytes)",
         group=CREDIT,
         check=at_least(2),
     )

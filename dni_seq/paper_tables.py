@@ -202,7 +202,7 @@ def fidelity(found: list[Line]) -> str:
         values = known(line["fidelity"][name][0] for line in found if line["fidelity"])
         if values:
             value = statistics.mean(values)
-            said.append(f"{symbol} {value:.2f}" if value >= -10 else f"{symbol} below -10")
+            said.append(f"{symbol} below -10" if value < -10 else f"{symbol} {value:.2f}")
     return "; ".join(said) or NOTHING
 
 

@@ -214,11 +214,17 @@ def test_the_rarest_of_many_entries_are_one_to_the_model_of_what_is_ahead():
     torch.testing.assert_close(model.loss_fn(logits, targets), losses)
 
 
-@pytest.mark.parametrize("kind", ["paper", "state", "multi-horizon"])
+@pytest.mark.parametrize("kind", ["paper", "state", "multi-horizon", "exact"])
 def test_the_synthesizers_vocabulary_is_as_large_as_asked_for_and_no_larger_than_there_is(kind):
     def rows(told_apart: int) -> set[int]:
-        synthesizer = trainer_of_words(30, told_apart, synthesizer=kind).credit.synthesizer
-        return {part.num_embeddings for part in synthesizer.modules() if isinstance(part, nn.Embedding)}
+        given = {"synthesizer": kind, "tail": kind == "exact"}
+        # The exact future holds the network itself, whose vocabulary is the whole one.
+        synthesizer = trainer_of_words(30, told_apart, **given).credit.synthesizer
+        parts = list((synthesizer.tail if kind == "exact" else synthesizer).modules())
+        read = {part.num_embeddings for part in parts if isinstance(part, nn.Embedding)}
+        predicted = {part.output.out_features for part in parts if isinstance(part, dni.FutureModel)}
+        assert bool(predicted) == (kind != "paper")
+        return read | predicted
 
     assert rows(29) == {29}
     assert rows(30) == rows(31) == {30}
