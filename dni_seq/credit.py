@@ -160,6 +160,8 @@ class SyntheticCredit:
             raise ValueError(
                 'synthetic_scale="auto" asks what of a message is true, and all of an exact one is: give a number'
             )
+        if settings.targets == "lambda" and not self.interface.learns:
+            raise ValueError('targets="lambda" trains a synthesizer, this one has nothing to train: use "bootstrap"')
         if self.rule.ahead and settings.targets == "lambda":
             raise ValueError('targets="lambda" trains towards targets, this synthesizer learns without any: use "bootstrap"')
 
@@ -180,9 +182,10 @@ class SyntheticCredit:
         return rule
 
     def _may_keep_quiet(self, rule: TargetRule) -> bool:
-        """Whether a window that trains the synthesizer may go without a message, which makes its target free."""
-        bootstraps = any(map(any, rule.following))
-        return self.settings.regress_every > 1 and self._auxiliary is None and not bootstraps and not rule.ahead
+        """Whether this window trains the synthesizer and may go without a message, which makes its target free."""
+        if self.settings.regress_every == 1 or rule.ahead or not (any(rule.trained) and self.interface.learns):
+            return False
+        return self._auxiliary is None and not any(map(any, rule.following))
 
     @property
     def modules(self) -> list[nn.Module]:
@@ -276,8 +279,11 @@ class SyntheticCredit:
 
         Returns the last regression, the norm of its gradient, and whether these were `sound` too, 0-d bool.
         """
+        if not self.interface.learns:  # frozen since: a ring would only grow
+            self._ring.clear()
+            return None, torch.zeros(()), sound
         self._ring.append(states.copied(window))
-        if len(self._ring) < self.settings.replay_windows or not self.interface.learns:
+        if len(self._ring) < self.settings.replay_windows:
             return None, torch.zeros(()), sound
         windows = list(self._ring)
         self._ring.clear()

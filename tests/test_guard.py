@@ -10,7 +10,7 @@ from torch import nn
 
 import dni_seq as dni
 from dni_seq import guard, optimization, soundness, trainer
-from dni_seq.guard import Kept, NonFiniteError, Tally, Whole, buffers_of
+from dni_seq.guard import Kept, NonFiniteError, Tally, Whole, broken_lanes, buffers_apart, buffers_of
 from tests import problems
 from tests.nests import assert_same
 
@@ -252,7 +252,6 @@ def test_a_synthesizer_that_diverges_begins_anew_and_is_switched_off_at_last():
         events += result.events
         if any("diverged" in event for event in result.events):
             assert_same(dict(synthesizer.state_dict()), dict(fresh))
-            assert len(one.credit.optimizer.state) == 0
             resets.append(one.steps)
     assert resets == [3, 6, 9, 12]
     assert (one.credit.resets, one.credit.disabled) == (3, True)
@@ -384,16 +383,38 @@ def test_kept_tensors_come_back_whatever_was_done_to_them():
     assert torch.equal(module.large, torch.ones_like(module.large))
 
 
-def test_whole_takes_optimizers_back():
-    module = nn.Linear(2, 2)
+def test_whole_takes_parameters_buffers_and_optimizers_back():
+    module = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
     optimizer = torch.optim.Adam(module.parameters())
     whole = Whole([module], [optimizer, None])
     before = copy.deepcopy(module.state_dict())
-    module(torch.ones(2)).sum().backward()
+    module(torch.eye(2)).square().sum().backward()
     optimizer.step()
+    for key in ("0.weight", "1.running_mean"):
+        assert not torch.equal(module.state_dict()[key], before[key])
     whole.restore()
     assert_same(dict(module.state_dict()), dict(before))
     assert optimizer.state_dict()["state"] == {}
+
+
+def test_buffers_apart_that_are_one_tensor_stay_one():
+    module = nn.ModuleList([nn.Module(), nn.Module()])
+    shared = torch.zeros(2)
+    for part in module:
+        part.register_buffer("shared", shared)
+    with buffers_apart(module):
+        module[0].shared += 1
+        assert module[1].shared.tolist() == [1, 1]
+    assert module[0].shared is module[1].shared is shared
+    assert shared.tolist() == [0, 0]
+
+
+def test_a_lane_is_broken_where_one_leaf_of_its_state_is():
+    h, c = torch.zeros(2, 3, 4), torch.zeros(3, 4)
+    assert broken_lanes((h, c), (1, 0)) is None
+    h[1, 0, 2] = float("nan")
+    c[2, 3] = float("inf")
+    assert broken_lanes((h, c), (1, 0)).tolist() == [True, False, True]
 
 
 def test_a_tally_counts_rows(decides):

@@ -60,9 +60,7 @@ ENDS = [None, {1: [0], 2: [0, 2]}]
 def test_exact_gradients_sum_to_the_future(name, ends):
     model, windows = make(name, ends)
     past, _ = past_of(model, windows)
-    random = torch.get_rng_state()
     gradients = replayer_of(model).exact_gradients(past[1:])
-    assert torch.equal(torch.get_rng_state(), random)
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
     total = [sum(column) for column in zip(*gradients, strict=True)]
     for found, expected in zip(total, exact_future(model, windows, 1), strict=True):

@@ -11,6 +11,7 @@ from torch import nn
 
 import dni_seq as dni
 from dni_seq import states
+from dni_seq.trainer import ahead_of_window
 from tests import problems, reference
 
 # Sums of products in another order, over at most 12 steps of gradients of size 1: a hundred times float64's epsilon.
@@ -299,6 +300,21 @@ def test_saved_and_loaded_goes_on_to_the_bit(name, with_synthesizer, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(again, first.state_dict()["state"], strict=True))
     assert [second.step(w.inputs, w.targets).loss.item() for w in windows[4:]] == expected
     assert second.steps == len(windows)
+
+
+def test_the_first_state_has_the_windows_own_steps_ahead_and_those_behind_it():
+    inputs = torch.arange(3)[:, None].expand(3, 2)
+    mask = torch.tensor([[True, True], [False, True], [True, False]])
+    valid = torch.tensor([[True, False], [True, False]])
+    behind = dni.Lookahead(inputs[:2] + 10, inputs[:2] + 20, valid, None)
+    ahead = ahead_of_window(
+        inputs, inputs + 5, mask, dni.Lookahead(*(torch.cat([field, field]) for field in behind[:3]), None)
+    )
+    assert ahead.inputs[:, 0].tolist() == [0, 1, 2, 10]
+    assert ahead.targets[:, 0].tolist() == [5, 6, 7, 20]
+    assert ahead.valid.tolist() == [[True, True]] * 3 + [[True, False]]
+    assert ahead.mask.tolist() == [*mask.tolist(), [True, False]]
+    assert ahead_of_window(inputs, inputs + 5, None, behind).mask.all()
 
 
 def test_mask_counts_its_steps_alone():
