@@ -96,8 +96,13 @@ class CreditOptions:
         check=at_least(1),
         shown=f"multi-horizon {HORIZONS}; by words or sentencepiece, fitted, or with a lookahead that is given 1",
     )
-    tail: bool = option(False, "with horizons: one more head for all windows behind them", group=GROUP)
-    draw_horizon: bool = option(False, "with horizons: train one head a window, drawn at random", group=GROUP)
+    tail: bool = option(
+        False,
+        "multi-horizon, paper: one more head for all windows behind the horizons; exact: a synthesizer for what is behind "
+        "its steps",
+        group=GROUP,
+    )
+    draw_horizon: bool = option(False, "fitted heads, or those of paper: train one a window, drawn at random", group=GROUP)
     lookahead: int | None = option(
         None,
         "steps ahead that paper, state and multi-horizon see",
@@ -124,11 +129,11 @@ class CreditOptions:
     )
     fit: str | None = option(
         None,
-        "what messages of state and multi-horizon are: future, the gradient of the model of the steps ahead; fitted to "
-        "targets, a last layer solved from the latest windows or learned by descent",
+        "what messages of state, multi-horizon and exact's tail are: future (not of state), the gradient of the model of "
+        "the steps ahead; fitted to targets, a last layer solved from the latest windows or learned by descent",
         group=GROUP,
         choices=("future", "least-squares", "descent"),
-        shown="least-squares; multi-horizon future, where it can be",
+        shown="multi-horizon and exact's tail future, where it can be; else least-squares, --no-normalize descent",
     )
     message_clip: float = option(
         10.0,
@@ -183,24 +188,53 @@ def decided(options: CreditOptions, bptt: int) -> CreditOptions:
         bptt: T.
 
     Raises:
-        ValueError: that model is asked for where it cannot be.
+        ValueError: that model is asked for where it cannot be, or a last layer solved from targets that are not normalised.
     """
-    steps, horizons = tail_lookahead(options, bptt), horizons_of(options)
-    found = _hindrances(options)
-    if not steps:
-        found.append("--lookahead 0")
-    elif steps % horizons:
-        found.append(f"--lookahead {options.lookahead}, no multiple of --horizons")
-    if options.fit is None:
-        return replace(options, fit="least-squares" if found else "future", horizons=horizons)
-    if options.fit == "future" and found:
+    found = _hindrances(options) + _hindrances_ahead(options, bptt)
+    fit = options.fit
+    if fit is None:
+        fit = "descent" if options.normalize is False else "least-squares" if found else "future"
+    elif fit == "future" and found:
         raise ValueError(f"--fit future is not possible with {found[0]}")
-    return replace(options, horizons=horizons)
+    elif (
+        fit == "least-squares"
+        and options.normalize is False
+        and (options.synthesizer == "state" or _may_learn_ahead(options))
+    ):
+        raise ValueError("--fit least-squares solves for normalised targets: leave out --no-normalize, or --fit descent")
+    return replace(options, fit=fit, horizons=horizons_of(options))
+
+
+def why_fitted(options: CreditOptions, bptt: int) -> str | None:
+    """What made messages fitted to targets where nobody asked for that, as text; None where it is not so.
+
+    Args:
+        options: as given.
+        bptt: T.
+    """
+    if options.fit is not None or not _may_learn_ahead(options):
+        return None
+    return next(iter(_hindrances(options) + _hindrances_ahead(options, bptt)), None)
+
+
+def _may_learn_ahead(options: CreditOptions) -> bool:
+    """Whether it is of a kind whose messages can be the gradient of the model of what is ahead."""
+    return options.synthesizer == "multi-horizon" or (options.synthesizer == "exact" and options.tail)
+
+
+def _hindrances_ahead(options: CreditOptions, bptt: int) -> list[str]:
+    """What rules it out in the steps that the model would see."""
+    steps = tail_lookahead(options, bptt)
+    if not steps:
+        return ["--lookahead 0"]
+    if options.synthesizer == "multi-horizon" and steps % horizons_of(options):
+        return [f"--lookahead {options.lookahead}, no multiple of --horizons"]
+    return []
 
 
 def _hindrances(options: CreditOptions) -> list[str]:
     """What rules out that messages are the gradient of the model of what is ahead, but for the steps that it would see."""
-    learned = options.synthesizer == "multi-horizon" or (options.synthesizer == "exact" and options.tail)
+    learned = _may_learn_ahead(options)
     hindrances = {
         f"--synthesizer {options.synthesizer}": not learned,
         "no model of the steps ahead, --future-units 0": not future_units(options),
@@ -256,7 +290,7 @@ def state_products(options: CreditOptions) -> float:
     heads = horizons_of(options) + options.tail if by_horizon else 1
     if by_horizon and heads == 1 and apart > 1 and not options.auxiliary and options.fit != "future":
         return 0  # its window keeps quiet: see `SequenceTrainer`, regress_every
-    return (1 if options.draw_horizon else heads) / apart
+    return (1 if options.draw_horizon and options.fit != "future" else heads) / apart
 
 
 def regressions_apart(options: CreditOptions) -> int:

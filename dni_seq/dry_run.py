@@ -22,6 +22,7 @@ from .states import floating
 from .streams import WindowStream
 from .trainer import SequenceTrainer
 from .windows import Window
+from .without_effect import remarks
 
 WARM_UP = 3
 """Steps that are not timed: the first ones allocate."""
@@ -51,6 +52,7 @@ def dry_run(options: LanguageModelOptions) -> Iterator[str]:
     trainer = build_trainer(options, model, device)
     windows = (lm.on_device(window, device) for window in itertools.chain.from_iterable(itertools.repeat(stream)))
     first = next(windows)
+    yield from remarks(options, options.bptt, cells=options.model == "lstm")
     yield f"data: {corpus.name}, by {options.tokenizer}, vocabulary {tokenizer.vocabulary_size:,}"
     yield from describe_shapes(trainer, first)
     yield from describe_parameters(trainer)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -215,7 +216,7 @@ def first_tokens(windows: Iterable[Window], limit: int | None) -> Iterator[Windo
 def score_run(
     run: RunDirectory, checkpoint: Path, splits: Iterable[str], options: LanguageModelOptions
 ) -> Iterator[tuple[str, Score]]:
-    """The scores of a run's checkpoint on splits of its corpus, with the device, threads and data of `options`.
+    """The scores of a run's checkpoint on splits of its corpus, with the device, data and `eval_tokens` of `options`.
 
     Raises:
         ValueError: the run or its data cannot be read.
@@ -224,7 +225,7 @@ def score_run(
     loaded = load_run(run, checkpoint, device_of(options.device))
     for split in splits:
         stream = open_split(corpus, split, loaded.tokenizer, loaded.options)
-        yield split, score(loaded.model, stream, loaded.options)
+        yield split, score(loaded.model, stream, dataclasses.replace(loaded.options, eval_tokens=options.eval_tokens))
 
 
 def describe(split: str, result: Score) -> str:

@@ -276,7 +276,8 @@ class Horizons(nn.Module):
         heads: `predict(trigger, context)` gives E_1..E_K and the tail, a list of messages.
         horizons: K.
         tail: whether a last head stands for all windows behind the K-th.
-        draw: train one head, drawn at random, a window: one vector-Jacobian product instead of K.
+        draw: train one head, drawn at random, a window: one vector-Jacobian product instead of K. Heads that learn as they
+            predict do so at every window all the same.
 
     Attributes:
         weights: w, one number a head, the tail's last; 1 at first. Set it, or single entries, at any time.
@@ -320,7 +321,7 @@ class Horizons(nn.Module):
     def target_rule(self, scale: float, discount: float) -> TargetRule:
         """The rule above, for one window."""
         rule = increments(scale, discount, self.weights, self.tail)._replace(ahead=self.learns_ahead)
-        if not self.draw:
+        if not self.draw or self.learns_ahead:  # there a target measures, which all heads learn without
             return rule
         chosen = drawn(len(self.weights), int(self.draws))
         return rule._replace(trained=[i == chosen for i in range(len(self.weights))])

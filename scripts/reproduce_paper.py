@@ -123,7 +123,12 @@ def without(bptt: int) -> dict[str, dict[str, Any]]:
         "fitted, c = 1": {**fitted, "synthetic_scale": "1"},
         "fitted, no model of the future": {**fitted, "future_units": 0},
         "fitted, no lookahead": {**fitted, "lookahead": 0},
-        "fitted, no normalisation": {**fitted, "normalize": False},
+        # Raw targets have no place for a second loss, nor for a solved layer, nor a unit to limit messages by.
+        "fitted by descent, no normalisation, model of the future or limit": {
+            **fitted,
+            "fit": "descent",
+            "normalize": False,
+        },
         "fitted, with a tail": {**fitted, "tail": True},
         "no gate": {"gate": False},
         "c = 0.5": {"synthetic_scale": "0.5"},

@@ -57,6 +57,7 @@ from dni_seq.stopping import StopSignals
 from dni_seq.streams import Corpus, DataError, Tokenizer, WindowStream, load_tokenizer
 from dni_seq.streams.text import EMBEDDED
 from dni_seq.windows import Window
+from dni_seq.without_effect import remarks
 
 LOG_EVERY = 50
 """Steps between two points of the training curves."""
@@ -92,6 +93,8 @@ def command(arguments: Sequence[str] | None, lock: RunLock) -> int:
             presets=PRESETS,
             as_given=as_given,
         )
+        if given.get("dry_run") and given.get("eval_only"):
+            raise ValueError("--dry-run and --eval-only ask for different things: leave one out")
         if given.get("dry_run"):
             for line in dry_run(plan_run(LanguageModelOptions, given).options):
                 print(line, flush=True)
@@ -442,7 +445,7 @@ def prepare(plan: Plan[LanguageModelOptions], ranks: Ranks, lock: RunLock) -> Tr
         with fitting(run.path):
             training.log.load_state_dict(saved["log"], training.device)
         training.resumed_at = training.steps
-    for note in (plan.note, lock.missing):
+    for note in (plan.note, lock.missing, *remarks(options, options.bptt, cells=options.model == "lstm")):
         if note:
             training.progress.say(note)
     say_unknown(training)
@@ -533,6 +536,7 @@ def evaluate_only(plan: Plan[LanguageModelOptions]) -> int:
     """Score a run's best checkpoint, or the one that --resume PATH names; nothing is written."""
     if plan.run is None or plan.checkpoint is None:
         raise ValueError("--eval-only needs --run-dir, the directory of a run that has a checkpoint")
+    torch.set_num_threads(plan.options.threads)
     path = plan.run.best if plan.options.resume == "auto" else Path(str(plan.options.resume))
     for split, result in lm.score_run(plan.run, path, ("valid", "test"), plan.options):
         print(lm.describe(split, result))

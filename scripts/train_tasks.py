@@ -61,6 +61,7 @@ from dni_seq.stopping import StopSignals
 from dni_seq.task_options import TaskOptions, as_given, settle
 from dni_seq.tasks import TASKS, Curriculum, Stage, Task, TaskStream, mean_error
 from dni_seq.windows import Window
+from dni_seq.without_effect import remarks
 
 LOG_EVERY = 100
 """Updates between two points of the curves."""
@@ -359,7 +360,7 @@ def prepare(plan: Plan[TaskOptions], lock: RunLock) -> Training:
         with fitting(run.path):
             log.load_state_dict(checkpoint["log"], device)
     progress = Progress(options.updates, trainer.steps)
-    for note in (plan.note, lock.missing):
+    for note in (plan.note, lock.missing, *remarks(options, options.bptt, cells=options.model == "lstm")):
         if note:
             progress.say(note)
     return Training(options, run, device, task, stream, curriculum, fresh, model, trainer, counters, log, progress)

@@ -672,7 +672,7 @@ COMPARED_AT = {"auto": [4, 7, 10], "multi-horizon": [6, 12], "multi-horizon-auto
 
 @pytest.mark.parametrize("kind", COMPARED_AT)
 def test_comparisons_wait_for_the_windows_they_hold_messages_against(kind):
-    """From windows 3, 6, 9 on: one message is held against 2 windows, two horizons and a tail against 4, two against their own.
+    """From windows 3, 6, 9 on: one message with 2 windows, two horizons and a tail with 4, two with their own.
 
     No comparison begins while another one waits.
     """

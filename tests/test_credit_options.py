@@ -32,9 +32,21 @@ HINDRANCES = {
 def test_where_the_model_of_the_steps_ahead_cannot_give_messages(name):
     """By default they are fitted there; asked for all the same, the text says what is in the way."""
     given = {"synthesizer": "multi-horizon"} | HINDRANCES[name]
-    assert decided(build(CreditOptions, given), BPTT).fit == "least-squares"
+    assert decided(build(CreditOptions, given), BPTT).fit == ("descent" if name == "no-normalize" else "least-squares")
     with pytest.raises(ValueError, match=f"--fit future is not possible with .*{name}"):
         decided(build(CreditOptions, given | {"fit": "future"}), BPTT)
+
+
+@pytest.mark.parametrize("given", [{"synthesizer": "state"}, {}, {"synthesizer": "exact", "tail": True}])
+def test_raw_targets_are_not_solved_for(given):
+    with pytest.raises(ValueError, match="leave out --no-normalize, or --fit descent"):
+        decided(build(CreditOptions, given | {"fit": "least-squares", "normalize": False}), BPTT)
+    assert decided(build(CreditOptions, given | {"normalize": False}), BPTT).fit == "descent"
+
+
+def test_the_tail_of_an_exact_gradient_reads_any_number_of_steps():
+    """Its model has one part, however many windows they are."""
+    assert decided(CreditOptions(synthesizer="exact", tail=True, horizons=2, lookahead=3), BPTT).fit == "future"
 
 
 def test_horizons_by_default():

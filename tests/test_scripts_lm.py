@@ -188,6 +188,8 @@ def test_evaluation_and_samples_from_the_run_directory_alone(trained, tmp_path):
     result = call("train_lm", "--eval-only", "--run-dir", str(trained), cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert f"ppl {summary['valid']['ppl']:.2f}" in result.stdout
+    fewer = call("train_lm", "--eval-only", "--run-dir", str(trained), "--eval-tokens", "64", cwd=tmp_path)
+    assert f"ppl {summary['valid']['ppl']:.2f}" not in fewer.stdout, "only the split's beginning is scored"
     sample = ("sample_lm", str(trained), "--prompt", "The", "--length", "40", "--top-k", "5", "--temperature", "0.5")
     first = call(*sample, "--seed", "3", cwd=tmp_path)
     assert first.returncode == 0, first.stderr
@@ -225,6 +227,7 @@ def test_bad_input_is_one_line_and_status_2(trained, tmp_path):
         ("--resume", "text.pt"): "not a checkpoint",
         ("--resume", "auto"): "needs --run-dir",
         ("--eval-only",): "needs --run-dir",
+        ("--eval-only", "--dry-run"): "leave one out",
         ("--config", "missing.json"): "cannot read the configuration",
         ("--run-dir", str(trained)): "holds a run already: add --resume auto",
         ("--run-dir", str(trained), "--hidden", "9"): "another configuration (--hidden 8 there, 9 here)",
