@@ -168,6 +168,8 @@ def main() -> None:
     if options.one:
         print(json.dumps(measure(options.one[0], Point(**json.loads(options.one[1])))))
         return
+    if options.draw and options.output is None:
+        parser.error("--draw reads what is on record: add --output")
     lines = read_lines(options.output) if options.draw else []
     for name, value, way, point in [] if options.draw else points(options.only):
         lines.append({"varied": name, "value": value, "way": way, **in_process(way, point), "torch": torch.__version__})

@@ -370,7 +370,7 @@ def main() -> None:
     parser.add_argument("--way", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--seconds", type=float, default=0.0, help="for each cell at least")
     parser.add_argument("--output", type=Path, help="JSON lines; printed too")
-    parser.add_argument("--profile", choices=SETTINGS, help="print where the time goes, of one way")
+    parser.add_argument("--profile", choices=SETTINGS, help="print where the time goes, of each --way and --bptt")
     parser.add_argument("--memory", action="store_true", help="memory instead of time")
     parser.add_argument("--windows", type=int, default=10_000, help="of --memory (default: 10000)")
     parser.add_argument("--one", nargs=3, metavar=("SETTING", "T", "WAY"), help=argparse.SUPPRESS)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -38,7 +39,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if given.png is not None:
             plot(runs, given.png)
         if given.markdown is not None:
-            Path(given.markdown).write_text(as_markdown(rows, given.png), encoding="utf-8")
+            page = Path(given.markdown)
+            picture = None if given.png is None else Path(os.path.relpath(given.png, page.parent)).as_posix()
+            page.write_text(as_markdown(rows, picture), encoding="utf-8")
     except (ValueError, OSError) as error:
         return report("compare_runs", error)
     print(as_text(rows))
@@ -144,7 +147,7 @@ def as_text(rows: Sequence[Sequence[str]]) -> str:
 
 
 def as_markdown(rows: Sequence[Sequence[str]], png: str | None) -> str:
-    """The table as Markdown, with the plot below it."""
+    """The table as Markdown, with the plot, a path from where the table lies, below it."""
     lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
     lines.insert(1, "|" + "---|" * len(rows[0]))
     if png is not None:

@@ -196,7 +196,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     away = parts.add_parser("ablation", help="one thing taken away, or added", allow_abbrev=False)
     away.add_argument("--task", choices=[task for task, _ in ABLATION], nargs="+", default=[task for task, _ in ABLATION])
     for part in (table, away):
-        part.add_argument("--seeds", type=positive, default=3, help="from 0 on (default: 3)")
+        part.add_argument("--seeds", type=positive, default=3, help="from 0 on (default: 3; --tune has one of its own)")
         part.add_argument("--lr", type=rate, help="the network's learning rate, in the place of tuned ones")
         part.add_argument("--synthesizer-lr", type=rate, help="the synthesizer's, given with --lr")
         part.add_argument("--jobs", type=positive, default=1, help="cells side by side (default: 1)")
@@ -208,7 +208,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     for part in (table, away, parts.add_parser("draw", help="only tables and curves", allow_abbrev=False)):
         part.add_argument("--results", type=Path, default=Path("docs/results/paper.jsonl"), metavar="FILE")
         part.add_argument("--page", type=Path, default=Path("docs/results/paper.md"), metavar="FILE")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if getattr(options, "synthesizer_lr", None) is not None and options.lr is None:
+        parser.error("--synthesizer-lr is given with --lr: add --lr")
+    return options
 
 
 def positive(text: str) -> int:
@@ -229,6 +232,8 @@ def rate(text: str) -> float:
 
 def table1(options: argparse.Namespace, lines: list[dict[str, Any]]) -> list[Cell]:
     """The cells of a call, seeds outermost, so that a study that is not through has a whole table of fewer seeds."""
+    if options.tune and options.lr is not None:
+        raise ValueError("--tune tries a grid of rates: leave out --lr")
     if options.data_file is not None:
         if options.task != "ptb" or options.tune or options.break_ties:
             raise ValueError(

@@ -50,7 +50,18 @@ KINDS = MappingProxyType(
         "exact with tail": ("--synthesizer", "exact", "--exact-steps", "3", "--tail", "--synthesizer-hidden", "8"),
         "lambda": (*_BASIC, "--targets", "lambda", "--replay-windows", "3"),
         "target network": (*_BASIC, "--target-network", "7"),
-        "lambda, target network": (*_MULTI, "--targets", "lambda", "--replay-windows", "4", "--target-network", "5"),
+        "lambda, target network": (
+            *_MULTI,
+            "--horizons",
+            "2",
+            "--tail",
+            "--targets",
+            "lambda",
+            "--replay-windows",
+            "4",
+            "--target-network",
+            "5",
+        ),
         "auxiliary": (*_BASIC, "--auxiliary", "0.1"),
     }
 )

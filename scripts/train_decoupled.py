@@ -73,15 +73,19 @@ class DecoupledOptions:
         choices=("unlocked", "locked", "alone"),
     )
     updates: int = option(2000, "of each part", group=_RUN, check=at_least(1))
-    exchange_every: int = option(20, "updates between two messages to the other part", group=_RUN, check=at_least(1))
+    exchange_every: int = option(
+        20, "unlocked: updates between two messages to the other part", group=_RUN, check=at_least(1)
+    )
     lr: float = option(3e-4, "learning rate of the parts (Adam)", group=_RUN, check=above_zero)
-    synthesizer_lr: float = option(3e-3, "learning rate of their synthesizers, likewise", group=_RUN, check=above_zero)
+    synthesizer_lr: float = option(
+        3e-3, "learning rate of their synthesizers, likewise (locked has none)", group=_RUN, check=above_zero
+    )
     seed: int = option(0, "of the weights and the order of the images", group=_RUN, check=at_least(0))
     run_dir: str | None = option(None, "directory of the run", group=_RUN, metavar="DIR", shown="runs/decoupled-DATE-TIME")
     rank_timeout: float = option(TIMEOUT, "seconds after which a silent part counts as dead", group=_RUN, check=above_zero)
     plot: bool = option(False, "draw timeline.png (needs matplotlib, the extra plots)", group=_RUN)
-    pause_at: int | None = option(None, "part B pauses when it has done so many updates", group=_PAUSE, check=at_least(0))
-    pause_seconds: float = option(5.0, "for how long", group=_PAUSE, check=above_zero)
+    pause_at: int | None = option(None, "part B pauses when it has done so many updates", group=_PAUSE, check=at_least(1))
+    pause_seconds: float = option(5.0, "for how long, with --pause-at", group=_PAUSE, check=above_zero)
 
 
 class Batch(NamedTuple):
@@ -146,8 +150,10 @@ def new_directory(options: DecoupledOptions) -> Path:
     """The run's directory, with its configuration.
 
     Raises:
-        ValueError: there is something in it, or there is nothing to draw with.
+        ValueError: there is something in it, there is nothing to draw with, or the pause would never come.
     """
+    if options.pause_at is not None and options.pause_at > options.updates:
+        raise ValueError(f"--pause-at {options.pause_at} never comes in --updates {options.updates}: give a smaller one")
     if options.plot and find_spec("matplotlib") is None:
         raise ValueError("--plot needs matplotlib: pip install 'dni-seq[plots]'")
     path = Path(options.run_dir) if options.run_dir else new_run_path(f"decoupled-{options.network}")

@@ -39,7 +39,7 @@ from dni_seq.checkpoint import write_json
 from dni_seq.interfaces import BackwardInterface, BidirectionalInterface, synthesizer_context
 from dni_seq.models import feedforward
 from dni_seq.models.feedforward import FeedForward, SynthesizerSettings
-from dni_seq.options import above_zero, at_least, build, option, parse, report
+from dni_seq.options import above_zero, at_least, build, flag, option, parse, report
 from dni_seq.rundir import check_unused, new_run_path
 from dni_seq.runlog import RunLog
 from dni_seq.streams import digits
@@ -117,6 +117,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         path = Path(options.run_dir) if options.run_dir else new_run_path(options.dataset)
         check_unused(path)
         data = digits.load(options.dataset)
+        if options.batch_size > len(data.train_labels):
+            raise ValueError(f"--batch-size {options.batch_size} is more than the {len(data.train_labels)} training images")
         path.mkdir(parents=True, exist_ok=True)
         write_json(path / "config.json", dataclasses.asdict(options))
         log = RunLog(path)
@@ -141,9 +143,11 @@ _PROG = "train_feedforward"
 
 def check_together(options: FeedForwardOptions) -> None:
     """Raise a ValueError where options contradict each other."""
-    if options.unlock == "none" and (options.context or options.p_update is not None):
-        name = "--context" if options.context else "--p-update"
-        raise ValueError(f"{name} needs interfaces: add --unlock backward or --unlock full, or leave it out")
+    if options.unlock == "none":
+        defaults = FeedForwardOptions()
+        for name in ("context", "p_update", "decouple", "synthesizer_layers", "synthesizer_hidden", "synthesizer_lr"):
+            if getattr(options, name) != getattr(defaults, name):
+                raise ValueError(f"{flag(name)} needs interfaces: add --unlock backward or --unlock full, or leave it out")
 
 
 def train(options: FeedForwardOptions, data: Digits, show: Callable[[int, dict[str, float]], None]) -> dict[str, Any]:

@@ -53,6 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
     try:
         options = build(SlowTickingOptions, parse(SlowTickingOptions, arguments, prog=_PROG, description=__doc__ or ""))
+        if options.joint != "none" and options.blocks < options.ticks:
+            raise ValueError(f"--blocks {options.blocks} end before the slow network has stepped: give --ticks at least")
         path = None if options.run_dir is None else Path(options.run_dir)
         if path is not None:
             check_unused(path)

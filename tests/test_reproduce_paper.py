@@ -66,7 +66,7 @@ ALL = [
 @pytest.mark.parametrize("arguments", ALL, ids=" ".join)
 def test_every_cell_can_be_built(arguments):
     """The commands take their options, a trainer takes what comes of them, and no two cells are the same."""
-    found = cells(*arguments, *RATES)
+    found = cells(*arguments, *(() if "--tune" in arguments else RATES))
     assert (
         len({cell.key() for cell in found})
         == len({json.dumps(cell.options, sort_keys=True) for cell in found})
@@ -191,8 +191,9 @@ def test_ties_are_broken_by_the_whole_budget():
         (tuned("paper", 4, (1e-3, 3e-4))[:-2], (), "2 of the learning rates for paper on copy at T = 4 are not tried yet"),
         ([], ("--lr", "1e-3"), "--lr needs --synthesizer-lr"),
         ([], ("--data-file", "none.txt"), "--data-file is for --task ptb"),
+        ([], ("--tune", "--lr", "1e-3"), "leave out --lr"),
     ],
-    ids=["untuned", "half-tuned", "one-rate", "data-file"],
+    ids=["untuned", "half-tuned", "one-rate", "data-file", "tuned-rate"],
 )
 def test_missing_rates_and_files_are_told(lines, more, match, tmp_path, capsys):
     results, page = tmp_path / "results.jsonl", tmp_path / "page.md"
@@ -205,6 +206,12 @@ def test_missing_rates_and_files_are_told(lines, more, match, tmp_path, capsys):
     assert match in errors
     assert errors.count("\n") == 1
     assert page.read_text() == PAGE
+
+
+def test_the_synthesizers_rate_alone_is_refused(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        reproduce_paper.main(["ablation", "--synthesizer-lr", "1e-3"])
+    assert "add --lr" in capsys.readouterr().err
 
 
 def test_the_sooner_of_two_equal_lengths_is_better():

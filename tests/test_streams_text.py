@@ -124,6 +124,8 @@ def test_options_that_contradict_are_refused(tmp_path: Path) -> None:
         open_corpus("ptb", data_file=path)
     with pytest.raises(DataError, match="give --data-file too"):
         open_corpus(valid_file=path)
+    with pytest.raises(DataError, match="not for pydoc"):
+        open_corpus(text_column="title")
 
 
 def test_a_file_that_goes_away_while_it_is_read_is_an_error(tmp_path: Path) -> None:

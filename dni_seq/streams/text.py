@@ -92,6 +92,11 @@ def open_corpus(
     if valid_file is not None or test_file is not None:
         raise DataError("--valid-file and --test-file go with --data-file: give --data-file too")
     if dataset is None or dataset == EMBEDDED:
+        if config is not None or revision is not None or text_column is not None:
+            raise DataError(
+                f"--dataset-config, --dataset-revision and --text-column are for a --dataset on the Hub or a --data-file, "
+                f"not for {EMBEDDED}: leave them out"
+            )
         return _corpus(EMBEDDED, load_pydoc(), "char")
     corpus = find_corpus(dataset, config, revision, text_column)
     if corpus is None:
