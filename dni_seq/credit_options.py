@@ -190,7 +190,7 @@ def decided(options: CreditOptions, bptt: int) -> CreditOptions:
     Raises:
         ValueError: that model is asked for where it cannot be, or a last layer solved from targets that are not normalised.
     """
-    found = _hindrances(options) + _hindrances_ahead(options, bptt)
+    found = _all_hindrances(options, bptt)
     fit = options.fit
     if fit is None:
         fit = "descent" if options.normalize is False else "least-squares" if found else "future"
@@ -214,7 +214,7 @@ def why_fitted(options: CreditOptions, bptt: int) -> str | None:
     """
     if options.fit is not None or not _may_learn_ahead(options):
         return None
-    return next(iter(_hindrances(options) + _hindrances_ahead(options, bptt)), None)
+    return next(iter(_all_hindrances(options, bptt)), None)
 
 
 def _may_learn_ahead(options: CreditOptions) -> bool:
@@ -222,18 +222,18 @@ def _may_learn_ahead(options: CreditOptions) -> bool:
     return options.synthesizer == "multi-horizon" or (options.synthesizer == "exact" and options.tail)
 
 
-def _hindrances_ahead(options: CreditOptions, bptt: int) -> list[str]:
-    """What rules it out in the steps that the model would see."""
-    steps = tail_lookahead(options, bptt)
+def _all_hindrances(options: CreditOptions, bptt: int) -> list[str]:
+    """What rules out that messages are the gradient of the model of what is ahead."""
+    found, steps = _hindrances(options), tail_lookahead(options, bptt)
     if not steps:
-        return ["--lookahead 0"]
-    if options.synthesizer == "multi-horizon" and steps % horizons_of(options):
-        return [f"--lookahead {options.lookahead}, no multiple of --horizons"]
-    return []
+        found.append("--lookahead 0")
+    elif options.synthesizer == "multi-horizon" and steps % horizons_of(options):
+        found.append(f"--lookahead {options.lookahead}, no multiple of --horizons")
+    return found
 
 
 def _hindrances(options: CreditOptions) -> list[str]:
-    """What rules out that messages are the gradient of the model of what is ahead, but for the steps that it would see."""
+    """The same, but for the steps that the model would see, which depend on what this says."""
     learned = _may_learn_ahead(options)
     hindrances = {
         f"--synthesizer {options.synthesizer}": not learned,
@@ -274,6 +274,17 @@ def unsettled(
             options = free
             followed.append(name)
     return {name: value for name, value in config.items() if name not in followed}
+
+
+def scale_of(options: CreditOptions) -> float | Literal["auto"]:
+    """The share of the synthetic gradient that is injected, given or by default; options as `decided`."""
+    usual = "1" if options.fit == "future" else SCALES.get(options.synthesizer, "0")
+    return scale(usual if options.synthetic_scale is None else options.synthetic_scale)
+
+
+def normalizes(options: CreditOptions) -> bool:
+    """Whether messages are in units of their targets' size, given or by default."""
+    return options.synthesizer != "paper" if options.normalize is None else options.normalize
 
 
 def future_units(options: CreditOptions) -> int:

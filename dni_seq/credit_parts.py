@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from .credit_options import (
     AUTO_FIDELITY_EVERY,
     DISCOUNTS,
-    SCALES,
     CreditOptions,
     decided,
     future_units,
     horizons_of,
+    normalizes,
     regressions_apart,
-    scale,
+    scale_of,
     tail_lookahead,
 )
 from .exact_future import ExactFuture
@@ -125,7 +125,7 @@ def build_learned(
     """A synthesizer that learns; that of exact's tail is a multi-horizon one of one horizon. Arguments as above."""
     kind = options.synthesizer
     horizons, tail = (1, False) if kind == "exact" else (horizons_of(options), options.tail)
-    normalize = kind != "paper" if options.normalize is None else options.normalize
+    normalize = normalizes(options)
     if not (kind != "paper" if options.gate is None else options.gate):
         cells = False
     limit = options.message_clip or None
@@ -195,8 +195,7 @@ def build_auxiliary(options: CreditOptions, example: State) -> nn.Module | None:
 
 def trainer_settings(options: CreditOptions) -> dict[str, Any]:
     """The keyword arguments of `SequenceTrainer` that the options decide, but for the synthesizer and its optimizer."""
-    usual = "1" if options.fit == "future" else SCALES.get(options.synthesizer, "0")
-    chosen = scale(usual if options.synthetic_scale is None else options.synthetic_scale)
+    chosen = scale_of(options)
     discount = DISCOUNTS.get(options.synthesizer, 1.0) if options.discount is None else options.discount
     usual_clip = 0.0 if options.fit == "future" else 1.0
     clip = usual_clip if options.synthesizer_clip is None else options.synthesizer_clip

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Iterator
-from typing import Any
 
-from .credit_options import CreditOptions, decided, horizons_of, why_fitted
+from .credit_options import CreditOptions, decided, horizons_of, normalizes, scale_of, why_fitted
 from .options import flag
 
 _FITTED = ("synthesizer_hidden", "synthesizer_layers")
@@ -61,12 +60,13 @@ def _reasons(options: CreditOptions, bptt: int, cells: bool) -> Iterator[tuple[s
         return
     if not cells:
         yield "a model without an LSTM's cells", ["gate"]
-    yield from _of_networks(options, decided(options, bptt))
-    yield from _of_targets(options, decided(options, bptt))
+    chosen = decided(options, bptt)
+    yield from _of_networks(chosen)
+    yield from _of_targets(chosen)
 
 
-def _of_networks(options: CreditOptions, chosen: CreditOptions) -> Iterator[tuple[str, Iterable[str]]]:
-    """Of what the synthesizer is built from; `chosen` as `decided`."""
+def _of_networks(options: CreditOptions) -> Iterator[tuple[str, Iterable[str]]]:
+    """Of what the synthesizer is built from; options as `decided`."""
     kind = options.synthesizer
     if kind == "basic":
         yield "--synthesizer basic", ["tail", "draw_horizon", "horizons", *_FITTED, *_AHEAD]
@@ -76,33 +76,26 @@ def _of_networks(options: CreditOptions, chosen: CreditOptions) -> Iterator[tupl
         yield "--synthesizer state", ["tail", "draw_horizon"]
     elif kind == "exact":
         yield "--synthesizer exact", ["draw_horizon"]
-    if chosen.fit == "future":
+    if options.fit == "future":
         yield "messages that are the gradient of a model of what is ahead", [*_FITTED, "draw_horizon"]
-    elif kind in ("multi-horizon", "paper") and horizons_of(chosen) + options.tail == 1:
+    elif kind in ("multi-horizon", "paper") and horizons_of(options) + options.tail == 1:
         yield "one horizon", ["draw_horizon"]
-    if not options.normalize and (kind == "paper" or options.normalize is False):
+    if not normalizes(options):
         yield "messages that are not normalised", ["message_clip"]
 
 
-def _of_targets(options: CreditOptions, chosen: CreditOptions) -> Iterator[tuple[str, Iterable[str]]]:
-    """Of what the synthesizer is trained towards."""
-    kind, horizons = options.synthesizer, horizons_of(chosen)
-    fitted = kind in ("basic", "paper", "state") or chosen.fit != "future"
+def _of_targets(options: CreditOptions) -> Iterator[tuple[str, Iterable[str]]]:
+    """Of what the synthesizer is trained towards; options as `decided`."""
+    kind, horizons, fitted = options.synthesizer, horizons_of(options), options.fit != "future"
     last_on_itself = kind in ("basic", "state") or (kind == "paper" and horizons == 1) or (fitted and options.tail)
     if options.targets == "lambda":
         yield "--targets lambda", ["regress_every", "draw_horizon"]
     else:
         yield "--targets bootstrap", ["lam"]
-        compared = options.fidelity_every > 0 or options.synthetic_scale == "auto"
-        if not (last_on_itself and (compared or _automatic(options, chosen))):
+        compared = options.fidelity_every > 0 or scale_of(options) == "auto"
+        if not (last_on_itself and compared):
             yield "--targets bootstrap", ["replay_windows"]
     if kind == "exact" and not fitted:
         yield "a tail that is the gradient of a model of what is ahead", ["discount", *_TARGETS]
     elif horizons == 1 and not last_on_itself:
         yield "one horizon, whose target is the window's own gradient", ["discount", *_TARGETS]
-
-
-def _automatic(options: CreditOptions, chosen: CreditOptions) -> bool:
-    """Whether the scale is automatic because nothing else was said."""
-    by_default: dict[str, Any] = {"basic": True, "state": True, "multi-horizon": chosen.fit != "future"}
-    return options.synthetic_scale is None and by_default.get(options.synthesizer, False)

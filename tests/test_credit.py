@@ -202,40 +202,49 @@ def test_automatic_scale_trusts_what_is_true_and_nothing_else(useful):
         assert scales[-30:-1].mean() < 0.01
 
 
+class Told(nn.Module):
+    """M(s) = weight · s, which keeps the targets that it is given."""
+
+    def __init__(self, weight):
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor(weight, dtype=torch.float64))
+        self.targets = []
+
+    def forward(self, trigger, context):
+        return states.map_floating(lambda t: t * self.weight, trigger)
+
+    def regress(self, trigger, context, targets):
+        self.targets += targets
+        loss = self.weight**2
+        return Regression(loss, *[loss.detach()[None]] * 3)
+
+
+def told_targets(weight, later=None, ends=None, **settings):
+    """The targets of a frozen RNN's 8 windows, for messages weight · s, or `later` · s once the trainer is made."""
+    model = problems.make_model("lstm")
+    told = Told(weight)
+    trainer = dni.SequenceTrainer(
+        model,
+        problems.frozen(model),
+        problems.summed,
+        synthesizer=told,
+        synthesizer_optimizer=torch.optim.SGD(told.parameters(), 0.0),
+        discount=0.8,
+        initial_state=lambda lanes: trainer_initial(model),
+        **settings,
+    )
+    if later is not None:
+        with torch.no_grad():
+            told.weight.fill_(later)
+    steps(trainer, windows_of(T * 8, ends))
+    return told.targets
+
+
 def test_lambda_targets_reach_the_synthesizer():
     """What is regressed on is what the replay gives, once for each window of the ring, the RNN frozen."""
 
-    class Listener(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.weight = nn.Parameter(torch.zeros((), dtype=torch.float64))
-            self.targets = []
-
-        def forward(self, trigger, context):
-            return states.map_floating(lambda t: t * 0.1 + self.weight, trigger)
-
-        def regress(self, trigger, context, targets):
-            self.targets += targets
-            loss = self.weight**2
-            return Regression(loss, loss.detach()[None], loss.detach()[None], loss.detach()[None])
-
     def heard(lam, ring):
-        model = problems.make_model("lstm")
-        listener = Listener()
-        trainer = dni.SequenceTrainer(
-            model,
-            problems.frozen(model),
-            problems.summed,
-            synthesizer=listener,
-            synthesizer_optimizer=torch.optim.SGD(listener.parameters(), 0.0),
-            targets="lambda",
-            lam=lam,
-            replay_windows=ring,
-            discount=0.8,
-            initial_state=lambda lanes: trainer_initial(model),
-        )
-        steps(trainer, windows_of(3 * 8, {2: [0]}))
-        return listener.targets
+        return told_targets(0.1, ends={2: [0]}, targets="lambda", lam=lam, replay_windows=ring)
 
     bootstrapped, mixed, exact = heard(0.0, 1), heard(0.5, 4), heard(1.0, 4)
     assert len(bootstrapped) == len(mixed) == len(exact) == 8
@@ -592,47 +601,13 @@ def test_a_synthesizer_that_is_frozen_later_keeps_no_windows():
     assert trainer.credit.state_dict()["ring"] == []
 
 
-class Told(nn.Module):
-    """M(s) = weight · s, which keeps the targets that it is given."""
-
-    def __init__(self, weight):
-        super().__init__()
-        self.weight = nn.Parameter(torch.tensor(weight, dtype=torch.float64))
-        self.targets = []
-
-    def forward(self, trigger, context):
-        return states.map_floating(lambda t: t * self.weight, trigger)
-
-    def regress(self, trigger, context, targets):
-        self.targets += targets
-        loss = self.weight**2
-        return Regression(loss, *[loss.detach()[None]] * 3)
-
-
 @pytest.mark.parametrize("targets", ["bootstrap", "lambda"])
 def test_targets_bootstrap_on_the_target_network(targets):
     """The copy says what is behind a window, whatever the synthesizer has become since; nothing is injected here."""
 
     def heard(copied, live, target_network):
-        model = problems.make_model("lstm")
-        told = Told(copied)
-        trainer = dni.SequenceTrainer(
-            model,
-            problems.frozen(model),
-            problems.summed,
-            synthesizer=told,
-            synthesizer_optimizer=torch.optim.SGD(told.parameters(), 0.0),
-            synthetic_scale=0.0,
-            discount=0.8,
-            targets=targets,
-            replay_windows=4,
-            target_network=target_network,
-            initial_state=lambda lanes: trainer_initial(model),
-        )
-        with torch.no_grad():
-            told.weight.fill_(live)
-        steps(trainer, windows_of(T * 8))
-        return [leaf for target in told.targets for leaf in states.floating(target)]
+        settings = {"synthetic_scale": 0.0, "targets": targets, "replay_windows": 4, "target_network": target_network}
+        return [leaf for target in told_targets(copied, live, **settings) for leaf in states.floating(target)]
 
     by_copy, by_itself = heard(0.3, 0.3, 0), heard(2.0, 2.0, 0)
     found = heard(0.3, 2.0, 100)
