@@ -25,7 +25,7 @@ from .diagnostics import StateFidelity, fidelity
 from .exact_future import ExactFuture
 from .guard import Kept, Tally, Whole, all_finite, buffers_of, decided_here
 from .interfaces import Exchange, silence, synthesizer_context
-from .optimization import clipped_step, forget, gradient_norm
+from .optimization import clipped_step, forget, gradient_norm, total_norm
 from .reliability import Reliability, RunningFidelity
 from .replay import Past, Replayer, map_past, pack, unpack
 from .soundness import SoundInterface
@@ -259,7 +259,7 @@ class SyntheticCredit:
         return Synthetic(
             loss=regression.loss,
             gradient_norm=norm,
-            injected_ratio=unknown if own is None else injected / nn.utils.get_total_norm(own),
+            injected_ratio=unknown if own is None else injected / total_norm(own),
             cosine=regression.cosine,
             r2=self._running.r2(len(regression.error)),
             scale=torch.tensor(self.rule.weights),

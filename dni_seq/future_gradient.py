@@ -16,7 +16,7 @@ Legend: B = lanes, S = numbers in one lane's packed state, m = lookahead in step
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,6 +28,14 @@ from .states import State
 from .synthesizers import Regression
 from .targets import TargetRule, increments
 from .windows import Reduction, step_weight
+
+
+class _Known(NamedTuple):
+    """Limits of messages, the mean squares that they are of, and the version that these had."""
+
+    of: Tensor
+    version: int
+    limits: tuple[Tensor, Tensor]
 
 
 class FutureGradient(PackedSynthesizer):
@@ -68,6 +76,7 @@ class FutureGradient(PackedSynthesizer):
         trunk = StateTrunk(example, model.parts, hidden=(), batch_dim=batch_dim, future=lambda _: model)
         super().__init__(trunk, example, cells, decay, limit)
         self.window, self.reduction = window, reduction
+        self._known: _Known | None = None
         step_weight(reduction, window, 1)  # says what is wrong with them
 
     @property
@@ -103,10 +112,22 @@ class FutureGradient(PackedSynthesizer):
     def _unpacked(self, outputs: Outputs, trigger: State) -> list[State]:
         found = outputs.messages
         if self.limit is not None:
+            found = found.clamp(*self._limits())
+        return [self.packing.unpack(message, trigger) for message in found.unbind(1)]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy takes over: what is known of one tensor's versions says nothing of its copy's."""
+        return {**self.__dict__, "_known": None}
+
+    def _limits(self) -> tuple[Tensor, Tensor]:
+        """Least and largest number of a message, [K, S]; computed anew at the few windows that change the mean squares."""
+        of = self.mean_square
+        if self._known is None or self._known.of is not of or self._known.version != of._version:
+            assert self.limit is not None
             scales = self._scales()  # zero before the first target, and where all were zero: no unit to limit it by
             largest = torch.where(scales > 0, self.limit * scales, torch.inf)
-            found = found.clamp(-largest, largest)
-        return [self.packing.unpack(message, trigger) for message in found.unbind(1)]
+            self._known = _Known(of, of._version, (-largest, largest))
+        return self._known.limits
 
     def regress(self, trigger: State, context: Any, targets: list[State | None]) -> Regression:
         """The model's own mean loss, which trains it; against the targets that are there the message is measured.

@@ -62,7 +62,20 @@ class JoinedOptimizer(torch.optim.Optimizer):
 
 def gradient_norm(optimizer: torch.optim.Optimizer) -> Tensor:
     """The norm of the gradients of `optimizer`'s parameters together, 0-d; 0 where none has a gradient."""
-    return nn.utils.get_total_norm([_numbers(p) for p in _parameters(optimizer) if p.grad is not None])
+    return total_norm([_numbers(p, p.grad) for p in _parameters(optimizer) if p.grad is not None])
+
+
+@torch.no_grad()
+def total_norm(tensors: Sequence[Tensor]) -> Tensor:
+    """The norm of `tensors` together, 0-d; 0 for none.
+
+    It is that of `torch.nn.utils.get_total_norm`, which sorts tensors by device and type first; on the CPU, where there is
+    one of each and no launch to save, that takes longer than a short window can spare.
+    """
+    if not tensors or any(tensor.device.type != "cpu" for tensor in tensors):
+        return nn.utils.get_total_norm(tensors)
+    norms = [torch.linalg.vector_norm(tensor) for tensor in tensors]
+    return torch.linalg.vector_norm(torch.stack(norms))
 
 
 def clipped_step(optimizer: torch.optim.Optimizer, limit: float | None, norm: Tensor, good: Tensor) -> None:
@@ -110,12 +123,11 @@ def leaves_out_by_itself(optimizer: torch.optim.Optimizer) -> bool:
     return all(group.get("fused") for group in optimizer.param_groups) and hasattr(optimizer, "_step_supports_amp_scaling")
 
 
-def _numbers(parameter: Tensor) -> Tensor:
-    """The numbers of a gradient; a row-sparse one is coalesced, since the same row may be there twice."""
-    assert parameter.grad is not None
-    if not parameter.grad.is_sparse:
-        return parameter.grad
-    parameter.grad = parameter.grad.coalesce()
+def _numbers(parameter: Tensor, gradient: Tensor) -> Tensor:
+    """The numbers of a parameter's gradient; a row-sparse one is coalesced, since the same row may be there twice."""
+    if not gradient.is_sparse:
+        return gradient
+    parameter.grad = gradient.coalesce()
     return parameter.grad.values()
 
 

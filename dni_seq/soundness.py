@@ -17,6 +17,7 @@ from .data_parallel import DataParallel
 from .deferred import GradientAccumulator
 from .guard import decided_here
 from .interfaces import BackwardInterface
+from .optimization import total_norm
 from .states import State
 from .targets import TargetRule
 
@@ -53,7 +54,7 @@ class SoundInterface(BackwardInterface):
     def injection(self, messages: list[State], rule: TargetRule) -> list[Tensor]:
         """The weighted sum of the messages where it is sound, else zeros."""
         injected = super().injection(messages, rule)
-        self.norm = nn.utils.get_total_norm(injected)
+        self.norm = total_norm(injected)
         norm = self._of_all_ranks(self.norm)
         if not decided_here(norm):
             limit = torch.as_tensor(LARGEST_MESSAGE * self.largest, device=norm.device)
@@ -78,7 +79,7 @@ class SoundInterface(BackwardInterface):
         if not leaves or not self.observes(windows):
             return
         found = torch.autograd.grad(loss, leaves, retain_graph=True, allow_unused=True)
-        norm = self._of_all_ranks(nn.utils.get_total_norm([gradient for gradient in found if gradient is not None]))
+        norm = self._of_all_ranks(total_norm([gradient for gradient in found if gradient is not None]))
         if decided_here(norm):
             if norm.isfinite():
                 self.largest = max(float(self.largest), float(norm))

@@ -142,8 +142,7 @@ def test_a_horizon_whose_targets_were_zero_is_not_limited_to_zero():
     messages = predict(synthesizer, state, ahead)
     nothing = states.map_floating(torch.zeros_like, state)
     regress(synthesizer, state, ahead, [messages[0], nothing, nothing])
-    for before, after in zip(messages, predict(synthesizer, state, ahead), strict=True):
-        assert all(map(torch.equal, states.floating(before), states.floating(after)))
+    assert_alike(predict(synthesizer, state, ahead), messages)
 
 
 def test_once_measured_a_message_is_limited():
@@ -155,6 +154,27 @@ def test_once_measured_a_message_is_limited():
         for layer, small in zip(whole, limited, strict=True):
             bound = 0.5 * layer.square().mean().sqrt()
             torch.testing.assert_close(small, layer.clamp(-bound, bound))
+
+
+def test_limits_are_those_of_the_latest_mean_squares():
+    """Whoever writes them: a measure, `load_state_dict`, or the trainer, which puts back what a failed step has changed."""
+    synthesizer, state, ahead = prepared(limit=0.5)
+    (message,) = predict(synthesizer, state, ahead)
+    regress(synthesizer, state, ahead, [message])
+    first, saved = predict(synthesizer, state, ahead), copy.deepcopy(synthesizer.state_dict())
+    regress(synthesizer, state, ahead, [states.map_floating(lambda leaf: 2 * leaf, message)])
+    wider, twin = predict(synthesizer, state, ahead), copy.deepcopy(synthesizer)
+    assert not torch.equal(states.floating(first)[0], states.floating(wider)[0])
+    assert_alike(predict(twin, state, ahead), wider)
+    for module in (synthesizer, twin):
+        module.load_state_dict(saved)
+        assert_alike(predict(module, state, ahead), first)
+
+
+def assert_alike(found, expected):
+    """The same messages, to the bit."""
+    for one, other in zip(found, expected, strict=True):
+        assert all(map(torch.equal, states.floating(one), states.floating(other)))
 
 
 def test_switched_off_it_learns_nothing():

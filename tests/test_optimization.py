@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from dni_seq.optimization import JoinedOptimizer, clipped_step, forget, gradient_norm
+from dni_seq.optimization import JoinedOptimizer, clipped_step, forget, gradient_norm, total_norm
 
 OPTIMIZERS = {
     "fused Adam": lambda parameters: torch.optim.Adam(parameters, lr=1e-2, fused=True),
@@ -42,6 +42,14 @@ def test_clipped_step_is_clip_grad_norm_and_step(make, limit, dtype, rounding):
         for found, wanted in zip(model.parameters(), twin.parameters(), strict=True):
             torch.testing.assert_close(found, wanted, rtol=rounding, atol=rounding / 100)
     assert not hasattr(optimizer, "grad_scale")
+
+
+def test_total_norm_is_that_of_all_numbers():
+    tensors = [torch.tensor([3.0]), torch.tensor([[4.0], [0.0]]), torch.tensor([12.0], dtype=torch.float64), torch.ones(0)]
+    found = total_norm(tensors)
+    assert (found.item(), found.dtype) == (13, torch.float64)
+    assert total_norm([]).item() == 0
+    assert not total_norm([torch.ones(2, requires_grad=True)]).requires_grad
 
 
 class Words(nn.Module):
