@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
@@ -31,9 +30,8 @@ trusted one by one do not."""
 REGRESS_EVERY: Mapping[str, int] = MappingProxyType({"basic": 1, "paper": 1, "state": 3, "multi-horizon": 4, "exact": 1})
 """Defaults by synthesizer: those that predict well cost something to train (docs/performance.md)."""
 
-HORIZONS, LEAST_STEPS = 2, 4
-"""Of multi-horizon where messages are a model's gradient and nothing else is asked for: so many windows at least, of one
-copying learns less; and as many as so many steps take, of fewer text learns less at T = 1 (docs/synthetic-gradients.md)."""
+HORIZONS = 2
+"""Of multi-horizon where messages are a model's gradient and nothing else is asked for: of one, copying learns less."""
 
 MEASURE_EVERY = 100
 """Windows between two targets of what learns without them, which measure its messages."""
@@ -96,8 +94,7 @@ class CreditOptions:
         "windows ahead that multi-horizon predicts one by one; paper: from 2 on",
         group=GROUP,
         check=at_least(1),
-        shown=f"multi-horizon {HORIZONS}, or as many as {LEAST_STEPS} steps take; by words or sentencepiece, fitted, "
-        "or with a lookahead that is given 1",
+        shown=f"multi-horizon {HORIZONS}; by words or sentencepiece, fitted, or with a lookahead that is given 1",
     )
     tail: bool = option(
         False,
@@ -205,7 +202,7 @@ def decided(options: CreditOptions, bptt: int) -> CreditOptions:
         and (options.synthesizer == "state" or _may_learn_ahead(options))
     ):
         raise ValueError("--fit least-squares solves for normalised targets: leave out --no-normalize, or --fit descent")
-    return replace(options, fit=fit, horizons=horizons_of(options, bptt))
+    return replace(options, fit=fit, horizons=horizons_of(options))
 
 
 def why_fitted(options: CreditOptions, bptt: int) -> str | None:
@@ -230,7 +227,7 @@ def _all_hindrances(options: CreditOptions, bptt: int) -> list[str]:
     found, steps = _hindrances(options), tail_lookahead(options, bptt)
     if not steps:
         found.append("--lookahead 0")
-    elif options.synthesizer == "multi-horizon" and steps % horizons_of(options, bptt):
+    elif options.synthesizer == "multi-horizon" and steps % horizons_of(options):
         found.append(f"--lookahead {options.lookahead}, no multiple of --horizons")
     return found
 
@@ -249,28 +246,12 @@ def _hindrances(options: CreditOptions) -> list[str]:
     return [name for name, hinders in hindrances.items() if hinders]
 
 
-def horizons_of(options: CreditOptions, bptt: int) -> int:
-    """K, given or by default: one where messages are fitted, and where a lookahead that is given says how far they reach.
-
-    Args:
-        options: as given.
-        bptt: T.
-    """
+def horizons_of(options: CreditOptions) -> int:
+    """K, given or by default: one where messages are fitted, and where a lookahead that is given says how far they reach."""
     if options.horizons is not None:
         return options.horizons
     usual = options.synthesizer == "multi-horizon" and options.lookahead is None and options.fit in (None, "future")
-    return default_horizons(bptt) if usual and not _hindrances(options) else 1
-
-
-def decided_horizons(options: CreditOptions) -> int:
-    """K of options as `decided`."""
-    assert options.horizons is not None
-    return options.horizons
-
-
-def default_horizons(bptt: int) -> int:
-    """K where messages are a model's gradient, of windows of T = `bptt` steps."""
-    return max(HORIZONS, math.ceil(LEAST_STEPS / bptt))
+    return HORIZONS if usual and not _hindrances(options) else 1
 
 
 def unsettled(
@@ -317,7 +298,7 @@ def state_products(options: CreditOptions) -> float:
         return 0
     apart = regressions_apart(options)
     by_horizon = options.synthesizer == "multi-horizon" and options.targets == "bootstrap"
-    heads = decided_horizons(options) + options.tail if by_horizon else 1
+    heads = horizons_of(options) + options.tail if by_horizon else 1
     if by_horizon and heads == 1 and apart > 1 and not options.auxiliary and options.fit != "future":
         return 0  # its window keeps quiet: see `SequenceTrainer`, regress_every
     return (1 if options.draw_horizon and options.fit != "future" else heads) / apart
@@ -341,4 +322,4 @@ def tail_lookahead(options: CreditOptions, bptt: int) -> int:
     """The steps that a learned synthesizer sees."""
     if options.lookahead is not None:
         return options.lookahead
-    return 1 if options.synthesizer == "paper" else horizons_of(options, bptt) * bptt
+    return 1 if options.synthesizer == "paper" else horizons_of(options) * bptt

@@ -47,11 +47,6 @@ def rates_in(line: Line) -> Rates:
     return line["options"]["lr"], line["options"].get("synthesizer_lr")
 
 
-def newest(lines: Iterable[Line]) -> list[Line]:
-    """One line for each pair of learning rates that were tried: where the column was changed since, the last one."""
-    return list({rates_in(line): line for line in lines}.values())
-
-
 def tied(grid: Sequence[Line]) -> list[Line]:
     """The lines of a grid of learning rates that have the best result, however soon they had it."""
     best = min(better(line)[0] for line in grid)
@@ -246,7 +241,7 @@ def tuning(lines: list[Line]) -> str:
     rows = []
     for name, column, bptt in in_order((title(line), line["column"], line["bptt"]) for line in lines):
         here = [line for line in lines if (title(line), line["column"], line["bptt"]) == (name, column, bptt)]
-        grid, longer = (newest(line for line in here if line["part"] == part) for part in ("tune", "ties"))
+        grid, longer = ([line for line in here if line["part"] == part] for part in ("tune", "ties"))
         best = chosen(grid, longer)
         shown = ", ".join(f"{rate:g}" for rate in rates_in(best) if rate is not None)
         reached = best["result"]["valid_bpc" if is_text(best) else "length"]

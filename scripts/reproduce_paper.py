@@ -37,10 +37,10 @@ from typing import Any, NamedTuple
 
 from dni_seq.bugs import guarded
 from dni_seq.cells import Cell, Outcome, Study
-from dni_seq.credit_options import HORIZONS, default_horizons
+from dni_seq.credit_options import HORIZONS
 from dni_seq.options import OneLineParser, report
 from dni_seq.paper_figures import draw_curves
-from dni_seq.paper_tables import MARKS, TASKS, Rates, chosen, newest, rates_in, tables, tied
+from dni_seq.paper_tables import MARKS, TASKS, Rates, chosen, rates_in, tables, tied
 from dni_seq.stopping import StopSignals
 from dni_seq.study import around_tables, read_lines, write_tables
 
@@ -133,7 +133,7 @@ def without(bptt: int) -> dict[str, dict[str, Any]]:
         "no gate": {"gate": False},
         "c = 0.5": {"synthetic_scale": "0.5"},
         "automatic scale": {"synthetic_scale": "auto"},
-        **{f"K = {count}": {"horizons": count} for count in (1, 2, 4) if count != default_horizons(bptt)},
+        **{f"K = {count}": {"horizons": count} for count in (1, 2, 4) if count != HORIZONS},
         "auxiliary task": {"auxiliary": 0.1},
         "one bootstrapped message, γ = 0.9": message,
         "one bootstrapped message, c = γ = 0.5": {**message, "synthetic_scale": "0.5", "discount": 0.5},
@@ -288,7 +288,7 @@ def made(
     data = None if options.data_file is None else Path(options.data_file).name
     about = {"part": part, "task": task, "data": data, "budget": options.budget, "bptt": bptt, "column": column, **more}
     lr, synthesizer_lr = rates
-    chosen = {**settings, **reach(settings, bptt), "bptt": bptt, "seed": seed, "threads": 1, "lr": lr}
+    chosen = {**settings, "bptt": bptt, "seed": seed, "threads": 1, "lr": lr}
     if synthesizer_lr is not None:
         chosen["synthesizer_lr"] = synthesizer_lr
     share = TUNING_SHARE if part == "tune" else 1
@@ -303,16 +303,6 @@ def made(
     start = {"start": budget.start} if task == "copy" and budget.start else {}
     updates = budget.task["updates"] // share
     return Cell("train_tasks", {**about, "seed": seed}, {**budget.task, "task": task, "updates": updates, **start, **chosen})
-
-
-def reach(settings: Mapping[str, Any], bptt: int) -> dict[str, int]:
-    """The horizons of a cell that gives none, at T where there are more than `HORIZONS` by default.
-
-    Before 2026-11-27 there were `HORIZONS` at every T: lines on record of such T that do not say how many have those.
-    """
-    by_default = settings["synthesizer"] == "multi-horizon" and "horizons" not in settings
-    usual = default_horizons(bptt)
-    return {"horizons": usual} if by_default and usual > HORIZONS else {}
 
 
 def rates_to_try(column: str) -> list[Rates]:
@@ -368,7 +358,7 @@ def tried(
         ValueError: some of those `wanted` are not tried yet.
     """
     here = {"part": part, "task": task, "column": column, "budget": options.budget, "bptt": bptt}
-    found = newest(line for line in lines if all(line[name] == value for name, value in here.items()))
+    found = [line for line in lines if all(line[name] == value for name, value in here.items())]
     missing = set(wanted) - set(map(rates_in, found))
     if missing and (found or part == "tune"):
         option = {"tune": "--tune", "ties": "--break-ties"}[part]

@@ -59,8 +59,6 @@ def test_horizons_by_default():
         return decided(build(CreditOptions, {"synthesizer": "multi-horizon"} | given), BPTT).horizons
 
     assert horizons() == horizons(fit="future") == HORIZONS > 1
-    by_window = [decided(CreditOptions(synthesizer="multi-horizon"), bptt).horizons for bptt in (1, 2, 3, 4, 5, 20)]
-    assert by_window == [4, 2, 2, 2, 2, 2]
     assert horizons(horizons=3) == horizons(horizons=3, fit="descent") == 3
     assert horizons(synthesizer="paper") == horizons(fit="descent") == horizons(lookahead=5) == 1
     by_words, by_characters = (

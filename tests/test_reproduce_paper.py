@@ -11,7 +11,6 @@ from torch import nn
 
 import dni_seq as dni
 from dni_seq.cells import Cell
-from dni_seq.credit_options import HORIZONS, default_horizons
 from dni_seq.credit_parts import EMBED, build_synthesizer, trainer_settings
 from dni_seq.lm_options import LanguageModelOptions
 from dni_seq.models.sequence_model import SequenceModel
@@ -101,13 +100,10 @@ def test_the_cells_of_a_table():
     assert all(cell.script == "train_lm" and cell.options["max_tokens"] == 2_000_000 for cell in found)
     # Ten validations: 31,250 windows of one step, and a tenth of 3,907 of eight, rounded up.
     assert {cell.about["bptt"]: cell.options["eval_every"] for cell in found} == {1: 3125, 8: 391}
-    short, default = [cell for cell in found if cell.about["column"] == "multi-horizon"][:2]
+    default = next(cell for cell in found if cell.about["column"] == "multi-horizon")
     budget = {"tokenizer", "layers", "dropout", "embed", "hidden", "batch_size", "max_tokens", "eval_every", "dataset"}
     # Ours is the default: the study sets nothing of it but the learning rate.
     assert set(default.options) - budget == {"synthesizer", "bptt", "seed", "threads", "lr", "synthesizer_lr"}
-    # At T = 1 a line says how many horizons that is: before 2026-11-27 it was two there, on lines that do not say.
-    assert set(short.options) - set(default.options) == {"horizons"}
-    assert short.options["horizons"] == default_horizons(1) > HORIZONS
     assert "synthesizer_lr" not in found[0].options
     copy = cells("table1", "--task", "copy", "--bptt", "4", "--seeds", "1", "--budget", "paper")
     assert [(c.options["start"], c.options["batch_size"], c.options["lr"]) for c in copy] == [(5, 256, 7e-5)] * 5
@@ -153,15 +149,6 @@ def test_a_cell_has_the_rates_of_the_nearest_tuned_window():
     assert {(found["paper", bptt]["lr"], found["paper", bptt]["synthesizer_lr"]) for bptt in (1, 3, 8)} == {(1e-3, 3e-4)}
     # What is given holds.
     assert cells(*arguments, *RATES, lines=lines)[0].options["lr"] == 1e-3
-
-
-def test_a_grid_that_was_tried_again_takes_the_place_of_the_first():
-    """As where the column has changed since: the best of the first may be better than all of the second."""
-    first = [line("none", 1000, 9, task="copy", bptt=4, part="tune", options=_rates((1e-3, None)))]
-    lines = first + tuned("none", 4, (2e-3, None))
-    found = cells("table1", "--task", "copy", "--bptt", "4", "--synthesizer", "none", lines=lines)
-    assert found[0].options["lr"] == 2e-3
-    assert "| copy, small | `none` | 4 | 0.002 |" in tables(lines)
 
 
 def test_ties_are_broken_by_the_whole_budget():
