@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
@@ -30,8 +31,10 @@ trusted one by one do not."""
 REGRESS_EVERY: Mapping[str, int] = MappingProxyType({"basic": 1, "paper": 1, "state": 3, "multi-horizon": 4, "exact": 1})
 """Defaults by synthesizer: those that predict well cost something to train (docs/performance.md)."""
 
-HORIZONS = 2
-"""Of multi-horizon where messages are a model's gradient and nothing else is asked for: of one, copying learns less."""
+HORIZONS, LEAST_STEPS = 2, 4
+"""Of multi-horizon where messages are a model's gradient and nothing else is asked for: so many windows at least, of one
+copying learns less; and as many as so many steps take, of fewer text learns less at T = 1 (docs/synthetic-gradients.md).
+Together they weigh no more than `HORIZONS` do: see `default_scale`."""
 
 MEASURE_EVERY = 100
 """Windows between two targets of what learns without them, which measure its messages."""
@@ -84,7 +87,7 @@ class CreditOptions:
         group=GROUP,
         check=_is_scale,
         metavar="C|auto",
-        shown=_by_synthesizer({**SCALES, "multi-horizon": "1, fitted auto"}),
+        shown=_by_synthesizer({**SCALES, "multi-horizon": f"1, of K > {HORIZONS} horizons {HORIZONS}/K, fitted auto"}),
     )
     discount: float | None = option(
         None, "weight of each further window", group=GROUP, check=fraction, shown=_by_synthesizer(DISCOUNTS)
@@ -94,7 +97,8 @@ class CreditOptions:
         "windows ahead that multi-horizon predicts one by one; paper: from 2 on",
         group=GROUP,
         check=at_least(1),
-        shown=f"multi-horizon {HORIZONS}; by words or sentencepiece, fitted, or with a lookahead that is given 1",
+        shown=f"multi-horizon {HORIZONS}, or as many as {LEAST_STEPS} steps take; by words or sentencepiece, fitted, "
+        "or with a lookahead that is given 1",
     )
     tail: bool = option(
         False,
@@ -202,7 +206,7 @@ def decided(options: CreditOptions, bptt: int) -> CreditOptions:
         and (options.synthesizer == "state" or _may_learn_ahead(options))
     ):
         raise ValueError("--fit least-squares solves for normalised targets: leave out --no-normalize, or --fit descent")
-    return replace(options, fit=fit, horizons=horizons_of(options))
+    return replace(options, fit=fit, horizons=horizons_of(options, bptt))
 
 
 def why_fitted(options: CreditOptions, bptt: int) -> str | None:
@@ -227,7 +231,7 @@ def _all_hindrances(options: CreditOptions, bptt: int) -> list[str]:
     found, steps = _hindrances(options), tail_lookahead(options, bptt)
     if not steps:
         found.append("--lookahead 0")
-    elif options.synthesizer == "multi-horizon" and steps % horizons_of(options):
+    elif options.synthesizer == "multi-horizon" and steps % horizons_of(options, bptt):
         found.append(f"--lookahead {options.lookahead}, no multiple of --horizons")
     return found
 
@@ -246,12 +250,33 @@ def _hindrances(options: CreditOptions) -> list[str]:
     return [name for name, hinders in hindrances.items() if hinders]
 
 
-def horizons_of(options: CreditOptions) -> int:
-    """K, given or by default: one where messages are fitted, and where a lookahead that is given says how far they reach."""
+def horizons_of(options: CreditOptions, bptt: int) -> int:
+    """K, given or by default: one where messages are fitted, and where a lookahead that is given says how far they reach.
+
+    Args:
+        options: as given.
+        bptt: T.
+    """
     if options.horizons is not None:
         return options.horizons
     usual = options.synthesizer == "multi-horizon" and options.lookahead is None and options.fit in (None, "future")
-    return HORIZONS if usual and not _hindrances(options) else 1
+    return default_horizons(bptt) if usual and not _hindrances(options) else 1
+
+
+def decided_horizons(options: CreditOptions) -> int:
+    """K of options as `decided`."""
+    assert options.horizons is not None
+    return options.horizons
+
+
+def default_horizons(bptt: int) -> int:
+    """K where messages are a model's gradient, of windows of T = `bptt` steps."""
+    return max(HORIZONS, math.ceil(LEAST_STEPS / bptt))
+
+
+def default_scale(horizons: int) -> float:
+    """c of so many horizons of a model's gradient: four that were each sent whole did worse than four halves."""
+    return min(1.0, HORIZONS / horizons)
 
 
 def unsettled(
@@ -278,8 +303,11 @@ def unsettled(
 
 def scale_of(options: CreditOptions) -> float | Literal["auto"]:
     """The share of the synthetic gradient that is injected, given or by default; options as `decided`."""
-    usual = "1" if options.fit == "future" else SCALES.get(options.synthesizer, "0")
-    return scale(usual if options.synthetic_scale is None else options.synthetic_scale)
+    if options.synthetic_scale is not None:
+        return scale(options.synthetic_scale)
+    if options.fit != "future":
+        return scale(SCALES.get(options.synthesizer, "0"))
+    return default_scale(decided_horizons(options)) if options.synthesizer == "multi-horizon" else 1.0
 
 
 def normalizes(options: CreditOptions) -> bool:
@@ -298,7 +326,7 @@ def state_products(options: CreditOptions) -> float:
         return 0
     apart = regressions_apart(options)
     by_horizon = options.synthesizer == "multi-horizon" and options.targets == "bootstrap"
-    heads = horizons_of(options) + options.tail if by_horizon else 1
+    heads = decided_horizons(options) + options.tail if by_horizon else 1
     if by_horizon and heads == 1 and apart > 1 and not options.auxiliary and options.fit != "future":
         return 0  # its window keeps quiet: see `SequenceTrainer`, regress_every
     return (1 if options.draw_horizon and options.fit != "future" else heads) / apart
@@ -322,4 +350,4 @@ def tail_lookahead(options: CreditOptions, bptt: int) -> int:
     """The steps that a learned synthesizer sees."""
     if options.lookahead is not None:
         return options.lookahead
-    return 1 if options.synthesizer == "paper" else horizons_of(options) * bptt
+    return 1 if options.synthesizer == "paper" else horizons_of(options, bptt) * bptt

@@ -13,8 +13,8 @@ from .credit_options import (
     DISCOUNTS,
     CreditOptions,
     decided,
+    decided_horizons,
     future_units,
-    horizons_of,
     normalizes,
     regressions_apart,
     scale_of,
@@ -98,7 +98,12 @@ def future_model(
     by_part = options.fit == "future" and options.synthesizer == "multi-horizon"
 
     def make(size: int) -> FutureModel:
-        sizes = {"inputs_width": EMBED, "outputs": outputs, "units": units, "parts": horizons_of(options) if by_part else 1}
+        sizes = {
+            "inputs_width": EMBED,
+            "outputs": outputs,
+            "units": units,
+            "parts": decided_horizons(options) if by_part else 1,
+        }
         return FutureModel(size, steps, inputs=encode()[0], loss_fn=loss_fn, **sizes)
 
     return make
@@ -124,7 +129,7 @@ def build_learned(
 ) -> nn.Module:
     """A synthesizer that learns; that of exact's tail is a multi-horizon one of one horizon. Arguments as above."""
     kind = options.synthesizer
-    horizons, tail = (1, False) if kind == "exact" else (horizons_of(options), options.tail)
+    horizons, tail = (1, False) if kind == "exact" else (decided_horizons(options), options.tail)
     normalize = normalizes(options)
     if not (kind != "paper" if options.gate is None else options.gate):
         cells = False
@@ -172,7 +177,7 @@ def build_published(
         encoder = NextInput(encode()[0], EMBED + 1)
     elif steps:
         encoder = LookaheadEncoder(steps, *encode())
-    horizons = horizons_of(options)
+    horizons = decided_horizons(options)
     count = horizons + options.tail
     width = sum(leaf.shape[-1] for leaf in leaves)
     network = PublishedSynthesizer(width, hidden=leaves[0].shape[-1], encoder=encoder, horizons=count)

@@ -281,7 +281,7 @@ def sized(options: LanguageModelOptions) -> LanguageModelOptions:
     if not learned:
         return options
     # By words one horizon did better than two. The synthesizer's size depends on both numbers: a resumed run keeps them.
-    horizons = horizons_of(options) if options.tokenizer == "char" else options.horizons or 1
+    horizons = horizons_of(options, options.bptt) if options.tokenizer == "char" else options.horizons or 1
     options = dataclasses.replace(options, horizons=horizons)
     return dataclasses.replace(options, lookahead=tail_lookahead(options, options.bptt))
 

@@ -21,6 +21,9 @@ MARKS = ("<!-- tables: written by scripts/reproduce_paper.py -->", "<!-- end of 
 COLUMNS = ("none", "paper", "paper-aux", "multi-horizon", "exact")
 """In the order of tables and curves."""
 
+BASES = ("default", "paper")
+"""The variants of an ablation that change nothing."""
+
 WITHOUT, EXACT = "none", "exact"
 """The columns between which the headroom lies."""
 
@@ -218,7 +221,7 @@ def ablation(lines: list[Line]) -> str:
     rows = []
     for column in columns_of(lines):
         of_base = [line for line in lines if line["column"] == column]
-        variants = in_order(line["variant"] for line in of_base)
+        variants = sorted(in_order(line["variant"] for line in of_base), key=lambda variant: variant not in BASES)
         plain = {line["seed"]: test_result(line) for line in of_base if line["variant"] == variants[0]}
         for variant in variants:
             found = [line for line in of_base if line["variant"] == variant]
@@ -239,17 +242,23 @@ def ablation(lines: list[Line]) -> str:
 def tuning(lines: list[Line]) -> str:
     """The learning rates that are taken of each grid."""
     rows = []
-    for name, column, bptt in in_order((title(line), line["column"], line["bptt"]) for line in lines):
-        here = [line for line in lines if (title(line), line["column"], line["bptt"]) == (name, column, bptt)]
+    for name, column, bptt, horizons in in_order(map(_tuned, lines)):
+        here = [line for line in lines if _tuned(line) == (name, column, bptt, horizons)]
         grid, longer = ([line for line in here if line["part"] == part] for part in ("tune", "ties"))
         best = chosen(grid, longer)
         shown = ", ".join(f"{rate:g}" for rate in rates_in(best) if rate is not None)
         reached = best["result"]["valid_bpc" if is_text(best) else "length"]
         result = "diverged" if reached is None else f"{reached:.3f}" if is_text(best) else str(reached)
         tries = f"{len(grid)}, {len(longer)} again" if longer else str(len(grid))
-        rows.append([name, f"`{column}`", str(bptt), shown, result, tries])
+        of = f"`{column}`" + (f", K = {horizons}" if horizons else "")
+        rows.append([name, of, str(bptt), shown, result, tries])
     header = ["task", "column", "T", "rates taken (network, synthesizer)", "validation bpc, or length", "tried"]
     return "### learning rates\n\n" + markdown(header, rows)
+
+
+def _tuned(line: Line) -> tuple[str, str, int, int | None]:
+    """What a grid of learning rates was tried for; horizons where there were more than usual."""
+    return title(line), line["column"], line["bptt"], line["options"].get("horizons")
 
 
 def spent(lines: list[Line]) -> str:

@@ -62,7 +62,7 @@ def settle(options: TaskOptions) -> TaskOptions:
     if cast("str | None", options.synthesizer) is None:  # until here, whatever its type says
         # There it does no better, in twice the time (docs/synthetic-gradients.md).
         options = dataclasses.replace(options, synthesizer="none" if options.task == "adding" else "multi-horizon")
-    return dataclasses.replace(options, horizons=horizons_of(options))
+    return dataclasses.replace(options, horizons=horizons_of(options, options.bptt))
 
 
 def as_given(config: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Iterator
 
-from .credit_options import CreditOptions, decided, horizons_of, normalizes, scale_of, why_fitted
+from .credit_options import CreditOptions, decided, decided_horizons, normalizes, scale_of, why_fitted
 from .options import flag
 
 _FITTED = ("synthesizer_hidden", "synthesizer_layers")
@@ -78,7 +78,7 @@ def _of_networks(options: CreditOptions) -> Iterator[tuple[str, Iterable[str]]]:
         yield "--synthesizer exact", ["draw_horizon"]
     if options.fit == "future":
         yield "messages that are the gradient of a model of what is ahead", [*_FITTED, "draw_horizon"]
-    elif kind in ("multi-horizon", "paper") and horizons_of(options) + options.tail == 1:
+    elif kind in ("multi-horizon", "paper") and decided_horizons(options) + options.tail == 1:
         yield "one horizon", ["draw_horizon"]
     if not normalizes(options):
         yield "messages that are not normalised", ["message_clip"]
@@ -86,7 +86,7 @@ def _of_networks(options: CreditOptions) -> Iterator[tuple[str, Iterable[str]]]:
 
 def _of_targets(options: CreditOptions) -> Iterator[tuple[str, Iterable[str]]]:
     """Of what the synthesizer is trained towards; options as `decided`."""
-    kind, horizons, fitted = options.synthesizer, horizons_of(options), options.fit != "future"
+    kind, horizons, fitted = options.synthesizer, decided_horizons(options), options.fit != "future"
     last_on_itself = kind in ("basic", "state") or (kind == "paper" and horizons == 1) or (fitted and options.tail)
     if options.targets == "lambda":
         yield "--targets lambda", ["regress_every", "draw_horizon"]

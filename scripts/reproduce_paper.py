@@ -37,7 +37,7 @@ from typing import Any, NamedTuple
 
 from dni_seq.bugs import guarded
 from dni_seq.cells import Cell, Outcome, Study
-from dni_seq.credit_options import HORIZONS
+from dni_seq.credit_options import HORIZONS, default_horizons, default_scale
 from dni_seq.options import OneLineParser, report
 from dni_seq.paper_figures import draw_curves
 from dni_seq.paper_tables import MARKS, TASKS, Rates, chosen, rates_in, tables, tied
@@ -117,6 +117,7 @@ def without(bptt: int) -> dict[str, dict[str, Any]]:
     """The default with one thing taken away, or put in the place of another, which may leave messages to be fitted."""
     fitted = {"fit": "least-squares", "horizons": HORIZONS}
     message = {"synthesizer": "state"}
+    usual = default_horizons(bptt)
     return {
         "default": {},
         "fitted to targets": fitted,
@@ -131,9 +132,9 @@ def without(bptt: int) -> dict[str, dict[str, Any]]:
         },
         "fitted, with a tail": {**fitted, "tail": True},
         "no gate": {"gate": False},
-        "c = 0.5": {"synthetic_scale": "0.5"},
+        **{f"c = {c}": {"synthetic_scale": c} for c in ("0.5", "1") if float(c) != default_scale(usual)},
         "automatic scale": {"synthetic_scale": "auto"},
-        **{f"K = {count}": {"horizons": count} for count in (1, 2, 4) if count != HORIZONS},
+        **{f"K = {count}, c = 1": {"horizons": count, "synthetic_scale": "1"} for count in (1, 2, 4) if count != usual},
         "auxiliary task": {"auxiliary": 0.1},
         "one bootstrapped message, γ = 0.9": message,
         "one bootstrapped message, c = γ = 0.5": {**message, "synthetic_scale": "0.5", "discount": 0.5},
@@ -251,19 +252,20 @@ def table1(options: argparse.Namespace, lines: list[dict[str, Any]]) -> list[Cel
     return [
         made("table1", options, options.task, bptt, column, COLUMNS[column], seed, rates)
         for seed, bptt, column in itertools.product(range(options.seeds), options.bptt, options.synthesizer)
-        for rates in [rates_of(options, lines, options.task, column, bptt)]
+        for rates in [rates_of(options, alike(lines, COLUMNS[column], bptt), options.task, column, bptt)]
     ]
 
 
 def ablation(options: argparse.Namespace, lines: list[dict[str, Any]]) -> list[Cell]:
-    """Two bases, each with one change; rates are those of the base."""
+    """Two bases, each with one change; rates are those of the base, of the default with two horizons."""
     options.budget, options.data_file = "small", None
     cells = []
     for seed, (task, bptt) in itertools.product(range(options.seeds), ABLATION):
         if task not in options.task:
             continue
         for base, variants in (("multi-horizon", without(bptt)), ("paper", added(bptt))):
-            rates = rates_of(options, lines, task, base, bptt)
+            # Whatever is changed: those of two horizons, as most rows have, where there are four by default.
+            rates = rates_of(options, alike(lines, {**COLUMNS[base], "horizons": HORIZONS}, bptt), task, base, bptt)
             for variant, change in variants.items():
                 settings = {**COLUMNS[base], **change}
                 if settings.get("synthetic_scale") == "auto":
@@ -288,7 +290,7 @@ def made(
     data = None if options.data_file is None else Path(options.data_file).name
     about = {"part": part, "task": task, "data": data, "budget": options.budget, "bptt": bptt, "column": column, **more}
     lr, synthesizer_lr = rates
-    chosen = {**settings, "bptt": bptt, "seed": seed, "threads": 1, "lr": lr}
+    chosen = {**settings, **reach(settings, bptt), "bptt": bptt, "seed": seed, "threads": 1, "lr": lr}
     if synthesizer_lr is not None:
         chosen["synthesizer_lr"] = synthesizer_lr
     share = TUNING_SHARE if part == "tune" else 1
@@ -305,6 +307,22 @@ def made(
     return Cell("train_tasks", {**about, "seed": seed}, {**budget.task, "task": task, "updates": updates, **start, **chosen})
 
 
+def reach(settings: Mapping[str, Any], bptt: int) -> dict[str, int]:
+    """The horizons of a cell that gives none, at T where there are more than `HORIZONS` by default.
+
+    Before 2026-11-27 there were `HORIZONS` at every T: lines on record of such T that do not say how many have those.
+    """
+    by_default = settings["synthesizer"] == "multi-horizon" and "horizons" not in settings
+    usual = default_horizons(bptt)
+    return {"horizons": usual} if by_default and usual > HORIZONS else {}
+
+
+def alike(lines: list[dict[str, Any]], settings: Mapping[str, Any], bptt: int) -> list[dict[str, Any]]:
+    """The lines with as many horizons as cells of those settings: rates that are tuned with others are not theirs."""
+    horizons = reach(settings, bptt).get("horizons")
+    return [line for line in lines if line["options"].get("horizons") == horizons]
+
+
 def rates_to_try(column: str) -> list[Rates]:
     """The grid: the same rates of the network for every column, and of the synthesizer for every one that learns."""
     second: Sequence[float | None] = SYNTHESIZER_LEARNING_RATES if column in LEARNS else (None,)
@@ -313,6 +331,7 @@ def rates_to_try(column: str) -> list[Rates]:
 
 def tied_rates(options: argparse.Namespace, lines: list[dict[str, Any]], column: str, bptt: int) -> list[Rates]:
     """Those that are the best of a column's grid, where there are several."""
+    lines = alike(lines, COLUMNS[column], bptt)
     best = tied(tried(options, lines, "tune", options.task, column, bptt, rates_to_try(column)))
     return sorted(map(rates_in, best)) if len(best) > 1 else []
 

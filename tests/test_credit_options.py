@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from dni_seq.credit_options import HORIZONS, CreditOptions, decided
+from dni_seq.credit_options import HORIZONS, CreditOptions, decided, scale_of
 from dni_seq.lm_options import LanguageModelOptions, as_given, settle
 from dni_seq.options import build
 from dni_seq.streams import open_corpus
@@ -59,6 +59,8 @@ def test_horizons_by_default():
         return decided(build(CreditOptions, {"synthesizer": "multi-horizon"} | given), BPTT).horizons
 
     assert horizons() == horizons(fit="future") == HORIZONS > 1
+    by_window = [decided(CreditOptions(synthesizer="multi-horizon"), bptt).horizons for bptt in (1, 2, 3, 4, 5, 20)]
+    assert by_window == [4, 2, 2, 2, 2, 2]
     assert horizons(horizons=3) == horizons(horizons=3, fit="descent") == 3
     assert horizons(synthesizer="paper") == horizons(fit="descent") == horizons(lookahead=5) == 1
     by_words, by_characters = (
@@ -66,6 +68,18 @@ def test_horizons_by_default():
     )
     assert (by_words.horizons, by_words.lookahead) == (1, by_words.bptt)
     assert (by_characters.horizons, by_characters.lookahead) == (HORIZONS, HORIZONS * by_characters.bptt)
+
+
+def test_the_scale_of_many_horizons_by_default():
+    """Together they weigh as much as two; what is given holds, and an exact gradient's tail is one."""
+
+    def scale(**given):
+        return scale_of(decided(build(CreditOptions, {"synthesizer": "multi-horizon"} | given), BPTT))
+
+    assert [scale(horizons=count) for count in (1, 2, 4, 8)] == [1, 1, 0.5, 0.25]
+    assert scale(horizons=4, synthetic_scale="0.9") == 0.9
+    assert scale(horizons=4, fit="least-squares") == scale(horizons=4, synthetic_scale="auto") == "auto"
+    assert scale(synthesizer="exact", tail=True, horizons=4) == 1
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from torch import nn
 
 import dni_seq as dni
 from dni_seq.cells import Cell
+from dni_seq.credit_options import HORIZONS, default_horizons
 from dni_seq.credit_parts import EMBED, build_synthesizer, trainer_settings
 from dni_seq.lm_options import LanguageModelOptions
 from dni_seq.models.sequence_model import SequenceModel
@@ -100,10 +101,13 @@ def test_the_cells_of_a_table():
     assert all(cell.script == "train_lm" and cell.options["max_tokens"] == 2_000_000 for cell in found)
     # Ten validations: 31,250 windows of one step, and a tenth of 3,907 of eight, rounded up.
     assert {cell.about["bptt"]: cell.options["eval_every"] for cell in found} == {1: 3125, 8: 391}
-    default = next(cell for cell in found if cell.about["column"] == "multi-horizon")
+    short, default = [cell for cell in found if cell.about["column"] == "multi-horizon"][:2]
     budget = {"tokenizer", "layers", "dropout", "embed", "hidden", "batch_size", "max_tokens", "eval_every", "dataset"}
     # Ours is the default: the study sets nothing of it but the learning rate.
     assert set(default.options) - budget == {"synthesizer", "bptt", "seed", "threads", "lr", "synthesizer_lr"}
+    # At T = 1 a line says how many horizons that is: before 2026-11-27 it was two there, on lines that do not say.
+    assert set(short.options) - set(default.options) == {"horizons"}
+    assert short.options["horizons"] == default_horizons(1) > HORIZONS
     assert "synthesizer_lr" not in found[0].options
     copy = cells("table1", "--task", "copy", "--bptt", "4", "--seeds", "1", "--budget", "paper")
     assert [(c.options["start"], c.options["batch_size"], c.options["lr"]) for c in copy] == [(5, 256, 7e-5)] * 5
@@ -149,6 +153,19 @@ def test_a_cell_has_the_rates_of_the_nearest_tuned_window():
     assert {(found["paper", bptt]["lr"], found["paper", bptt]["synthesizer_lr"]) for bptt in (1, 3, 8)} == {(1e-3, 3e-4)}
     # What is given holds.
     assert cells(*arguments, *RATES, lines=lines)[0].options["lr"] == 1e-3
+
+
+def test_a_cell_has_the_rates_of_as_many_horizons():
+    """A grid at T = 1 with two horizons, as they were there once, is the nearest one to T = 2, which has two."""
+    two, four = tuned("multi-horizon", 1, (2e-3, 1e-3)), tuned("multi-horizon", 1, (4e-3, 3e-4))
+    for each in four:
+        each["options"]["horizons"] = default_horizons(1)
+    arguments = ("table1", "--task", "copy", "--bptt", "1", "2", "--seeds", "1", "--synthesizer", "multi-horizon")
+    found = cells(*arguments, lines=two + four)
+    assert [(cell.options["lr"], cell.options["synthesizer_lr"]) for cell in found] == [(4e-3, 3e-4), (2e-3, 1e-3)]
+    rows = tables(two + four)
+    assert "| copy, small | `multi-horizon` | 1 | 0.002, 0.001 | 5 | 8 |" in rows
+    assert "| copy, small | `multi-horizon`, K = 4 | 1 | 0.004, 0.0003 | 5 | 8 |" in rows
 
 
 def test_ties_are_broken_by_the_whole_budget():
