@@ -24,6 +24,9 @@ COLUMNS = ("none", "paper", "paper-aux", "multi-horizon", "exact")
 BASES = ("default", "paper")
 """The variants of an ablation that change nothing."""
 
+TIE = 0.01
+"""Bits per character by which short runs of one seed may differ and say nothing of longer ones."""
+
 WITHOUT, EXACT = "none", "exact"
 """The columns between which the headroom lies."""
 
@@ -51,15 +54,16 @@ def rates_in(line: Line) -> Rates:
 
 
 def tied(grid: Sequence[Line]) -> list[Line]:
-    """The lines of a grid of learning rates that have the best result, however soon they had it."""
+    """The lines of a grid of learning rates that have the best result, text to within `TIE`, however soon they had it."""
     best = min(better(line)[0] for line in grid)
-    return [line for line in grid if better(line)[0] == best]
+    return [line for line in grid if better(line)[0] <= best + (TIE if is_text(line) else 0)]
 
 
 def chosen(grid: Sequence[Line], longer: Sequence[Line]) -> Line:
     """The line whose rates are taken: the better of those that are tied, in runs of the whole budget where all have them.
 
-    A short run of a task solves a few lengths, whatever the rate, and how soon the last of them says little of the next.
+    A short run of a task solves a few lengths, whatever the rate, and how soon the last of them says little of the next; on
+    text a rate that is too high for a long run may be ahead by a hair in a short one.
     """
     whole = {rates_in(line): line for line in longer}
     found = [whole.get(rates_in(line), line) for line in tied(grid)]

@@ -201,6 +201,22 @@ def test_ties_are_broken_by_the_whole_budget():
     assert "| copy, small | `none` | 4 | 0.004 | 6 | 4, 3 again |" in tables([*grid, *longer])
 
 
+def test_short_runs_on_text_that_differ_by_a_hair_are_tied():
+    ask = ("table1", "--task", "ptb", "--bptt", "4", "--synthesizer", "none")
+
+    def grid(part, **by_rate):
+        return [
+            line("none", 1000, bits, bptt=4, part=part, options=_rates((float(rate), None)))
+            for rate, bits in by_rate.items()
+        ]
+
+    short = grid("tune", **{"0.001": 2.2, "0.002": 2.007, "0.004": 2.0, "0.008": 2.02})
+    assert {cell.options["lr"] for cell in cells(*ask, "--break-ties", lines=short)} == {0.002, 0.004}
+    assert cells(*ask, lines=short)[0].options["lr"] == 0.004
+    longer = grid("ties", **{"0.002": 1.9, "0.004": 1.95})
+    assert cells(*ask, lines=short + longer)[0].options["lr"] == 0.002
+
+
 @pytest.mark.parametrize(
     ("lines", "more", "match"),
     [
