@@ -183,14 +183,16 @@ def gains(found: list[Line], lines: list[Line]) -> list[float]:
 
 
 def share(found: list[Line], lines: list[Line]) -> str:
-    """The share of the mean headroom at this T that each seed closes: mean and spread, percent."""
-    bptt = found[0]["bptt"]
-    headroom = gains([line for line in lines if (line["column"], line["bptt"]) == (EXACT, bptt)], lines)
+    """The share of the mean headroom at this T, of the same seeds, that each seed closes: mean and spread, percent."""
+    bptt, seeds = found[0]["bptt"], {line["seed"] for line in found}
+    exact = [line for line in lines if (line["column"], line["bptt"]) == (EXACT, bptt)]
+    headroom = gains(exact, lines)
     if found[0]["column"] == EXACT:
         return spread(headroom, digits_of(found))
-    if not beyond_spread(headroom):
+    of_these = gains([line for line in exact if line["seed"] in seeds], lines)
+    if not beyond_spread(headroom) or not of_these:
         return NOTHING
-    mean = statistics.mean(headroom)
+    mean = statistics.mean(of_these)
     return spread([100 * gain / mean for gain in gains(found, lines)], 0)
 
 

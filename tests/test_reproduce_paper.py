@@ -113,6 +113,12 @@ def test_the_cells_of_a_table():
     assert [(c.options["start"], c.options["batch_size"], c.options["lr"]) for c in copy] == [(5, 256, 7e-5)] * 5
 
 
+def test_a_share_is_of_the_headroom_of_its_own_seeds():
+    """Seed 1 has twice the headroom, and its synthesizer is not run yet."""
+    lines = [line("none", 0, 2.0), line("exact", 0, 1.8), line("none", 1, 2.4), line("exact", 1, 2.0)]
+    assert "| `multi-horizon` | 50 (1) |" in tables([*lines, line("multi-horizon", 0, 1.9)])
+
+
 def test_columns_have_one_order():
     assert tuple(reproduce_paper.COLUMNS) == COLUMNS
     text = tables([line("exact", 0, 1.9), line("none", 0, 2.0)])
