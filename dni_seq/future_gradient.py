@@ -31,11 +31,16 @@ from .windows import Reduction, step_weight
 
 
 class _Known(NamedTuple):
-    """Limits of messages, the mean squares that they are of, and the version that these had."""
+    """Least and largest number of a message, and what they follow from: mean squares, their version, the limit."""
 
     of: Tensor
     version: int
-    limits: tuple[Tensor, Tensor]
+    limit: float
+    range: tuple[Tensor, Tensor]
+
+    def holds(self, of: Tensor, limit: float) -> bool:
+        """Whether nothing has changed since."""
+        return self.of is of and self.version == of._version and self.limit == limit
 
 
 class FutureGradient(PackedSynthesizer):
@@ -112,22 +117,21 @@ class FutureGradient(PackedSynthesizer):
     def _unpacked(self, outputs: Outputs, trigger: State) -> list[State]:
         found = outputs.messages
         if self.limit is not None:
-            found = found.clamp(*self._limits())
+            found = found.clamp(*self._range(self.limit))
         return [self.packing.unpack(message, trigger) for message in found.unbind(1)]
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy takes over: what is known of one tensor's versions says nothing of its copy's."""
         return {**self.__dict__, "_known": None}
 
-    def _limits(self) -> tuple[Tensor, Tensor]:
+    def _range(self, limit: float) -> tuple[Tensor, Tensor]:
         """Least and largest number of a message, [K, S]; computed anew at the few windows that change the mean squares."""
         of = self.mean_square
-        if self._known is None or self._known.of is not of or self._known.version != of._version:
-            assert self.limit is not None
+        if self._known is None or not self._known.holds(of, limit):
             scales = self._scales()  # zero before the first target, and where all were zero: no unit to limit it by
-            largest = torch.where(scales > 0, self.limit * scales, torch.inf)
-            self._known = _Known(of, of._version, (-largest, largest))
-        return self._known.limits
+            largest = torch.where(scales > 0, limit * scales, torch.inf)
+            self._known = _Known(of, of._version, limit, (-largest, largest))
+        return self._known.range
 
     def regress(self, trigger: State, context: Any, targets: list[State | None]) -> Regression:
         """The model's own mean loss, which trains it; against the targets that are there the message is measured.

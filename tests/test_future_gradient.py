@@ -169,6 +169,8 @@ def test_limits_are_those_of_the_latest_mean_squares():
     for module in (synthesizer, twin):
         module.load_state_dict(saved)
         assert_alike(predict(module, state, ahead), first)
+    synthesizer.heads.limit = 1e6
+    assert_alike(predict(synthesizer, state, ahead), [message])
 
 
 def assert_alike(found, expected):
