@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -35,3 +36,28 @@ def test_a_window_uses_the_memory_of_the_one_before():
     # A process that does not ask to keep them has 10,000 to 22,000 faults here as a rule; now and then, by where its heap
     # lies, as few as this one: the bound is absolute.
     assert int(found) < 5000
+
+
+HUGE = """
+from dni_seq.allocator import RESERVED, keep_freed_memory
+assert keep_freed_memory()
+asked = 0
+for line in open("/proc/self/smaps"):
+    words = line.split()
+    if "-" in words[0]:
+        low, high = (int(end, 16) for end in words[0].split("-"))
+    elif words[0] == "VmFlags:" and "hg" in words:
+        asked += high - low
+assert keep_freed_memory()  # a second time changes nothing
+print(asked / RESERVED)
+"""
+
+
+def test_the_first_megabytes_of_what_is_kept_are_asked_for_in_huge_pages():
+    if not keep_freed_memory():
+        pytest.skip("this C library is not glibc, whose options it sets")
+    switch = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if not switch.exists() or "[never]" in switch.read_text(encoding="ascii"):
+        pytest.skip("this system has no huge pages to give")
+    found = subprocess.run([sys.executable, "-c", HUGE], capture_output=True, text=True, check=True).stdout
+    assert 0.9 < float(found) < 1.1
