@@ -96,7 +96,7 @@ class FutureGradient(PackedSynthesizer):
 
     def outputs(self, bounded: Tensor, gate: Tensor, context: Any) -> Outputs:
         """Raw messages without a graph, those of all lanes of all ranks in one unit."""
-        return self._weighted(self.model.gradients(bounded, context), gate)
+        return self._weighted(self.model.gradients(bounded, context), gate, 1)
 
     def predict(self, trigger: State, context: Any) -> list[State]:
         """One message a horizon, raw, limited once there has been a target."""
@@ -106,12 +106,12 @@ class FutureGradient(PackedSynthesizer):
         """What `predict` gives, and the model's mean loss, 0-d, whose gradients are added to the parameters."""
         bounded, gate = self._bounded(trigger)
         found, loss = self.model.learn(bounded, context)
-        return self._unpacked(self._weighted(found, gate), trigger), loss
+        return self._unpacked(self._weighted(found, gate, self.model.steps * len(gate)), trigger), loss
 
-    def _weighted(self, found: Tensor, gate: Tensor) -> Outputs:
-        """Messages from gradients [K, B, S] of summed losses with respect to bounded states."""
+    def _weighted(self, found: Tensor, gate: Tensor, of: int) -> Outputs:
+        """Messages from gradients [K, B, S], with respect to bounded states, of losses summed and divided by `of`."""
         ranks = 1 if self.across_ranks is None or self.reduction == "sum" else self.across_ranks.size
-        weight = step_weight(self.reduction, self.window, len(gate) * ranks)
+        weight = of * step_weight(self.reduction, self.window, len(gate) * ranks)
         return Outputs((found * (weight * gate)).transpose(0, 1), None, None)
 
     def _unpacked(self, outputs: Outputs, trigger: State) -> list[State]:

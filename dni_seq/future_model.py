@@ -120,12 +120,15 @@ class FutureModel(nn.Module):
         return found
 
     def learn(self, flat: Tensor, context: Any) -> tuple[Tensor, Tensor]:
-        """What `gradients` gives, and the mean loss, 0-d, whose gradients are added to the parameters: all in one pass."""
+        """[K, B, S]: the gradient of each part's share of the mean loss; and that loss, 0-d.
+
+        Its gradients are added to the parameters, in the same one pass.
+        """
         flats, losses, ahead = self._unweighted(flat, context)
         steps = ahead.valid.numel()
         losses.backward(ahead.counts.to(losses.dtype) / steps)
         assert flats.grad is not None
-        return flats.grad.mul_(steps), self._total(losses.detach(), ahead) / steps
+        return flats.grad, self._total(losses.detach(), ahead) / steps
 
     @torch.enable_grad()
     def _unweighted(self, flat: Tensor, context: Any) -> tuple[Tensor, Tensor, Lookahead]:
@@ -138,11 +141,17 @@ class FutureModel(nn.Module):
     def _expected(self, flats: Tensor, ahead: Lookahead) -> tuple[Tensor, Tensor]:
         """z [m, B, F] and q [m, B, Q] from states [K, B, S], each of which says what comes in its part of the steps."""
         seen = (self.from_inputs(self._recent(ahead)) + self.from_step).unflatten(0, (self.parts, -1))
-        said = torch.stack([layer(flat) for layer, flat in zip(self.from_state, flats, strict=True)])
+        said = self._said(flats)
         reached, direct = said[:, None].split([self.units, said.shape[-1] - self.units], dim=-1)
         hidden = torch.tanh(reached + seen)
         outputs = self.output(hidden) + direct
         return hidden.flatten(0, 1), outputs.flatten(0, 1)
+
+    def _said(self, flats: Tensor) -> Tensor:
+        """[K, B, F + Q]: what each part reads from its state."""
+        if self.parts == 1:  # nothing to take apart and to stack
+            return self.from_state[0](flats)
+        return torch.stack([layer(flat) for layer, flat in zip(self.from_state, flats, strict=True)])
 
     def _losses(self, outputs: Tensor, ahead: Lookahead) -> Tensor:
         losses = self.loss_fn(outputs, ahead.targets)

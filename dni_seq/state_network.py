@@ -45,11 +45,11 @@ class Packing(nn.Module):
         dims = states.spread(batch_dim, example, "batch_dim")
         floating = [(leaf, d) for leaf, d in zip(states.flatten(example), dims, strict=True) if states.is_floating(leaf)]
         self._dims = [d % leaf.dim() for leaf, d in floating]
-        shapes = [leaf.movedim(d, 0).shape[1:] for leaf, d in floating]
-        self._sizes = [shape.numel() for shape in shapes]
+        self._shapes = [leaf.movedim(d, 0).shape[1:] for leaf, d in floating]
+        self._sizes = [shape.numel() for shape in self._shapes]
         self.size = sum(self._sizes)
         layered = [leaf.dim() == 3 and d != 0 for leaf, d in zip(states.floating(example), self._dims, strict=True)]
-        counts = [shape[0] if several else 1 for shape, several in zip(shapes, layered, strict=True)]
+        counts = [shape[0] if several else 1 for shape, several in zip(self._shapes, layered, strict=True)]
         lengths = [size // count for size, count in zip(self._sizes, counts, strict=True) for _ in range(count)]
         self.register_buffer("lengths", torch.tensor(lengths), persistent=False)
         numbers = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
@@ -62,11 +62,8 @@ class Packing(nn.Module):
 
     def unpack(self, packed: Tensor, like: State) -> State:
         """The nest of `like` that holds `packed` [B, S]."""
-        leaves = []
-        pieces = packed.split(self._sizes, dim=1)
-        for piece, leaf, d in zip(pieces, states.floating(like), self._dims, strict=True):
-            leaves.append(piece.reshape(leaf.movedim(d, 0).shape).movedim(0, d))
-        return states.with_floating(like, leaves)
+        pieces = zip(packed.split(self._sizes, dim=1), self._shapes, self._dims, strict=True)
+        return states.with_floating(like, [piece.view(-1, *shape).movedim(0, d) for piece, shape, d in pieces])
 
     def spans(self, setting: Any, example: State, name: str) -> list[slice]:
         """Where the leaves lie that `setting`, one bool or a nest of them, marks."""
