@@ -13,7 +13,8 @@ python benchmarks/steps.py --memory --output docs/results/memory.jsonl
 
 Ways of training, on the same model and random tokens, take turns, so many steps each that their kinds are all among them, as
 a synthesizer's steps with a regression and without. Medians and quartiles over the turns are reported, of the process's CPU
-time for a step, which suffers less from other work on the machine than the clock does. Two processes take turns, round by
+time for a step, which suffers less from other work on the machine than the clock does; with several threads (`--threads`),
+whose CPU times add up, of the clock's. Two processes take turns, round by
 round: in one, freed memory is kept for the next window, as our scripts have it (`dni_seq.allocator`); in the other it is
 not, as a loop that nobody tuned has it. Beside them stand the matrix products of a truncated step alone, the floor of
 them all.
@@ -217,10 +218,13 @@ def step_of(way: str, setting: Setting, bptt: int) -> Step:
     return plain_step(setting, bptt, fused=way != PLAIN)
 
 
-def time_ways(name: str, bptt: int, ways: Sequence[str], seconds: float) -> dict[str, list[float]]:
-    """CPU milliseconds of a step by way, one number a turn."""
+def time_ways(name: str, bptt: int, ways: Sequence[str], seconds: float, threads: int) -> dict[str, list[float]]:
+    """Milliseconds of a step by way, one number a turn."""
     found: dict[str, list[float]] = {way: [] for way in ways}
-    workers = [Worker(name, bptt, [way for way in ways if way in each], kept=each is KEPT) for each in (AS_IT_COMES, KEPT)]
+    workers = [
+        Worker(name, bptt, [way for way in ways if way in each], kept=each is KEPT, threads=threads)
+        for each in (AS_IT_COMES, KEPT)
+    ]
     with contextlib.ExitStack() as stack:
         for worker in workers:
             stack.callback(worker.close)
@@ -235,15 +239,15 @@ def time_ways(name: str, bptt: int, ways: Sequence[str], seconds: float) -> dict
 class Worker:
     """A process that has some ways take turns whenever it is told to."""
 
-    def __init__(self, name: str, bptt: int, ways: Sequence[str], *, kept: bool) -> None:
+    def __init__(self, name: str, bptt: int, ways: Sequence[str], *, kept: bool, threads: int) -> None:
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=take_turns, args=(name, bptt, ways, kept, theirs), daemon=True)
+        self._process = context.Process(target=take_turns, args=(name, bptt, ways, kept, threads, theirs), daemon=True)
         self._process.start()
         theirs.close()
 
     def round(self) -> dict[str, float]:
-        """CPU milliseconds of a step, by way, in one turn of each."""
+        """Milliseconds of a step, by way, in one turn of each."""
         self._pipe.send(True)
         times: dict[str, float] = self._pipe.recv()
         return times
@@ -259,9 +263,10 @@ def warm_up(way: str) -> int:
     return 3 if way in AS_IT_COMES or way in (PLAIN_KEPT, PRODUCTS, "none") else OBSERVED_FIRST + 1
 
 
-def take_turns(name: str, bptt: int, ways: Sequence[str], kept: bool, pipe: Connection) -> None:
+def take_turns(name: str, bptt: int, ways: Sequence[str], kept: bool, threads: int, pipe: Connection) -> None:
     """The worker's side."""
-    torch.set_num_threads(1)
+    torch.set_num_threads(threads)
+    now = time.process_time if threads == 1 else time.perf_counter
     if kept:
         keep_freed_memory()
     steps = {way: step_of(way, SETTINGS[name], bptt) for way in ways}
@@ -271,10 +276,10 @@ def take_turns(name: str, bptt: int, ways: Sequence[str], kept: bool, pipe: Conn
     while pipe.recv():
         times = {}
         for way, step in steps.items():
-            begin = time.process_time()
+            begin = now()
             for _ in range(TURN):
                 step()
-            times[way] = 1e3 * (time.process_time() - begin) / TURN
+            times[way] = 1e3 * (now() - begin) / TURN
         pipe.send(times)
 
 
@@ -369,6 +374,7 @@ def main() -> None:
     parser.add_argument("--bptt", nargs="+", type=int, help="window lengths, in the place of each setting's own")
     parser.add_argument("--way", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--seconds", type=float, default=0.0, help="for each cell at least")
+    parser.add_argument("--threads", type=int, default=1, help="of each process (default: 1)")
     parser.add_argument("--output", type=Path, help="JSON lines; printed too")
     parser.add_argument("--profile", choices=SETTINGS, help="print where the time goes, of each --way and --bptt")
     parser.add_argument("--memory", action="store_true", help="memory instead of time")
@@ -376,7 +382,7 @@ def main() -> None:
     parser.add_argument("--one", nargs=3, metavar=("SETTING", "T", "WAY"), help=argparse.SUPPRESS)
     parser.add_argument("--tables", type=Path, help="print lines that are on record, as a table")
     options = parser.parse_args()
-    torch.set_num_threads(1)
+    torch.set_num_threads(options.threads)
     if options.tables:
         print(table(read_lines(options.tables)))
         return
@@ -395,7 +401,7 @@ def main() -> None:
             if options.memory:
                 found = [in_process(name, bptt, way, options.windows) for way in options.way]
             else:
-                found = lines_of(name, bptt, time_ways(name, bptt, options.way, options.seconds))
+                found = lines_of(name, bptt, time_ways(name, bptt, options.way, options.seconds, options.threads))
             for line in found:
                 print(json.dumps(line), flush=True)
             lines += found
@@ -406,6 +412,7 @@ def main() -> None:
 def in_process(name: str, bptt: int, way: str, windows: int) -> dict[str, Any]:
     """`memory_of` in a fresh process."""
     command = [sys.executable, __file__, "--one", name, str(bptt), way, "--windows", str(windows)]
+    command += ["--threads", str(torch.get_num_threads())]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     line: dict[str, Any] = json.loads(result.stdout)
     return line
