@@ -2,8 +2,8 @@
 
 The C library of most Linux systems gives large blocks back as soon as they are free. A window's logits and gradients are
 such blocks, so every step would have the system map, clear and fault in the same megabytes again, which takes up to a third
-of a short window's step. What is kept lies in pages of 4 KiB, of which parameters, gradients and moments fill more than a
-core has translations at hand for; pages of 2 MiB take another tenth off such a step (docs/performance.md).
+of a short window's step. In pages of 4 KiB, parameters, gradients and moments fill more of them than a core has
+translations at hand for; pages of 2 MiB take up to another tenth off such a step (docs/performance.md).
 """
 
 from __future__ import annotations
