@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
@@ -104,7 +104,7 @@ def _full_precision(trigger: State) -> Iterator[Any]:
     def cast(state: State) -> State:
         return states.map_floating(states.in_full, state)
 
-    with torch.autocast(device, enabled=False):
+    with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
         yield cast
 
 
@@ -437,11 +437,14 @@ class Exchange:
         is own · S + Jᵀ Σ (following - own · weights) · M: a product that starts at the last states and never runs through
         the losses, and none at all where the coefficients vanish, as they do for one factor that is both c and γ.
         """
-        if not self._triggers or not self._interface.learns:
+        if not self._triggers:
             return
-        self._rule = self._ends[0].rule if self._ends else rule_of(self._interface.synthesizer, 1, 1)
+        rule = self._ends[0].rule if self._ends else rule_of(self._interface.synthesizer, 1, 1)
+        if not any(rule.trained) or not self._interface.learns:
+            return
+        self._rule = rule
         inputs = self.inputs()
-        for i, trained in enumerate(self._rule.trained):
+        for i, trained in enumerate(rule.trained):
             roots = [root for end in self._ends for root in _difference(end, i)] if trained else []
             if roots:
                 tensors, gradients = zip(*roots, strict=True)
@@ -450,7 +453,7 @@ class Exchange:
 
     def after_backward(self) -> None:
         """Regress at every trigger towards its targets, or measure there what has learned already."""
-        if self._rule is not None and any(self._rule.trained):
+        if self._rule is not None:
             self._regress(self._rule, [taken(leaf) for leaf in self.inputs()])
         for leaf in self.inputs():
             leaf.grad = None

@@ -61,9 +61,9 @@ class Packing(nn.Module):
         return torch.cat(flat, dim=1)
 
     def unpack(self, packed: Tensor, like: State) -> State:
-        """The nest of `like` that holds `packed` [B, S]."""
+        """The nest of `like` that holds `packed` [B, S]; contiguous leaves, since what follows reads them several times."""
         pieces = zip(packed.split(self._sizes, dim=1), self._shapes, self._dims, strict=True)
-        return states.with_floating(like, [piece.view(-1, *shape).movedim(0, d) for piece, shape, d in pieces])
+        return states.with_floating(like, [piece.view(-1, *shape).movedim(0, d).contiguous() for piece, shape, d in pieces])
 
     def spans(self, setting: Any, example: State, name: str) -> list[slice]:
         """Where the leaves lie that `setting`, one bool or a nest of them, marks."""
