@@ -63,7 +63,7 @@ class Packing(nn.Module):
     def unpack(self, packed: Tensor, like: State) -> State:
         """The nest of `like` that holds `packed` [B, S]; contiguous leaves, since what follows reads them several times."""
         pieces = zip(packed.split(self._sizes, dim=1), self._shapes, self._dims, strict=True)
-        return states.with_floating(like, [piece.view(-1, *shape).movedim(0, d).contiguous() for piece, shape, d in pieces])
+        return states.with_floating(like, [p.view(len(packed), *shape).movedim(0, d).contiguous() for p, shape, d in pieces])
 
     def spans(self, setting: Any, example: State, name: str) -> list[slice]:
         """Where the leaves lie that `setting`, one bool or a nest of them, marks."""
