@@ -218,13 +218,10 @@ def step_of(way: str, setting: Setting, bptt: int) -> Step:
     return plain_step(setting, bptt, fused=way != PLAIN)
 
 
-def time_ways(name: str, bptt: int, ways: Sequence[str], seconds: float, threads: int) -> dict[str, list[float]]:
+def time_ways(name: str, bptt: int, ways: Sequence[str], seconds: float) -> dict[str, list[float]]:
     """Milliseconds of a step by way, one number a turn."""
     found: dict[str, list[float]] = {way: [] for way in ways}
-    workers = [
-        Worker(name, bptt, [way for way in ways if way in each], kept=each is KEPT, threads=threads)
-        for each in (AS_IT_COMES, KEPT)
-    ]
+    workers = [Worker(name, bptt, [way for way in ways if way in each], kept=each is KEPT) for each in (AS_IT_COMES, KEPT)]
     with contextlib.ExitStack() as stack:
         for worker in workers:
             stack.callback(worker.close)
@@ -237,12 +234,13 @@ def time_ways(name: str, bptt: int, ways: Sequence[str], seconds: float, threads
 
 
 class Worker:
-    """A process that has some ways take turns whenever it is told to."""
+    """A process of as many threads as this one, that has some ways take turns whenever it is told to."""
 
-    def __init__(self, name: str, bptt: int, ways: Sequence[str], *, kept: bool, threads: int) -> None:
+    def __init__(self, name: str, bptt: int, ways: Sequence[str], *, kept: bool) -> None:
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=take_turns, args=(name, bptt, ways, kept, threads, theirs), daemon=True)
+        task = (name, bptt, ways, kept, torch.get_num_threads(), theirs)
+        self._process = context.Process(target=take_turns, args=task, daemon=True)
         self._process.start()
         theirs.close()
 
@@ -401,7 +399,7 @@ def main() -> None:
             if options.memory:
                 found = [in_process(name, bptt, way, options.windows) for way in options.way]
             else:
-                found = lines_of(name, bptt, time_ways(name, bptt, options.way, options.seconds, options.threads))
+                found = lines_of(name, bptt, time_ways(name, bptt, options.way, options.seconds))
             for line in found:
                 print(json.dumps(line), flush=True)
             lines += found
