@@ -1,0 +1,207 @@
+"""Do two checkouts of this project train the same numbers? Short runs of the commands, compared bit by bit.
+
+python benchmarks/golden_runs.py compare --base ../before --data-dir data
+    Records the runs below in this checkout and in the one at ../before, in turns on this machine, and lists every
+    difference. Exit status 1 if there is one.
+python benchmarks/golden_runs.py record --output mine.jsonl
+    One checkout alone. Numbers differ between machines: compare files from one machine only.
+
+A checkout to compare with: `git worktree add ../before COMMIT`. The runs are 200 windows of `train_lm.py` on the embedded
+corpus by characters, the same on Penn Treebank by words (with --data-dir), and 200 windows of `train_tasks.py` on copying:
+every kind of synthesizer and target, with LSTM and GRU, one thread. Of each run it compares every loss, every loss of the
+synthesizer, the parameters at the end, and the final scores. Two runs that end with the same parameters count as an error:
+the options of one of them had no effect, so that it would show nothing.
+
+The file uses only what a user sees: the commands' options, `SequenceTrainer.step` and `summary.json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import runpy
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+WINDOWS = 200
+
+KINDS: Mapping[str, str] = {
+    "none": "none",
+    "basic": "basic --synthetic-scale 0.5",
+    "paper": "paper",
+    "paper, auxiliary task": "paper --auxiliary 0.1",
+    "paper, two horizons and tail": "paper --horizons 2 --tail --draw-horizon --synthetic-scale 0.5",
+    "state": "state --synthetic-scale 0.5",
+    "state, lambda": "state --targets lambda --replay-windows 4 --synthetic-scale 0.5",
+    "state, target network": "state --target-network 20 --regress-every 1 --synthetic-scale 0.5",
+    "multi-horizon": "multi-horizon",
+    "multi-horizon, auto scale": "multi-horizon --fit least-squares --synthetic-scale auto --fidelity-every 13",
+    "multi-horizon, auxiliary task": "multi-horizon --auxiliary 0.1",
+    "multi-horizon, least squares": "multi-horizon --fit least-squares --synthetic-scale 1",
+    "multi-horizon, descent": "multi-horizon --fit descent --horizons 2 --synthetic-scale 1",
+    "multi-horizon, tail": "multi-horizon --fit descent --horizons 2 --tail --synthetic-scale 0.5",
+    "multi-horizon, lambda": "multi-horizon --fit descent --targets lambda --synthetic-scale 0.5",
+    "multi-horizon, raw": "multi-horizon --no-normalize --no-gate --message-clip 0 --synthetic-scale 0.5",
+    "exact": "exact --fidelity-every 50",
+    "exact, tail": "exact --tail --bptt 4",
+    "exact, fitted tail": "exact --tail --bptt 4 --fit least-squares",
+}
+"""Every kind of synthesizer and target, by its options. Scales are given where "auto" would inject nothing so early."""
+
+SMALL = ["--hidden", "48", "--batch-size", "8", "--threads", "1", "--seed", "3"]
+TEXT = ["--embed", "24", "--max-steps", str(WINDOWS), "--eval-every", "100", "--eval-tokens", "2000"]
+PENN_TREEBANK = ["--dataset", "ptb", "--tokenizer", "word", "--dropout", "0.2"]
+COPY = ["--task", "copy", "--updates", str(WINDOWS), "--start", "6"]
+"""Sequences of 14 steps, in windows of 4: in a single window there would be no message."""
+
+
+def runs(data_dir: Path | None) -> Iterator[tuple[str, str, list[str]]]:
+    """Name, script and options of every run."""
+    for cell in ("lstm", "gru"):
+        for kind, options in KINDS.items():
+            more = ["--synthesizer", *options.split(), "--model", cell, *SMALL]
+            yield f"characters, {cell}: {kind}", "train_lm.py", [*more, *TEXT]
+            if data_dir is not None:
+                yield f"words, {cell}: {kind}", "train_lm.py", [*more, *TEXT, *PENN_TREEBANK, "--data-dir", str(data_dir)]
+            yield f"copy, {cell}: {kind}", "train_tasks.py", [*more, *COPY]
+
+
+def record(script: Path, options: list[str]) -> dict[str, Any]:
+    """Runs one command in this process; digests of its losses and parameters, and its final scores."""
+    import torch
+
+    import dni_seq as dni
+
+    losses: list[float] = []
+    synthetic: list[float] = []
+    trainers: list[dni.SequenceTrainer] = []
+    step = dni.SequenceTrainer.step
+
+    def watched(self: dni.SequenceTrainer, *args: Any, **more: Any) -> Any:
+        result = step(self, *args, **more)
+        losses.append(float(result.loss))
+        if result.synthetic is not None:
+            synthetic.append(float(result.synthetic.loss))
+        trainers[:] = [self]
+        return result
+
+    dni.SequenceTrainer.step = watched  # type: ignore[method-assign]
+    with tempfile.TemporaryDirectory() as folder:
+        status = runpy.run_path(str(script))["main"]([*options, "--run-dir", f"{folder}/run"])
+        summary = json.loads(Path(folder, "run", "summary.json").read_text())
+    assert status == 0, f"{script.name} {' '.join(options)} ended with status {status}"
+    scores = [summary.get(name, {}).get("loss") for name in ("valid", "test")]
+    parameters = hashlib.sha256()
+    for parameter in trainers[0].model.parameters():
+        parameters.update(parameter.detach().contiguous().view(torch.uint8).numpy().tobytes())
+    return {
+        "windows": len(losses),
+        "losses": digest(losses),
+        "last loss": losses[-1],
+        "synthesizer's losses": digest(synthetic),
+        "parameters": parameters.hexdigest()[:16],
+        "scores": scores if any(scores) else [summary.get("length"), summary.get("sequences")],
+    }
+
+
+def digest(numbers: list[float]) -> str:
+    """A short digest of numbers, equal if and only if every bit is."""
+    return hashlib.sha256(" ".join(number.hex() for number in numbers).encode()).hexdigest()[:16]
+
+
+def record_all(tree: Path, output: Path, data_dir: Path | None, only: str) -> int:
+    """Records the runs of a checkout, each in a child of one process that has imported everything; the exit status."""
+    sys.path.insert(0, str(tree))
+    import dni_seq
+
+    assert Path(dni_seq.__file__).is_relative_to(tree), f"{dni_seq.__file__} is not in {tree}"
+    runpy.run_path(str(tree / "scripts" / "train_lm.py"))  # imports, so that the children need not
+    failed = 0
+    for name, script, options in runs(data_dir):
+        if only not in name:
+            continue
+        child = os.fork()
+        if child == 0:
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, 1)
+            try:
+                line = record(tree / "scripts" / script, options)
+                with output.open("a") as file:
+                    file.write(json.dumps({"run": name, **line}) + "\n")
+                os._exit(0)
+            except BaseException as error:
+                print(f"{name}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+                os._exit(1)
+        failed += os.waitpid(child, 0)[1] != 0
+    return int(failed > 0)
+
+
+def read(path: Path) -> dict[str, dict[str, Any]]:
+    """The runs on record, by name."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    return {line.pop("run"): line for line in lines}
+
+
+def compare(base: Path, data_dir: Path | None, only: str) -> int:
+    """Records both checkouts side by side, and lists what differs; the exit status."""
+    trees = [base.resolve(), Path(__file__).resolve().parents[1]]
+    with tempfile.TemporaryDirectory() as folder:
+        outputs = [Path(folder, f"{i}.jsonl") for i in range(len(trees))]
+        command = [sys.executable, __file__, "record", "--only", only]
+        if data_dir is not None:
+            command += ["--data-dir", str(data_dir.resolve())]
+        children = [
+            subprocess.Popen([*command, "--tree", str(tree), "--output", str(output)], cwd=tree)
+            for tree, output in zip(trees, outputs, strict=True)
+        ]
+        failed = sum(child.wait() != 0 for child in children)
+        before, after = map(read, outputs)
+    different = [name for name in sorted({*before, *after}) if before.get(name) != after.get(name)]
+    for name, line in after.items():
+        if name not in different:
+            print(f"same       {name}: {line['windows']} windows, parameters {line['parameters']}")
+    for name in different:
+        print(f"DIFFERENT  {name}: {before.get(name)} and {after.get(name)}")
+    twins = list(without_effect(after))
+    for name, other in twins:
+        print(f"NO EFFECT  {name} ends as {other} does")
+    print(f"{len(after)} runs, {len(different)} different")
+    return int(bool(failed or different or twins or not after))
+
+
+def without_effect(runs: dict[str, dict[str, Any]]) -> Iterator[tuple[str, str]]:
+    """Pairs of runs that end with the same parameters."""
+    first: dict[str, str] = {}
+    for name, line in runs.items():
+        other = first.setdefault(line["parameters"], name)
+        if other != name:
+            yield name, other
+
+
+def main() -> int:
+    """The command; returns its exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parts = parser.add_subparsers(dest="part", required=True)
+    for name in ("compare", "record"):
+        part = parts.add_parser(name)
+        part.add_argument("--data-dir", type=Path, metavar="DIR", help="holds ptb/ptb.train.txt; without it no words")
+        part.add_argument("--only", default="", metavar="TEXT", help="runs whose name contains this")
+        if name == "compare":
+            part.add_argument("--base", type=Path, required=True, metavar="DIR", help="the other checkout")
+        else:
+            part.add_argument("--tree", type=Path, default=Path(__file__).resolve().parents[1], metavar="DIR")
+            part.add_argument("--output", type=Path, required=True, metavar="FILE")
+    options = parser.parse_args()
+    if options.part == "compare":
+        return compare(options.base, options.data_dir, options.only)
+    return record_all(options.tree.resolve(), options.output, options.data_dir, options.only)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
