@@ -41,7 +41,7 @@ KINDS: Mapping[str, str] = {
     "state, lambda": "state --targets lambda --replay-windows 4 --synthetic-scale 0.5",
     "state, target network": "state --target-network 20 --regress-every 1 --synthetic-scale 0.5",
     "multi-horizon": "multi-horizon",
-    "multi-horizon, auto scale": "multi-horizon --fit least-squares --synthetic-scale auto --fidelity-every 13",
+    "multi-horizon, auto scale": "multi-horizon --fit least-squares --synthetic-scale auto --fidelity-every 7 --lookahead 5",
     "multi-horizon, auxiliary task": "multi-horizon --auxiliary 0.1",
     "multi-horizon, least squares": "multi-horizon --fit least-squares --synthetic-scale 1",
     "multi-horizon, descent": "multi-horizon --fit descent --horizons 2 --synthetic-scale 1",

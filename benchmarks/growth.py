@@ -28,8 +28,8 @@ from typing import Any, NamedTuple
 import torch
 from steps import OURS, Setting, our_step, peak_mb, warm_up
 
-from dni_seq.allocator import keep_freed_memory
-from dni_seq.study import read_lines
+from dni_seq.app.runs.allocator import keep_freed_memory
+from dni_seq.app.studies.records import read_lines
 
 WAYS = ("none", "multi-horizon")
 

@@ -21,11 +21,11 @@ from typing import Any
 
 import torch
 
-from dni_seq import lm
-from dni_seq.lm_options import LanguageModelOptions
-from dni_seq.lm_trainer import build_trainer, cell_size
-from dni_seq.options import build
-from dni_seq.study import append_line, markdown, read_lines
+from dni_seq.app.lm import build as lm
+from dni_seq.app.lm.build_trainer import build_trainer, cell_size
+from dni_seq.app.lm.options import LanguageModelOptions
+from dni_seq.app.runs.options import build
+from dni_seq.app.studies.records import append_line, markdown, read_lines
 
 BPTT = (1, 2, 4, 8, 16, 32)
 RATES, STRATA = (1e-4, 1e-2), 20

@@ -41,15 +41,15 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from dni_seq.allocator import keep_freed_memory
-from dni_seq.credit_options import lookahead_of
-from dni_seq.lm_options import LanguageModelOptions
-from dni_seq.lm_trainer import build_trainer
+from dni_seq.app.build.credit_options import lookahead_of
+from dni_seq.app.lm.build_trainer import build_trainer
+from dni_seq.app.lm.options import LanguageModelOptions
+from dni_seq.app.runs.allocator import keep_freed_memory
+from dni_seq.app.runs.options import build
+from dni_seq.app.studies.records import NOTHING, markdown, read_lines
+from dni_seq.core.windows import Lookahead
+from dni_seq.credit.message_filter import OBSERVED_FIRST
 from dni_seq.models.language_model import LanguageModel
-from dni_seq.options import build
-from dni_seq.soundness import OBSERVED_FIRST
-from dni_seq.study import NOTHING, markdown, read_lines
-from dni_seq.windows import Lookahead
 
 Step = Callable[[], None]
 

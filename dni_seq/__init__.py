@@ -4,14 +4,16 @@ Three levels of use: the command `python scripts/train_lm.py`, `SequenceTrainer`
 interfaces. `import dni_seq` needs torch alone.
 """
 
-from .credit import Synthetic
-from .deferred import GradientAccumulator, backward, defer_backward
-from .exact_future import ExactFuture
-from .future_gradient import FutureGradient
-from .future_model import FutureModel
-from .interfaces import BackwardInterface, BidirectionalInterface, ForwardInterface, synthesizer_context
-from .least_squares import LeastSquaresHeads
-from .state_synthesizers import (
+from dni_seq.core.deferred_backward import GradientAccumulator, backward, defer_backward
+from dni_seq.core.windows import Lookahead, Window, with_lookahead
+from dni_seq.credit.synthetic_gradient import Synthetic
+from dni_seq.interfaces.backward import BackwardInterface, BidirectionalInterface, ForwardInterface, synthesizer_context
+from dni_seq.synthesizers.base import LSTM_CELLS, BasicSynthesizer, GatedCells, Normalized
+from dni_seq.synthesizers.exact_future import ExactFuture
+from dni_seq.synthesizers.future_gradient import FutureGradient
+from dni_seq.synthesizers.future_model import FutureModel
+from dni_seq.synthesizers.least_squares import LeastSquaresHeads
+from dni_seq.synthesizers.multi_horizon import (
     AuxiliaryTask,
     Horizons,
     LookaheadEncoder,
@@ -19,9 +21,7 @@ from .state_synthesizers import (
     StateHeads,
     StateSynthesizer,
 )
-from .synthesizers import LSTM_CELLS, BasicSynthesizer, GatedCells, Normalized
-from .trainer import SequenceTrainer, StepResult
-from .windows import Lookahead, Window, with_lookahead
+from dni_seq.trainer import SequenceTrainer, StepResult
 
 __all__ = [
     "LSTM_CELLS",

@@ -16,11 +16,10 @@ from typing import Any, Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from . import states
-from .credit import CreditSettings, Synthetic, SyntheticCredit, without_chain
-from .data_parallel import DataParallel
-from .deferred import backward, defer_backward
-from .guard import (
+from dni_seq.core import states
+from dni_seq.core.deferred_backward import backward, defer_backward
+from dni_seq.core.optimizer_step import clipped_step, gradient_norm, leaves_out_by_itself
+from dni_seq.core.snapshot import (
     Alone,
     Kept,
     NonFiniteError,
@@ -34,11 +33,12 @@ from .guard import (
     decided_here,
     first_not_finite,
 )
-from .interfaces import Exchange
-from .optimization import clipped_step, gradient_norm, leaves_out_by_itself
-from .replay import Past, Replayer
-from .states import State
-from .windows import REDUCTIONS, Lookahead, Reduction
+from dni_seq.core.states import State
+from dni_seq.core.windows import REDUCTIONS, Lookahead, Reduction
+from dni_seq.credit.replay import Past, Replayer
+from dni_seq.credit.synthetic_gradient import CreditSettings, Synthetic, SyntheticCredit, without_chain
+from dni_seq.distributed.data_parallel import DataParallel
+from dni_seq.interfaces.backward import Exchange
 
 
 class Model(Protocol):

@@ -10,9 +10,9 @@ import re
 import sys
 from pathlib import Path
 
-from dni_seq.lm_options import PRESETS, LanguageModelOptions
-from dni_seq.options import default_of, flag
-from dni_seq.runlog import KEYS, OTHER_KEYS
+from dni_seq.app.lm.options import PRESETS, LanguageModelOptions
+from dni_seq.app.runs.options import default_of, flag
+from dni_seq.app.runs.tensorboard import KEYS, OTHER_KEYS
 
 README = Path(__file__).parents[1] / "README.md"
 

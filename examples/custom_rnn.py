@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import dni_seq as dni
-from dni_seq.runlog import RunLog
-from dni_seq.tasks import TASKS, Stage, TaskStream
+from dni_seq.app.runs.tensorboard import RunLog
+from dni_seq.streams.algorithmic_tasks import TASKS, Stage, TaskStream
 
 ADDING, UNITS, WINDOW = TASKS["adding"], 32, 5
 

@@ -1,65 +1,12 @@
-"""Let a trained language model write.
+"""Writes text with a trained language model.
 
-python scripts/sample_lm.py runs/mine
-python scripts/sample_lm.py runs/mine --prompt "The statement" --length 300 --temperature 0.7 --top-k 40 --seed 3
-
-The tokenizer and the model are those of the run directory.
+`--help` lists the options. The code is `dni_seq.app.lm.sample`.
 """
 
-from __future__ import annotations
-
-import argparse
 import sys
-from collections.abc import Sequence
 
-from dni_seq import lm
-from dni_seq.bugs import guarded
-from dni_seq.options import OneLineParser, report
-from dni_seq.rundir import RunDirectory
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; returns its exit status."""
-    given = read_arguments(arguments)
-    run = RunDirectory(given.run_dir)
-    try:
-        loaded = lm.load_run(run, run.checkpoint(given.checkpoint), lm.device_of(given.device))
-        text = lm.sample_text(
-            loaded.model,
-            loaded.tokenizer,
-            prompt=given.prompt,
-            length=given.length,
-            temperature=given.temperature,
-            top_k=given.top_k,
-            seed=loaded.options.seed if given.seed is None else given.seed,
-        )
-    except (ValueError, OSError) as error:
-        return report("sample_lm", error)
-    print(text)
-    return 0
-
-
-def read_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
-    lengths = ", ".join(f"{level} {length}" for level, length in lm.SAMPLE_LENGTH.items())
-    parser = OneLineParser(
-        prog="sample_lm", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("run_dir", metavar="RUN_DIR", help="a directory that scripts/train_lm.py has made")
-    parser.add_argument("--prompt", default="\n", help="text to go on from (default: a new line)")
-    parser.add_argument("--length", type=int, help=f"tokens to draw (default: {lengths})")
-    parser.add_argument(
-        "--temperature",
-        type=float,
-        default=lm.SAMPLE_TEMPERATURE,
-        help=f"below 1 the likelier tokens gain (default: {lm.SAMPLE_TEMPERATURE})",
-    )
-    parser.add_argument("--top-k", type=int, help="draw among the k likeliest tokens (default: all)")
-    parser.add_argument("--seed", type=int, help="(default: the run's)")
-    parser.add_argument("--checkpoint", choices=("best", "last"), default="best", help="(default: best)")
-    parser.add_argument("--device", help="(default: cuda where there is one, else cpu)")
-    return parser.parse_args(arguments)
-
+from dni_seq.app.lm.sample import main
+from dni_seq.app.runs.crash_report import guarded
 
 if __name__ == "__main__":
     sys.exit(guarded(main))

@@ -1,101 +1,12 @@
-"""Train a fast recurrent network and one that ticks every --steps steps, joined by synthetic gradients.
+"""Trains two recurrent networks that tick at different rates.
 
-python scripts/train_slow_ticking.py
-    The fast network counts one symbol over 5 steps, the slow one another over 25, from the fast one's states alone.
-python scripts/train_slow_ticking.py --joint message
-    The slow network gets the fast one's states, but sends no gradient back.
-python scripts/train_slow_ticking.py --joint none
-    The fast network alone has to tell both counts, by truncated BPTT over 5 steps.
-
-Prints the squared errors over the variance of what is to be told: 1 is no better than its mean. docs/distributed.md has
-what to expect. With --run-dir, summary.json is left there. Bad input ends with one line on stderr and status 2.
+`--help` lists the options. The code is `dni_seq.app.decoupled.train_multi_timescale`.
 """
 
-from __future__ import annotations
-
-import dataclasses
 import sys
-from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 
-import torch
-
-from dni_seq.bugs import guarded
-from dni_seq.checkpoint import write_json
-from dni_seq.models.slow_ticking import JOINTS, Counting, SlowTicking
-from dni_seq.options import above_zero, at_least, build, option, parse, report
-from dni_seq.rundir import check_unused
-
-_PROG = "train_slow_ticking"
-_TASK, _NETWORK, _RUN = "task", "network", "run"
-AVERAGED = 500
-"""Blocks over which errors are averaged."""
-
-
-@dataclass(frozen=True)
-class SlowTickingOptions:
-    """Everything that the command can be told."""
-
-    steps: int = option(5, "steps between two ticks", group=_TASK, check=at_least(1))
-    ticks: int = option(5, "ticks over which the slow network counts, and its window", group=_TASK, check=at_least(1))
-    joint: str = option("synthetic", "what joins the networks", group=_NETWORK, choices=JOINTS)
-    hidden: int = option(16, "units of each network", group=_NETWORK, check=at_least(1))
-    blocks: int = option(6000, "ticks to train for", group=_RUN, check=at_least(1))
-    batch_size: int = option(32, "lanes", group=_RUN, check=at_least(1))
-    lr: float = option(5e-3, "learning rate (Adam)", group=_RUN, check=above_zero)
-    seed: int = option(0, "of weights and symbols", group=_RUN, check=at_least(0))
-    run_dir: str | None = option(None, "directory for summary.json", group=_RUN, metavar="DIR", shown="none")
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; returns its exit status."""
-    try:
-        options = build(SlowTickingOptions, parse(SlowTickingOptions, arguments, prog=_PROG, description=__doc__ or ""))
-        if options.joint != "none" and options.blocks < options.ticks:
-            raise ValueError(f"--blocks {options.blocks} end before the slow network has stepped: give --ticks at least")
-        path = None if options.run_dir is None else Path(options.run_dir)
-        if path is not None:
-            check_unused(path)
-            path.mkdir(parents=True, exist_ok=True)
-    except (ValueError, OSError) as error:
-        return report(_PROG, error)
-    errors = train(options)
-    if path is not None:
-        write_json(path / "summary.json", {**dataclasses.asdict(options), "error": errors})
-    return 0
-
-
-def train(options: SlowTickingOptions) -> dict[str, float]:
-    """Train; the errors of the last blocks, by network, over the variance of their counts."""
-    torch.set_num_threads(1)
-    torch.manual_seed(options.seed)
-    network = SlowTicking(options.hidden, options.ticks, options.joint, options.lr)
-    task = Counting(options.steps, options.ticks, options.batch_size, options.seed)
-    recent: dict[str, deque[torch.Tensor]] = {name: deque(maxlen=AVERAGED) for name in ("fast", "fast power", "slow power")}
-    every = 1 if options.joint == "none" else options.ticks
-    recent["slow"] = deque(maxlen=max(1, AVERAGED // every))
-    errors: dict[str, float] = {}
-    for number in range(1, options.blocks + 1):
-        block = task.block()
-        for name, error in network.step(block).items():
-            recent[name].append(error)
-        recent["fast power"].append(block.fast.square().mean())
-        recent["slow power"].append(block.slow.square().mean())
-        if recent["slow"] and (number % 1000 == 0 or number == options.blocks):
-            errors = {name: mean(recent[name]) / mean(recent[f"{name} power"]) for name in ("fast", "slow")}
-            print(
-                f"block {number}: error of the fast count {errors['fast']:.3f}, of the slow one {errors['slow']:.3f}",
-                flush=True,
-            )
-    return errors
-
-
-def mean(values: deque[torch.Tensor]) -> float:
-    """The mean of 0-d tensors."""
-    return float(torch.stack(list(values)).mean())
-
+from dni_seq.app.decoupled.train_multi_timescale import main
+from dni_seq.app.runs.crash_report import guarded
 
 if __name__ == "__main__":
     sys.exit(guarded(main))

@@ -18,7 +18,7 @@ SYNTHETIC = ("--horizons", "2", "--synthesizer-hidden", "16", "--regress-every",
 def two_runs(tmp_path_factory) -> Path:
     """A directory with two runs, `none` by truncated BPTT and `multi-horizon` with synthetic gradients: 60 steps each,
     validations every 20, histograms every 20 and points of the training curves every 10."""
-    from scripts import train_lm
+    from dni_seq.app.lm import train as train_lm
 
     directory = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as patch:
@@ -33,4 +33,4 @@ def two_runs(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What two ranks found in one start, since starting takes longer than the work."""
-    return run_ranks("tests.on_ranks", "everything", 2, tmp_path_factory.mktemp("ranks"))
+    return run_ranks("tests.distributed.on_ranks", "everything", 2, tmp_path_factory.mktemp("ranks"))

@@ -12,14 +12,14 @@ from typing import Any
 
 import torch
 
-ROOT = Path(__file__).parents[1]
+from tests.paths import ROOT
 
 CODE = textwrap.dedent(
     """
     import importlib, sys, warnings
     warnings.simplefilter("error")
     import torch
-    from dni_seq.distributed import joined
+    from dni_seq.distributed.process_group import joined
     torch.set_num_threads(1)
     module, name, folder, timeout = sys.argv[1:]
     with joined(float(timeout)) as ranks:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import dni_seq as dni
-from dni_seq import states
+from dni_seq.core import states
 
 
 def reset(state: Any, ends: Tensor, initial: Any, batch_dim: Any) -> Any:

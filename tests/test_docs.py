@@ -18,12 +18,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from dni_seq.lm_options import LanguageModelOptions
-from dni_seq.options import parse
+from dni_seq.app.lm.options import LanguageModelOptions
+from dni_seq.app.runs.options import parse
 from docs import tables
 from docs.images import overview
+from tests.paths import ROOT
 
-ROOT = Path(__file__).parent.parent
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/**/*.md")])
 BLOCK = re.compile(r"^```python[^\n]*\n(.*?)^```\s*$", re.MULTILINE | re.DOTALL)
 
@@ -85,23 +85,23 @@ SMALL = {
 """What makes a script's command quick; later options go before earlier ones."""
 
 ELSEWHERE = {
-    "tensorboard": "test_dashboard.py serves a run by it",
+    "tensorboard": "app/runs/test_dashboard.py serves a run by it",
     "pytest": "this",
-    "pip": ".ci/run installs by README's line, test_command.py from a wheel",
+    "pip": ".ci/run installs by README's line, app/test_cli.py from a wheel",
     "venv": "likewise",
     "ruff": ".ci/run",
     "mypy": ".ci/run",
-    "train_feedforward": "test_feedforward.py",
-    "feedforward_table": "test_feedforward.py",
+    "train_feedforward": "app/feedforward/test_train.py",
+    "feedforward_table": "app/feedforward/test_train.py",
     "streams": "test_benchmarks.py, its smallest case",
     "steps": "test_benchmarks.py",
     "growth": "test_benchmarks.py",
     "stability": "test_benchmarks.py",
     "tables": "test_tables_are_those_of_the_code",
     "examples": "test_examples.py",
-    "reproduce_paper": "test_reproduce_paper.py",
-    "torchrun": "test_distributed.py and test_decoupled.py start two ranks",
-    "train_slow_ticking": "test_slow_ticking.py",
+    "reproduce_paper": "app/studies/test_reproduce.py",
+    "torchrun": "distributed/test_process_group.py and distributed/test_decoupled_parts.py start two ranks",
+    "train_slow_ticking": "models/test_multi_timescale.py",
 }
 """Commands of the pages that run, but not here."""
 
@@ -170,7 +170,7 @@ def test_commands_run(at_home, capsys):
             exec(arguments[0] if arguments else "", {})
         if name not in SMALL:
             continue
-        if any("OWNER/NAME" in word for word in arguments):  # test_streams_hub.py runs it, against a server of its own
+        if any("OWNER/NAME" in word for word in arguments):  # streams/test_hub.py runs it, against a server of its own
             assert parse(LanguageModelOptions, arguments, prog=name, description="")
             continue
         if "--vocab-size" in arguments:  # as few as this text can be told by

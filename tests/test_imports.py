@@ -1,4 +1,4 @@
-"""Imports go one way, and `import dni_seq` needs torch alone."""
+"""Imports go one way, by folder, without a circle, and `import dni_seq` needs torch alone."""
 
 from __future__ import annotations
 
@@ -9,82 +9,92 @@ from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).parents[1] / "dni_seq"
+from tests.paths import ROOT
 
-# Each module may import those in its own row and in the rows above it, and of the rows beside it (those with the same
-# number) only what its row holds. Scripts are on top of all.
-LEVELS = {
-    "states": 0,
-    "deferred": 0,
-    "windows": 0,
-    "guard": 0,
-    "optimization": 1,
-    "distributed": 0,
-    "data_parallel": 1,
-    "synthesizers": 1,
-    "targets": 2,
-    "reliability": 0,
-    "replay": 3,
-    "future_model": 1,
-    "state_network": 2,
-    "state_synthesizers": 3,
-    "future_gradient": 4,
-    "least_squares": 3,
-    "published": 3,
-    "interfaces": 4,
-    "exact_future": 4,
-    "diagnostics": 4,
-    "soundness": 5,
-    "credit": 6,
-    "trainer": 7,
+PACKAGE = ROOT / "dni_seq"
+
+CREDIT = {"core", "synthesizers", "interfaces", "distributed"}
+LIBRARY = {*CREDIT, "credit", "trainer", "models", "streams", "dni_seq"}
+
+MAY_IMPORT = {
+    "core": set(),
+    "synthesizers": {"core"},
+    "streams": {"core"},
+    "distributed": {"core"},
+    "interfaces": {"core", "synthesizers"},
+    "models": {"core", "synthesizers", "interfaces"},
+    "credit": CREDIT,
+    "trainer": {*CREDIT, "credit"},
+    "dni_seq": {*CREDIT, "credit", "trainer"},
+    "app.runs": {"core", "distributed"},
+    "app.build": {*LIBRARY, "app.runs"},
+    "app.lm": {*LIBRARY, "app.runs", "app.build"},
+    "app.tasks": {*LIBRARY, "app.runs", "app.build"},
+    "app.feedforward": {*LIBRARY, "app.runs", "app.build"},
+    "app.decoupled": {*LIBRARY, "app.runs", "app.build"},
+    "app.studies": {*LIBRARY, "app.runs", "app.build", "app.lm", "app.tasks", "app.feedforward"},
+    "app": {"app.runs"},
 }
-
-SIDES = ("streams", "models", "runlog", "checkpoint", "lock", "rundir", "progress", "stopping")
-"""What is around training: knows nothing of the trainer, and the trainer nothing of it."""
+"""What the files of a folder may import of other folders; `trainer` is the file, `dni_seq` the package's public names."""
 
 
 def modules() -> dict[str, Path]:
-    return {
-        ".".join(path.relative_to(PACKAGE).with_suffix("").parts): path
-        for path in PACKAGE.rglob("*.py")
-        if path.name != "__init__.py"
-    }
-
-
-def imported(name: str, path: Path) -> set[str]:
-    """The modules of the package that a module imports, wherever in the file, by their dotted names."""
-    found = set()
-    parent = name.split(".")[:-1]
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            # `import dni_seq` brings everything, which is above every module of it.
-            names = {a.name for a in node.names if a.name.split(".")[0] == "dni_seq"}
-            found |= {name.removeprefix("dni_seq.") if "." in name else "__init__" for name in names}
-        if not isinstance(node, ast.ImportFrom):
-            continue
-        if node.level:
-            base = parent[: len(parent) - node.level + 1]
-            base += node.module.split(".") if node.module else []
-        elif node.module and node.module.split(".")[0] == "dni_seq":
-            base = node.module.split(".")[1:]
-        else:
-            continue
-        if base:
-            found.add(".".join(base))
-        else:
-            found |= {a.name for a in node.names}
+    """Every module by its dotted name within the package, packages by that of their folder."""
+    found = {}
+    for path in PACKAGE.rglob("*.py"):
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts) or "dni_seq"] = path
     return found
 
 
-@pytest.mark.parametrize("name", LEVELS)
-def test_the_core_imports_downwards(name):
-    for other in imported(name, modules()[name]):
-        assert other in LEVELS, f"{name} is of the core and imports {other}, which is not"
-        assert LEVELS[other] <= LEVELS[name], f"{name} imports {other}, which is above it"
+MODULES = modules()
 
 
-def test_the_core_has_no_cycle():
-    graph = {name: imported(name, modules()[name]) for name in LEVELS}
+def room(name: str) -> str:
+    """The folder of a module, as a key of `MAY_IMPORT`."""
+    if name in MAY_IMPORT:
+        return name
+    return name.rpartition(".")[0]
+
+
+def imported(name: str) -> set[str]:
+    """The modules of the package that a module imports, wherever in the file."""
+    found = set()
+    for node in ast.walk(ast.parse(MODULES[name].read_text())):
+        if isinstance(node, ast.Import):
+            targets = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name} has a relative import: write the whole name"
+            inside = [f"{node.module}.{alias.name}" for alias in node.names]
+            targets = [each if each.removeprefix("dni_seq.") in MODULES else str(node.module) for each in inside]
+        else:
+            continue
+        for target in targets:
+            if target.split(".")[0] == "dni_seq":
+                found.add(target.removeprefix("dni_seq."))
+    return found - {name}
+
+
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_imports_go_one_way(name):
+    for other in imported(name):
+        assert room(other) == room(name) or room(other) in MAY_IMPORT[room(name)], f"{name} imports {other}"
+
+
+def test_every_folder_has_its_row():
+    assert {room(name) for name in MODULES} == set(MAY_IMPORT)
+
+
+def test_folders_have_no_circle():
+    graph = {folder: set(others) for folder, others in MAY_IMPORT.items()}
+    assert_no_circle(graph)
+
+
+def test_modules_have_no_circle():
+    assert_no_circle({name: imported(name) for name in MODULES})
+
+
+def assert_no_circle(graph: dict[str, set[str]]) -> None:
     while graph:
         ready = [name for name, needs in graph.items() if not needs & set(graph)]
         assert ready, f"these import each other in a circle: {sorted(graph)}"
@@ -92,13 +102,17 @@ def test_the_core_has_no_cycle():
             del graph[name]
 
 
-@pytest.mark.parametrize("side", SIDES)
-def test_what_is_around_training_knows_nothing_of_the_trainer(side):
-    paths = {name: path for name, path in modules().items() if name.split(".")[0] == side}
-    assert paths or (PACKAGE / side).is_dir()
-    for name, path in paths.items():
-        above = imported(name, path) & {"__init__", "trainer", "credit", "credit_options", "credit_parts"}
-        assert not above, f"{name} imports {above}"
+def test_the_root_has_few_files_and_no_file_is_long():
+    assert len(list(PACKAGE.glob("*.py"))) <= 6
+    for folder in (PACKAGE, ROOT / "scripts"):
+        for path in folder.rglob("*.py"):
+            assert len(path.read_text().splitlines()) <= 450, path
+
+
+def test_scripts_only_call():
+    for path in (ROOT / "scripts").glob("*.py"):
+        body = ast.parse(path.read_text()).body
+        assert not [node for node in body if isinstance(node, (ast.FunctionDef, ast.ClassDef))], path
 
 
 def test_import_needs_torch_alone():

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import dni_seq as dni
-from dni_seq import states
+from dni_seq.core import states
 from dni_seq.trainer import window_loss
 from tests import problems
 from tests.nests import assert_same

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+from tests.paths import ROOT
+
 PAGE = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
 SOAK = json.loads((ROOT / "docs" / "results" / "soak.json").read_text(encoding="utf-8"))
 
@@ -14,7 +14,7 @@ SOAK = json.loads((ROOT / "docs" / "results" / "soak.json").read_text(encoding="
 def named() -> list[tuple[str, str]]:
     """File and name of every test that the page names; `::name` is of the file named before it."""
     found, file = [], ""
-    for match in re.finditer(r"`(test_\w+\.py)?::(test_\w+)`", PAGE):
+    for match in re.finditer(r"`([\w/]+\.py)?::(test_\w+)`", PAGE):
         file = match.group(1) or file
         found.append((file, match.group(2)))
     return found

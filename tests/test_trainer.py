@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 import dni_seq as dni
-from dni_seq import states
+from dni_seq.core import states
+from dni_seq.synthesizers.base import Regression, predict
 from dni_seq.trainer import ahead_of_window
 from tests import problems, reference
 
@@ -129,7 +130,7 @@ class Recorder(nn.Module):
     def regress(self, trigger, context, targets):
         self.targets += targets
         error = self.linear.weight.sum() ** 2
-        return dni.synthesizers.Regression(error, error.detach()[None], error.detach()[None], error.detach()[None])
+        return Regression(error, error.detach()[None], error.detach()[None], error.detach()[None])
 
 
 def test_ended_lanes_inject_nothing_and_take_nothing_in():
@@ -194,7 +195,7 @@ def test_duplicated_lanes_change_nothing(name):
             state_batch_dim=model.state_batch_dim,
         )
         gradients = run(trainer, problems.cut(text, 3))
-        message = dni.synthesizers.predict(synthesizer.synthesizer, trainer.state, None)[0]
+        message = predict(synthesizer.synthesizer, trainer.state, None)[0]
         return gradients, states.floating(message)
 
     once, message_once = history(text)

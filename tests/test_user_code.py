@@ -11,7 +11,7 @@ from torch import nn
 
 import dni_seq as dni
 from tests import problems
-from tests.test_guard import LANES, assert_same, run, windows
+from tests.test_atomic_step import LANES, assert_same, run, windows
 
 SETTINGS = {
     "none": {"synthesizer": None},

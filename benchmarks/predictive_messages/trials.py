@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from dni_seq.study import append_line, read_lines
+from dni_seq.app.studies.records import append_line, read_lines
 
 Trial = dict[str, Any]
 Line = dict[str, Any]

@@ -31,9 +31,9 @@ from torch import Tensor, nn
 from trials import Line, Trial, best_value, key_of, lines_by_key, work
 
 import dni_seq as dni
-from dni_seq.allocator import keep_freed_memory
+from dni_seq.app.runs.allocator import keep_freed_memory
+from dni_seq.app.studies.records import append_line, read_lines
 from dni_seq.models.language_model import LanguageModel, token_losses
-from dni_seq.study import append_line, read_lines
 
 LANES, UNITS, CLIP = 20, 200, 0.25
 STEPS_PREDICTED = 5

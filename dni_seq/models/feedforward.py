@@ -17,8 +17,8 @@ from typing import NamedTuple
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dni_seq.interfaces import BackwardInterface, BidirectionalInterface, synthesizer_context
-from dni_seq.synthesizers import BasicSynthesizer, Normalized, zero_
+from dni_seq.interfaces.backward import BackwardInterface, BidirectionalInterface, synthesizer_context
+from dni_seq.synthesizers.base import BasicSynthesizer, Normalized, zero_
 
 CLASSES = 10
 SIDE = 28  # of an image, pixels

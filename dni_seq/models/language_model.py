@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .kernels import native_up_to, run_rnn
+from dni_seq.models.lstm_kernels import native_up_to, run_rnn
 
 CELLS = ("lstm", "gru")
 _INITIAL_RANGE = 0.1  # of the embedding's and the projection's weights, as in the example

@@ -1,15 +1,9 @@
 """Text to windows: documents, tokens, lanes, windows."""
 
+from dni_seq.streams.corpus import Corpus, DataError, Documents, known_datasets, open_corpus
 from dni_seq.streams.shuffle import ShuffledDocuments
-from dni_seq.streams.text import Corpus, DataError, Documents, known_datasets, open_corpus
-from dni_seq.streams.tokens import (
-    CharTokenizer,
-    Tokenizer,
-    WordTokenizer,
-    load_tokenizer,
-    train_tokenizer,
-)
-from dni_seq.streams.windows import WindowStream
+from dni_seq.streams.tokenization import CharTokenizer, Tokenizer, WordTokenizer, load_tokenizer, train_tokenizer
+from dni_seq.streams.window_stream import WindowStream
 
 __all__ = [
     "CharTokenizer",

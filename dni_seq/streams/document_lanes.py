@@ -14,19 +14,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from dni_seq.streams.ahead import Ahead, StoppableReader
+from dni_seq.core.windows import Lookahead, Window
 from dni_seq.streams.documents import DataError, Documents, Position, Reader
 from dni_seq.streams.lanes import Lanes
-from dni_seq.streams.runs import (
-    Tally,
-    TokenizedDocument,
-    check_same,
-    checksum,
-    tokenized_documents,
-    too_short,
-)
-from dni_seq.streams.tokens import Tokenizer
-from dni_seq.windows import Lookahead, Window
+from dni_seq.streams.prefetch import Ahead, StoppableReader
+from dni_seq.streams.token_streams import Tally, TokenizedDocument, check_same, checksum, tokenized_documents, too_short
+from dni_seq.streams.tokenization import Tokenizer
 
 
 @dataclass

@@ -7,14 +7,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from dni_seq.streams.documents import (
-    DataError,
-    Documents,
-    PartOfDocuments,
-    Piece,
-    Position,
-    Reader,
-)
+from dni_seq.streams.documents import DataError, Documents, PartOfDocuments, Piece, Position, Reader
 from dni_seq.streams.formats import COMPRESSIONS, FileFormat, read_file
 
 IN_MEMORY_BYTES = 1 << 25

@@ -27,7 +27,7 @@ from dni_seq.streams.documents import (
 )
 from dni_seq.streams.files import FileDocuments, load_lines
 from dni_seq.streams.formats import COMPRESSIONS, FileFormat
-from dni_seq.streams.rows import RowDocuments, leave_retrying_to_us, source_errors
+from dni_seq.streams.hub_rows import RowDocuments, leave_retrying_to_us, source_errors
 
 SPLITS = MappingProxyType({"train": ("train",), "valid": ("validation", "valid", "val", "dev"), "test": ("test",)})
 """Our names of the splits, and the names that data sets on the Hub have for them."""

@@ -19,11 +19,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dni_seq.streams.ahead import Ahead, StoppableReader
+from dni_seq.core.windows import Lookahead, Window
 from dni_seq.streams.documents import Documents, Position, Reader
-from dni_seq.streams.runs import Ids, Tally, TokenRun, check_same, checksum, compact, too_short
-from dni_seq.streams.tokens import Tokenizer
-from dni_seq.windows import Lookahead, Window
+from dni_seq.streams.prefetch import Ahead, StoppableReader
+from dni_seq.streams.token_streams import Ids, Tally, TokenRun, check_same, checksum, compact, too_short
+from dni_seq.streams.tokenization import Tokenizer
 
 RUN = 1 << 14
 """Tokens of running text that a lane takes out of each streamed block, fewer where there are many lanes."""

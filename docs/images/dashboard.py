@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 if __package__:
-    from .browser import Browser, find_chromium, tensorboard
+    from docs.images.browser import Browser, find_chromium, tensorboard
 else:
     from browser import Browser, find_chromium, tensorboard
 

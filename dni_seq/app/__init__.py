@@ -1,0 +1,1 @@
+"""The commands: `dni-seq` and what `scripts/` calls."""

@@ -1,0 +1,224 @@
+"""The trainer's parts that credit assignment is made of, built from its options: synthesizer, auxiliary task, settings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dni_seq.app.build.credit_options import (
+    AUTO_FIDELITY_EVERY,
+    DISCOUNTS,
+    CreditOptions,
+    decided,
+    decided_horizons,
+    future_units,
+    normalizes,
+    regressions_apart,
+    scale_of,
+    tail_lookahead,
+)
+from dni_seq.core.states import State, floating
+from dni_seq.core.windows import Reduction
+from dni_seq.synthesizers.base import BasicSynthesizer, GatedCells, Normalized
+from dni_seq.synthesizers.exact_future import ExactFuture
+from dni_seq.synthesizers.future_gradient import FutureGradient
+from dni_seq.synthesizers.future_model import FutureModel
+from dni_seq.synthesizers.jaderberg2017 import NextInput, PublishedSynthesizer
+from dni_seq.synthesizers.least_squares import LeastSquaresHeads
+from dni_seq.synthesizers.multi_horizon import AuxiliaryTask, Horizons, LookaheadEncoder, PackedSynthesizer, StateHeads
+from dni_seq.synthesizers.packing import StateNetwork
+
+LossFn = Callable[[Any, Tensor], Tensor]
+"""`loss_fn(outputs, targets)`, unreduced losses [T, B]."""
+
+EMBED = 32
+"""Size of the synthesizer's own embedding of a token."""
+
+
+def build_synthesizer(
+    options: CreditOptions,
+    model: nn.Module,
+    loss_fn: LossFn,
+    *,
+    bptt: int,
+    example: State,
+    cells: Any,
+    encode: Callable[[], tuple[nn.Module, nn.Module]],
+    outputs: int,
+    told_apart: int | None = None,
+    reduction: Reduction = "mean",
+    share: Callable[[LossFn], LossFn] | None = None,
+) -> nn.Module | None:
+    """The synthesizer of the options, None for plain truncated BPTT.
+
+    Args:
+        options: which one, and its sizes.
+        model: that the exact future runs.
+        loss_fn: unreduced losses [T, B].
+        bptt: T.
+        example: a state of the model, leaves [L, B, H].
+        cells: which of its leaves are LSTM cells.
+        encode: makes the lookahead's encoders of inputs and targets, each `EMBED` wide.
+        outputs: the width of the model's outputs.
+        told_apart: most outputs that a model of what is ahead tells apart, None for all. Of more, targets must be ids, and
+            the last ones are one to it.
+        reduction: the trainer's.
+        share: makes of the loss what this rank adds to that of all ranks; None where there is one process.
+    """
+    if options.synthesizer == "none":
+        return None
+    options = decided(options, bptt)
+    learned = None
+    if options.synthesizer != "exact" or options.tail:
+        ahead_fn, width = loss_fn, outputs
+        if told_apart is not None and told_apart < outputs:
+            ahead_fn, width = among_the_first(loss_fn, told_apart), told_apart
+        future = future_model(options, tail_lookahead(options, bptt), ahead_fn, encode, width)
+        learned = build_learned(options, bptt, example, cells, encode, future, reduction)
+    if options.synthesizer != "exact":
+        return learned
+    shared = loss_fn if share is None else share(loss_fn)
+    return ExactFuture(model, shared, steps=options.exact_steps, window=bptt, reduction=reduction, tail=learned)
+
+
+def future_model(
+    options: CreditOptions,
+    steps: int,
+    loss_fn: LossFn,
+    encode: Callable[[], tuple[nn.Module, nn.Module]],
+    outputs: int,
+) -> Callable[[int], FutureModel] | None:
+    """Makes the model of what is ahead from the size of a lane's state; None without one. Arguments as above."""
+    units = future_units(options)
+    if not units or not steps:
+        return None
+    by_part = options.fit == "future" and options.synthesizer == "multi-horizon"
+
+    def make(size: int) -> FutureModel:
+        sizes = {
+            "inputs_width": EMBED,
+            "outputs": outputs,
+            "units": units,
+            "parts": decided_horizons(options) if by_part else 1,
+        }
+        return FutureModel(size, steps, inputs=encode()[0], loss_fn=loss_fn, **sizes)
+
+    return make
+
+
+def among_the_first(loss_fn: LossFn, count: int) -> LossFn:
+    """`loss_fn` of classes, for outputs that tell `count` of them apart: from the last one on they are one."""
+
+    def losses(outputs: Any, targets: Tensor) -> Tensor:
+        return loss_fn(outputs, targets.clamp(max=count - 1))
+
+    return losses
+
+
+def build_learned(
+    options: CreditOptions,
+    bptt: int,
+    example: State,
+    cells: Any,
+    encode: Callable[[], tuple[nn.Module, nn.Module]],
+    future: Callable[[int], FutureModel] | None,
+    reduction: Reduction,
+) -> nn.Module:
+    """A synthesizer that learns; that of exact's tail is a multi-horizon one of one horizon. Arguments as above."""
+    kind = options.synthesizer
+    horizons, tail = (1, False) if kind == "exact" else (decided_horizons(options), options.tail)
+    normalize = normalizes(options)
+    if not (kind != "paper" if options.gate is None else options.gate):
+        cells = False
+    limit = options.message_clip or None
+    if kind == "basic":
+        width = sum(leaf.shape[-1] for leaf in floating(example))
+        return dressed(BasicSynthesizer(width, n_hidden=1), cells, normalize, limit)
+    steps = tail_lookahead(options, bptt)
+    if kind == "paper":
+        return build_published(options, example, steps, cells, normalize, encode)
+    if options.fit == "future" and future is not None:
+        ahead = FutureGradient(example, future, window=bptt, reduction=reduction, cells=cells, limit=limit)
+        return Horizons(ahead, horizons=horizons, draw=options.draw_horizon) if kind == "multi-horizon" else ahead
+    encoder = LookaheadEncoder(steps, *encode()) if steps else None
+    count = 1 if kind == "state" else horizons + tail
+    hidden = [options.synthesizer_hidden] * options.synthesizer_layers
+    size: dict[str, Any] = {"hidden": hidden, "encoder": encoder, "future": future}
+    if normalize:
+        if options.fit == "least-squares" and encoder is None and not options.synthesizer_layers:
+            raise ValueError(
+                "--fit least-squares needs features to learn: give --synthesizer-layers or --lookahead, or --fit descent"
+            )
+        kinds: dict[str, type[PackedSynthesizer]] = {"least-squares": LeastSquaresHeads, "descent": StateHeads}
+        heads: nn.Module = kinds[options.fit or "least-squares"](example, count, cells=cells, limit=limit, **size)
+    else:
+        if options.future_units:
+            raise ValueError("--future-units needs normalised targets: leave --no-normalize out, or --future-units")
+        # What learns from raw targets has no place for a second loss, without which that model would not learn.
+        heads = GatedCells(StateNetwork(example, count, **size | {"future": None}), cells)
+    return heads if kind == "state" else Horizons(heads, horizons=horizons, tail=tail, draw=options.draw_horizon)
+
+
+def build_published(
+    options: CreditOptions,
+    example: State,
+    steps: int,
+    cells: Any,
+    normalize: bool,
+    encode: Callable[[], tuple[nn.Module, nn.Module]],
+) -> nn.Module:
+    """The recipe as published, and what is added to it: a lookahead that is asked for sees targets too."""
+    leaves = floating(example)
+    encoder: nn.Module | None = None
+    if options.lookahead is None:
+        encoder = NextInput(encode()[0], EMBED + 1)
+    elif steps:
+        encoder = LookaheadEncoder(steps, *encode())
+    horizons = decided_horizons(options)
+    count = horizons + options.tail
+    width = sum(leaf.shape[-1] for leaf in leaves)
+    network = PublishedSynthesizer(width, hidden=leaves[0].shape[-1], encoder=encoder, horizons=count)
+    heads = dressed(network, cells, normalize, options.message_clip or None)
+    if count == 1:
+        return heads
+    return Horizons(heads, horizons=horizons, tail=options.tail, draw=options.draw_horizon)
+
+
+def dressed(network: nn.Module, cells: Any, normalize: bool, limit: float | None) -> nn.Module:
+    """A network with its cells bounded, and normalised, its messages limited, where that is wanted."""
+    gated = GatedCells(network, cells)
+    return Normalized(gated, limit=limit) if normalize else gated
+
+
+def build_auxiliary(options: CreditOptions, example: State) -> nn.Module | None:
+    """The auxiliary task of the options, None where it is off."""
+    return AuxiliaryTask(example) if options.auxiliary and options.synthesizer != "none" else None
+
+
+def trainer_settings(options: CreditOptions) -> dict[str, Any]:
+    """The keyword arguments of `SequenceTrainer` that the options decide, but for the synthesizer and its optimizer."""
+    chosen = scale_of(options)
+    discount = DISCOUNTS.get(options.synthesizer, 1.0) if options.discount is None else options.discount
+    usual_clip = 0.0 if options.fit == "future" else 1.0
+    clip = usual_clip if options.synthesizer_clip is None else options.synthesizer_clip
+    every = options.fidelity_every or (AUTO_FIDELITY_EVERY if chosen == "auto" else 0)
+    return {
+        "synthetic_scale": chosen,
+        "discount": discount,
+        "targets": options.targets,
+        "lam": options.lam,
+        "replay_windows": options.replay_windows,
+        "regress_every": regressions_apart(options),
+        "target_network": options.target_network,
+        "fidelity_every": every,
+        "auxiliary_weight": options.auxiliary,
+        "synthesizer_clip": clip or None,
+    }
+
+
+def learning_parameters(*parts: nn.Module | None) -> list[torch.nn.Parameter]:
+    """The parameters of those parts that are there, for one optimizer."""
+    return [parameter for part in parts if part is not None for parameter in part.parameters()]

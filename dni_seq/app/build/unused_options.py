@@ -1,0 +1,101 @@
+"""What a run's options do not change, given its other options: said once as it begins, instead of ignored in silence."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator
+
+from dni_seq.app.build.credit_options import CreditOptions, decided, decided_horizons, normalizes, scale_of, why_fitted
+from dni_seq.app.runs.options import flag
+
+_FITTED = ("synthesizer_hidden", "synthesizer_layers")
+_AHEAD = ("fit", "future_units", "lookahead", "synthesizer_vocab_size")
+_LEARNING = ("discount", "horizons", "draw_horizon", "normalize", "gate", "message_clip", "regress_every", *_FITTED, *_AHEAD)
+_OPTIMIZER = ("synthesizer_lr", "synthesizer_clip")
+_TARGETS = ("lam", "target_network")
+
+
+def remarks(options: CreditOptions, bptt: int, *, cells: bool = True) -> list[str]:
+    """What to tell the user, a line each; nothing where every option that differs from its default has its effect.
+
+    Args:
+        options: as settled.
+        bptt: T.
+        cells: whether the model is an LSTM.
+    """
+    found = [
+        f"no effect with {reason}: {', '.join(flags)}"
+        for reason, names in _reasons(options, bptt, cells)
+        if (flags := [flag(name) for name in names if _given(options, name)])
+    ]
+    hindrance = why_fitted(options, bptt)
+    if hindrance is not None:
+        found.append(
+            f"messages are fitted to targets: the gradient of a model of what is ahead cannot be had with {hindrance}"
+        )
+    return found
+
+
+def _given(options: CreditOptions, name: str) -> bool:
+    """Whether an option differs from its default. One horizon is what every synthesizer has that knows of none."""
+    defaults = {field.name: field.default for field in dataclasses.fields(options)}
+    if name not in defaults:  # one of another script
+        return False
+    value = getattr(options, name)
+    return value != defaults[name] and not (name == "horizons" and value == 1)
+
+
+def _reasons(options: CreditOptions, bptt: int, cells: bool) -> Iterator[tuple[str, Iterable[str]]]:
+    """Reasons, as texts, and the options that have no effect for them; an option may be named more than once."""
+    kind = options.synthesizer
+    if kind == "none":
+        every = (field.name for field in dataclasses.fields(CreditOptions))
+        yield "--synthesizer none", [*(name for name in every if name != "synthesizer"), "synthesizer_vocab_size"]
+        return
+    if kind != "exact":
+        yield f"--synthesizer {kind}", ["exact_steps"]
+    if kind == "exact" and not options.tail:
+        nothing = [*_LEARNING, *_TARGETS, "replay_windows", *([] if options.auxiliary else _OPTIMIZER)]
+        yield "--synthesizer exact without --tail", nothing
+        return
+    if not cells:
+        yield "a model without an LSTM's cells", ["gate"]
+    chosen = decided(options, bptt)
+    yield from _of_networks(chosen)
+    yield from _of_targets(chosen)
+
+
+def _of_networks(options: CreditOptions) -> Iterator[tuple[str, Iterable[str]]]:
+    """Of what the synthesizer is built from; options as `decided`."""
+    kind = options.synthesizer
+    if kind == "basic":
+        yield "--synthesizer basic", ["tail", "draw_horizon", "horizons", *_FITTED, *_AHEAD]
+    elif kind == "paper":
+        yield "--synthesizer paper", ["fit", "future_units", *_FITTED]
+    elif kind == "state":
+        yield "--synthesizer state", ["tail", "draw_horizon"]
+    elif kind == "exact":
+        yield "--synthesizer exact", ["draw_horizon"]
+    if options.fit == "future":
+        yield "messages that are the gradient of a model of what is ahead", [*_FITTED, "draw_horizon"]
+    elif kind in ("multi-horizon", "paper") and decided_horizons(options) + options.tail == 1:
+        yield "one horizon", ["draw_horizon"]
+    if not normalizes(options):
+        yield "messages that are not normalised", ["message_clip"]
+
+
+def _of_targets(options: CreditOptions) -> Iterator[tuple[str, Iterable[str]]]:
+    """Of what the synthesizer is trained towards; options as `decided`."""
+    kind, horizons, fitted = options.synthesizer, decided_horizons(options), options.fit != "future"
+    last_on_itself = kind in ("basic", "state") or (kind == "paper" and horizons == 1) or (fitted and options.tail)
+    if options.targets == "lambda":
+        yield "--targets lambda", ["regress_every", "draw_horizon"]
+    else:
+        yield "--targets bootstrap", ["lam"]
+        compared = options.fidelity_every > 0 or scale_of(options) == "auto"
+        if not (last_on_itself and compared):
+            yield "--targets bootstrap", ["replay_windows"]
+    if kind == "exact" and not fitted:
+        yield "a tail that is the gradient of a model of what is ahead", ["discount", *_TARGETS]
+    elif horizons == 1 and not last_on_itself:
+        yield "one horizon, whose target is the window's own gradient", ["discount", *_TARGETS]

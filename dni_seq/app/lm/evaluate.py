@@ -1,0 +1,50 @@
+"""Score a trained language model: loss in nats a token, perplexity, bits per character.
+
+python scripts/evaluate_lm.py runs/mine
+    The test split with the checkpoint of the lowest validation loss.
+python scripts/evaluate_lm.py runs/mine --split valid --checkpoint last
+
+The data set, the tokenizer and the model are those of the run directory.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+import torch
+
+from dni_seq.app.lm import build as lm
+from dni_seq.app.lm.options import LanguageModelOptions
+from dni_seq.app.runs.directory import RunDirectory
+from dni_seq.app.runs.options import OneLineParser, report
+from dni_seq.app.runs.resume import saved_options
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns its exit status."""
+    given = read_arguments(arguments)
+    run = RunDirectory(given.run_dir)
+    changes = {name: getattr(given, name) for name in ("data_dir", "device", "threads") if getattr(given, name) is not None}
+    try:
+        options = saved_options(LanguageModelOptions, run, changes)
+        torch.set_num_threads(options.threads)
+        for split, result in lm.score_run(run, run.checkpoint(given.checkpoint), (given.split,), options):
+            print(lm.describe(split, result))
+    except (ValueError, OSError) as error:
+        return report("evaluate_lm", error)
+    return 0
+
+
+def read_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = OneLineParser(
+        prog="evaluate_lm", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("run_dir", metavar="RUN_DIR", help="a directory that scripts/train_lm.py has made")
+    parser.add_argument("--split", choices=("valid", "test"), default="test", help="(default: test)")
+    parser.add_argument("--checkpoint", choices=("best", "last"), default="best", help="(default: best)")
+    parser.add_argument("--data-dir", metavar="DIR", help="(default: the run's)")
+    parser.add_argument("--device", help="(default: the run's)")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: the run's)")
+    return parser.parse_args(arguments)

@@ -1,0 +1,95 @@
+"""The score of a language model on a split: loss in nats a token, perplexity, bits per character.
+
+Legend: T = window length, B = lanes, V = vocabulary size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from dni_seq.app.runs.tensorboard import perplexity
+from dni_seq.core.states import reset_lanes
+from dni_seq.core.windows import Window, counted
+from dni_seq.distributed.data_parallel import DataParallel
+from dni_seq.models.language_model import token_losses
+
+
+class Score(NamedTuple):
+    """A model's score on a split.
+
+    Attributes:
+        loss: mean cross-entropy, nats a token.
+        ppl: perplexity a token, exp(loss).
+        bpc: bits per character of the text that the tokens stand for.
+        word_ppl: perplexity a word, line ends counted as words: comparable between tokenizers, as bpc is.
+    """
+
+    loss: float
+    ppl: float
+    bpc: float
+    word_ppl: float
+
+
+def evaluate(
+    model: nn.Module,
+    windows: Iterable[Window],
+    *,
+    autocast: torch.dtype | None = None,
+    parallel: DataParallel | None = None,
+) -> float:
+    """The loss of `model` on `windows`, nats a token, its state carried from window to window, without dropout.
+
+    Every token that counts has the same weight. The model's mode is as before afterwards.
+
+    Args:
+        model: `model(inputs, state) -> (logits [T, B, V], state)` with `initial_state(B)`.
+        windows: the split, its tensors where the model is; T may be longer than in training.
+        autocast: dtype to run the model in under `torch.autocast`, None for full precision.
+        parallel: this rank's part, where each rank is to run its lanes of `windows`; a collective. None for one process.
+
+    Raises:
+        ValueError: there is no token to score.
+    """
+    loss, tokens = 0.0, 0
+    state = None
+    with evaluating(model), torch.no_grad():
+        for window in windows:
+            if parallel is not None:
+                window = parallel.window(window)
+            lanes = window.inputs.shape[1]
+            if state is None:
+                state = model.initial_state(lanes)  # type: ignore[operator]
+            with torch.autocast(window.inputs.device.type, autocast, enabled=autocast is not None):
+                logits, state = model(window.inputs, state)
+            keep = counted(window)
+            loss += float(token_losses(logits, window.targets)[keep].sum())
+            tokens += int(keep.sum())
+            if window.ends is not None:
+                state = reset_lanes(state, window.ends, model.initial_state(lanes), 1)  # type: ignore[operator]
+    if parallel is not None:
+        loss, tokens = parallel.sum(torch.tensor([loss, tokens], dtype=torch.float64)).tolist()
+    if tokens == 0:
+        raise ValueError("there is no token to score")
+    return loss / tokens
+
+
+def score_of(loss: float, characters_per_token: float, words_per_token: float) -> Score:
+    """The score that a loss in nats a token amounts to, given what a token stands for on average."""
+    return Score(loss, perplexity(loss), loss / math.log(2) / characters_per_token, perplexity(loss / words_per_token))
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """`model.eval()` inside; the model's own mode again afterwards, on exceptions too."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)

@@ -1,0 +1,542 @@
+"""Train a recurrent language model by truncated BPTT, with or without synthetic gradients.
+
+python scripts/train_lm.py
+    The embedded corpus, by characters; two minutes on two cores, then a sample of text.
+python scripts/train_lm.py --dataset ptb
+    Penn Treebank, by words, LSTM 2x200 on windows of 5 steps, 6 epochs; an hour or more of one core.
+python scripts/train_lm.py --dataset ptb --synthesizer none
+    The same by plain truncated BPTT.
+python scripts/train_lm.py --run-dir runs/mine --resume auto
+    Go on where runs/mine was stopped or killed, or begin.
+torchrun --standalone --nproc-per-node 2 scripts/train_lm.py --dataset ptb
+    The same on two processes, each with half of the lanes; docs/distributed.md has more.
+tensorboard --logdir runs
+    Watch the curves.
+
+A run leaves in its directory: TensorBoard events, config.json, tokenizer.json, checkpoints/last.pt, previous.pt and best.pt
+(lowest validation loss), and summary.json. Ctrl-C saves a checkpoint and ends with status 130, SIGTERM with 143. Bad input
+ends with one line on stderr and status 2, and so do a full disk and a loss that stays NaN. docs/reliability.md says what a
+run survives.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import dni_seq as dni
+from dni_seq.app.build.unused_options import remarks
+from dni_seq.app.lm import build as lm
+from dni_seq.app.lm.build_trainer import build_trainer, cell_size, messages
+from dni_seq.app.lm.dry_run import dry_run
+from dni_seq.app.lm.evaluation import Score
+from dni_seq.app.lm.options import PRESETS, LanguageModelOptions, as_given, settle
+from dni_seq.app.runs.allocator import keep_freed_memory
+from dni_seq.app.runs.checkpoint import CheckpointError, fitting, random_state, save_checkpoint, set_random_state, write_json
+from dni_seq.app.runs.directory import RunDirectory, new_run_path
+from dni_seq.app.runs.lock import RunLock
+from dni_seq.app.runs.options import parse, report
+from dni_seq.app.runs.progress import Progress, Quiet
+from dni_seq.app.runs.resume import Plan, config_of, plan_run
+from dni_seq.app.runs.signals import StopSignals
+from dni_seq.app.runs.tensorboard import FINAL, LAYOUT, RunLog, peak_memory_mb, perplexity
+from dni_seq.core.snapshot import NonFiniteError
+from dni_seq.core.windows import Window
+from dni_seq.distributed.data_parallel import DataParallel
+from dni_seq.distributed.process_group import TIMEOUT, RankError, Ranks, joined, local_device, program
+from dni_seq.models.language_model import LanguageModel
+from dni_seq.streams import Corpus, DataError, Tokenizer, WindowStream, load_tokenizer
+from dni_seq.streams.corpus import EMBEDDED
+
+LOG_EVERY = 50
+"""Steps between two points of the training curves."""
+
+HISTOGRAM_EVERY = 1000
+"""Steps between two histograms of the synthesizer's messages."""
+
+SAVE_SECONDS = 60.0
+"""A kill loses about this much work at most; a checkpoint is written at each validation too."""
+
+RANK_SEED = 1_000_003
+"""Between the seeds of two ranks, so that a study's seeds stay apart from them."""
+
+EVAL_EVERY_OF_STREAM = 1000
+"""Steps between validations where the text is streamed, so that nobody knows how long an epoch is."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns its exit status."""
+    keep_freed_memory()
+    with RunLock() as lock:
+        return command(arguments, lock)
+
+
+def command(arguments: Sequence[str] | None, lock: RunLock) -> int:
+    """The command, which takes the lock of the run's directory; returns its exit status."""
+    try:
+        given = parse(
+            LanguageModelOptions,
+            arguments,
+            prog="train_lm",
+            description=__doc__ or "",
+            presets=PRESETS,
+            as_given=as_given,
+        )
+        if given.get("dry_run") and given.get("eval_only"):
+            raise ValueError("--dry-run and --eval-only ask for different things: leave one out")
+        if given.get("dry_run"):
+            for line in dry_run(plan_run(LanguageModelOptions, given).options):
+                print(line, flush=True)
+            return 0
+        if given.get("eval_only"):
+            return evaluate_only(plan_run(LanguageModelOptions, {"resume": "auto"} | given))
+        with joined(float(given.get("rank_timeout", TIMEOUT))) as ranks:
+            return run(given, ranks, lock)
+    except (ValueError, OSError) as error:
+        return report("train_lm", error)
+
+
+def run(given: dict[str, Any], ranks: Ranks, lock: RunLock) -> int:
+    """Train, on one rank or several, of which the first takes the lock; returns the exit status."""
+    try:
+        ranks.check_same({"version of python": sys.version.split()[0], **program(), "set of options": given})
+        plan = ranks.from_first(lambda: plan_run(LanguageModelOptions, given, lock))
+        training = prepare(plan, ranks, lock)
+    except (ValueError, OSError) as error:
+        return report("train_lm", error) if ranks.first else 2  # all ranks know of it
+    except RankError as error:
+        return report("train_lm", error)
+    try:
+        with StopSignals() as stop:
+            return train(training, stop)
+    except RankError as error:
+        going_on = f"to go on from the last checkpoint: --run-dir {training.run.path} --resume auto"
+        return report("train_lm", RankError(f"rank {ranks.rank} stopped at step {training.steps}: {error}; {going_on}"))
+    except DataError as error:
+        if ranks.size > 1:  # a checkpoint takes all ranks, and the others may read on
+            return report("train_lm", DataError(f"rank {ranks.rank} stopped at step {training.steps}: {error}"))
+        return report("train_lm", stopped(training, error))
+    except NonFiniteError as error:  # on all ranks at the same step
+        end = stopped(training, error)
+        return report("train_lm", end) if ranks.first else 2
+    except (CheckpointError, OSError) as error:
+        return report("train_lm", error)
+    finally:
+        training.progress.close()
+        training.log.close()
+
+
+def stopped(t: Training, error: Exception) -> Exception:
+    """Save where a run cannot go on by itself; the error to report."""
+    try:
+        save(t, t.run.last)
+    except (OSError, RankError) as other:
+        return OSError(f"{error} ({other})")
+    return ValueError(f"{error} (saved at step {t.steps}; to go on: --run-dir {t.run.path} --resume auto)")
+
+
+@dataclass
+class Counters:
+    """How far a run is; part of its checkpoint.
+
+    Attributes:
+        tokens: trained on so far.
+        seconds: the run's time so far, over all sessions, validation included.
+        process_seconds: the same in CPU time of the process, which other work on the machine does not lengthen.
+        curve: (tokens, seconds, process seconds, bits per character) at each validation, its own time included.
+        best: lowest validation loss so far, None before the first.
+        validated_at: step of the latest validation.
+        logged_at: step of the latest point of the training curves.
+    """
+
+    tokens: int = 0
+    seconds: float = 0.0
+    process_seconds: float = 0.0
+    curve: list[list[float]] = field(default_factory=list)
+    best: float | None = None
+    validated_at: int = 0
+    logged_at: int = 0
+
+
+@dataclass
+class Training:
+    """The parts of a run, ready to train; `resumed_at` is the step of the checkpoint that it goes on from, None at first."""
+
+    options: LanguageModelOptions
+    run: RunDirectory
+    device: torch.device
+    tokenizer: Tokenizer
+    stream: WindowStream
+    valid: WindowStream
+    test: WindowStream
+    model: LanguageModel
+    trainer: dni.SequenceTrainer
+    counters: Counters
+    log: RunLog
+    progress: Progress
+    ranks: Ranks = field(default_factory=Ranks)
+    clock: float = field(default_factory=time.monotonic)
+    process_clock: float = field(default_factory=time.process_time)
+    saved_at: float = field(default_factory=time.monotonic)
+    resumed_at: int | None = None
+
+    @property
+    def steps(self) -> int:
+        """Steps done."""
+        return self.trainer.steps
+
+    def done(self) -> bool:
+        """Whether a limit is reached, whichever comes first."""
+        limits = (
+            (self.options.max_steps, self.steps),
+            (self.options.max_tokens, self.counters.tokens),
+            (self.options.epochs, self.stream.epoch),
+        )
+        return any(limit is not None and reached >= limit for limit, reached in limits)
+
+    @property
+    def eval_every(self) -> int:
+        """Steps between validations."""
+        return self.options.eval_every or self.stream.windows_per_epoch or EVAL_EVERY_OF_STREAM
+
+    def tick(self) -> None:
+        """Take the time since the last call into the counters."""
+        now, process_now = time.monotonic(), time.process_time()
+        self.counters.seconds += now - self.clock
+        self.counters.process_seconds += process_now - self.process_clock
+        self.clock, self.process_clock = now, process_now
+
+
+def train(t: Training, stop: StopSignals) -> int:
+    """Step through the stream until the run is done, or until a signal; returns the exit status."""
+    while not t.done():
+        for window in t.stream:
+            with fitting(t.run.path) if t.steps == t.resumed_at else nullcontext():
+                step(t, window)
+            if t.steps % LOG_EVERY == 0:
+                log_point(t)
+                t.log.clear()
+            validation_due = t.steps % t.eval_every == 0
+            if validation_due:
+                validate(t)
+            if t.options.sample_every and t.steps % t.options.sample_every == 0:
+                t.log.text(t.steps, "sample/regular", sample(t, t.model))
+            if t.done():
+                break
+            # A signal reaches ranks at different steps, and their clocks differ: they stop and save together.
+            late = time.monotonic() - t.saved_at > SAVE_SECONDS
+            signal, save_due = agreed(t.ranks, stop.received, late or validation_due)
+            if signal is not None:
+                stop.received = signal  # not before: one that came while the ranks agreed must last until they do again
+                save(t, t.run.last)
+                t.progress.say(f"stopped at step {t.steps}; to go on: --run-dir {t.run.path} --resume auto")
+                return stop.exit_status
+            if save_due:
+                save(t, t.run.last)
+    finish(t)
+    return 0
+
+
+def agreed(ranks: Ranks, signal: int | None, save_due: bool) -> tuple[int | None, bool]:
+    """The signal that any rank has received, and whether a checkpoint is due on any."""
+    number, due = ranks.largest(signal or 0, int(save_due))
+    return number or None, bool(due)
+
+
+def step(t: Training, window: Window) -> None:
+    """Train on one window and take down its measurements."""
+    tokens = window.targets.numel() if window.mask is None else int(window.mask.sum())
+    if t.trainer.parallel is not None:
+        window = t.trainer.parallel.window(window)
+    window = lm.on_device(window, t.device)
+    result = t.trainer.step(window.inputs, window.targets, ends=window.ends, mask=window.mask, lookahead=window.lookahead)
+    t.counters.tokens += tokens
+    t.log.add(measurements(result), weight=tokens, skipped=result.skipped)
+    for event in result.events:
+        t.progress.say(event)
+    if t.steps % HISTOGRAM_EVERY == 0:
+        for horizon, message in enumerate(messages(t.trainer, window.lookahead), start=1):
+            t.log.histogram(t.steps, f"messages/horizon_{horizon}", message)
+    t.progress.step(tokens, lambda: figures(t.log.mean("train/loss")))
+
+
+def measurements(result: dni.StepResult) -> dict[str, Tensor]:
+    """What a step measured, by TensorBoard key."""
+    values = {"train/loss": result.loss, "gradient/norm": result.gradient_norm}
+    if result.synthetic is not None:
+        values |= {
+            "gradient/synthesizer_norm": result.synthetic.gradient_norm,
+            "synthetic/loss": result.synthetic.loss,
+            "synthetic/cosine": result.synthetic.cosine,
+            "synthetic/r2": result.synthetic.r2,
+            "synthetic/injected_ratio": result.synthetic.injected_ratio,
+            "synthetic/scale": result.synthetic.scale,
+        }
+        if result.synthetic.fidelity is not None:
+            horizons = result.synthetic.fidelity.horizons
+            values["fidelity/cosine"] = torch.stack([horizon.cosine for horizon in horizons])
+            values["fidelity/r2"] = torch.stack([horizon.r2 for horizon in horizons])
+    return values
+
+
+def figures(loss: float) -> str:
+    """The latest figures in a few words."""
+    return f"loss {loss:.3f}, ppl {perplexity(loss):.1f}"
+
+
+def log_point(t: Training) -> None:
+    """A point of the training curves: averages since the last one, size of the cells, speed and memory."""
+    t.counters.logged_at = t.steps
+    t.log.write(t.steps)
+    t.log.scalars(t.steps, t.trainer.skip_counts())
+    t.log.scalars(
+        t.steps,
+        {
+            **cell_size(t.trainer),
+            "speed/tokens_per_second": t.progress.tokens_per_second(),
+            "memory/peak_mb": peak_memory_mb(t.device),
+        },
+    )
+
+
+def validate(t: Training) -> Score:
+    """Score the validation split; keep the checkpoint where it is the best so far."""
+    result = lm.score(t.model, t.valid, t.options, t.trainer.parallel)
+    t.counters.validated_at = t.steps
+    t.tick()
+    t.counters.curve.append([t.counters.tokens, t.counters.seconds, t.counters.process_seconds, result.bpc])
+    t.log.scalars(t.steps, {"progress/tokens": t.counters.tokens, "progress/seconds": t.counters.seconds})
+    log_score(t, "valid", result)
+    if t.counters.best is None or result.loss < t.counters.best:
+        t.counters.best = result.loss
+        t.log.text(t.steps, "sample/best", lm.sample_text(t.model, t.tokenizer, seed=t.options.seed))
+        save(t, t.run.best)
+    return result
+
+
+def log_score(t: Training, split: str, result: Score) -> None:
+    """A score for TensorBoard and for the reader."""
+    t.log.scalars(
+        t.steps,
+        {
+            f"{split}/loss": result.loss,
+            f"{split}/perplexity": result.ppl,
+            f"{split}/bpc": result.bpc,
+            f"{split}/word_perplexity": result.word_ppl,
+        },
+    )
+    t.progress.say(f"step {t.steps}, epoch {t.stream.epoch}, {lm.describe(split, result)}")
+
+
+def sample(t: Training, model: LanguageModel) -> str:
+    """Draw some text for the reader."""
+    text = lm.sample_text(model, t.tokenizer, seed=t.options.seed)
+    t.progress.say(f"--- sample at step {t.steps} ---\n{text}\n---")
+    return text
+
+
+def say_unknown(t: Training) -> None:
+    """How much of the text is not in the vocabulary, of a streamed text as far as it has been read; nothing where all is."""
+    if unknown := lm.describe_unknown({"train": t.stream, "valid": t.valid, "test": t.test}):
+        t.progress.say(unknown)
+
+
+def save(t: Training, path: Path) -> None:
+    """Write a checkpoint; the log is flushed first, so that it never lacks a step that the checkpoint has.
+
+    The last checkpoint but one is kept beside the last. A collective: the file, which rank 0 writes, has the lanes and the
+    random generators of all ranks.
+    """
+    t.tick()
+    t.log.flush()
+    own, *others = t.ranks.gather(random_state())
+    content = {
+        "trainer": t.trainer.state_dict(),
+        "stream": t.stream.state_dict(),
+        "random": own,
+        "random_of_other_ranks": others,
+        "counters": dataclasses.asdict(t.counters),
+        "log": t.log.state_dict(),
+        "config": config_of(t.options),
+    }
+    if t.ranks.first:
+        save_checkpoint(path, content, keep=t.run.previous if path == t.run.last else None)
+    t.saved_at = time.monotonic()
+
+
+def finish(t: Training) -> None:
+    """The end of a run: last validation and checkpoint, then the best checkpoint's scores, a sample, and the summary."""
+    if t.counters.logged_at != t.steps:
+        log_point(t)
+    if t.counters.validated_at != t.steps:
+        validate(t)
+    save(t, t.run.last)
+    if not t.ranks.first:
+        return
+    best = best_model(t)
+    scores = {"valid": lm.score(best, t.valid, t.options), "test": lm.score(best, t.test, t.options)}
+    log_score(t, "test", scores["test"])
+    t.log.scalars(t.steps, {"best/valid_perplexity": scores["valid"].ppl, "best/valid_bpc": scores["valid"].bpc})
+    deciding = {name: value for name, value in config_of(t.options).items() if name not in t.options.MAY_CHANGE}
+    t.log.hyperparameters(deciding, FINAL)
+    say_unknown(t)
+    sample(t, best)
+    t.tick()
+    write_json(t.run.summary, summary(t, scores))
+    t.progress.say(f"{t.steps} steps in {t.counters.seconds:.0f} s; all in {t.run.path}")
+
+
+def best_model(t: Training) -> LanguageModel:
+    """The model of the best checkpoint; the present one where that checkpoint is damaged."""
+    try:
+        return lm.load_run(t.run, t.run.best, t.device).model
+    except CheckpointError as error:
+        t.progress.say(f"{error}: the scores are those of the last checkpoint")
+        return t.model
+
+
+def summary(t: Training, scores: dict[str, Score]) -> dict[str, Any]:
+    """What summary.json holds."""
+    essentials = ("seed", "model", "tokenizer", "synthesizer", "bptt")
+    return {
+        "dataset": t.options.data_file or t.options.dataset or EMBEDDED,
+        **{name: getattr(t.options, name) for name in essentials},
+        "parameters": sum(parameter.numel() for parameter in t.model.parameters()),
+        "vocabulary": t.tokenizer.vocabulary_size,
+        "unknown": {"train": t.stream.unknown_share, "valid": t.valid.unknown_share, "test": t.test.unknown_share},
+        "torch": torch.__version__,
+        "ranks": t.ranks.size,
+        "steps": t.steps,
+        "tokens": t.counters.tokens,
+        "seconds": t.counters.seconds,
+        "process_seconds": t.counters.process_seconds,
+        "tokens_per_second": t.counters.tokens / t.counters.seconds,
+        "peak_memory_mb": peak_memory_mb(t.device),
+        "curve": t.counters.curve,
+        **{split: result._asdict() for split, result in scores.items()},
+    }
+
+
+def prepare(plan: Plan[LanguageModelOptions], ranks: Ranks, lock: RunLock) -> Training:
+    """Build all parts of the run, and only then its directory; nothing is written where something is wrong on any rank."""
+    torch.set_num_threads(plan.options.threads)
+    corpus = ranks.together(lambda: lm.open_text(plan.options))
+    options = settle(plan.options, corpus)
+    run = ranks.from_first(lambda: plan.run or RunDirectory(new_run_path(run_name(options, corpus.name))))
+    tokenizer = ranks.from_first(
+        lambda: lm.build_tokenizer(options, corpus) if plan.checkpoint is None else load_tokenizer(run.tokenizer)
+    )
+    training = ranks.together(lambda: assemble(plan, options, corpus, run, tokenizer, ranks))
+    ranks.check_same({"training text": training.stream.state_dict()})
+    ranks.from_first(lambda: enter(training, plan, lock))
+    if plan.checkpoint is not None:
+        saved = plan.checkpoint
+        with fitting(run.path):
+            training.log.load_state_dict(saved["log"], training.device)
+        training.resumed_at = training.steps
+    for note in (plan.note, lock.missing, *remarks(options, options.bptt, cells=options.model == "lstm")):
+        if note:
+            training.progress.say(note)
+    say_unknown(training)
+    return training
+
+
+def enter(t: Training, plan: Plan[LanguageModelOptions], lock: RunLock) -> None:
+    """Make the run's directory that of this call and begin to write to it; the first rank alone does."""
+    plan.enter(t.run, t.options, lock)
+    t.tokenizer.save(t.run.tokenizer)
+    t.log = RunLog(t.run.path, resumed_at=t.steps)
+    t.log.dashboard(LAYOUT)
+    t.log.configuration(t.steps, config_of(t.options))
+
+
+def assemble(
+    plan: Plan[LanguageModelOptions],
+    options: LanguageModelOptions,
+    corpus: Corpus,
+    run: RunDirectory,
+    tokenizer: Tokenizer,
+    ranks: Ranks,
+) -> Training:
+    """The parts of one rank, where the checkpoint was; nothing is written."""
+    checkpoint = plan.checkpoint
+    device = lm.device_of(options.device or local_device())
+    parallel = DataParallel(ranks) if ranks.size > 1 else None
+    if parallel is not None:
+        parallel.lanes(options.batch_size)
+    stream = lm.open_training(corpus, tokenizer, options)
+    valid = lm.open_split(corpus, "valid", tokenizer, options)
+    test = lm.open_split(corpus, "test", tokenizer, options)
+    torch.manual_seed(options.seed)
+    with lm.sizes_that_fit():
+        model = lm.build_model(options, tokenizer.vocabulary_size, device)
+        trainer = build_trainer(options, model, device, parallel)
+    with fitting(run.path):
+        counters = restore(checkpoint, trainer, stream, ranks, options)
+    progress = (Progress if ranks.first else Quiet)(total_steps(options, stream), trainer.steps)
+    return Training(
+        options, run, device, tokenizer, stream, valid, test, model, trainer, counters, RunLog(None), progress, ranks
+    )
+
+
+def restore(
+    checkpoint: dict[str, Any] | None,
+    trainer: dni.SequenceTrainer,
+    stream: WindowStream,
+    ranks: Ranks,
+    options: LanguageModelOptions,
+) -> Counters:
+    """Put trainer, stream and random generators where a checkpoint was; without one they begin."""
+    if not ranks.first:  # dropout is drawn anew on every rank
+        steps = 0 if checkpoint is None else checkpoint["trainer"]["steps"]
+        torch.manual_seed(options.seed + RANK_SEED * ranks.rank + steps)
+    if checkpoint is None:
+        return Counters()
+    trainer.load_state_dict(checkpoint["trainer"], options.batch_size)
+    stream.load_state_dict(checkpoint["stream"])
+    generators = [checkpoint["random"], *checkpoint.get("random_of_other_ranks", [])]
+    if ranks.rank < len(generators):
+        set_random_state(generators[ranks.rank])
+    counters = Counters(**checkpoint["counters"])
+    for name, value in dataclasses.asdict(counters).items():
+        if not isinstance(value, list if name == "curve" else (int, float)) and (name, value) != ("best", None):
+            raise TypeError(f"the counter {name} is {value!r}")
+    return counters
+
+
+def run_name(options: LanguageModelOptions, corpus: str) -> str:
+    """A readable name for a run's directory: what distinguishes it at a glance."""
+    text = Path(corpus).stem
+    size = f"{options.model}{options.layers}x{options.hidden}"
+    return f"{text}-{options.tokenizer}-{size}-{options.synthesizer}-T{options.bptt}-seed{options.seed}"
+
+
+def total_steps(options: LanguageModelOptions, stream: WindowStream) -> int | None:
+    """Steps in the whole run, None where nobody knows."""
+    limits = [options.max_steps]
+    if options.max_tokens is not None:
+        limits.append(math.ceil(options.max_tokens / (stream.lanes * stream.bptt)))
+    if options.epochs is not None and stream.windows_per_epoch is not None:
+        limits.append(options.epochs * stream.windows_per_epoch)
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
+def evaluate_only(plan: Plan[LanguageModelOptions]) -> int:
+    """Score a run's best checkpoint, or the one that --resume PATH names; nothing is written."""
+    if plan.run is None or plan.checkpoint is None:
+        raise ValueError("--eval-only needs --run-dir, the directory of a run that has a checkpoint")
+    torch.set_num_threads(plan.options.threads)
+    path = plan.run.best if plan.options.resume == "auto" else Path(str(plan.options.resume))
+    for split, result in lm.score_run(plan.run, path, ("valid", "test"), plan.options):
+        print(lm.describe(split, result))
+    return 0

@@ -1,0 +1,1 @@
+"""One run on disk and on screen: options, progress, checkpoints, TensorBoard."""

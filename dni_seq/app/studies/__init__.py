@@ -1,0 +1,1 @@
+"""Many runs: trials, records, tables, figures, comparisons."""

@@ -1,0 +1,1 @@
+"""What everything stands on: states, windows, one deferred backward pass, atomic steps. Needs torch alone."""

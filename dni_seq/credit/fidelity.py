@@ -1,0 +1,156 @@
+"""How true synthetic gradients are: against exact gradients of the next windows, and of BPTT over many.
+
+A synthesizer's own regression compares with its target, which is bootstrapped and may be wrong itself: a synthesizer can
+read R² = 0.5 there and still point the wrong way. The measurements here replay the windows that followed.
+
+Legend: B = lanes, N = horizons, H = hidden units.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dni_seq.core import states
+from dni_seq.core.snapshot import buffers_apart
+from dni_seq.core.states import State
+from dni_seq.credit.replay import Past, Replayer
+
+
+class Fidelity(NamedTuple):
+    """How a prediction compares with the exact gradient; 0-d tensors.
+
+    Attributes:
+        cosine: between the two, over all elements; 0 where one of them is zero.
+        r2: 1 - squared error / squared exact gradient; 0 for a zero prediction.
+        norm_ratio: norm of the prediction over that of the exact gradient.
+        bias: norm of the mean error over the lanes, over the root mean square norm of a lane's exact gradient.
+        overlap: <exact, prediction>.
+        power: <prediction, prediction>.
+        exact_power: <exact, exact>.
+        slope: overlap / power, the factor that makes the prediction best; 0 for a zero one.
+    """
+
+    cosine: Tensor
+    r2: Tensor
+    norm_ratio: Tensor
+    bias: Tensor
+    overlap: Tensor
+    power: Tensor
+    exact_power: Tensor
+    slope: Tensor
+
+
+def compare(prediction: Sequence[Tensor], exact: Sequence[Tensor], lane_dims: Sequence[int]) -> Fidelity:
+    """The fidelity of a prediction, tensors of a state or a part of it, each with its lanes along its `lane_dims`."""
+    p = torch.cat([t.movedim(d, 0).flatten(1) for t, d in zip(prediction, lane_dims, strict=True)], dim=1).double()
+    e = torch.cat([t.movedim(d, 0).flatten(1) for t, d in zip(exact, lane_dims, strict=True)], dim=1).double()  # [B, S]
+    dot, pp, ee = (p * e).sum(), p.square().sum(), e.square().sum()
+    zero = torch.zeros_like(dot)
+    return Fidelity(
+        cosine=torch.where((pp > 0) & (ee > 0), dot / (pp * ee).sqrt(), zero),
+        r2=1 - (p - e).square().sum() / ee,
+        norm_ratio=(pp / ee).sqrt(),
+        bias=(p - e).mean(0).norm() / e.square().sum(1).mean().sqrt(),
+        overlap=dot,
+        power=pp,
+        exact_power=ee,
+        slope=torch.where(pp > 0, dot / pp, zero),
+    )
+
+
+class StateFidelity(NamedTuple):
+    """Fidelity of the messages at one state.
+
+    Attributes:
+        horizons: [N], each message against the exact gradient that it stands for.
+        total: the discounted sum of all messages against that of all exact gradients.
+        parts: by (leaf, layer), the total's; leaf and layer are indices, a leaf that is not stacked has layer 0.
+    """
+
+    horizons: list[Fidelity]
+    total: Fidelity
+    parts: dict[tuple[int, int], Fidelity]
+
+
+def fidelity(
+    replayer: Replayer, windows: Sequence[Past], messages: list[State], discount: float = 1.0, *, bootstrapped: bool = False
+) -> StateFidelity:
+    """Compare the messages predicted at the first state of `windows[0]` with exact gradients over `windows`.
+
+    Args:
+        replayer: runs the model; training is not touched, nor are the model's buffers.
+        windows: those that followed the state, as many as there are horizons or more.
+        messages: raw, one a horizon.
+        discount: γ, the weight of each further window in the total.
+        bootstrapped: the last message, a tail's or the only one, stands for all windows from its own on, discounted.
+
+    Raises:
+        ValueError: there are fewer windows than horizons.
+    """
+    if len(windows) < len(messages):
+        raise ValueError(f"{len(messages)} horizons need as many windows to compare with, got {len(windows)}")
+    all_dims = states.spread(replayer.state_batch_dim, windows[0].start, "state_batch_dim")
+    dims = [d for d, leaf in zip(all_dims, states.flatten(windows[0].start), strict=True) if states.is_floating(leaf)]
+    heads = [states.floating(message) for message in messages]
+    weights = [discount**n for n in range(len(heads))]
+    if bootstrapped:
+        truths = replayer.exact_gradients(windows, len(heads), discount)
+    else:
+        truths = replayer.exact_gradients(windows[: len(heads)])
+    total, true_total = _sum(heads, weights), _sum(truths, weights)
+    return StateFidelity(
+        horizons=[compare(head, truth, dims) for head, truth in zip(heads, truths, strict=True)],
+        total=compare(total, true_total, dims),
+        parts=_parts(total, true_total, dims),
+    )
+
+
+def _sum(rows: list[list[Tensor]], weights: Sequence[float]) -> list[Tensor]:
+    return [torch.stack([w * t for w, t in zip(weights, column, strict=True)]).sum(0) for column in zip(*rows, strict=True)]
+
+
+def _parts(total: list[Tensor], exact: list[Tensor], dims: list[int]) -> dict[tuple[int, int], Fidelity]:
+    parts = {}
+    for i, (p, e, d) in enumerate(zip(total, exact, dims, strict=True)):
+        if p.dim() == 3 and d % 3 != 0:
+            for layer in range(len(p)):
+                parts[i, layer] = compare([p[layer]], [e[layer]], [d % 3 - 1])
+        else:
+            parts[i, 0] = compare([p], [e], [d])
+    return parts
+
+
+def cosine(first: Sequence[Tensor], second: Sequence[Tensor]) -> Tensor:
+    """The cosine between two lists of tensors, such as the parameters' gradients of two methods; 0 where one is zero."""
+    a = torch.cat([t.detach().reshape(-1) for t in first]).double()
+    b = torch.cat([t.detach().reshape(-1) for t in second]).double()
+    norms = a.norm() * b.norm()
+    return torch.where(norms > 0, (a @ b) / norms, torch.zeros_like(norms))
+
+
+def bptt_gradients(replayer: Replayer, windows: Sequence[Past]) -> list[Tensor]:
+    """The parameters' gradients of the first window's loss and, through its last state, of all later windows' losses.
+
+    It is what the update of the first window would be if credit reached back over all of `windows`: the reference for
+    `cosine` with the trainer's own gradients. Parameters' `.grad` is not touched.
+    """
+    parameters = [parameter for parameter in replayer.model.parameters() if parameter.requires_grad]
+    with torch.random.fork_rng(), buffers_apart(replayer.model), torch.enable_grad():
+        outputs, last = replayer.run(windows[0].inputs, states.detach(windows[0].start))
+        loss = replayer.loss(outputs, windows[0].targets, windows[0].mask)
+        roots: list[Tensor] = [loss]
+        gradients: list[Tensor | None] = [None]
+        if len(windows) > 1:
+            state = replayer.reset(last, windows[0].ends)
+            behind = [windows[1]._replace(start=states.detach(state)), *windows[2:]]
+            roots += states.floating(state)
+            gradients += replayer.exact_gradients(behind, 1)[0]
+        pairs = [(root, gradient) for root, gradient in zip(roots, gradients, strict=True) if root.requires_grad]
+        found: Any = torch.autograd.grad(
+            [root for root, _ in pairs], parameters, [gradient for _, gradient in pairs], allow_unused=True
+        )
+    return [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]

@@ -1,0 +1,222 @@
+"""Windows that were trained on, run once more: exact gradients of several windows, and λ-targets.
+
+A replay holds inputs and first states, never graphs; it runs the model with its present parameters, leaves their gradients,
+the model's buffers and the random state alone, and has one graph alive at a time (λ-targets) or one over the windows it is
+asked for (exact).
+
+Source of λ-targets: Pemberton and Costa 2024, "BP(λ): Online Learning via Synthetic Gradients", arXiv 2401.07044. We
+compute the forward view that their eligibility traces equal, sweeping a ring of windows backwards, since a trace would hold
+B times D times the number of the synthesizer's parameters.
+
+Legend: B = lanes, N = horizons, K = windows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from dni_seq.core import states
+from dni_seq.core.snapshot import buffers_apart
+from dni_seq.core.states import State
+from dni_seq.core.windows import Lookahead
+from dni_seq.synthesizers.target_rule import TargetRule, combine
+
+
+class Past(NamedTuple):
+    """A window as it was trained on.
+
+    Attributes:
+        inputs: [T, B, ...].
+        targets: [T, B, ...].
+        mask: [T, B] bool, or None.
+        ends: [B] bool, or None.
+        start: the state that it started from, cut from its graph.
+        context: what the synthesizer was given with that state.
+    """
+
+    inputs: Tensor
+    targets: Tensor
+    mask: Tensor | None
+    ends: Tensor | None
+    start: State
+    context: Any
+
+
+class Replayer(NamedTuple):
+    """How to run a window once more.
+
+    Attributes:
+        run: `run(inputs, state) -> (outputs, state)`, the model as training runs it, under autocast, say.
+        model: whose parameters are kept out of graphs.
+        loss: from outputs, targets and mask to the window's scalar.
+        initial_state: from the number of lanes to the state in which sequences start, or None.
+        state_batch_dim: where the lanes lie in the state's leaves.
+        batch_dim: where they lie in inputs and targets.
+    """
+
+    run: Callable[[Tensor, State], tuple[Any, State]]
+    model: nn.Module
+    loss: Callable[[Any, Tensor, Tensor | None], Tensor]
+    initial_state: Callable[[int], State | None]
+    state_batch_dim: Any
+    batch_dim: int = 1
+
+    def exact_gradients(
+        self, windows: Sequence[Past], horizons: int | None = None, discount: float = 1.0
+    ) -> list[list[Tensor]]:
+        """The gradient of each window's loss with respect to the first state of the first one.
+
+        A lane's gradient is zero behind the end of its sequence. One graph runs over all windows, one backward pass starts
+        at each.
+
+        Args:
+            windows: consecutive ones.
+            horizons: as many gradients are found; the last is that of all windows from its own on, each weighed by
+                `discount` once more than the one before it. None for one a window.
+
+        Returns:
+            For each, the state's floating-point leaves, raw.
+        """
+        alone = len(windows) if horizons is None else horizons - 1
+        with self._unrolled(windows) as (leaves, losses):
+            found = [_gradient([loss], leaves, [None], keep=True) for loss in losses[:alone]]
+            behind = losses[alone:]
+            if behind:
+                weights: list[Tensor | None] = [loss.new_full((), discount**n) for n, loss in enumerate(behind)]
+                found.append(_gradient(behind, leaves, weights, keep=False))
+            return found
+
+    @contextmanager
+    def _unrolled(self, windows: Sequence[Past]) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+        """The leaves of the first state, and the losses of all windows run from it in one graph."""
+        losses = []
+        with without_parameter_gradients(self.model), torch.enable_grad():
+            start = states.map_floating(lambda leaf: leaf.detach().requires_grad_(), windows[0].start)
+            state = start
+            for window in windows:
+                outputs, last = self.run(window.inputs, state)
+                losses.append(self.loss(outputs, window.targets, window.mask))
+                state = self.reset(last, window.ends)
+            yield states.floating(start), losses
+
+    def lambda_targets(
+        self,
+        windows: Sequence[Past],
+        last_messages: list[State],
+        rule: TargetRule,
+        predict: Callable[[Past], list[State]],
+        lam: float,
+    ) -> list[list[State]]:
+        """The λ-targets of every window's first state, by one sweep backwards.
+
+        G_i(s_k) = own_i a_k + J_kᵀ Σ_j following_ij [(1 - λ) M_j(s_{k+1}) + λ G_j(s_{k+1})], where G stands for M behind the
+        last window.
+
+        Args:
+            windows: K consecutive ones, oldest first.
+            last_messages: the synthesizer's messages at the state behind the last window, zero in lanes that ended.
+            rule: the coefficients.
+            predict: the messages at a window's first state.
+            lam: λ; 0 is the bootstrapped target, 1 that of BPTT over the ring.
+
+        Returns:
+            For each window, oldest first, one target for each of the N horizons.
+        """
+        messages, targets = last_messages, last_messages
+        found: list[list[State]] = []
+        for window in reversed(windows):
+            mixed = [_mix(m, g, lam) for m, g in zip(messages, targets, strict=True)]
+            if window.ends is not None:
+                mixed = [states.reset_lanes(state, window.ends, None, self.state_batch_dim) for state in mixed]
+            targets = self._targets(window, mixed, rule)
+            messages = predict(window)
+            found.append(targets)
+        return found[::-1]
+
+    def _targets(self, window: Past, following: list[State], rule: TargetRule) -> list[State]:
+        """One target for each horizon at one window's first state; its graph is gone afterwards."""
+        targets = []
+        with without_parameter_gradients(self.model), torch.enable_grad():
+            start = states.map_floating(lambda leaf: leaf.detach().requires_grad_(), window.start)
+            outputs, last = self.run(window.inputs, start)
+            loss = self.loss(outputs, window.targets, window.mask)
+            for own, shares in zip(rule.own, rule.following, strict=True):
+                roots: list[Tensor] = [loss] if own else []
+                gradients: list[Tensor | None] = [loss.new_full((), own)] if own else []
+                if any(shares):
+                    roots += states.floating(last)
+                    gradients += combine(following, shares)
+                found = _gradient(roots, states.floating(start), gradients, keep=True)
+                targets.append(states.with_floating(window.start, found))
+        return targets
+
+    def reset(self, state: State, ends: Tensor | None) -> State:
+        """`state` with the lanes that `ends` marks back in the initial state."""
+        if ends is None:
+            return state
+        return states.reset_lanes(state, ends, self.initial_state(len(ends)), self.state_batch_dim)
+
+
+def map_past(function: Callable[[Tensor, int], Tensor], window: Past, how: Replayer) -> Past:
+    """`function(tensor, dim)` for all tensors of a window and the dimension of their lanes."""
+    mask, ends, context = window.mask, window.ends, window.context
+    if isinstance(context, Lookahead):
+        context = Lookahead(*(None if field is None else function(field, 1) for field in context))  # type: ignore[arg-type]
+    return Past(
+        function(window.inputs, how.batch_dim),
+        function(window.targets, how.batch_dim),
+        None if mask is None else function(mask, 1),
+        None if ends is None else function(ends, 0),
+        states.map_lanes(function, window.start, how.state_batch_dim),
+        context,
+    )
+
+
+def _mix(message: State, target: State, lam: float) -> State:
+    pairs = zip(states.floating(message), states.floating(target), strict=True)
+    return states.with_floating(message, [torch.lerp(m, g, lam) for m, g in pairs])
+
+
+def _gradient(roots: list[Tensor], leaves: list[Tensor], gradients: list[Tensor | None], *, keep: bool) -> list[Tensor]:
+    pairs = [(root, gradient) for root, gradient in zip(roots, gradients, strict=True) if root.requires_grad]
+    if not pairs:
+        return [torch.zeros_like(leaf) for leaf in leaves]
+    found = torch.autograd.grad(
+        [root for root, _ in pairs], leaves, [gradient for _, gradient in pairs], retain_graph=keep, allow_unused=True
+    )
+    return [torch.zeros_like(leaf) if g is None else g for leaf, g in zip(leaves, found, strict=True)]
+
+
+@contextmanager
+def without_parameter_gradients(model: nn.Module) -> Iterator[None]:
+    """Keep the model's parameters out of the graphs made in the block; buffers and the random state stay as they were."""
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    with torch.random.fork_rng(devices=sorted({p.get_device() for p in learning if p.is_cuda})), buffers_apart(model):
+        for parameter in learning:
+            parameter.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for parameter in learning:
+                parameter.requires_grad_(True)
+
+
+def pack(window: Past) -> dict[str, Any]:
+    """A window as a dict of lists of tensors, which `torch.load(weights_only=True)` takes."""
+    context = window.context
+    return {
+        **{name: getattr(window, name) for name in ("inputs", "targets", "mask", "ends")},
+        "start": states.flatten(window.start),
+        "context": None if context is None else list(context),
+    }
+
+
+def unpack(saved: dict[str, Any], like: State) -> Past:
+    """The window that `pack` took apart; `like` gives its state's nest."""
+    context = None if saved["context"] is None else Lookahead(*saved["context"])
+    return Past(**{**saved, "start": states.unflatten(like, saved["start"]), "context": context})

@@ -1,0 +1,504 @@
+"""The synthesizer's side of training: what it injects, what it learns from, and how far it is trusted.
+
+`SequenceTrainer` steps the RNN; a `SyntheticCredit` predicts the gradient behind each window, trains the synthesizer towards
+its targets, bootstrapped at once or λ-targets by replay, and now and then replays a few windows to compare messages with
+exact gradients. With `scale="auto"` each horizon is injected in proportion to what that comparison says of it.
+
+Legend: B = lanes, N = horizons, K = windows in the ring.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from dni_seq.core import states
+from dni_seq.core.deferred_backward import GradientAccumulator
+from dni_seq.core.optimizer_step import clipped_step, forget, gradient_norm, total_norm
+from dni_seq.core.snapshot import Kept, Tally, Whole, all_finite, buffers_of, decided_here
+from dni_seq.core.states import State
+from dni_seq.core.windows import Lookahead
+from dni_seq.credit.auto_scale import Reliability, RunningFidelity
+from dni_seq.credit.fidelity import StateFidelity, fidelity
+from dni_seq.credit.message_filter import SoundInterface
+from dni_seq.credit.replay import Past, Replayer, map_past, pack, unpack
+from dni_seq.distributed.data_parallel import DataParallel
+from dni_seq.interfaces.backward import Exchange, silence, synthesizer_context
+from dni_seq.synthesizers.base import Regression
+from dni_seq.synthesizers.exact_future import ExactFuture
+from dni_seq.synthesizers.target_rule import TargetRule, drawn, rule_of
+
+BAD_WINDOWS = 3
+"""Windows in a row with a message or a regression that is not sound, after which a synthesizer begins anew."""
+
+READ_EVERY = 20
+"""Windows between two looks at what a GPU has counted."""
+
+RESETS = 3
+"""How often a synthesizer begins anew before it is switched off."""
+
+
+class Synthetic(NamedTuple):
+    """What the synthesizer did in one step; tensors without a graph, N horizons.
+
+    Attributes:
+        loss: 0-d, the regression's loss, in normalised units where the synthesizer is `Normalized`; the mean loss of its
+            own model where it learns ahead.
+        gradient_norm: 0-d, norm of the synthesizer's gradient before clipping.
+        injected_ratio: 0-d, c‖M‖ / ‖a‖: the norm of what was injected into the last state, or would have been at a quiet
+            window, over that of the target of the first horizon at the first state; NaN where that horizon was not trained.
+        cosine: [N], between message and target; NaN where nothing was regressed.
+        r2: [N], 1 - squared error / squared target, over running sums of the latest windows.
+        scale: [N], the share of each message that is injected: c times discount and reliability.
+        fidelity: the latest comparison with exact gradients where this step made one, else None.
+    """
+
+    loss: Tensor
+    gradient_norm: Tensor
+    injected_ratio: Tensor
+    cosine: Tensor
+    r2: Tensor
+    scale: Tensor
+    fidelity: StateFidelity | None
+
+
+class CreditSettings(NamedTuple):
+    """How synthetic gradients are used; see `SequenceTrainer` for their meaning and ranges."""
+
+    scale: float | Literal["auto"] = 0.1
+    discount: float = 0.9
+    clip: float | None = 1.0
+    targets: Literal["bootstrap", "lambda"] = "bootstrap"
+    lam: float = 0.9
+    replay_windows: int = 8
+    regress_every: int = 1
+    target_network: int = 0
+    fidelity_every: int = 0
+
+    def check(self) -> None:
+        """Raise a ValueError for a setting that is out of its range."""
+        if self.scale != "auto" and not (isinstance(self.scale, (int, float)) and 0 <= self.scale < math.inf):
+            raise ValueError(f'synthetic_scale must be 0 or more, or "auto", got {self.scale!r}')
+        for name, value in (("discount", self.discount), ("lam", self.lam)):
+            if not 0 <= value <= 1:
+                raise ValueError(f"{name} must lie between 0 and 1, got {value}")
+        if self.clip is not None and not self.clip > 0:
+            raise ValueError(f"synthesizer_clip must be positive, or None for no limit, got {self.clip}")
+        if self.targets not in ("bootstrap", "lambda"):
+            raise ValueError(f'targets must be "bootstrap" or "lambda", got {self.targets!r}')
+        for name, count in (("replay_windows", self.replay_windows), ("regress_every", self.regress_every)):
+            if count < 1:
+                raise ValueError(f"{name} must be positive, got {count}")
+        for name, count in (("target_network", self.target_network), ("fidelity_every", self.fidelity_every)):
+            if count < 0:
+                raise ValueError(f"{name} must be 0 (off) or more windows, got {count}")
+        if self.scale == "auto" and self.fidelity_every == 0:
+            raise ValueError('synthetic_scale="auto" measures reliability every fidelity_every windows: set it, to 50 say')
+
+
+class SyntheticCredit:
+    """Synthetic gradients for one trainer.
+
+    Args:
+        synthesizer: the module that predicts.
+        optimizer: of its parameters, None where it has none to train.
+        replayer: runs windows once more.
+        settings: how messages are used.
+        auxiliary: a module that shares the optimizer, and begins anew with the synthesizer.
+        parallel: this rank's part where the lanes are spread over several; the synthesizer's running statistics, its
+            comparisons, and whether it is sound then count all of them, what `Synthetic` tells of injection and fidelity
+            this rank's lanes alone.
+
+    Attributes:
+        resets: how often the synthesizer has diverged and begun anew.
+        disabled: whether it has diverged once more, and nothing is injected or learned any longer.
+    """
+
+    def __init__(
+        self,
+        synthesizer: nn.Module,
+        optimizer: torch.optim.Optimizer | None,
+        replayer: Replayer,
+        settings: CreditSettings,
+        auxiliary: nn.Module | None = None,
+        parallel: DataParallel | None = None,
+    ) -> None:
+        settings.check()
+        self.parallel = parallel
+        self.settings = settings
+        self.synthesizer = synthesizer
+        self.optimizer = optimizer
+        self.replayer = replayer
+        self.interface = SoundInterface(synthesizer, parallel)
+        # The RNN, which an exact future holds, is nothing to copy.
+        memo = {id(replayer.model): replayer.model}
+        self._target_network = copy.deepcopy(synthesizer, memo) if settings.target_network else None
+        self._running = RunningFidelity()
+        self._reliability = Reliability()
+        self._ring: deque[Past] = deque()
+        self._probe = Probe()
+        self._steps = 0
+        self._auxiliary = auxiliary
+        self._modules = (synthesizer, auxiliary)
+        self._fresh = Whole(self._modules, [])
+        self._buffers = Kept(buffers_of(self._modules))
+        self._whole: Whole | None = None
+        self._largest = self.interface.largest
+        self._bad = Tally()
+        self._events: list[str] = []
+        self.resets = 0
+        self.disabled = False
+        self._before = self._remember()
+        self.rule = self._rule()
+        if settings.scale == "auto" and isinstance(synthesizer, ExactFuture):
+            raise ValueError(
+                'synthetic_scale="auto" asks what of a message is true, and all of an exact one is: give a number'
+            )
+        if settings.targets == "lambda" and not self.interface.learns:
+            raise ValueError('targets="lambda" trains a synthesizer, this one has nothing to train: use "bootstrap"')
+        if self.rule.ahead and settings.targets == "lambda":
+            raise ValueError('targets="lambda" trains towards targets, this synthesizer learns without any: use "bootstrap"')
+
+    def _rule(self) -> TargetRule:
+        """The coefficients of targets and injection at the coming window."""
+        scale = 1.0 if self.settings.scale == "auto" else self.settings.scale
+        rule = rule_of(self.synthesizer, scale, self.settings.discount)
+        # Drawn, since every second window, say, would be the same windows of short sequences each time.
+        if self.settings.targets == "lambda" or drawn(self.settings.regress_every, self._steps):
+            rule = rule._replace(trained=[False] * len(rule.own))
+        elif self._may_keep_quiet(rule):
+            rule = rule._replace(quiet=True)
+        if self.settings.scale == "auto":
+            trust = self._reliability.shares or [0.0] * len(rule.weights)
+            rule = rule._replace(weights=[w * r for w, r in zip(rule.weights, trust, strict=True)])
+        if self.disabled:
+            rule = rule._replace(weights=[0.0] * len(rule.weights), trained=[False] * len(rule.own), ahead=False)
+        return rule
+
+    def _may_keep_quiet(self, rule: TargetRule) -> bool:
+        """Whether this window trains the synthesizer and may go without a message, which makes its target free."""
+        if self.settings.regress_every == 1 or rule.ahead or not (any(rule.trained) and self.interface.learns):
+            return False
+        return self._auxiliary is None and not any(map(any, rule.following))
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        """All whose tensors a step may change."""
+        return [module for module in (*self._modules, self._target_network) if module is not None]
+
+    @property
+    def looks_back(self) -> bool:
+        """Whether the coming window's first state may be shown to the synthesizer once the window has run."""
+        settings = self.settings
+        return any(self.rule.trained) or settings.targets == "lambda" or settings.fidelity_every > 0
+
+    def make_trigger(self, start: State, context: Lookahead | None) -> State:
+        """The window's first state, as a target for the synthesizer."""
+        watched = any(self.rule.trained) or self.interface.observes(self._steps)
+        with synthesizer_context(context):
+            return self.interface.make_trigger(start, watched=watched)
+
+    def inject(
+        self, scope: GradientAccumulator, loss: Tensor, last: State, ends: Tensor | None, context: Lookahead | None
+    ) -> Exchange:
+        """Send the synthetic gradient of what is to come into the window's last state."""
+        if not self.disabled:
+            self.interface.observe(loss, scope, self._steps)
+        with synthesizer_context(context):
+            self.interface.backward(
+                last,
+                rule=self.rule,
+                bootstrap=self._target_network,
+                ends=ends,
+                batch_dim=self.replayer.state_batch_dim,
+            )
+        return self.interface.exchange(scope)
+
+    def learn(self, exchange: Exchange, window: Past | None, last: State, last_context: Lookahead | None) -> Synthetic:
+        """Train the synthesizer on what a window has taught; returns what it did.
+
+        Args:
+            exchange: the window's, delivered.
+            window: the window, its first state included; None where the model chose that state itself.
+            last: its last state, without a graph.
+            last_context: what the synthesizer has ahead of it there.
+        """
+        self._steps += 1
+        if self.disabled:
+            window = None
+        if window is not None and self._runs_again():
+            self._whole = Whole(self._modules, [self.optimizer])
+        if exchange.regressions:
+            regression = exchange.regressions[0]
+            norm, sound = self._step_optimizer(regression.loss, self.interface.sound, self._buffers)
+        else:
+            regression, norm, sound = None, torch.zeros(()), self.interface.sound
+            if self._auxiliary is not None and not self.disabled:
+                # Its own gradients alone: the synthesizer's parameters have none here.
+                norm, sound = self._step_optimizer(torch.zeros(()), sound, self._buffers)
+        if self.settings.targets == "lambda" and window is not None:
+            regression, norm, sound = self._replay(window, last, last_context, sound)
+        measured = None if window is None else self._measure(window)
+        # Last, since everything before it may fail and be undone.
+        if self._target_network is not None and self._steps % self.settings.target_network == 0:
+            self._target_network.load_state_dict(self.synthesizer.state_dict())
+        self._judge(sound)
+        injected = torch.where(self.interface.sound, self.interface.norm, 0)
+        own = exchange.own_gradients[0] if exchange.own_gradients else None
+        unknown = injected.new_full((), float("nan"))
+        if regression is None:
+            regression = Regression(unknown, unknown[None], unknown[None], unknown[None])
+        elif exchange.own_gradients or self.settings.targets == "lambda":
+            self._running.update(torch.where(sound, regression.error, unknown), regression.power)
+        return Synthetic(
+            loss=regression.loss,
+            gradient_norm=norm,
+            injected_ratio=unknown if own is None else injected / total_norm(own),
+            cosine=regression.cosine,
+            r2=self._running.r2(len(regression.error)),
+            scale=torch.tensor(self.rule.weights),
+            fidelity=measured,
+        )
+
+    def _runs_again(self) -> bool:
+        """Whether windows are to be run again after this one, by code that may fail when the synthesizer has learned."""
+        every = self.settings.fidelity_every
+        due = self._probe.messages is not None or (every > 0 and self._steps % every == 0)
+        return due or (self.settings.targets == "lambda" and len(self._ring) + 1 >= self.settings.replay_windows)
+
+    def _replay(
+        self, window: Past, last: State, last_context: Lookahead | None, sound: Tensor
+    ) -> tuple[Regression | None, Tensor, Tensor]:
+        """Every K windows: λ-targets for the ring by one sweep backwards, then one regression step for each window.
+
+        Returns the last regression, the norm of its gradient, and whether these were `sound` too, 0-d bool.
+        """
+        if not self.interface.learns:  # frozen since: a ring would only grow
+            self._ring.clear()
+            return None, torch.zeros(()), sound
+        self._ring.append(states.copied(window))
+        if len(self._ring) < self.settings.replay_windows:
+            return None, torch.zeros(()), sound
+        windows = list(self._ring)
+        self._ring.clear()
+        teacher = self._target_network or self.synthesizer
+        scale = 1.0 if self.settings.scale == "auto" else self.settings.scale
+        rule = rule_of(self.synthesizer, scale, self.settings.discount)
+        behind = self.interface.messages(last, last_context, teacher)
+        if window.ends is not None:
+            behind = [silence(message, window.ends, self.replayer.state_batch_dim) for message in behind]
+        targets = self.replayer.lambda_targets(
+            windows, behind, rule, lambda past: self.interface.messages(past.start, past.context, teacher), self.settings.lam
+        )
+        for past, target in zip(windows, targets, strict=True):
+            if self.optimizer is not None:
+                self.optimizer.zero_grad()
+            kept = Kept(buffers_of(self._modules)).keep()
+            regression = self.interface.regress(past.start, past.context, list(target))
+            if self.parallel is not None:
+                regression = self.divided(regression)
+                self.parallel.sum_gradients(self.synthesizer.parameters(), regression)
+            norm, sound = self._step_optimizer(regression.loss, sound, kept)
+        return regression, norm, sound
+
+    def divided(self, regression: Regression) -> Regression:
+        """This rank's share of a regression: its gradients, in place, and its numbers, for the sum over the ranks."""
+        assert self.parallel is not None
+        self.parallel.divide_gradients(self.synthesizer.parameters())
+        return Regression(*(number / self.parallel.size for number in regression))
+
+    def _step_optimizer(self, loss: Tensor, sound: Tensor, kept: Kept) -> tuple[Tensor, Tensor]:
+        """One step for the gradients of a regression; their norm, and whether it, the loss and `sound` are, 0-d bool.
+
+        Where they are not, parameters and moments stay as they are, and normalisers are as they were `kept`.
+        """
+        if self.optimizer is None:
+            return torch.zeros(()), sound & torch.isfinite(loss)
+        norm = gradient_norm(self.optimizer)
+        sound = sound & all_finite(loss, norm)
+        clipped_step(self.optimizer, self.settings.clip, norm, sound)
+        if not decided_here(sound):
+            kept.restore_unless(sound)
+        elif not sound:
+            kept.restore()
+        return norm, sound
+
+    def _judge(self, sound: Tensor) -> None:
+        """Count a window whose message or regression was not sound; after too many in a row begin anew."""
+        if self.disabled:
+            return
+        self._bad.add(sound)
+        if not decided_here(sound) and self._steps % READ_EVERY:
+            return
+        row = self._bad.in_a_row
+        if row:
+            self._events.append(f"a message or regression of the synthesizer was not finite or too large, {row} in a row")
+        if row >= BAD_WINDOWS and self.interface.learns:
+            self._begin_anew()
+
+    def _begin_anew(self) -> None:
+        """Give the synthesizer its first parameters again; the one time too many, switch it off."""
+        self.disabled = self.resets == RESETS
+        self.resets += not self.disabled
+        then = "is switched off" if self.disabled else f"begins anew, {self.resets} of {RESETS} times"
+        self._events.append(f"the synthesizer has diverged and {then}")
+        self._fresh.restore()
+        if self.optimizer is not None:
+            forget(self.optimizer)
+        if self._target_network is not None:
+            self._target_network.load_state_dict(self.synthesizer.state_dict())
+        self._running = RunningFidelity()
+        self._reliability = Reliability()
+        self._bad.end_row()
+        self.break_chain()
+
+    def break_chain(self) -> None:
+        """Forget the windows that were to be run again, since the next one does not follow them."""
+        self._ring.clear()
+        self._probe = Probe()
+
+    def keep(self) -> None:
+        """Before a window: settle its rule, and remember what a step that fails must leave as it is."""
+        self.rule = self._rule()
+        self._buffers.keep()
+        self._whole = None
+        self._before = self._remember()
+        self._largest = self.interface.largest
+
+    def _remember(self) -> dict[str, Any]:
+        """What changes in a step beside tensors of modules: by attribute, containers copied."""
+        return {
+            "_bad": copy.copy(self._bad),
+            "_events": list(self._events),
+            "resets": self.resets,
+            "disabled": self.disabled,
+            "_steps": self._steps,
+            "_ring": deque(self._ring),
+            "_probe": Probe(self._probe.messages, self._probe.windows),
+            "_running": copy.copy(self._running),
+            "_reliability": copy.copy(self._reliability),
+        }
+
+    def undo(self) -> None:
+        """Put everything back that has changed since `keep`, but for one step of the optimizer outside of replays."""
+        if self._whole is not None:
+            self._whole.restore()
+        self._buffers.restore()
+        vars(self).update(self._before)
+        self.interface.largest = self._largest
+
+    def leave_out(self, *, broken_auxiliary: bool) -> None:
+        """A window was left out, and `undo` called: the next one does not follow the ones before it."""
+        self._steps += 1
+        self.break_chain()
+        if broken_auxiliary:
+            self._begin_anew()
+
+    @property
+    def skipped(self) -> int:
+        """Windows so far whose message or regression was left out; this waits for a GPU."""
+        return self._bad.total
+
+    def take_events(self, step: int) -> tuple[str, ...]:
+        """What has happened since the last call, as texts for the user."""
+        if not self._events:
+            return ()
+        events, self._events = tuple(f"step {step}: {event}" for event in self._events), []
+        return events
+
+    def _measure(self, window: Past) -> StateFidelity | None:
+        """Compare messages with exact gradients where a comparison is due; update the reliabilities."""
+        every = self.settings.fidelity_every
+        if not every:
+            return None
+        if not self._probe.windows and self._steps % every == 0:
+            self._probe.messages = self.interface.messages(window.start, window.context)
+        if self._probe.messages is None:
+            return None
+        self._probe.windows.append(states.copied(window))
+        horizons = len(self._probe.messages)
+        # A tail, or the only message, that is its own target stands for all windows from there on.
+        bootstrapped = bool(self.rule.following[-1][-1])
+        needed = horizons - 1 + self.settings.replay_windows if bootstrapped else horizons
+        if len(self._probe.windows) < needed:
+            return None
+        discount = self.settings.discount
+        found = fidelity(self.replayer, self._probe.windows, self._probe.messages, discount, bootstrapped=bootstrapped)
+        self._probe = Probe()
+        self._trust(found)
+        return found
+
+    def _trust(self, found: StateFidelity) -> None:
+        """Take a comparison into the reliabilities, with the lanes of all ranks."""
+        rows = [[float(number) for number in (h.overlap, h.power, h.exact_power)] for h in found.horizons]
+        sums = torch.tensor(rows, dtype=torch.float64)
+        self._reliability.update(sums if self.parallel is None else self.parallel.sum(sums))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything but the synthesizer and its optimizer: running sums, reliabilities, ring, probe, target network."""
+        messages = self._probe.messages
+        if self.parallel is not None and messages is not None:
+            messages = [self._leaves(self.parallel.all, message) for message in messages]
+        return {
+            "running": self._running.state_dict(),
+            **self._reliability.state_dict(),
+            "ring": [pack(self._window_of_all(window)) for window in self._ring],
+            "probe_windows": [pack(self._window_of_all(window)) for window in self._probe.windows],
+            "probe_messages": None if messages is None else [states.flatten(message) for message in messages],
+            "target_network": None if self._target_network is None else self._target_network.state_dict(),
+            "steps": self._steps,
+            "bad": self._bad.state_dict(),
+            "largest": self.interface.largest,
+            "resets": self.resets,
+            "disabled": self.disabled,
+        }
+
+    def load_state_dict(self, saved: dict[str, Any], like: State) -> None:
+        """Take over what `state_dict` gave; `like` gives the hidden state's nest."""
+        self._running.load_state_dict(saved["running"])
+        self._reliability.load_state_dict(saved)
+        messages = saved["probe_messages"]
+        if messages is not None:
+            messages = [states.unflatten(like, leaves) for leaves in messages]
+            if self.parallel is not None:
+                messages = [self._leaves(self.parallel.own, message) for message in messages]
+        self._ring = deque(self._window_of_this_rank(unpack(window, like)) for window in saved["ring"])
+        self._probe = Probe(messages, [self._window_of_this_rank(unpack(window, like)) for window in saved["probe_windows"]])
+        if self._target_network is not None:
+            # Saved without one, it begins as a copy.
+            self._target_network.load_state_dict(saved["target_network"] or self.synthesizer.state_dict())
+        self._steps = saved["steps"]
+        if "bad" in saved:  # missing in what older versions saved
+            self._bad.load_state_dict(saved["bad"])
+            self.interface.largest = saved["largest"]
+            self.resets, self.disabled = saved["resets"], saved["disabled"]
+
+    def _leaves(self, function: Callable[[Tensor, int], Tensor], state: State) -> State:
+        return states.map_lanes(function, state, self.replayer.state_batch_dim)
+
+    def _window_of_all(self, window: Past) -> Past:
+        """The window with the lanes of all ranks; a collective."""
+        return window if self.parallel is None else map_past(self.parallel.all, window, self.replayer)
+
+    def _window_of_this_rank(self, window: Past) -> Past:
+        """This rank's lanes of a window of all."""
+        return window if self.parallel is None else map_past(self.parallel.own, window, self.replayer)
+
+
+def without_chain(saved: dict[str, Any]) -> dict[str, Any]:
+    """What `SyntheticCredit.state_dict` gave, without the windows that were to be run again."""
+    return {**saved, "ring": [], "probe_windows": [], "probe_messages": None}
+
+
+class Probe:
+    """Messages predicted at a state, and the windows that have followed it so far."""
+
+    def __init__(self, messages: list[State] | None = None, windows: Sequence[Past] = ()) -> None:
+        self.messages = messages
+        self.windows = list(windows)

@@ -1,0 +1,1 @@
+"""Several processes: how they meet, share lanes and gradients, or train in decoupled parts."""

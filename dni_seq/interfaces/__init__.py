@@ -1,0 +1,1 @@
+"""Where a network is cut, and synthetic messages replace real ones."""

@@ -1,0 +1,54 @@
+"""A recurrent network from vectors to vectors: LSTM or GRU, and a linear readout.
+
+Legend: T = window length, B = lanes, D = inputs, O = outputs, H = hidden units, L = layers.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from dni_seq.models.language_model import CELLS, LSTMState
+from dni_seq.models.lstm_kernels import native_up_to, run_rnn
+
+
+class SequenceModel(nn.Module):
+    """Map B lanes of vectors step by step: `model(inputs, state) -> (outputs, state)`.
+
+    Args:
+        input_size: D.
+        output_size: O.
+        cell: "lstm", whose state is (h, c), each [L, B, H], or "gru", whose state is h [L, B, H].
+        hidden: H, hidden units a layer.
+        layers: L.
+
+    Attributes:
+        native_steps: the longest window that PyTorch's native LSTM kernel runs on the CPU; see `kernels.native_up_to`.
+
+    Raises:
+        ValueError: unknown cell, or a size below 1.
+    """
+
+    def __init__(self, input_size: int, output_size: int, *, cell: str = "lstm", hidden: int = 256, layers: int = 1):
+        super().__init__()
+        sizes = {"input_size": input_size, "output_size": output_size, "hidden": hidden, "layers": layers}
+        for name, size in sizes.items():
+            if size < 1:
+                raise ValueError(f"{name} must be 1 or more, got {size}")
+        if cell not in CELLS:
+            raise ValueError(f"cell must be one of {', '.join(CELLS)}, got {cell!r}")
+        self.cell, self.hidden, self.layers = cell, hidden, layers
+        kind = nn.LSTM if cell == "lstm" else nn.GRU
+        self.rnn = kind(input_size, hidden, layers)
+        self.native_steps = native_up_to(0)
+        self.readout = nn.Linear(hidden, output_size)
+
+    def forward(self, inputs: Tensor, state: Tensor | LSTMState | None = None) -> tuple[Tensor, Tensor | LSTMState]:
+        """Read inputs [T, B, D] from `state` on, None for zeros; return outputs [T, B, O] and the last state."""
+        outputs, state = run_rnn(self.rnn, inputs, state, self.native_steps)  # [T, B, H]
+        return self.readout(outputs), state
+
+    def initial_state(self, lanes: int) -> Tensor | LSTMState:
+        """Zeros for `lanes` lanes, in the parameters' dtype and on their device."""
+        hidden = self.readout.weight.new_zeros((self.layers, lanes, self.hidden))
+        return hidden if self.cell == "gru" else (hidden, torch.zeros_like(hidden))

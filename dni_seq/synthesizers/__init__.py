@@ -1,0 +1,1 @@
+"""Modules that predict the gradient that the future sends to a state."""

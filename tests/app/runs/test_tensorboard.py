@@ -1,0 +1,116 @@
+"""TensorBoard points: exact averages, horizons, and no doubled point after a resume."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from dni_seq.app.runs.tensorboard import KEYS, OTHER_KEYS, RunLog, peak_memory_mb, perplexity
+from tests.paths import ROOT
+
+event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+
+CPU = torch.device("cpu")
+
+
+def points(directory, key) -> list[tuple[int, float]]:
+    events = event_accumulator.EventAccumulator(str(directory), size_guidance={"scalars": 0})
+    events.Reload()
+    return [(event.step, event.value) for event in events.Scalars(key)]
+
+
+def test_averages_are_weighted_by_tokens(tmp_path):
+    log = RunLog(tmp_path)
+    log.add({"train/loss": torch.tensor(1.0), "gradient/norm": torch.tensor(2.0)}, weight=3)
+    log.add({"train/loss": torch.tensor(2.0), "gradient/norm": torch.tensor(6.0)}, weight=1)
+    assert log.mean("train/loss") == 1.25
+    log.write(2)
+    log.clear()
+    log.write(3)
+    log.close()
+    assert points(tmp_path, "train/loss") == [(2, 1.25)]
+    assert points(tmp_path, "gradient/norm") == [(2, 3.0)]
+    # Event files hold float32.
+    assert points(tmp_path, "train/perplexity") == [(2, pytest.approx(math.exp(1.25), rel=1e-6))]
+
+
+def test_one_horizon_is_one_key_and_several_are_listed(tmp_path):
+    log = RunLog(tmp_path)
+    log.add({"synthetic/r2": torch.tensor([0.5]), "synthetic/cosine": torch.tensor([0.25, 0.75])}, weight=1)
+    log.write(1)
+    log.close()
+    events = event_accumulator.EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert sorted(events.Tags()["scalars"]) == [
+        "synthetic/cosine",
+        "synthetic/cosine/horizon_1",
+        "synthetic/cosine/horizon_2",
+        "synthetic/r2",
+    ]
+    assert points(tmp_path, "synthetic/cosine") == [(1, 0.5)]
+    assert points(tmp_path, "synthetic/cosine/horizon_2") == [(1, 0.75)]
+
+
+def test_half_precision_is_summed_in_float32(tmp_path):
+    log = RunLog(tmp_path)
+    for _ in range(1000):
+        log.add({"train/loss": torch.tensor(1.0, dtype=torch.bfloat16)}, weight=1)
+    log.close()
+    # In bfloat16 the sum would stop growing at 256.
+    assert log.mean("train/loss") == 1.0
+
+
+def test_averages_go_on_from_a_checkpoint(tmp_path):
+    whole, first, second = (RunLog(tmp_path / name) for name in ("whole", "first", "second"))
+    losses = [torch.tensor(value) for value in (0.1, 0.7, 0.3)]
+    for loss in losses:
+        whole.add({"train/loss": loss}, weight=5)
+    first.add({"train/loss": losses[0]}, weight=5)
+    second.load_state_dict(first.state_dict(), CPU)
+    for loss in losses[1:]:
+        second.add({"train/loss": loss}, weight=5)
+    assert second.mean("train/loss") == whole.mean("train/loss")
+    for log in (whole, first, second):
+        log.close()
+
+
+def test_a_resumed_run_hides_what_was_logged_behind_its_checkpoint(tmp_path):
+    killed = RunLog(tmp_path)
+    for step in range(1, 6):
+        killed.scalars(step, {"train/loss": step})
+    killed.close()
+    resumed = RunLog(tmp_path, resumed_at=3)
+    for step in range(4, 7):
+        resumed.scalars(step, {"train/loss": 10 * step})
+    resumed.close()
+    assert points(tmp_path, "train/loss") == [(1, 1), (2, 2), (3, 3), (4, 40), (5, 50), (6, 60)]
+
+
+def test_text_keeps_its_lines(tmp_path):
+    log = RunLog(tmp_path)
+    log.text(4, "sample", "one\n*two*")
+    log.close()
+    events = event_accumulator.EventAccumulator(str(tmp_path))
+    events.Reload()
+    (event,) = events.Tensors("sample/text_summary")
+    assert event.step == 4
+    assert event.tensor_proto.string_val == [b"    one\n    *two*"]
+
+
+def test_perplexity():
+    assert perplexity(math.log(50)) == pytest.approx(50)
+    assert perplexity(1e6) == math.inf
+    assert math.isnan(perplexity(math.nan))
+
+
+def test_peak_memory_is_of_this_process():
+    # A Python with torch loaded takes more than 50 MB, and this test less than 100 GB.
+    assert 50 < peak_memory_mb(CPU) < 100_000
+
+
+def test_the_readme_lists_every_key_with_its_meaning():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for key, meaning in (KEYS | OTHER_KEYS).items():
+        assert f"| `{key}` | {meaning} |" in readme

@@ -1,0 +1,227 @@
+"""The script for generated tasks, run for real: a few updates of a tiny network."""
+
+from __future__ import annotations
+
+import json
+import runpy
+from pathlib import Path
+
+import pytest
+import torch
+
+from dni_seq.app.runs.checkpoint import load_checkpoint
+from dni_seq.models.vector_rnn import SequenceModel
+from dni_seq.streams.algorithmic_tasks import TASKS, Stage, TaskStream
+from tests.nests import assert_same
+from tests.paths import SCRIPTS
+
+event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+
+SCRIPT = SCRIPTS / "train_tasks.py"
+TINY = ("--hidden", "8", "--batch-size", "4", "--synthesizer-hidden", "8", "--threads", "1", "--device", "cpu")
+
+ALWAYS = {
+    "gradient/norm",
+    "train/skipped",
+    "memory/peak_mb",
+    "speed/updates_per_second",
+    "task/length",
+    "task/training_length",
+}
+SYNTHETIC = {f"synthetic/{name}" for name in ("loss", "cosine", "r2", "injected_ratio", "scale")}
+
+
+@pytest.fixture(scope="module")
+def main():
+    """The command, in this process: loading torch takes most of a short run's time."""
+    return runpy.run_path(str(SCRIPT))["main"]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """The script sets the number of threads of the process."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def points(run: Path) -> dict[str, dict[int, float]]:
+    """Every scalar of a run by key and update; an update that came twice fails."""
+    events = event_accumulator.EventAccumulator(str(run), size_guidance={"scalars": 0})
+    events.Reload()
+    curves = {}
+    for key in events.Tags()["scalars"]:
+        steps = [event.step for event in events.Scalars(key)]
+        assert len(steps) == len(set(steps)), f"{key} has an update twice: {steps}"
+        curves[key] = {event.step: event.value for event in events.Scalars(key)}
+    return curves
+
+
+KINDS = {
+    "none": ((), set()),
+    "basic": (("--synthesizer", "basic", "--synthetic-scale", "0.1"), SYNTHETIC),
+    "multi-horizon": (
+        (
+            "--synthesizer",
+            "multi-horizon",
+            "--horizons",
+            "2",
+            "--regress-every",
+            "2",
+            "--fidelity-every",
+            "7",
+            "--synthetic-scale",
+            "0.5",
+        ),
+        SYNTHETIC
+        | {f"synthetic/{name}/horizon_{n}" for name in ("cosine", "r2", "scale") for n in (1, 2)}
+        | {f"fidelity/{name}_{n}" for name in ("cosine", "r2") for n in (1, 2)},
+    ),
+    "paper": (("--synthesizer", "paper"), SYNTHETIC),
+    "paper-with-horizons": (
+        ("--synthesizer", "paper", "--horizons", "2", "--tail", "--lookahead", "3", "--normalize", "--gate"),
+        SYNTHETIC | {f"synthetic/{name}/horizon_{n}" for name in ("cosine", "r2", "scale") for n in (1, 2, 3)},
+    ),
+    "state": (("--synthesizer", "state", "--synthetic-scale", "0.5", "--no-normalize", "--no-gate"), SYNTHETIC),
+    "purely-online": (
+        ("--synthesizer", "multi-horizon", "--lookahead", "0", "--regress-every", "2", "--synthetic-scale", "0.5"),
+        SYNTHETIC,
+    ),
+    "exact": (("--synthesizer", "exact", "--exact-steps", "3"), {"synthetic/scale"}),
+    "exact-with-tail": (("--synthesizer", "exact", "--exact-steps", "3", "--tail"), {"synthetic/loss", "synthetic/scale"}),
+    "lambda": (("--synthesizer", "basic", "--targets", "lambda", "--replay-windows", "4"), {"synthetic/loss"}),
+    "auxiliary": (("--synthesizer", "basic", "--synthetic-scale", "0.1", "--auxiliary", "0.1"), SYNTHETIC),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_credit_leaves_a_run(kind, main, tmp_path):
+    arguments, expected = KINDS[kind]
+    task = {"none": "adding", "auxiliary": "repeat-copy"}.get(kind, "copy")
+    arguments = ("--synthesizer", "none", *arguments)  # the later one holds
+    # 5 vectors are 12 steps: windows 1 to 4 of each sequence count nothing, 5 and 6 have a gradient to compare with.
+    run = tmp_path / "run"
+    options = ("--task", task, "--bptt", "2", "--start", "5", "--updates", "30", "--run-dir", str(run))
+    assert main([*options, *TINY, *arguments]) == 0
+    curves = points(run)
+    assert curves.keys() >= ALWAYS | expected | {f"task/{TASKS[task].error_name}"}
+    if kind == "none":
+        assert not [key for key in curves if key.startswith(("synthetic", "fidelity"))]
+    assert all(list(curve) == [30] for curve in curves.values())
+    assert curves["task/training_length"] == {30: 5.0}
+    assert all(torch.tensor(list(curve.values())).isfinite().all() for curve in curves.values())
+    summary = json.loads((run / "summary.json").read_text())
+    assert (summary["task"], summary["length"], summary["curve"], summary["updates"]) == (task, 0, [], 30)
+    windows = {"copy": 6, "repeat-copy": 7, "adding": 3}[task]
+    assert summary["sequences"] == 30 // windows * 4
+    assert summary["peak_memory_mb"] > 50
+    assert summary["process_seconds"] > 0
+    assert (summary["injected_ratio"] is not None) == ("synthetic/injected_ratio" in expected)
+    if summary["injected_ratio"] is not None:
+        assert summary["injected_ratio"] == pytest.approx(curves["synthetic/injected_ratio"][30])
+        assert summary["injected_ratio"] > 0
+    names = {str(path.relative_to(run)) for path in run.rglob("*") if not path.name.startswith("events.")}
+    assert names == {"checkpoints", "checkpoints/last.pt", "config.json", "lock", "summary.json"}
+
+
+def test_the_error_is_that_of_the_task(main, tmp_path):
+    """With a learning rate that moves nothing, the training error is that of the first weights on the same sequences."""
+    arguments = ["--task", "copy", "--start", "3", "--bptt", "3", "--lr", "1e-30", "--updates", "9", "--synthesizer", "none"]
+    assert main([*arguments, *TINY, "--seed", "5", "--run-dir", str(tmp_path / "run")]) == 0
+    stream = TaskStream(TASKS["copy"], lanes=4, bptt=8, seed=5, stage=Stage(3))
+    torch.manual_seed(5)
+    model = SequenceModel(10, 8, hidden=8)
+    losses = []
+    for window, _ in zip(stream, range(3), strict=False):  # 3 sequences of 3 windows each
+        with torch.no_grad():
+            outputs, _ = model(window.inputs, None)
+        losses.append(TASKS["copy"].losses(outputs, window.targets)[window.mask].mean())
+    bits = torch.stack(losses).mean() / torch.tensor(2.0).log()
+    # The windows' losses are added in another order, in float32.
+    assert points(tmp_path / "run")["task/error_bits"][9] == pytest.approx(float(bits), rel=1e-5)
+
+
+def test_a_length_that_is_solved_is_raised(main, tmp_path):
+    """One vector in windows that hold the whole sequence is learned within 120 updates at this rate."""
+    arguments = ["--task", "copy", "--bptt", "4", "--synthesizer", "none", "--lr", "0.02", "--updates", "120"]
+    size = ("--hidden", "32", "--batch-size", "32", "--threads", "1", "--device", "cpu")
+    run = tmp_path / "run"
+    assert main([*arguments, *size, "--run-dir", str(run)]) == 0
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["length"] >= 1
+    assert summary["stage"] == [summary["length"] + 1, 1]
+    update, length = summary["curve"][0]
+    assert length == 1
+    assert [length for _, length in summary["curve"]] == list(range(1, summary["length"] + 1))
+    curves = points(run)
+    checks = curves["task/fresh_error_bits"]
+    assert 0 < checks[update] < 0.15
+    solved = {step: max((n for at, n in summary["curve"] if at <= step), default=0) for step in (100, 120)}
+    assert curves["task/length"] == solved
+
+
+@pytest.mark.parametrize(("synthesizer", "bptt", "updates", "stopped"), [("none", 4, 120, 91), ("multi-horizon", 2, 60, 31)])
+def test_a_run_goes_on_to_the_bit(synthesizer, bptt, updates, stopped, main, tmp_path):
+    """Stopped within a sequence with the log half filled; without a synthesizer, after a length was raised."""
+    common = ["--task", "copy", "--bptt", str(bptt), "--lr", "0.02", "--hidden", "32", "--device", "cpu"]
+    common += ["--synthesizer", synthesizer, "--fidelity-every", "7", "--synthetic-scale", "auto"]
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    assert main([*common, "--updates", str(updates), "--run-dir", str(whole)]) == 0
+    assert main([*common, "--updates", str(stopped), "--run-dir", str(halves), "--resume", "auto"]) == 0
+    within = load_checkpoint(halves / "checkpoints" / "last.pt")
+    if synthesizer == "none":
+        assert within["counters"]["curve"]
+    else:
+        assert within["stream"]["position"] == 1  # of two
+    assert main(["--updates", str(updates), "--run-dir", str(halves), "--resume", "auto"]) == 0
+    one, two = (load_checkpoint(run / "checkpoints" / "last.pt") for run in (whole, halves))
+    for saved in (one, two):
+        del saved["config"]
+        for seconds in ("seconds", "process_seconds"):
+            assert saved["counters"].pop(seconds) > 0
+    assert_same(one, two)
+    curves, resumed = points(whole), points(halves)
+    for key in set(curves) - {"speed/updates_per_second", "memory/peak_mb"}:
+        # The first session gave its last update a point of its own.
+        assert curves[key] == {step: value for step, value in resumed[key].items() if step != stopped}
+
+
+def test_bad_input_is_one_line_and_status_2(main, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["--updates", "1", *TINY, "--run-dir", "run"]) == 0
+    capsys.readouterr()
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    cases = {
+        ("--task", "sorting"): "invalid choice: 'sorting'",
+        ("--bptt", "0"): "--bptt must be 1 or more",
+        ("--updates", "0"): "--updates must be 1 or more",
+        ("--hidden", "0"): "--hidden must be 1 or more",
+        ("--lr", "-1"): "--lr must be above 0",
+        ("--start", "0"): "--start must be 1 or more",
+        ("--task", "adding", "--start", "1"): "begin at size 2",
+        ("--synthetic-scale", "much"): "--synthetic-scale must be 0 or more",
+        ("--device", "nothing"): "--device nothing",
+        ("--resume", "auto"): "needs --run-dir",
+        ("--run-dir", "run"): "holds a run",
+        ("--run-dir", "run", "--resume", "auto", "--task", "adding"): "--task copy there, adding here",
+        ("--run-dir", str(tmp_path)): "holds files but no run",
+    }
+    for arguments, message in cases.items():
+        try:
+            status = main([*arguments])
+        except SystemExit as end:
+            status = end.code
+        (line,) = capsys.readouterr().err.splitlines()
+        assert status == 2, arguments
+        assert line.startswith("train_tasks: error: "), arguments
+        assert message in line, arguments
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_help_names_the_options_of_credit(main, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["--help"])
+    assert end.value.code == 0
+    text = capsys.readouterr().out
+    for name in ("--task", "--bptt", "--synthesizer", "--exact-steps", "--horizons", "--updates", "task/length"):
+        assert name in text
