@@ -6,21 +6,20 @@ interfaces. `import dni_seq` needs torch alone.
 
 from dni_seq.core.deferred_backward import GradientAccumulator, backward, defer_backward
 from dni_seq.core.windows import Lookahead, Window, with_lookahead
-from dni_seq.credit.synthetic_gradient import Synthetic
-from dni_seq.interfaces.backward import BackwardInterface, BidirectionalInterface, ForwardInterface, synthesizer_context
-from dni_seq.synthesizers.base import LSTM_CELLS, BasicSynthesizer, GatedCells, Normalized
+from dni_seq.credit.config import Synthetic
+from dni_seq.interfaces.backward import BackwardInterface
+from dni_seq.interfaces.context import synthesizer_context
+from dni_seq.interfaces.forward import BidirectionalInterface, ForwardInterface
+from dni_seq.synthesizers.auxiliary import AuxiliaryTask
 from dni_seq.synthesizers.exact_future import ExactFuture
 from dni_seq.synthesizers.future_gradient import FutureGradient
 from dni_seq.synthesizers.future_model import FutureModel
 from dni_seq.synthesizers.least_squares import LeastSquaresHeads
-from dni_seq.synthesizers.multi_horizon import (
-    AuxiliaryTask,
-    Horizons,
-    LookaheadEncoder,
-    MultiHorizonSynthesizer,
-    StateHeads,
-    StateSynthesizer,
-)
+from dni_seq.synthesizers.lookahead import LookaheadEncoder
+from dni_seq.synthesizers.mlp import BasicSynthesizer
+from dni_seq.synthesizers.multi_horizon import Horizons, MultiHorizonSynthesizer
+from dni_seq.synthesizers.normalization import LSTM_CELLS, GatedCells, Normalized
+from dni_seq.synthesizers.state_heads import StateHeads, StateSynthesizer
 from dni_seq.trainer import SequenceTrainer, StepResult
 
 __all__ = [

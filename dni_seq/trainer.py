@@ -9,43 +9,26 @@ Legend: T = window length in steps, B = lanes, H = hidden units, N = horizons.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from dni_seq.core import states
+from dni_seq.core import nonfinite, states
 from dni_seq.core.deferred_backward import backward, defer_backward
-from dni_seq.core.optimizer_step import clipped_step, gradient_norm, leaves_out_by_itself
-from dni_seq.core.snapshot import (
-    Alone,
-    Kept,
-    NonFiniteError,
-    Randomness,
-    Tally,
-    Whole,
-    all_finite,
-    broken_lanes,
-    buffers_of,
-    choose,
-    decided_here,
-    first_not_finite,
-)
+from dni_seq.core.nonfinite import NonFiniteError, all_finite, broken_lanes, choose
+from dni_seq.core.optimizer_step import check_disjoint, clipped_step, gradient_norm, leaves_out_by_itself
+from dni_seq.core.snapshot import Alone, Kept, Randomness, Whole, buffers_of
 from dni_seq.core.states import State
 from dni_seq.core.windows import REDUCTIONS, Lookahead, Reduction
+from dni_seq.credit.config import CreditSettings, Synthetic
+from dni_seq.credit.nonfinite_policy import NonFinitePolicy, diagnose
 from dni_seq.credit.replay import Past, Replayer
-from dni_seq.credit.synthetic_gradient import CreditSettings, Synthetic, SyntheticCredit, without_chain
+from dni_seq.credit.synthetic_gradient import SyntheticCredit, without_chain
+from dni_seq.credit.window_runner import WindowRunner, ahead_of_window
 from dni_seq.distributed.data_parallel import DataParallel
-from dni_seq.interfaces.backward import Exchange
-
-
-class Model(Protocol):
-    """What the trainer asks of a model: `model(inputs, state) -> (outputs, state)`."""
-
-    def __call__(self, inputs: Tensor, state: State) -> tuple[Tensor, State]:
-        """Run T steps from `state`."""
+from dni_seq.interfaces.exchange import Exchange
 
 
 class StepResult(NamedTuple):
@@ -67,32 +50,6 @@ class StepResult(NamedTuple):
     synthetic: Synthetic | None
     skipped: Tensor
     events: tuple[str, ...] = ()
-
-
-def window_loss(losses: Tensor, mask: Tensor | None, reduction: Reduction) -> Tensor:
-    """One scalar of a scalar or of unreduced losses [T, B].
-
-    Args:
-        losses: what `loss_fn` returned.
-        mask: [T, B] bool, the steps that count, or None for all.
-        reduction: "mean" over the steps that count, "lane-mean" for the sum over time and mean over lanes, or "sum".
-
-    Raises:
-        ValueError: a mask is given for a scalar, or has not the shape of the losses.
-    """
-    if losses.dim() == 0:
-        if mask is not None:
-            raise ValueError("mask needs a loss_fn that returns unreduced losses [T, B], this one returned a scalar")
-        return losses
-    if mask is not None:
-        if mask.shape != losses.shape:
-            raise ValueError(f"mask has shape {tuple(mask.shape)}, the unreduced loss {tuple(losses.shape)}")
-        losses = torch.where(mask, losses, 0)
-    if reduction == "lane-mean" and losses.dim() < 2:
-        raise ValueError(f'"lane-mean" needs unreduced losses [T, B], this loss_fn returned shape {list(losses.shape)}')
-    if reduction == "mean":
-        return losses.mean() if mask is None else losses.sum() / mask.sum().clamp_min(1)
-    return losses.sum() / losses.shape[1] if reduction == "lane-mean" else losses.sum()
 
 
 class SequenceTrainer:
@@ -190,8 +147,6 @@ class SequenceTrainer:
             raise ValueError("the auxiliary task predicts synthetic gradients: give a synthesizer too")
         if not 0 <= auxiliary_weight < float("inf"):
             raise ValueError(f"auxiliary_weight must be 0 or more, got {auxiliary_weight}")
-        if skip_limit < 1:
-            raise ValueError(f"skip_limit must be 1 or more, got {skip_limit}")
         if isinstance(model, nn.parallel.DistributedDataParallel):
             raise ValueError("SequenceTrainer reduces gradients itself: give it the bare model, and parallel=")
         self.parallel = parallel
@@ -199,32 +154,25 @@ class SequenceTrainer:
         self.auxiliary_weight = auxiliary_weight
         self.model = model
         self.optimizer = optimizer
-        self.loss_fn = loss_fn
         self.clip = clip
-        self.batch_dim = batch_dim
-        self.state_batch_dim = state_batch_dim
-        self.reduction: Reduction = reduction
-        self.autocast = autocast
+        self.runner = WindowRunner(model, loss_fn, reduction, autocast, batch_dim, state_batch_dim, initial_state, parallel)
         self.state: State | None = None
         self.steps = 0
-        self._initial_state = initial_state
         self._saved: dict[str, Any] | None = None
         self.credit: SyntheticCredit | None = None
         if synthesizer is not None:
             learning = [p for part in (synthesizer, auxiliary) if part is not None for p in part.parameters()]
             if synthesizer_optimizer is None and any(p.requires_grad for p in learning):
                 synthesizer_optimizer = torch.optim.Adam(learning, lr=1e-3)
-            _check_apart(optimizer, synthesizer_optimizer)
+            check_disjoint(optimizer, synthesizer_optimizer)
             self.credit = SyntheticCredit(
-                synthesizer, synthesizer_optimizer, self._replayer(), settings, auxiliary, parallel
+                synthesizer, synthesizer_optimizer, Replayer(self.runner), settings, auxiliary, parallel
             )
             if parallel is not None:
                 for part in (synthesizer, auxiliary):
                     if part is not None:
                         parallel.synchronize(part)
-        self.skip_limit = skip_limit
-        self._tally = Tally()
-        self._reported = 0
+        self.nonfinite = NonFinitePolicy(skip_limit)
         self._stepped = False
         self._buffers = Kept(buffers_of([model]))
         self._alone = Alone("step was called while a step of this trainer is under way: each thread needs its own trainer")
@@ -232,7 +180,7 @@ class SequenceTrainer:
     @property
     def skipped(self) -> int:
         """Windows left out so far for a NaN or an infinity; this waits for a GPU."""
-        return self._tally.total
+        return self.nonfinite.total
 
     def skip_counts(self) -> dict[str, float]:
         """What was left out so far, by TensorBoard key: steps, and the synthesizer's part of steps; this waits for a GPU."""
@@ -269,9 +217,9 @@ class SequenceTrainer:
             NonFiniteError: `skip_limit` windows in a row had to be left out; the text says where it began.
             RuntimeError: another step of this trainer is under way.
         """
-        self._check_window(inputs, targets, ends)
+        self.runner.check_window(inputs, targets, ends)
         with self._alone:
-            start = self._start(inputs, inputs.shape[self.batch_dim])
+            start = self._start(inputs, inputs.shape[self.runner.batch_dim])
             randomness = Randomness.now(inputs.device)
             self._buffers.keep()
             if self.credit is not None:
@@ -300,9 +248,13 @@ class SequenceTrainer:
             context = ahead_of_window(inputs, targets, mask, lookahead)
         self._zero_gradients()
         with defer_backward() as scope:
-            trigger = self._make_trigger(start, context)
-            outputs, early, last = self._run_window(inputs, trigger)
-            loss = self._loss(outputs, targets, mask)
+            trigger = states.detach(start) if credit is None or start is None else credit.make_trigger(start, context)
+            if self.auxiliary is None:
+                outputs, last = self.runner.run(inputs, trigger)
+                early = last
+            else:
+                outputs, early, last = self.runner.run_in_two_parts(inputs, trigger)
+            loss = self.runner.loss(outputs, targets, mask)
             backward(loss)
             exchange = None if credit is None else credit.inject(scope, loss, last, ends, lookahead)
             if self.auxiliary is not None and credit is not None and exchange is not None and not credit.disabled:
@@ -317,7 +269,7 @@ class SequenceTrainer:
             return self._leave_out(window, result)
         last = states.owned(last)
         # All that may fail comes before the optimizers, whose steps cannot be taken back.
-        following = self._following(last if self._decided_here(good, start) else choose(good, last, start), ends)
+        following = self.runner.reset(last if self._decided_here(good, start) else choose(good, last, start), ends)
         synthetic = None
         if credit is not None and exchange is not None:
             past = None if start is None else window._replace(context=context)
@@ -325,20 +277,14 @@ class SequenceTrainer:
         clipped_step(self.optimizer, self.clip, norm, good)
         if not self._decided_here(good, start):
             self._buffers.restore_unless(good)
-        self._tally.add(good)
+        self.nonfinite.count(good)
         self.state = following
         self.steps += 1
         return result._replace(synthetic=synthetic, events=self._events(window, result))
 
-    def _following(self, last: State, ends: Tensor | None) -> State:
-        """The state that the next window starts from: `last`, but for lanes that end, which start anew."""
-        if ends is None:
-            return last
-        return states.reset_lanes(last, ends, self.initial_state(len(ends)), self.state_batch_dim)
-
     def _decided_here(self, good: Tensor, start: State | None) -> bool:
         """Whether to read `good` at once: where that is free, and where no device could do without."""
-        return decided_here(good) or start is None or not leaves_out_by_itself(self.optimizer)
+        return nonfinite.readable_without_sync(good) or start is None or not leaves_out_by_itself(self.optimizer)
 
     def _leave_out(self, window: Past, result: StepResult) -> StepResult:
         """Leave the step out; lanes whose state is broken start anew.
@@ -346,19 +292,17 @@ class SequenceTrainer:
         Raises:
             NonFiniteError: it is one too many.
         """
-        where = self._where(window, result)
+        where = self._diagnose(window, result)
         following = window.start
         if following is not None:
-            broken = broken_lanes(following, self.state_batch_dim)
-            following = self._following(self._following(following, broken), window.ends)
+            broken = broken_lanes(following, self.runner.state_batch_dim)
+            following = self.runner.reset(self.runner.reset(following, broken), window.ends)
         self._undo()
         if self.credit is not None:
             self.credit.leave_out(broken_auxiliary=self._auxiliary_broken(result))
-        self._tally.add(~result.skipped)
         self.state = following
         self.steps += 1
-        self._reported = self._tally.total
-        self._check_row(where)
+        self.nonfinite.count_skipped(result.skipped, self.steps, where)
         events = [f"step {self.steps} left out, the first NaN or infinity: {where}"]
         return result._replace(events=(*events, *self._credit_events()))
 
@@ -381,42 +325,15 @@ class SequenceTrainer:
             NonFiniteError: a GPU has left out too many.
         """
         events = self._credit_events()
-        if not decided_here(result.skipped) and self.steps % self.skip_limit == 0:
-            if self._tally.in_a_row >= self.skip_limit:
-                self._check_row(self._where(window, result))
-            if self._tally.total > self._reported:
-                count, self._reported = self._tally.total - self._reported, self._tally.total
-                events = (f"{count} of the last {self.skip_limit} steps left out for a NaN or an infinity", *events)
-        return events
+        if nonfinite.readable_without_sync(result.skipped):
+            return events
+        return (*self.nonfinite.read_counts(self.steps, lambda: self._diagnose(window, result)), *events)
+
+    def _diagnose(self, window: Past, result: StepResult) -> str:
+        return diagnose(self.model, self.auxiliary, window, result.outputs, result.loss, self.parallel)
 
     def _credit_events(self) -> tuple[str, ...]:
         return () if self.credit is None else self.credit.take_events(self.steps)
-
-    def _check_row(self, where: str) -> None:
-        """Raise a NonFiniteError where too many windows in a row were left out."""
-        row = self._tally.in_a_row
-        if row >= self.skip_limit:
-            raise NonFiniteError(
-                f"{row} windows in a row were left out, from step {self.steps - row + 1} on, for a NaN or an infinity; it "
-                f"appeared first in {where}. Parameters are those before that step; a smaller learning rate or clip may help"
-            )
-
-    def _where(self, window: Past, result: StepResult) -> str:
-        """Where the first NaN or infinity of a window is, in the order of computation, and on which of several ranks."""
-        parts = [(name, module) for name, module in (("", self.model), ("auxiliary.", self.auxiliary)) if module is not None]
-        named: list[tuple[str, Any]] = [
-            ("the inputs", window.inputs),
-            ("the state that the window starts from", window.start),
-            *((f"the parameter {n}", p) for n, p in self.model.named_parameters()),
-            *((f"the buffer {n}", b) for n, b in self.model.named_buffers()),
-            ("the model's outputs", result.outputs),
-            ("the targets", window.targets),
-            ("the loss", result.loss),
-            *((f"the parameter auxiliary.{n}", p) for pre, m in parts if pre for n, p in m.named_parameters()),
-            *((f"the gradient of {pre}{n}", dense(p.grad)) for pre, m in parts for n, p in m.named_parameters()),
-        ]
-        found = first_not_finite(named)
-        return found[1] if self.parallel is None else self.parallel.first(*found)
 
     def _auxiliary_broken(self, result: StepResult) -> bool:
         """Whether the auxiliary task's own parameters are to blame for a window that is left out."""
@@ -443,7 +360,7 @@ class SequenceTrainer:
                 "state": None if self.state is None else states.flatten(self._of_all_ranks(self.state)),
                 "credit": None if self.credit is None else self.credit.state_dict(),
             }
-        return {**parts, **streaming, "steps": self.steps, "skipped": self._tally.state_dict()}
+        return {**parts, **streaming, "steps": self.steps, "skipped": self.nonfinite.state_dict()}
 
     def load_state_dict(self, saved: dict[str, Any], lanes: int | None = None) -> None:
         """Take over what `state_dict` gave; the hidden state's nest comes from the initial state.
@@ -465,8 +382,7 @@ class SequenceTrainer:
         self.state = None
         self._saved = {"state": saved["state"], "credit": saved["credit"]}
         self.steps = saved["steps"]
-        self._tally.load_state_dict(saved.get("skipped", {"total": 0, "in_a_row": 0}))
-        self._reported = self._tally.total
+        self.nonfinite.load_state_dict(saved.get("skipped", {"total": 0, "in_a_row": 0}))
         if lanes is not None:
             mine = lanes if self.parallel is None else lanes // self.parallel.ranks.size
             self._take_saved(self.initial_state(mine))
@@ -483,17 +399,12 @@ class SequenceTrainer:
 
     def initial_state(self, lanes: int) -> State | None:
         """The state in which `lanes` sequences start, None where the model is to choose it."""
-        if callable(self._initial_state):
-            return self._initial_state(lanes)
-        if self._initial_state is not None:
-            return self._initial_state
-        of_model: Callable[[int], State] | None = getattr(self.model, "initial_state", None)
-        return None if of_model is None else of_model(lanes)
+        return self.runner.initial_state(lanes)
 
     def _start(self, inputs: Tensor, lanes: int) -> State | None:
         """The state that the window starts from; what was loaded takes its nest here."""
         if self._saved is not None:
-            self._take_saved(self._nest(inputs, lanes))
+            self._take_saved(self.runner.state_template(inputs, lanes))
         return self.initial_state(lanes) if self.state is None else self.state
 
     def _take_saved(self, nest: State) -> None:
@@ -507,74 +418,18 @@ class SequenceTrainer:
         leaves = self._saved["state"]
         if leaves is not None:
             state = states.unflatten(nest, leaves)
-            dims = states.spread(self.state_batch_dim, nest, "state_batch_dim")
-            for leaf, like, dim in zip(leaves, states.flatten(nest), dims, strict=True):
-                if not isinstance(like, Tensor):
-                    continue
-                expected, shape = self._shape_of_all(like, dim), list(leaf.shape) if isinstance(leaf, Tensor) else None
-                if shape != expected:
-                    found = type(leaf).__name__ if shape is None else shape
-                    raise ValueError(f"the saved hidden state has a leaf {found}, this model's is {expected}")
+            self.runner.check_saved(leaves, nest)
         if self.credit is not None:
             self.credit.load_state_dict(self._saved["credit"], nest)
         if leaves is not None:
             self.state = self._of_this_rank(state)
         self._saved = None
 
-    @torch.no_grad()
-    def _nest(self, inputs: Tensor, lanes: int) -> State:
-        """A state of the right nest, for saved leaves to fill; without an initial state it takes a run of the model."""
-        initial = self.initial_state(lanes)
-        if initial is None:
-            with torch.random.fork_rng():
-                initial = self._run(inputs, None)[1]
-        return initial
-
-    def _make_trigger(self, start: State | None, context: Lookahead | None) -> State | None:
-        if start is None:
-            return None
-        return states.detach(start) if self.credit is None else self.credit.make_trigger(start, context)
-
-    def _run_window(self, inputs: Tensor, state: State | None) -> tuple[Any, State, State]:
-        """Outputs, the state that the auxiliary task reads, and the last state."""
-        if self.auxiliary is None or len(inputs) == 1:
-            outputs, last = self._run(inputs, state)
-            return outputs, last, last
-        first, early = self._run(inputs[:1], state)
-        rest, last = self._run(inputs[1:], early)
-        return torch.cat([first, rest]), early, last
-
-    def _run(self, inputs: Tensor, state: State | None) -> tuple[Any, State]:
-        """Run the model on a copy of `state`, so that one that writes into its state harms neither trainer nor trigger."""
-        device = inputs.device.type
-        state = None if state is None else states.copied(state)
-        with contextlib.nullcontext() if self.autocast is None else torch.autocast(device, dtype=self.autocast):
-            result: tuple[Any, State] = self.model(inputs, state)
-        return result
-
-    def _loss(self, outputs: Any, targets: Tensor, mask: Tensor | None) -> Tensor:
-        with contextlib.nullcontext() if self.autocast is None else torch.autocast(targets.device.type, dtype=self.autocast):
-            losses = self.loss_fn(outputs, targets)
-            loss = window_loss(losses, mask, self.reduction)
-            if self.parallel is None or (self.reduction == "sum" and losses.dim() > 0):
-                return loss
-            return self.parallel.share_of_mean(loss, mask if self.reduction == "mean" else None)
-
-    def _replayer(self) -> Replayer:
-        return Replayer(self._run, self.model, self._loss, self.initial_state, self.state_batch_dim, self.batch_dim)
-
     def _of_all_ranks(self, state: State) -> State:
-        return state if self.parallel is None else states.map_lanes(self.parallel.all, state, self.state_batch_dim)
+        return state if self.parallel is None else states.map_lanes(self.parallel.all, state, self.runner.state_batch_dim)
 
     def _of_this_rank(self, state: State) -> State:
-        return state if self.parallel is None else states.map_lanes(self.parallel.own, state, self.state_batch_dim)
-
-    def _shape_of_all(self, leaf: Tensor, dim: int) -> list[int]:
-        """The shape that a leaf with this rank's lanes has with those of all ranks."""
-        shape = list(leaf.shape)
-        if self.parallel is not None and shape:
-            shape[dim] *= self.parallel.ranks.size
-        return shape
+        return state if self.parallel is None else states.map_lanes(self.parallel.own, state, self.runner.state_batch_dim)
 
     def _join(self, parallel: DataParallel, loss: Tensor, exchange: Exchange | None) -> Tensor:
         """Sum all gradients over the ranks, and the losses that are measured, in one all-reduce; the whole window's loss."""
@@ -593,49 +448,3 @@ class SequenceTrainer:
         self.optimizer.zero_grad()
         if self.credit is not None and self.credit.optimizer is not None:
             self.credit.optimizer.zero_grad()
-
-    def _check_window(self, inputs: Tensor, targets: Tensor, ends: Tensor | None) -> None:
-        if not torch.is_grad_enabled():
-            raise ValueError("step trains: call it outside of torch.no_grad() and torch.inference_mode()")
-        for name, tensor in (("inputs", inputs), ("targets", targets)):
-            if tensor.dim() <= self.batch_dim:
-                raise ValueError(f"{name} has shape {tuple(tensor.shape)}, without dimension batch_dim={self.batch_dim}")
-            if tensor.shape[0] == 0:
-                raise ValueError(f"{name} has no steps: a window needs one at least")
-        lanes = inputs.shape[self.batch_dim]
-        if targets.shape[self.batch_dim] != lanes:
-            raise ValueError(f"inputs have {lanes} lanes, targets {targets.shape[self.batch_dim]}")
-        if ends is not None and (ends.shape != (lanes,) or ends.dtype != torch.bool):
-            raise ValueError(f"ends must be a bool tensor [{lanes}], got {ends.dtype} {list(ends.shape)}")
-
-
-def ahead_of_window(inputs: Tensor, targets: Tensor, mask: Tensor | None, lookahead: Lookahead) -> Lookahead:
-    """What the window's first state has ahead: the first m steps of the window and, behind it, of its lookahead."""
-    steps = len(lookahead.inputs)
-    counts = torch.ones_like(lookahead.valid[:1]).expand(len(inputs), -1) if mask is None else mask
-    behind = lookahead.valid if lookahead.mask is None else lookahead.mask
-    return Lookahead(
-        inputs=torch.cat([inputs, lookahead.inputs])[:steps],
-        targets=torch.cat([targets, lookahead.targets])[:steps],
-        valid=torch.cat([torch.ones_like(counts), lookahead.valid])[:steps],
-        mask=torch.cat([counts, behind])[:steps],
-    )
-
-
-def dense(gradient: Tensor | None) -> Tensor | None:
-    """The same gradient, a row-sparse one with all its rows."""
-    return gradient.to_dense() if gradient is not None and gradient.is_sparse else gradient
-
-
-def _check_apart(optimizer: torch.optim.Optimizer, synthesizer_optimizer: torch.optim.Optimizer | None) -> None:
-    if synthesizer_optimizer is None:
-        return
-    shared = _parameters(optimizer) & _parameters(synthesizer_optimizer)
-    if shared:
-        raise ValueError(
-            f"{len(shared)} parameters are in both optimizers: give the model's to one and the synthesizer's to the other"
-        )
-
-
-def _parameters(optimizer: torch.optim.Optimizer) -> set[int]:
-    return {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}

@@ -1,12 +1,12 @@
 """Runs the feed-forward study and writes its tables.
 
-`--help` lists the options. The code is `dni_seq.app.feedforward.table`.
+`--help` lists the options. The code is `dni_seq.app.studies.feedforward_table`.
 """
 
 import sys
 
-from dni_seq.app.feedforward.table import main
 from dni_seq.app.runs.crash_report import guarded
+from dni_seq.app.studies.feedforward_table import main
 
 if __name__ == "__main__":
     sys.exit(guarded(main))

@@ -9,13 +9,9 @@ import torch
 from torch import nn
 
 import dni_seq as dni
-from dni_seq import trainer
-from dni_seq.core import optimizer_step as optimization
-from dni_seq.core import snapshot as guard
-from dni_seq.core import states
-from dni_seq.core.snapshot import Kept, NonFiniteError, Tally, Whole, broken_lanes, buffers_apart, buffers_of
-from dni_seq.credit import message_filter as soundness
-from dni_seq.credit import synthetic_gradient
+from dni_seq.core import nonfinite, states
+from dni_seq.core.nonfinite import NonFiniteError, Tally, broken_lanes
+from dni_seq.core.snapshot import LARGE, Kept, Whole, buffers_apart, buffers_of
 from tests import problems
 from tests.nests import assert_same
 
@@ -64,8 +60,7 @@ class Poison:
 def decides(request, monkeypatch):
     """Where a bad step is left out. A CPU has the same kernels, so what a GPU does without waiting runs here too."""
     if request.param == "on the device":
-        for module in (guard, optimization, soundness, trainer, synthetic_gradient):
-            monkeypatch.setattr(module, "decided_here", lambda flag: False)
+        monkeypatch.setattr(nonfinite, "readable_without_sync", lambda flag: False)
     return request.param
 
 
@@ -362,7 +357,7 @@ def test_a_probe_is_not_carried_over_a_bad_window():
 def test_kept_tensors_come_back_whatever_was_done_to_them():
     module = nn.Module()
     module.register_buffer("small", torch.arange(3.0))
-    module.register_buffer("large", torch.zeros(guard.LARGE + 1))
+    module.register_buffer("large", torch.zeros(LARGE + 1))
     module.register_buffer("rebound", torch.ones(2))
     module.register_buffer("absent", None)
     small, rebound = module.small, module.rebound
@@ -439,4 +434,4 @@ def test_a_tally_counts_rows(decides):
 @pytest.mark.parametrize("other", [0.0, 2.0, float("nan"), float("inf"), -float("inf")])
 def test_all_finite_is_what_it_says(one, other):
     numbers = torch.tensor(one), torch.tensor(other)
-    assert bool(guard.all_finite(*numbers)) == all(bool(number.isfinite()) for number in numbers)
+    assert bool(nonfinite.all_finite(*numbers)) == all(bool(number.isfinite()) for number in numbers)

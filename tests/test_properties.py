@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 import dni_seq as dni
 from dni_seq.core import states
-from dni_seq.trainer import window_loss
+from dni_seq.credit.window_runner import window_loss
 from tests import problems
 from tests.nests import assert_same
 
@@ -265,9 +265,9 @@ def test_bad_windows_are_as_if_they_had_not_been(case, bad, value):
     """At any places, for any state; those without ends, since ends are obeyed."""
     case = case._replace(windows=[window._replace(ends=None, mask=None) for window in case.windows])
     one, other = (make(case, Blind(case), synthetic_scale=0.5) for _ in range(2))
-    loss_fn = one.loss_fn
+    loss_fn = one.runner.loss_fn
     for i, window in enumerate(case.windows):
-        one.loss_fn = (lambda outputs, targets: loss_fn(outputs, targets) * value) if i in bad else loss_fn
+        one.runner.loss_fn = (lambda outputs, targets: loss_fn(outputs, targets) * value) if i in bad else loss_fn
         result = step(one, window)
         assert bool(result.skipped) == (i in bad)
         if i not in bad:

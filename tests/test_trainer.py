@@ -11,8 +11,8 @@ from torch import nn
 
 import dni_seq as dni
 from dni_seq.core import states
+from dni_seq.credit.window_runner import ahead_of_window
 from dni_seq.synthesizers.base import Regression, predict
-from dni_seq.trainer import ahead_of_window
 from tests import problems, reference
 
 # Sums of products in another order, over at most 12 steps of gradients of size 1: a hundred times float64's epsilon.

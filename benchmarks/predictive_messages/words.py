@@ -47,6 +47,7 @@ REFERENCE = {"method": "none", "T": 35}
 CURVE_POINTS = 6
 DROPOUTS = (0.2, 0.35, 0.5)
 RATES = (2e-3, 4e-3, 8e-3, 1.6e-2)
+RATES_OF_COMMAND = (1e-3, *RATES)
 
 
 class Text:
@@ -366,7 +367,9 @@ class Runner:
         self.results = results
 
     def steps_of(self, trial: Trial) -> int:
-        """Updates that fit in the trial's budget."""
+        """Updates that fit in the trial's budget, or that its epochs take."""
+        if "epochs" in trial:
+            return int(trial["epochs"] * ((len(self.train.lanes) - 1) // trial["T"]))
         times = step_times(self.results)
         epoch = (len(self.train.lanes) - 1) // REFERENCE["T"] * times[kind_of(REFERENCE)]
         return round(trial["budget"] * epoch / times[kind_of(trial)])
@@ -531,7 +534,7 @@ def tuned(known: dict[str, Line], make: Any, values: tuple[float, ...], first: i
 
 
 class Column:
-    """The trials of one method: its rate at the budget of 1, its dropout at 3, then the largest budget.
+    """The trials of one method: its rate at the budget of 1, its rate and dropout at 3, then the largest budget.
 
     Args:
         method: its name.
@@ -573,6 +576,13 @@ class Column:
         yield from wanted
         if settings is None:
             return
+        lower = max((rate for rate in RATES if rate < settings["lr"]), default=settings["lr"])
+        pair = [{**settings, "budget": 3, "lr": rate} for rate in dict.fromkeys((lower, settings["lr"]))]
+        yield from pair
+        rate = best_value(known, pair, "lr", score)
+        if rate is None:
+            return
+        settings = {**settings, "lr": rate}
         found, dropout = tuned(known, lambda value: {**settings, "budget": 3, "dropout": value}, DROPOUTS, first=0)
         yield from found
         if dropout is not None:
@@ -585,7 +595,7 @@ class Column:
 
 
 COLUMNS = {
-    "none": Column("none", (35, 20, 10, 5)),
+    "none": Column("none", (35, 20, 10)),
     "dense": Column("dense", (35,), (1.0, 0.3), every=5),
     "multi-token": Column("multi-token", (35,), (1.0, 4.0)),
     "exact": Column("exact", (20, 5)),
@@ -593,28 +603,36 @@ COLUMNS = {
 }
 
 
-def constant_rates(known: dict[str, Line]) -> list[Trial]:
-    """README's setting: T = 5, one epoch at a constant rate, as the command trains. Budgets are given in epochs of text."""
-    times = {"none": (1e-3, 2e-3, 4e-3, 8e-3), "multi-horizon": (1e-3, 2e-3, 4e-3)}
-    return [{**trial_of(method, 5, lr, 1), "schedule": "constant"} for method, rates in times.items() for lr in rates]
+def constant_rates(known: dict[str, Line]) -> Iterator[Trial]:
+    """One epoch at a constant rate, as the command trains: truncated BPTT at each T, and the command's default."""
+    for method, windows in (("none", (5, 10, 20, 35)), ("multi-horizon", (5,))):
+        for bptt in windows:
+
+            def make(lr: float, method: str = method, bptt: int = bptt) -> Trial:
+                trial = trial_of(method, bptt, lr, 1)
+                del trial["budget"]
+                return {**trial, "epochs": 1, "schedule": "constant"}
+
+            yield from tuned(known, make, RATES_OF_COMMAND, first=1)[0]
 
 
 def plan(known: dict[str, Line]) -> Iterator[Trial]:
     """Every trial that can be run now, in order of value: columns to the budget of 1, then 3, then 6, then the rest."""
     wanted = [trial for column in COLUMNS.values() for trial in column.trials(known)]
-    for budget in (1, 3, 6):
-        yield from (trial for trial in wanted if trial["budget"] == budget)
+    yield from (trial for trial in wanted if trial["budget"] == 1)
+    yield from constant_rates(known)
+    yield from (trial for trial in wanted if trial["budget"] == 3)
+    yield from (trial for trial in wanted if trial["budget"] == 6)
     dense = COLUMNS["dense"].final(known)
     if dense is not None:  # parts of it, at its own settings
         whole = {name: value for name, value in dense.items() if name != "every"}
         for part in ({**dense, "method": "dense, no end"}, {**whole, "method": "end alone"}):
-            yield from ({**part, "budget": budget} for budget in (1, 3, 6))
+            yield from ({**part, "budget": budget} for budget in (3, 6))
     finals = [column.final(known) for column in COLUMNS.values()]
     done = [trial for trial in finals if trial is not None and key_of(trial) in known]
     if len(done) == len(finals):
         for trial in sorted(done, key=lambda trial: score(known[key_of(trial)]))[:2]:
             yield {**trial, "seed": 2}
-    yield from constant_rates(known)
 
 
 def table(results: Path) -> Iterable[str]:
@@ -622,9 +640,16 @@ def table(results: Path) -> Iterable[str]:
     yield "| method | T | rate | dropout | weight | budget | seed | schedule | steps | validation | test |"
     yield "|---|---|---|---|---|---|---|---|---|---|---|"
     lines = [line for line in lines_by_key(results).values() if line["trial"]["task"] == "words"]
-    for line in sorted(lines, key=lambda line: (line["trial"]["method"], line["trial"]["budget"], line["valid"])):
+    for line in sorted(lines, key=lambda line: (line["trial"]["method"], line["trial"].get("budget", 0), line["valid"])):
         trial = line["trial"]
-        cells = [trial["method"], trial["T"], trial["lr"], trial["dropout"], trial.get("weight", ""), trial["budget"]]
+        cells = [
+            trial["method"],
+            trial["T"],
+            trial["lr"],
+            trial["dropout"],
+            trial.get("weight", ""),
+            trial.get("budget", "an epoch"),
+        ]
         cells += [trial["seed"], trial["schedule"], line["steps"], f"{line['valid']:.1f}", f"{line['test']:.1f}"]
         yield "| " + " | ".join(map(str, cells)) + " |"
 

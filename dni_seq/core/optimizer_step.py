@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dni_seq.core.snapshot import decided_here
+from dni_seq.core import nonfinite
 
 
 class JoinedOptimizer(torch.optim.Optimizer):
@@ -92,13 +92,13 @@ def _clipped_step(optimizer: torch.optim.Optimizer, limit: float | None, norm: T
     itself, so that nobody waits to read `good`, 0-d bool.
     """
     handed: dict[str, Tensor] = {}
-    if decided_here(good) or not leaves_out_by_itself(optimizer):
+    if nonfinite.readable_without_sync(good) or not leaves_out_by_itself(optimizer):
         if not good:
             return
     else:
         handed["found_inf"] = (~good).to(torch.float32)
     # Divided by 1 the numbers stay, but the kernel would write them all anew: a fifth of its time.
-    if limit is not None and not (decided_here(norm) and norm + 1e-6 <= limit):
+    if limit is not None and not (nonfinite.readable_without_sync(norm) and norm + 1e-6 <= limit):
         if norm.dtype == torch.float32 and leaves_out_by_itself(optimizer):  # the kernels read a float32 factor
             handed["grad_scale"] = ((norm + 1e-6) / limit).clamp_min(1.0)
         else:
@@ -134,3 +134,14 @@ def _numbers(parameter: Tensor, gradient: Tensor) -> Tensor:
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def check_disjoint(optimizer: torch.optim.Optimizer, other: torch.optim.Optimizer | None) -> None:
+    """Raises a ValueError if a parameter is in both the model's optimizer and the synthesizer's."""
+    if other is None:
+        return
+    shared = {id(parameter) for parameter in _parameters(optimizer)} & {id(parameter) for parameter in _parameters(other)}
+    if shared:
+        raise ValueError(
+            f"{len(shared)} parameters are in both optimizers: give the model's to one and the synthesizer's to the other"
+        )

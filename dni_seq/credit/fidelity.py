@@ -93,7 +93,7 @@ def fidelity(
     """
     if len(windows) < len(messages):
         raise ValueError(f"{len(messages)} horizons need as many windows to compare with, got {len(windows)}")
-    all_dims = states.spread(replayer.state_batch_dim, windows[0].start, "state_batch_dim")
+    all_dims = states.spread(replayer.runner.state_batch_dim, windows[0].start, "state_batch_dim")
     dims = [d for d, leaf in zip(all_dims, states.flatten(windows[0].start), strict=True) if states.is_floating(leaf)]
     heads = [states.floating(message) for message in messages]
     weights = [discount**n for n in range(len(heads))]
@@ -138,14 +138,14 @@ def bptt_gradients(replayer: Replayer, windows: Sequence[Past]) -> list[Tensor]:
     It is what the update of the first window would be if credit reached back over all of `windows`: the reference for
     `cosine` with the trainer's own gradients. Parameters' `.grad` is not touched.
     """
-    parameters = [parameter for parameter in replayer.model.parameters() if parameter.requires_grad]
-    with torch.random.fork_rng(), buffers_apart(replayer.model), torch.enable_grad():
-        outputs, last = replayer.run(windows[0].inputs, states.detach(windows[0].start))
-        loss = replayer.loss(outputs, windows[0].targets, windows[0].mask)
+    parameters = [parameter for parameter in replayer.runner.model.parameters() if parameter.requires_grad]
+    with torch.random.fork_rng(), buffers_apart(replayer.runner.model), torch.enable_grad():
+        outputs, last = replayer.runner.run(windows[0].inputs, states.detach(windows[0].start))
+        loss = replayer.runner.loss(outputs, windows[0].targets, windows[0].mask)
         roots: list[Tensor] = [loss]
         gradients: list[Tensor | None] = [None]
         if len(windows) > 1:
-            state = replayer.reset(last, windows[0].ends)
+            state = replayer.runner.reset(last, windows[0].ends)
             behind = [windows[1]._replace(start=states.detach(state)), *windows[2:]]
             roots += states.floating(state)
             gradients += replayer.exact_gradients(behind, 1)[0]

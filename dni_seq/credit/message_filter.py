@@ -13,9 +13,9 @@ import math
 import torch
 from torch import Tensor, nn
 
+from dni_seq.core import nonfinite
 from dni_seq.core.deferred_backward import GradientAccumulator
 from dni_seq.core.optimizer_step import total_norm
-from dni_seq.core.snapshot import decided_here
 from dni_seq.core.states import State
 from dni_seq.distributed.data_parallel import DataParallel
 from dni_seq.interfaces.backward import BackwardInterface
@@ -56,7 +56,7 @@ class SoundInterface(BackwardInterface):
         injected = super().injection(messages, rule)
         self.norm = total_norm(injected)
         norm = self._of_all_ranks(self.norm)
-        if not decided_here(norm):
+        if not nonfinite.readable_without_sync(norm):
             limit = torch.as_tensor(LARGEST_MESSAGE * self.largest, device=norm.device)
             self.sound = norm < torch.where(limit > 0, limit, math.inf)
             return [torch.where(self.sound, leaf, 0) for leaf in injected]
@@ -80,7 +80,7 @@ class SoundInterface(BackwardInterface):
             return
         found = torch.autograd.grad(loss, leaves, retain_graph=True, allow_unused=True)
         norm = self._of_all_ranks(total_norm([gradient for gradient in found if gradient is not None]))
-        if decided_here(norm):
+        if nonfinite.readable_without_sync(norm):
             if norm.isfinite():
                 self.largest = max(float(self.largest), float(norm))
         else:

@@ -18,12 +18,13 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dni_seq.core import states
-from dni_seq.core.snapshot import buffers_apart
 from dni_seq.core.states import State
+from dni_seq.core.vjp import without_parameter_gradients
 from dni_seq.core.windows import Lookahead
+from dni_seq.credit.window_runner import WindowRunner
 from dni_seq.synthesizers.target_rule import TargetRule, combine
 
 
@@ -48,23 +49,13 @@ class Past(NamedTuple):
 
 
 class Replayer(NamedTuple):
-    """How to run a window once more.
+    """Runs windows once more.
 
     Attributes:
-        run: `run(inputs, state) -> (outputs, state)`, the model as training runs it, under autocast, say.
-        model: whose parameters are kept out of graphs.
-        loss: from outputs, targets and mask to the window's scalar.
-        initial_state: from the number of lanes to the state in which sequences start, or None.
-        state_batch_dim: where the lanes lie in the state's leaves.
-        batch_dim: where they lie in inputs and targets.
+        runner: how training runs them; the parameters of its model are kept out of graphs.
     """
 
-    run: Callable[[Tensor, State], tuple[Any, State]]
-    model: nn.Module
-    loss: Callable[[Any, Tensor, Tensor | None], Tensor]
-    initial_state: Callable[[int], State | None]
-    state_batch_dim: Any
-    batch_dim: int = 1
+    runner: WindowRunner
 
     def exact_gradients(
         self, windows: Sequence[Past], horizons: int | None = None, discount: float = 1.0
@@ -95,13 +86,13 @@ class Replayer(NamedTuple):
     def _unrolled(self, windows: Sequence[Past]) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
         """The leaves of the first state, and the losses of all windows run from it in one graph."""
         losses = []
-        with without_parameter_gradients(self.model), torch.enable_grad():
+        with without_parameter_gradients(self.runner.model), torch.enable_grad():
             start = states.map_floating(lambda leaf: leaf.detach().requires_grad_(), windows[0].start)
             state = start
             for window in windows:
-                outputs, last = self.run(window.inputs, state)
-                losses.append(self.loss(outputs, window.targets, window.mask))
-                state = self.reset(last, window.ends)
+                outputs, last = self.runner.run(window.inputs, state)
+                losses.append(self.runner.loss(outputs, window.targets, window.mask))
+                state = self.runner.reset(last, window.ends)
             yield states.floating(start), losses
 
     def lambda_targets(
@@ -132,7 +123,7 @@ class Replayer(NamedTuple):
         for window in reversed(windows):
             mixed = [_mix(m, g, lam) for m, g in zip(messages, targets, strict=True)]
             if window.ends is not None:
-                mixed = [states.reset_lanes(state, window.ends, None, self.state_batch_dim) for state in mixed]
+                mixed = [states.reset_lanes(state, window.ends, None, self.runner.state_batch_dim) for state in mixed]
             targets = self._targets(window, mixed, rule)
             messages = predict(window)
             found.append(targets)
@@ -141,10 +132,10 @@ class Replayer(NamedTuple):
     def _targets(self, window: Past, following: list[State], rule: TargetRule) -> list[State]:
         """One target for each horizon at one window's first state; its graph is gone afterwards."""
         targets = []
-        with without_parameter_gradients(self.model), torch.enable_grad():
+        with without_parameter_gradients(self.runner.model), torch.enable_grad():
             start = states.map_floating(lambda leaf: leaf.detach().requires_grad_(), window.start)
-            outputs, last = self.run(window.inputs, start)
-            loss = self.loss(outputs, window.targets, window.mask)
+            outputs, last = self.runner.run(window.inputs, start)
+            loss = self.runner.loss(outputs, window.targets, window.mask)
             for own, shares in zip(rule.own, rule.following, strict=True):
                 roots: list[Tensor] = [loss] if own else []
                 gradients: list[Tensor | None] = [loss.new_full((), own)] if own else []
@@ -155,14 +146,8 @@ class Replayer(NamedTuple):
                 targets.append(states.with_floating(window.start, found))
         return targets
 
-    def reset(self, state: State, ends: Tensor | None) -> State:
-        """`state` with the lanes that `ends` marks back in the initial state."""
-        if ends is None:
-            return state
-        return states.reset_lanes(state, ends, self.initial_state(len(ends)), self.state_batch_dim)
 
-
-def map_past(function: Callable[[Tensor, int], Tensor], window: Past, how: Replayer) -> Past:
+def map_past(function: Callable[[Tensor, int], Tensor], window: Past, how: WindowRunner) -> Past:
     """`function(tensor, dim)` for all tensors of a window and the dimension of their lanes."""
     mask, ends, context = window.mask, window.ends, window.context
     if isinstance(context, Lookahead):
@@ -190,20 +175,6 @@ def _gradient(roots: list[Tensor], leaves: list[Tensor], gradients: list[Tensor 
         [root for root, _ in pairs], leaves, [gradient for _, gradient in pairs], retain_graph=keep, allow_unused=True
     )
     return [torch.zeros_like(leaf) if g is None else g for leaf, g in zip(leaves, found, strict=True)]
-
-
-@contextmanager
-def without_parameter_gradients(model: nn.Module) -> Iterator[None]:
-    """Keep the model's parameters out of the graphs made in the block; buffers and the random state stay as they were."""
-    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    with torch.random.fork_rng(devices=sorted({p.get_device() for p in learning if p.is_cuda})), buffers_apart(model):
-        for parameter in learning:
-            parameter.requires_grad_(False)
-        try:
-            yield
-        finally:
-            for parameter in learning:
-                parameter.requires_grad_(True)
 
 
 def pack(window: Past) -> dict[str, Any]:

@@ -10,26 +10,28 @@ Legend: B = lanes, N = horizons, K = windows in the ring.
 from __future__ import annotations
 
 import copy
-import math
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dni_seq.core import states
+from dni_seq.core import nonfinite, states
 from dni_seq.core.deferred_backward import GradientAccumulator
+from dni_seq.core.nonfinite import Tally, all_finite
 from dni_seq.core.optimizer_step import clipped_step, forget, gradient_norm, total_norm
-from dni_seq.core.snapshot import Kept, Tally, Whole, all_finite, buffers_of, decided_here
+from dni_seq.core.snapshot import Kept, Whole, buffers_of
 from dni_seq.core.states import State
 from dni_seq.core.windows import Lookahead
 from dni_seq.credit.auto_scale import Reliability, RunningFidelity
+from dni_seq.credit.config import CreditSettings, Synthetic
 from dni_seq.credit.fidelity import StateFidelity, fidelity
 from dni_seq.credit.message_filter import SoundInterface
 from dni_seq.credit.replay import Past, Replayer, map_past, pack, unpack
 from dni_seq.distributed.data_parallel import DataParallel
-from dni_seq.interfaces.backward import Exchange, silence, synthesizer_context
+from dni_seq.interfaces.context import synthesizer_context
+from dni_seq.interfaces.exchange import Exchange, silence
 from dni_seq.synthesizers.base import Regression
 from dni_seq.synthesizers.exact_future import ExactFuture
 from dni_seq.synthesizers.target_rule import TargetRule, drawn, rule_of
@@ -37,69 +39,13 @@ from dni_seq.synthesizers.target_rule import TargetRule, drawn, rule_of
 BAD_WINDOWS = 3
 """Windows in a row with a message or a regression that is not sound, after which a synthesizer begins anew."""
 
+
 READ_EVERY = 20
 """Windows between two looks at what a GPU has counted."""
 
+
 RESETS = 3
 """How often a synthesizer begins anew before it is switched off."""
-
-
-class Synthetic(NamedTuple):
-    """What the synthesizer did in one step; tensors without a graph, N horizons.
-
-    Attributes:
-        loss: 0-d, the regression's loss, in normalised units where the synthesizer is `Normalized`; the mean loss of its
-            own model where it learns ahead.
-        gradient_norm: 0-d, norm of the synthesizer's gradient before clipping.
-        injected_ratio: 0-d, c‖M‖ / ‖a‖: the norm of what was injected into the last state, or would have been at a quiet
-            window, over that of the target of the first horizon at the first state; NaN where that horizon was not trained.
-        cosine: [N], between message and target; NaN where nothing was regressed.
-        r2: [N], 1 - squared error / squared target, over running sums of the latest windows.
-        scale: [N], the share of each message that is injected: c times discount and reliability.
-        fidelity: the latest comparison with exact gradients where this step made one, else None.
-    """
-
-    loss: Tensor
-    gradient_norm: Tensor
-    injected_ratio: Tensor
-    cosine: Tensor
-    r2: Tensor
-    scale: Tensor
-    fidelity: StateFidelity | None
-
-
-class CreditSettings(NamedTuple):
-    """How synthetic gradients are used; see `SequenceTrainer` for their meaning and ranges."""
-
-    scale: float | Literal["auto"] = 0.1
-    discount: float = 0.9
-    clip: float | None = 1.0
-    targets: Literal["bootstrap", "lambda"] = "bootstrap"
-    lam: float = 0.9
-    replay_windows: int = 8
-    regress_every: int = 1
-    target_network: int = 0
-    fidelity_every: int = 0
-
-    def check(self) -> None:
-        """Raise a ValueError for a setting that is out of its range."""
-        if self.scale != "auto" and not (isinstance(self.scale, (int, float)) and 0 <= self.scale < math.inf):
-            raise ValueError(f'synthetic_scale must be 0 or more, or "auto", got {self.scale!r}')
-        for name, value in (("discount", self.discount), ("lam", self.lam)):
-            if not 0 <= value <= 1:
-                raise ValueError(f"{name} must lie between 0 and 1, got {value}")
-        if self.clip is not None and not self.clip > 0:
-            raise ValueError(f"synthesizer_clip must be positive, or None for no limit, got {self.clip}")
-        if self.targets not in ("bootstrap", "lambda"):
-            raise ValueError(f'targets must be "bootstrap" or "lambda", got {self.targets!r}')
-        for name, count in (("replay_windows", self.replay_windows), ("regress_every", self.regress_every)):
-            if count < 1:
-                raise ValueError(f"{name} must be positive, got {count}")
-        for name, count in (("target_network", self.target_network), ("fidelity_every", self.fidelity_every)):
-            if count < 0:
-                raise ValueError(f"{name} must be 0 (off) or more windows, got {count}")
-        if self.scale == "auto" and self.fidelity_every == 0:
-            raise ValueError('synthetic_scale="auto" measures reliability every fidelity_every windows: set it, to 50 say')
 
 
 class SyntheticCredit:
@@ -137,7 +83,7 @@ class SyntheticCredit:
         self.replayer = replayer
         self.interface = SoundInterface(synthesizer, parallel)
         # The RNN, which an exact future holds, is nothing to copy.
-        memo = {id(replayer.model): replayer.model}
+        memo = {id(replayer.runner.model): replayer.runner.model}
         self._target_network = copy.deepcopy(synthesizer, memo) if settings.target_network else None
         self._running = RunningFidelity()
         self._reliability = Reliability()
@@ -216,7 +162,7 @@ class SyntheticCredit:
                 rule=self.rule,
                 bootstrap=self._target_network,
                 ends=ends,
-                batch_dim=self.replayer.state_batch_dim,
+                batch_dim=self.replayer.runner.state_batch_dim,
             )
         return self.interface.exchange(scope)
 
@@ -292,7 +238,7 @@ class SyntheticCredit:
         rule = rule_of(self.synthesizer, scale, self.settings.discount)
         behind = self.interface.messages(last, last_context, teacher)
         if window.ends is not None:
-            behind = [silence(message, window.ends, self.replayer.state_batch_dim) for message in behind]
+            behind = [silence(message, window.ends, self.replayer.runner.state_batch_dim) for message in behind]
         targets = self.replayer.lambda_targets(
             windows, behind, rule, lambda past: self.interface.messages(past.start, past.context, teacher), self.settings.lam
         )
@@ -323,7 +269,7 @@ class SyntheticCredit:
         norm = gradient_norm(self.optimizer)
         sound = sound & all_finite(loss, norm)
         clipped_step(self.optimizer, self.settings.clip, norm, sound)
-        if not decided_here(sound):
+        if not nonfinite.readable_without_sync(sound):
             kept.restore_unless(sound)
         elif not sound:
             kept.restore()
@@ -334,7 +280,7 @@ class SyntheticCredit:
         if self.disabled:
             return
         self._bad.add(sound)
-        if not decided_here(sound) and self._steps % READ_EVERY:
+        if not nonfinite.readable_without_sync(sound) and self._steps % READ_EVERY:
             return
         row = self._bad.in_a_row
         if row:
@@ -480,15 +426,15 @@ class SyntheticCredit:
             self.resets, self.disabled = saved["resets"], saved["disabled"]
 
     def _leaves(self, function: Callable[[Tensor, int], Tensor], state: State) -> State:
-        return states.map_lanes(function, state, self.replayer.state_batch_dim)
+        return states.map_lanes(function, state, self.replayer.runner.state_batch_dim)
 
     def _window_of_all(self, window: Past) -> Past:
         """The window with the lanes of all ranks; a collective."""
-        return window if self.parallel is None else map_past(self.parallel.all, window, self.replayer)
+        return window if self.parallel is None else map_past(self.parallel.all, window, self.replayer.runner)
 
     def _window_of_this_rank(self, window: Past) -> Past:
         """This rank's lanes of a window of all."""
-        return window if self.parallel is None else map_past(self.parallel.own, window, self.replayer)
+        return window if self.parallel is None else map_past(self.parallel.own, window, self.replayer.runner)
 
 
 def without_chain(saved: dict[str, Any]) -> dict[str, Any]:

@@ -17,8 +17,11 @@ from typing import NamedTuple
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dni_seq.interfaces.backward import BackwardInterface, BidirectionalInterface, synthesizer_context
-from dni_seq.synthesizers.base import BasicSynthesizer, Normalized, zero_
+from dni_seq.interfaces.backward import BackwardInterface
+from dni_seq.interfaces.context import synthesizer_context
+from dni_seq.interfaces.forward import BidirectionalInterface
+from dni_seq.synthesizers.mlp import BasicSynthesizer, zero_
+from dni_seq.synthesizers.normalization import Normalized
 
 CLASSES = 10
 SIDE = 28  # of an image, pixels

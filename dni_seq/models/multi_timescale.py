@@ -17,8 +17,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dni_seq.core.deferred_backward import backward, defer_backward
-from dni_seq.interfaces.backward import BackwardInterface, synthesizer_context
-from dni_seq.synthesizers.base import BasicSynthesizer, Normalized
+from dni_seq.interfaces.backward import BackwardInterface
+from dni_seq.interfaces.context import synthesizer_context
+from dni_seq.synthesizers.mlp import BasicSynthesizer
+from dni_seq.synthesizers.normalization import Normalized
 
 SYMBOLS = 4
 FAST_SYMBOL, SLOW_SYMBOL = 0, 1

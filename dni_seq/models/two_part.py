@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dni_seq.interfaces.backward import BidirectionalInterface
+from dni_seq.interfaces.forward import BidirectionalInterface
 from dni_seq.models.feedforward import CLASSES, SIDE, WithoutContext
-from dni_seq.synthesizers.base import BasicSynthesizer, Normalized, zero_
+from dni_seq.synthesizers.mlp import BasicSynthesizer, zero_
+from dni_seq.synthesizers.normalization import Normalized
 
 SEEN = 8
 """Tokens, the present one included, from which the synthetic input of a language model's second layer is made."""

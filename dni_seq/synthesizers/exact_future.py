@@ -18,8 +18,8 @@ from torch.nn import functional as F
 
 from dni_seq.core import states
 from dni_seq.core.states import State
+from dni_seq.core.vjp import without_parameter_gradients
 from dni_seq.core.windows import Lookahead, Reduction, check_unreduced, next_steps, step_weight
-from dni_seq.credit.replay import without_parameter_gradients
 from dni_seq.synthesizers.base import Regression, learn_ahead, learns_ahead, predict, regress
 from dni_seq.synthesizers.target_rule import TargetRule
 

@@ -25,8 +25,9 @@ from dni_seq.core.states import State
 from dni_seq.core.windows import Reduction, step_weight
 from dni_seq.synthesizers.base import Regression
 from dni_seq.synthesizers.future_model import FutureModel
-from dni_seq.synthesizers.multi_horizon import Outputs, PackedSynthesizer
-from dni_seq.synthesizers.packing import Packing, StateTrunk
+from dni_seq.synthesizers.packed import Outputs, PackedSynthesizer
+from dni_seq.synthesizers.packing import Packing
+from dni_seq.synthesizers.state_mlp import StateTrunk
 from dni_seq.synthesizers.target_rule import TargetRule, increments
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from dni_seq.core.states import State
 from dni_seq.core.windows import Lookahead
-from dni_seq.synthesizers.base import BasicSynthesizer
+from dni_seq.synthesizers.mlp import BasicSynthesizer
 
 
 class NextInput(nn.Module):

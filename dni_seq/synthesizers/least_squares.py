@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from dni_seq.core.states import State
-from dni_seq.synthesizers.multi_horizon import Outputs, PackedSynthesizer
-from dni_seq.synthesizers.packing import StateTrunk
+from dni_seq.synthesizers.packed import Outputs, PackedSynthesizer
+from dni_seq.synthesizers.state_mlp import StateTrunk
 
 
 class LeastSquaresHeads(PackedSynthesizer):

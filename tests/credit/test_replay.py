@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
@@ -10,6 +12,7 @@ import dni_seq as dni
 from dni_seq.core import states
 from dni_seq.credit import fidelity as diagnostics
 from dni_seq.credit.replay import Past, Replayer
+from dni_seq.credit.window_runner import WindowRunner
 from dni_seq.synthesizers.base import predict
 from dni_seq.synthesizers.target_rule import bootstrapped, increments
 from tests import problems, reference
@@ -19,9 +22,11 @@ T, WINDOWS = 3, 4
 
 
 def replayer_of(model):
-    return Replayer(
-        model, model, lambda o, y, mask: problems.summed(o, y), lambda lanes: trainer_initial(model), model.state_batch_dim
-    )
+    return Replayer(runner_of(model, lambda lanes: trainer_initial(model), model.state_batch_dim))
+
+
+def runner_of(model, start, state_batch_dim):
+    return WindowRunner(model, problems.summed, "sum", None, 1, state_batch_dim, start, None)
 
 
 def past_of(model, windows, context=None):
@@ -146,7 +151,7 @@ def test_lambda_targets_equal_eligibility_traces(lam):
 
 
 def replayer_lanes(model):
-    return Replayer(model, model, lambda o, y, mask: problems.summed(o, y), lambda lanes: None, 1)
+    return Replayer(runner_of(model, lambda lanes: None, 1))
 
 
 def test_bptt_gradients_of_the_first_window_reach_over_all():
@@ -218,7 +223,7 @@ def test_fidelity_takes_lanes_counted_from_behind():
     past, _ = past_of(model, windows)
     replayer = replayer_of(model)
     messages = [states.with_floating(past[0].start, replayer.exact_gradients(past[:1])[0])]
-    behind = replayer._replace(state_batch_dim=-2)
+    behind = Replayer(dataclasses.replace(replayer.runner, state_batch_dim=-2))
     found, expected = (diagnostics.fidelity(how, past[:1], messages) for how in (behind, replayer))
     assert found == expected
     assert len(found.parts) == 4

@@ -11,7 +11,8 @@ from torch import nn
 import dni_seq as dni
 from dni_seq.core import states
 from dni_seq.credit.message_filter import OBSERVED_EVERY, OBSERVED_FIRST
-from dni_seq.synthesizers.base import Regression, zero_
+from dni_seq.synthesizers.base import Regression
+from dni_seq.synthesizers.mlp import zero_
 from dni_seq.synthesizers.multi_horizon import Horizons
 from dni_seq.synthesizers.target_rule import increments
 from tests import problems, reference

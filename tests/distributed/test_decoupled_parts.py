@@ -13,11 +13,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from dni_seq.app.decoupled import train
 from dni_seq.distributed.decoupled_parts import RemoteEnd, remote_end
 from dni_seq.distributed.process_group import Ranks
 from dni_seq.models.two_part import RecentTokens, language_model_halves
 from tests.app.lm.test_train import points
-from dni_seq.app.decoupled import train
 from tests.paths import SCRIPTS
 from tests.ranks import finish, start_ranks
 

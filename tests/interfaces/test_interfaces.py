@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize
 
 import dni_seq as dni
 from dni_seq.core.deferred_backward import current_scope
-from dni_seq.interfaces.backward import current_context
+from dni_seq.interfaces.context import current_context
 
 # Sums of products in another order, of gradients of size 1: a hundred times float64's epsilon.
 CLOSE = {"rtol": 1e-10, "atol": 1e-12}

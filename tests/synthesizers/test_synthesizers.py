@@ -10,10 +10,12 @@ from torch import nn
 
 import dni_seq as dni
 from dni_seq.core import states
-from dni_seq.synthesizers.base import Regression, RunningRMS, predict, regress
+from dni_seq.synthesizers.base import Regression, predict, regress
 from dni_seq.synthesizers.least_squares import LeastSquaresHeads
-from dni_seq.synthesizers.multi_horizon import Horizons, StateHeads
-from dni_seq.synthesizers.packing import StateNetwork
+from dni_seq.synthesizers.multi_horizon import Horizons
+from dni_seq.synthesizers.normalization import RunningRMS
+from dni_seq.synthesizers.state_heads import StateHeads
+from dni_seq.synthesizers.state_mlp import StateNetwork
 from dni_seq.synthesizers.target_rule import increments
 from tests import problems, reference
 from tests.nests import assert_same as assert_same_nest

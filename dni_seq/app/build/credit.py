@@ -22,14 +22,19 @@ from dni_seq.app.build.credit_options import (
 )
 from dni_seq.core.states import State, floating
 from dni_seq.core.windows import Reduction
-from dni_seq.synthesizers.base import BasicSynthesizer, GatedCells, Normalized
+from dni_seq.synthesizers.auxiliary import AuxiliaryTask
 from dni_seq.synthesizers.exact_future import ExactFuture
 from dni_seq.synthesizers.future_gradient import FutureGradient
 from dni_seq.synthesizers.future_model import FutureModel
 from dni_seq.synthesizers.jaderberg2017 import NextInput, PublishedSynthesizer
 from dni_seq.synthesizers.least_squares import LeastSquaresHeads
-from dni_seq.synthesizers.multi_horizon import AuxiliaryTask, Horizons, LookaheadEncoder, PackedSynthesizer, StateHeads
-from dni_seq.synthesizers.packing import StateNetwork
+from dni_seq.synthesizers.lookahead import LookaheadEncoder
+from dni_seq.synthesizers.mlp import BasicSynthesizer
+from dni_seq.synthesizers.multi_horizon import Horizons
+from dni_seq.synthesizers.normalization import GatedCells, Normalized
+from dni_seq.synthesizers.packed import PackedSynthesizer
+from dni_seq.synthesizers.state_heads import StateHeads
+from dni_seq.synthesizers.state_mlp import StateNetwork
 
 LossFn = Callable[[Any, Tensor], Tensor]
 """`loss_fn(outputs, targets)`, unreduced losses [T, B]."""

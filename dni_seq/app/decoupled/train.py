@@ -41,7 +41,7 @@ from dni_seq.app.runs.options import above_zero, at_least, build, option, parse,
 from dni_seq.app.runs.tensorboard import RunLog
 from dni_seq.distributed.decoupled_parts import remote_end
 from dni_seq.distributed.process_group import TIMEOUT, RankError, Ranks, answered, joined, leave, program
-from dni_seq.interfaces.backward import synthesizer_context
+from dni_seq.interfaces.context import synthesizer_context
 from dni_seq.models.feedforward import CLASSES
 from dni_seq.models.two_part import Halves, digits_halves, language_model_halves
 from dni_seq.streams import Documents, WindowStream, digits, open_corpus, train_tokenizer

@@ -37,7 +37,9 @@ from dni_seq.app.runs.checkpoint import write_json
 from dni_seq.app.runs.directory import check_unused, new_run_path
 from dni_seq.app.runs.options import above_zero, at_least, build, flag, option, parse, report
 from dni_seq.app.runs.tensorboard import RunLog
-from dni_seq.interfaces.backward import BackwardInterface, BidirectionalInterface, synthesizer_context
+from dni_seq.interfaces.backward import BackwardInterface
+from dni_seq.interfaces.context import synthesizer_context
+from dni_seq.interfaces.forward import BidirectionalInterface
 from dni_seq.models import feedforward
 from dni_seq.models.feedforward import FeedForward, SynthesizerSettings
 from dni_seq.streams import digits

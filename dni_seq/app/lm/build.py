@@ -15,13 +15,14 @@ from typing import Any, NamedTuple
 import torch
 
 from dni_seq.app.build.credit_options import lookahead_of
+from dni_seq.app.build.device import device_of, on_device
 from dni_seq.app.lm.evaluation import Score, evaluate, score_of
 from dni_seq.app.lm.generation import generate
 from dni_seq.app.lm.options import LanguageModelOptions
 from dni_seq.app.runs.checkpoint import load_checkpoint
 from dni_seq.app.runs.directory import RunDirectory
 from dni_seq.app.runs.resume import saved_options
-from dni_seq.core.windows import Lookahead, Window, counted
+from dni_seq.core.windows import Window, counted
 from dni_seq.distributed.data_parallel import DataParallel
 from dni_seq.models.language_model import LanguageModel
 from dni_seq.streams import Corpus, ShuffledDocuments, Tokenizer, WindowStream, load_tokenizer, open_corpus, train_tokenizer
@@ -29,14 +30,18 @@ from dni_seq.streams import Corpus, ShuffledDocuments, Tokenizer, WindowStream, 
 EVALUATION_WINDOW = 32
 """Steps of a window in evaluation; longer than in training, which costs memory for logits and gains speed."""
 
+
 EVALUATION_TOKENS_OF_STREAM = 100_000
 """Tokens to score of a split that is streamed, whose end may be far or nowhere."""
+
 
 WORDS_OF_STREAM = 50_000
 """Words to keep where the text is streamed, of which a sample alone would have several hundred thousand."""
 
+
 SAMPLE_LENGTH = MappingProxyType({"word": 100, "char": 500})
 """Tokens of a text sample."""
+
 
 SAMPLE_TEMPERATURE = 0.8
 
@@ -125,24 +130,6 @@ def sizes_that_fit() -> Iterator[None]:
 def autocast_of(options: LanguageModelOptions) -> torch.dtype | None:
     """The dtype of autocast, None where the arithmetic is in the weights' own."""
     return torch.bfloat16 if options.dtype == "bfloat16" else None
-
-
-def device_of(name: str | None) -> torch.device:
-    """The device of that name; None for a GPU where there is one, else the CPU.
-
-    Raises:
-        ValueError: there is no such device here.
-    """
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.zeros((), device=device)
-    # An unknown name, a torch without CUDA and a missing driver all raise differently.
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"--device {name} cannot be used here, cpu always can: {reason}") from error
-    return device
 
 
 class LoadedRun(NamedTuple):
@@ -238,20 +225,6 @@ def describe_unknown(splits: Mapping[str, WindowStream]) -> str:
     """How much of the text is not in the vocabulary, in one line; empty where all of it is."""
     shares = ", ".join(f"{name} {split.unknown_share:.2%}" for name, split in splits.items() if split.unknown_tokens)
     return shares and f"tokens that are not in the vocabulary: {shares}"
-
-
-def on_device(window: Window, device: torch.device) -> Window:
-    """The window with all its tensors on `device`."""
-    inputs, targets, mask, ends, lookahead = window
-    if lookahead is not None:
-        lookahead = Lookahead(*(None if field is None else field.to(device) for field in lookahead))  # type: ignore[arg-type]
-    return Window(
-        inputs.to(device),
-        targets.to(device),
-        None if mask is None else mask.to(device),
-        None if ends is None else ends.to(device),
-        lookahead,
-    )
 
 
 def sample_text(

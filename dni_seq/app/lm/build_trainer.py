@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from dni_seq.app.build.credit import EMBED, build_auxiliary, build_synthesizer, learning_parameters, trainer_settings
 from dni_seq.app.build.credit_options import decided, state_products
+from dni_seq.app.build.optimizers import adam
 from dni_seq.app.lm import build as lm
 from dni_seq.app.lm.options import LanguageModelOptions
 from dni_seq.core.optimizer_step import JoinedOptimizer
@@ -15,7 +16,7 @@ from dni_seq.core.windows import Lookahead
 from dni_seq.distributed.data_parallel import DataParallel
 from dni_seq.models.language_model import LanguageModel, token_losses
 from dni_seq.models.lstm_kernels import native_up_to
-from dni_seq.synthesizers.base import LSTM_CELLS
+from dni_seq.synthesizers.normalization import LSTM_CELLS
 from dni_seq.trainer import SequenceTrainer
 
 
@@ -126,8 +127,3 @@ def optimizer_of(model: LanguageModel, options: LanguageModelOptions, device: to
     rows = model.embedding.weight
     others = [parameter for parameter in model.parameters() if parameter is not rows]
     return JoinedOptimizer([adam(others, options.lr, device), torch.optim.SparseAdam([rows], options.lr)])
-
-
-def adam(parameters: list[nn.Parameter], lr: float, device: torch.device) -> torch.optim.Adam:
-    """Adam in one kernel where there is one: on the CPU it takes a third off a short window's step."""
-    return torch.optim.Adam(parameters, lr=lr, fused=device.type in ("cpu", "cuda"))

@@ -27,20 +27,31 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 import dni_seq as dni
 from dni_seq.app.build.unused_options import remarks
 from dni_seq.app.lm import build as lm
-from dni_seq.app.lm.build_trainer import build_trainer, cell_size, messages
+from dni_seq.app.lm.build_trainer import build_trainer, messages
 from dni_seq.app.lm.dry_run import dry_run
 from dni_seq.app.lm.evaluation import Score
 from dni_seq.app.lm.options import PRESETS, LanguageModelOptions, as_given, settle
+from dni_seq.app.lm.training import (
+    HISTOGRAM_EVERY,
+    LOG_EVERY,
+    RANK_SEED,
+    Counters,
+    Training,
+    figures,
+    log_point,
+    log_score,
+    measurements,
+    sample,
+    say_unknown,
+)
 from dni_seq.app.runs.allocator import keep_freed_memory
 from dni_seq.app.runs.checkpoint import CheckpointError, fitting, random_state, save_checkpoint, set_random_state, write_json
 from dni_seq.app.runs.directory import RunDirectory, new_run_path
@@ -49,8 +60,8 @@ from dni_seq.app.runs.options import parse, report
 from dni_seq.app.runs.progress import Progress, Quiet
 from dni_seq.app.runs.resume import Plan, config_of, plan_run
 from dni_seq.app.runs.signals import StopSignals
-from dni_seq.app.runs.tensorboard import FINAL, LAYOUT, RunLog, peak_memory_mb, perplexity
-from dni_seq.core.snapshot import NonFiniteError
+from dni_seq.app.runs.tensorboard import FINAL, LAYOUT, RunLog, peak_memory_mb
+from dni_seq.core.nonfinite import NonFiniteError
 from dni_seq.core.windows import Window
 from dni_seq.distributed.data_parallel import DataParallel
 from dni_seq.distributed.process_group import TIMEOUT, RankError, Ranks, joined, local_device, program
@@ -58,20 +69,8 @@ from dni_seq.models.language_model import LanguageModel
 from dni_seq.streams import Corpus, DataError, Tokenizer, WindowStream, load_tokenizer
 from dni_seq.streams.corpus import EMBEDDED
 
-LOG_EVERY = 50
-"""Steps between two points of the training curves."""
-
-HISTOGRAM_EVERY = 1000
-"""Steps between two histograms of the synthesizer's messages."""
-
 SAVE_SECONDS = 60.0
 """A kill loses about this much work at most; a checkpoint is written at each validation too."""
-
-RANK_SEED = 1_000_003
-"""Between the seeds of two ranks, so that a study's seeds stay apart from them."""
-
-EVAL_EVERY_OF_STREAM = 1000
-"""Steps between validations where the text is streamed, so that nobody knows how long an epoch is."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -145,78 +144,6 @@ def stopped(t: Training, error: Exception) -> Exception:
     return ValueError(f"{error} (saved at step {t.steps}; to go on: --run-dir {t.run.path} --resume auto)")
 
 
-@dataclass
-class Counters:
-    """How far a run is; part of its checkpoint.
-
-    Attributes:
-        tokens: trained on so far.
-        seconds: the run's time so far, over all sessions, validation included.
-        process_seconds: the same in CPU time of the process, which other work on the machine does not lengthen.
-        curve: (tokens, seconds, process seconds, bits per character) at each validation, its own time included.
-        best: lowest validation loss so far, None before the first.
-        validated_at: step of the latest validation.
-        logged_at: step of the latest point of the training curves.
-    """
-
-    tokens: int = 0
-    seconds: float = 0.0
-    process_seconds: float = 0.0
-    curve: list[list[float]] = field(default_factory=list)
-    best: float | None = None
-    validated_at: int = 0
-    logged_at: int = 0
-
-
-@dataclass
-class Training:
-    """The parts of a run, ready to train; `resumed_at` is the step of the checkpoint that it goes on from, None at first."""
-
-    options: LanguageModelOptions
-    run: RunDirectory
-    device: torch.device
-    tokenizer: Tokenizer
-    stream: WindowStream
-    valid: WindowStream
-    test: WindowStream
-    model: LanguageModel
-    trainer: dni.SequenceTrainer
-    counters: Counters
-    log: RunLog
-    progress: Progress
-    ranks: Ranks = field(default_factory=Ranks)
-    clock: float = field(default_factory=time.monotonic)
-    process_clock: float = field(default_factory=time.process_time)
-    saved_at: float = field(default_factory=time.monotonic)
-    resumed_at: int | None = None
-
-    @property
-    def steps(self) -> int:
-        """Steps done."""
-        return self.trainer.steps
-
-    def done(self) -> bool:
-        """Whether a limit is reached, whichever comes first."""
-        limits = (
-            (self.options.max_steps, self.steps),
-            (self.options.max_tokens, self.counters.tokens),
-            (self.options.epochs, self.stream.epoch),
-        )
-        return any(limit is not None and reached >= limit for limit, reached in limits)
-
-    @property
-    def eval_every(self) -> int:
-        """Steps between validations."""
-        return self.options.eval_every or self.stream.windows_per_epoch or EVAL_EVERY_OF_STREAM
-
-    def tick(self) -> None:
-        """Take the time since the last call into the counters."""
-        now, process_now = time.monotonic(), time.process_time()
-        self.counters.seconds += now - self.clock
-        self.counters.process_seconds += process_now - self.process_clock
-        self.clock, self.process_clock = now, process_now
-
-
 def train(t: Training, stop: StopSignals) -> int:
     """Step through the stream until the run is done, or until a signal; returns the exit status."""
     while not t.done():
@@ -270,45 +197,6 @@ def step(t: Training, window: Window) -> None:
     t.progress.step(tokens, lambda: figures(t.log.mean("train/loss")))
 
 
-def measurements(result: dni.StepResult) -> dict[str, Tensor]:
-    """What a step measured, by TensorBoard key."""
-    values = {"train/loss": result.loss, "gradient/norm": result.gradient_norm}
-    if result.synthetic is not None:
-        values |= {
-            "gradient/synthesizer_norm": result.synthetic.gradient_norm,
-            "synthetic/loss": result.synthetic.loss,
-            "synthetic/cosine": result.synthetic.cosine,
-            "synthetic/r2": result.synthetic.r2,
-            "synthetic/injected_ratio": result.synthetic.injected_ratio,
-            "synthetic/scale": result.synthetic.scale,
-        }
-        if result.synthetic.fidelity is not None:
-            horizons = result.synthetic.fidelity.horizons
-            values["fidelity/cosine"] = torch.stack([horizon.cosine for horizon in horizons])
-            values["fidelity/r2"] = torch.stack([horizon.r2 for horizon in horizons])
-    return values
-
-
-def figures(loss: float) -> str:
-    """The latest figures in a few words."""
-    return f"loss {loss:.3f}, ppl {perplexity(loss):.1f}"
-
-
-def log_point(t: Training) -> None:
-    """A point of the training curves: averages since the last one, size of the cells, speed and memory."""
-    t.counters.logged_at = t.steps
-    t.log.write(t.steps)
-    t.log.scalars(t.steps, t.trainer.skip_counts())
-    t.log.scalars(
-        t.steps,
-        {
-            **cell_size(t.trainer),
-            "speed/tokens_per_second": t.progress.tokens_per_second(),
-            "memory/peak_mb": peak_memory_mb(t.device),
-        },
-    )
-
-
 def validate(t: Training) -> Score:
     """Score the validation split; keep the checkpoint where it is the best so far."""
     result = lm.score(t.model, t.valid, t.options, t.trainer.parallel)
@@ -322,33 +210,6 @@ def validate(t: Training) -> Score:
         t.log.text(t.steps, "sample/best", lm.sample_text(t.model, t.tokenizer, seed=t.options.seed))
         save(t, t.run.best)
     return result
-
-
-def log_score(t: Training, split: str, result: Score) -> None:
-    """A score for TensorBoard and for the reader."""
-    t.log.scalars(
-        t.steps,
-        {
-            f"{split}/loss": result.loss,
-            f"{split}/perplexity": result.ppl,
-            f"{split}/bpc": result.bpc,
-            f"{split}/word_perplexity": result.word_ppl,
-        },
-    )
-    t.progress.say(f"step {t.steps}, epoch {t.stream.epoch}, {lm.describe(split, result)}")
-
-
-def sample(t: Training, model: LanguageModel) -> str:
-    """Draw some text for the reader."""
-    text = lm.sample_text(model, t.tokenizer, seed=t.options.seed)
-    t.progress.say(f"--- sample at step {t.steps} ---\n{text}\n---")
-    return text
-
-
-def say_unknown(t: Training) -> None:
-    """How much of the text is not in the vocabulary, of a streamed text as far as it has been read; nothing where all is."""
-    if unknown := lm.describe_unknown({"train": t.stream, "valid": t.valid, "test": t.test}):
-        t.progress.say(unknown)
 
 
 def save(t: Training, path: Path) -> None:

@@ -27,132 +27,23 @@ from __future__ import annotations
 import argparse
 import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
-from dni_seq.app.build.credit_options import HORIZONS, default_horizons, default_scale
-from dni_seq.app.feedforward.table import main as feedforward_table
+from dni_seq.app.build.credit_options import HORIZONS
 from dni_seq.app.runs.options import OneLineParser, report
 from dni_seq.app.runs.signals import StopSignals
+from dni_seq.app.studies.feedforward_table import main as feedforward_table
 from dni_seq.app.studies.figures import draw_curves
+from dni_seq.app.studies.grid import ABLATION, BUDGETS, COLUMNS, TUNING_SEED, TUNING_SHARE, VALIDATIONS, added, without
 from dni_seq.app.studies.records import around_tables, read_lines, write_tables
-from dni_seq.app.studies.tables import MARKS, TASKS, Rates, chosen, rates_in, tables, tied
+from dni_seq.app.studies.tables import MARKS, TASKS, Rates, tables
 from dni_seq.app.studies.trial_runner import Cell, Outcome, Study
+from dni_seq.app.studies.tuning import alike, rates_of, rates_to_try, reach, tied_rates
 
 _PROG = "reproduce_paper"
-
-FIDELITY_EVERY = 499
-"""Windows between comparisons with exact gradients where a column does not make them anyway: they cost less than 2 %."""
-
-COLUMNS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
-    {
-        "none": {"synthesizer": "none"},
-        "paper": {"synthesizer": "paper", "fidelity_every": FIDELITY_EVERY},
-        "paper-aux": {"synthesizer": "paper", "fidelity_every": FIDELITY_EVERY, "auxiliary": 0.1},
-        "multi-horizon": {"synthesizer": "multi-horizon"},
-        "exact": {"synthesizer": "exact", "exact_steps": 4},
-    }
-)
-"""The columns of the table: what each sets beside the budget and the learning rates."""
-
-LEARNING_RATES = (1e-3, 2e-3, 4e-3, 8e-3)
-SYNTHESIZER_LEARNING_RATES = (3e-4, 1e-3)
-LEARNS = ("paper", "paper-aux", "multi-horizon")
-"""Columns with a synthesizer that learns; the others have no rate of it to tune."""
-
-TUNING_SEED = 1000
-"""Of no cell of the tables."""
-
-TUNING_SHARE = 4
-
-
-class Budget(NamedTuple):
-    """The size of a study's networks and trainings.
-
-    Attributes:
-        text: options for text; `max_tokens` a run.
-        task: options for copy and repeat copy; `updates` a run.
-        start: vectors that a copy task begins with, None for one.
-        rates: learning rates of network and synthesizer where nothing is tuned, None where tuning is due.
-    """
-
-    text: Mapping[str, Any]
-    task: Mapping[str, Any]
-    start: int | None
-    rates: tuple[float, float] | None
-
-
-_CHARACTERS = {"tokenizer": "char", "layers": 1, "dropout": 0.0}
-_SMALL_TEXT = {**_CHARACTERS, "embed": 64, "hidden": 256, "batch_size": 64}
-_SMALL_TASK = {"hidden": 256, "layers": 1, "batch_size": 32, "updates": 20_000}
-
-BUDGETS: Mapping[str, Budget] = MappingProxyType(
-    {
-        "small": Budget({**_SMALL_TEXT, "max_tokens": 2_000_000}, _SMALL_TASK, None, None),
-        # Units, batch, rate and first length are the paper's; embedding, lanes and lengths of training are ours.
-        "paper": Budget(
-            {**_CHARACTERS, "embed": 256, "hidden": 1024, "batch_size": 64, "max_tokens": 100_000_000},
-            {"hidden": 256, "layers": 1, "batch_size": 256, "updates": 500_000},
-            5,
-            (7e-5, 7e-5),
-        ),
-        "ablation": Budget({**_SMALL_TEXT, "max_tokens": 1_000_000}, {**_SMALL_TASK, "updates": 10_000}, None, None),
-    }
-)
-
-VALIDATIONS = 10
-"""In a run on text, evenly spaced; a run for tuning has as many for its tokens as any other."""
-
-ABLATION = (("ptb", 1), ("copy", 4))
-"""Tasks and T of the ablation."""
-
-
-def without(bptt: int) -> dict[str, dict[str, Any]]:
-    """The default with one thing taken away, or put in the place of another, which may leave messages to be fitted."""
-    fitted = {"fit": "least-squares", "horizons": HORIZONS}
-    message = {"synthesizer": "state"}
-    usual = default_horizons(bptt)
-    return {
-        "default": {},
-        "fitted to targets": fitted,
-        "fitted, c = 1": {**fitted, "synthetic_scale": "1"},
-        "fitted, no model of the future": {**fitted, "future_units": 0},
-        "fitted, no lookahead": {**fitted, "lookahead": 0},
-        # Raw targets have no place for a second loss, nor for a solved layer, nor a unit to limit messages by.
-        "fitted by descent, no normalisation, model of the future or limit": {
-            **fitted,
-            "fit": "descent",
-            "normalize": False,
-        },
-        "fitted, with a tail": {**fitted, "tail": True},
-        "no gate": {"gate": False},
-        **{f"c = {c}": {"synthetic_scale": c} for c in ("0.5", "1") if float(c) != default_scale(usual)},
-        "automatic scale": {"synthetic_scale": "auto"},
-        **{f"K = {count}, c = 1": {"horizons": count, "synthetic_scale": "1"} for count in (1, 2, 4) if count != usual},
-        "auxiliary task": {"auxiliary": 0.1},
-        "one bootstrapped message, γ = 0.9": message,
-        "one bootstrapped message, c = γ = 0.5": {**message, "synthetic_scale": "0.5", "discount": 0.5},
-        "one message, λ-targets": {**message, "targets": "lambda"},
-    }
-
-
-def added(bptt: int) -> dict[str, dict[str, Any]]:
-    """The published recipe with one thing added."""
-    return {
-        "paper": {},
-        "lookahead": {"lookahead": HORIZONS * bptt},
-        "normalisation": {"normalize": True},
-        "gate": {"gate": True},
-        "c and γ apart, γ = 0.9": {"discount": 0.9},
-        "K = 2": {"horizons": 2},
-        "K = 1 and a tail": {"tail": True},
-        "λ-targets": {"targets": "lambda"},
-        "auxiliary task": {"auxiliary": 0.1},
-        "automatic scale": {"synthetic_scale": "auto"},
-    }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -301,87 +192,6 @@ def made(
     start = {"start": budget.start} if task == "copy" and budget.start else {}
     updates = budget.task["updates"] // share
     return Cell("train_tasks", {**about, "seed": seed}, {**budget.task, "task": task, "updates": updates, **start, **chosen})
-
-
-def reach(settings: Mapping[str, Any], bptt: int) -> dict[str, int]:
-    """The horizons of a cell that gives none, at T where there are more than `HORIZONS` by default.
-
-    Before 2026-11-27 there were `HORIZONS` at every T: lines on record of such T that do not say how many have those.
-    """
-    by_default = settings["synthesizer"] == "multi-horizon" and "horizons" not in settings
-    usual = default_horizons(bptt)
-    return {"horizons": usual} if by_default and usual > HORIZONS else {}
-
-
-def alike(lines: list[dict[str, Any]], settings: Mapping[str, Any], bptt: int) -> list[dict[str, Any]]:
-    """The lines with as many horizons as cells of those settings: rates that are tuned with others are not theirs."""
-    horizons = reach(settings, bptt).get("horizons")
-    return [line for line in lines if line["options"].get("horizons") == horizons]
-
-
-def rates_to_try(column: str) -> list[Rates]:
-    """The grid: the same rates of the network for every column, and of the synthesizer for every one that learns."""
-    second: Sequence[float | None] = SYNTHESIZER_LEARNING_RATES if column in LEARNS else (None,)
-    return list(itertools.product(LEARNING_RATES, second))
-
-
-def tied_rates(options: argparse.Namespace, lines: list[dict[str, Any]], column: str, bptt: int) -> list[Rates]:
-    """Those that are the best of a column's grid, where there are several."""
-    lines = alike(lines, COLUMNS[column], bptt)
-    best = tied(tried(options, lines, "tune", options.task, column, bptt, rates_to_try(column)))
-    return sorted(map(rates_in, best)) if len(best) > 1 else []
-
-
-def rates_of(options: argparse.Namespace, lines: list[dict[str, Any]], task: str, column: str, bptt: int) -> Rates:
-    """The learning rates of a column: given, else those chosen from the grid at the tuned T nearest to `bptt`.
-
-    Raises:
-        ValueError: nothing is tuned, or not to the end.
-    """
-    learns = column in LEARNS
-    if options.lr is not None:
-        if learns and options.synthesizer_lr is None:
-            raise ValueError("--lr needs --synthesizer-lr beside it, for the columns whose synthesizer learns")
-        return options.lr, options.synthesizer_lr if learns else None
-    here = {"part": "tune", "task": task, "column": column, "budget": options.budget}
-    widths = {line["bptt"] for line in lines if all(line[name] == value for name, value in here.items())}
-    if not widths:
-        published = BUDGETS[options.budget].rates
-        if published is not None:
-            return published if learns else (published[0], None)
-        raise ValueError(
-            f"no learning rates are tuned for {column} on {task}: run table1 --tune --task {task} --bptt {bptt} "
-            f"--synthesizer {column} first, or give --lr and --synthesizer-lr"
-        )
-    nearest = min(widths, key=lambda tuned: (abs(math.log(tuned / bptt)), tuned))
-    grid = tried(options, lines, "tune", task, column, nearest, rates_to_try(column))
-    return rates_in(chosen(grid, tried(options, lines, "ties", task, column, nearest, map(rates_in, tied(grid)))))
-
-
-def tried(
-    options: argparse.Namespace,
-    lines: list[dict[str, Any]],
-    part: str,
-    task: str,
-    column: str,
-    bptt: int,
-    wanted: Iterable[Rates],
-) -> list[dict[str, Any]]:
-    """The lines of a column's learning rates, of the grid ("tune") or of its ties; of ties there may be none.
-
-    Raises:
-        ValueError: some of those `wanted` are not tried yet.
-    """
-    here = {"part": part, "task": task, "column": column, "budget": options.budget, "bptt": bptt}
-    found = [line for line in lines if all(line[name] == value for name, value in here.items())]
-    missing = set(wanted) - set(map(rates_in, found))
-    if missing and (found or part == "tune"):
-        option = {"tune": "--tune", "ties": "--break-ties"}[part]
-        raise ValueError(
-            f"{len(missing)} of the learning rates for {column} on {task} at T = {bptt} are not tried yet: "
-            f"run table1 {option} --task {task} --bptt {bptt} --synthesizer {column} to the end"
-        )
-    return found
 
 
 def measure(cell: Cell, summary: dict[str, Any]) -> dict[str, Any]:

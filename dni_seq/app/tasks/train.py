@@ -42,9 +42,9 @@ from torch import Tensor, nn
 import dni_seq as dni
 from dni_seq.app.build.credit import EMBED, build_auxiliary, build_synthesizer, learning_parameters, trainer_settings
 from dni_seq.app.build.credit_options import decided, lookahead_of, state_products
+from dni_seq.app.build.device import device_of, on_device
+from dni_seq.app.build.optimizers import adam
 from dni_seq.app.build.unused_options import remarks
-from dni_seq.app.lm.build import device_of, on_device
-from dni_seq.app.lm.build_trainer import adam
 from dni_seq.app.runs.allocator import keep_freed_memory
 from dni_seq.app.runs.checkpoint import fitting, random_state, save_checkpoint, set_random_state, write_json
 from dni_seq.app.runs.directory import RunDirectory, new_run_path
@@ -55,7 +55,7 @@ from dni_seq.app.runs.resume import Plan, config_of, plan_run
 from dni_seq.app.runs.signals import StopSignals
 from dni_seq.app.runs.tensorboard import LAYOUT, Layout, RunLog, peak_memory_mb
 from dni_seq.app.tasks.options import TaskOptions, as_given, settle
-from dni_seq.core.snapshot import NonFiniteError
+from dni_seq.core.nonfinite import NonFiniteError
 from dni_seq.core.windows import Window
 from dni_seq.models.lstm_kernels import native_up_to
 from dni_seq.models.vector_rnn import SequenceModel

@@ -17,9 +17,9 @@ from torch import nn
 from torch.nn import functional as F
 
 import dni_seq as dni
-from dni_seq.app.feedforward import table as feedforward_table
 from dni_seq.app.feedforward import train as train_feedforward
 from dni_seq.app.feedforward.train import FeedForwardOptions
+from dni_seq.app.studies import feedforward_table
 from dni_seq.app.studies.records import read_lines
 from dni_seq.models import feedforward
 from dni_seq.models.feedforward import ConvSynthesizer, SynthesizerSettings, WithoutContext

@@ -63,7 +63,7 @@ def test_learning_rates_reach_their_optimizers():
 
 def test_bfloat16_trains_by_autocast():
     trainer = trainer_of(model="gru", dtype="bfloat16", synthesizer="none")
-    assert trainer.autocast == torch.bfloat16
+    assert trainer.runner.autocast == torch.bfloat16
     half = losses_of(trainer)  # before the other trainer takes over the random numbers that dropout draws
     full = losses_of(trainer_of(model="gru", synthesizer="none"))
     # bfloat16 keeps 8 bits: a loss near ln 9 moves by less than a percent.

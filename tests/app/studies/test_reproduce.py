@@ -14,13 +14,14 @@ from dni_seq.app.build.credit import EMBED, build_synthesizer, trainer_settings
 from dni_seq.app.build.credit_options import HORIZONS, default_horizons
 from dni_seq.app.lm.options import LanguageModelOptions
 from dni_seq.app.runs.options import build
+from dni_seq.app.studies import grid, tuning
 from dni_seq.app.studies import reproduce as reproduce_paper
 from dni_seq.app.studies.figures import axes_of, draw_curves, joined, linear, step
 from dni_seq.app.studies.records import append_line, read_lines
 from dni_seq.app.studies.tables import COLUMNS, MARKS, better, beyond_spread, fidelity, tables
 from dni_seq.app.studies.trial_runner import Cell
 from dni_seq.app.tasks.options import TaskOptions
-from dni_seq.credit.synthetic_gradient import CreditSettings
+from dni_seq.credit.config import CreditSettings
 from dni_seq.models.vector_rnn import SequenceModel
 
 PAGE = f"before\n{MARKS[0]}\n{MARKS[1]}\nbehind\n"
@@ -121,7 +122,7 @@ def test_a_share_is_of_the_headroom_of_its_own_seeds():
 
 
 def test_columns_have_one_order():
-    assert tuple(reproduce_paper.COLUMNS) == COLUMNS
+    assert tuple(grid.COLUMNS) == COLUMNS
     text = tables([line("exact", 0, 1.9), line("none", 0, 2.0)])
     assert text.index("| `none` |") < text.index("| `exact` |")
 
@@ -130,20 +131,20 @@ def test_tuning_gives_every_column_the_same_grid():
     found = cells("table1", "--task", "copy", "--bptt", "4", "--tune")
     grids = {
         column: {(c.options["lr"], c.options.get("synthesizer_lr")) for c in found if c.about["column"] == column}
-        for column in reproduce_paper.COLUMNS
+        for column in grid.COLUMNS
     }
-    assert {lr for lr, _ in grids["none"]} == {lr for lr, _ in grids["multi-horizon"]} == set(reproduce_paper.LEARNING_RATES)
+    assert {lr for lr, _ in grids["none"]} == {lr for lr, _ in grids["multi-horizon"]} == set(grid.LEARNING_RATES)
     assert grids["none"] == grids["exact"]
     assert grids["paper"] == grids["paper-aux"] == grids["multi-horizon"]
     assert {cell.options["updates"] for cell in found} == {5_000}
-    assert {cell.about["seed"] for cell in found} == {reproduce_paper.TUNING_SEED}
+    assert {cell.about["seed"] for cell in found} == {grid.TUNING_SEED}
 
 
 def tuned(column: str, bptt: int, best: tuple, *, task: str = "copy") -> list[dict]:
     """A whole grid, of which `best` solves 5 vectors and all others 4."""
     return [
         line(column, 1000, 5 if rates == best else 4, task=task, bptt=bptt, part="tune", options=_rates(rates))
-        for rates in reproduce_paper.rates_to_try(column)
+        for rates in tuning.rates_to_try(column)
     ]
 
 
@@ -180,13 +181,13 @@ def test_ties_are_broken_by_the_whole_budget():
     ask = ("table1", "--task", "copy", "--bptt", "4", "--synthesizer", "none")
     found = {0.001: (30, 4), 0.002: (20, 4), 0.004: (40, 4), 0.008: (10, 2)}
     about = {"task": "copy", "bptt": 4, "part": "tune"}
-    grid = [
+    tried = [
         line("none", 1000, length, options=_rates((lr, None)), curve=[[at, length]], **about)
         for lr, (at, length) in found.items()
     ]
-    ties = cells(*ask, "--break-ties", lines=grid)
+    ties = cells(*ask, "--break-ties", lines=tried)
     assert [(cell.options["lr"], cell.options["updates"], cell.about["seed"]) for cell in ties] == [
-        (lr, 20_000, reproduce_paper.TUNING_SEED) for lr in (0.001, 0.002, 0.004)
+        (lr, 20_000, grid.TUNING_SEED) for lr in (0.001, 0.002, 0.004)
     ]
     # Without ties there is nothing to break, and without a grid nothing that could be tied.
     assert cells(*ask, "--break-ties", lines=tuned("none", 4, (1e-3, None))) == []
@@ -195,32 +196,32 @@ def test_ties_are_broken_by_the_whole_budget():
     ):
         cells(*ask, "--break-ties")
 
-    assert cells(*ask, lines=grid)[0].options["lr"] == 0.002
+    assert cells(*ask, lines=tried)[0].options["lr"] == 0.002
     longer = [
         line("none", 1000, length, task="copy", bptt=4, part="ties", options=_rates((lr, None)))
         for lr, length in ((0.001, 5), (0.002, 4), (0.004, 6))
     ]
-    assert cells(*ask, lines=grid + longer)[0].options["lr"] == 0.004
+    assert cells(*ask, lines=tried + longer)[0].options["lr"] == 0.004
     with pytest.raises(
         ValueError, match="1 of the learning rates for none on copy at T = 4 are not tried yet: run table1 --break-ties"
     ):
-        cells(*ask, lines=grid + longer[:2])
-    assert "| copy, small | `none` | 4 | 0.004 | 6 | 4, 3 again |" in tables([*grid, *longer])
+        cells(*ask, lines=tried + longer[:2])
+    assert "| copy, small | `none` | 4 | 0.004 | 6 | 4, 3 again |" in tables([*tried, *longer])
 
 
 def test_short_runs_on_text_that_differ_by_a_hair_are_tied():
     ask = ("table1", "--task", "ptb", "--bptt", "4", "--synthesizer", "none")
 
-    def grid(part, **by_rate):
+    def of_rates(part, **by_rate):
         return [
             line("none", 1000, bits, bptt=4, part=part, options=_rates((float(rate), None)))
             for rate, bits in by_rate.items()
         ]
 
-    short = grid("tune", **{"0.001": 2.2, "0.002": 2.007, "0.004": 2.0, "0.008": 2.02})
+    short = of_rates("tune", **{"0.001": 2.2, "0.002": 2.007, "0.004": 2.0, "0.008": 2.02})
     assert {cell.options["lr"] for cell in cells(*ask, "--break-ties", lines=short)} == {0.002, 0.004}
     assert cells(*ask, lines=short)[0].options["lr"] == 0.004
-    longer = grid("ties", **{"0.002": 1.9, "0.004": 1.95})
+    longer = of_rates("ties", **{"0.002": 1.9, "0.004": 1.95})
     assert cells(*ask, lines=short + longer)[0].options["lr"] == 0.002
 
 
@@ -320,7 +321,7 @@ def test_tables_of_copy_ablation_and_tuning():
     assert "| `multi-horizon` | no gate | 7.0 ± 2.8 (2) | -2.0 ± 1.4 (2) |" in text
     assert "| `multi-horizon` | K = 2 | 12.0 ± 0.0 (2) | +3.0 ± 1.4 (2) |" in text
     assert "| `none` | 7.0 (1) |" in text
-    assert f"| copy, small | `none` | 4 | 0.001 | 5 | {len(reproduce_paper.LEARNING_RATES)} |" in text
+    assert f"| copy, small | `none` | 4 | 0.001 | 5 | {len(grid.LEARNING_RATES)} |" in text
     assert "| ablation | copy | 6 | 0.15 | 0.20 |" in text
     assert "### time spent" in tables([])
 
@@ -392,9 +393,7 @@ def test_a_table_is_made_end_to_end(tmp_path, monkeypatch, capsys):
     text = Path("text.txt")
     text.write_text("the quick brown fox jumps over the lazy dog again and again\n" * 60)
     size = {"hidden": 8, "layers": 1, "batch_size": 4}
-    tiny = reproduce_paper.Budget(
-        {"tokenizer": "char", "dropout": 0.0, "embed": 8, **size, "max_tokens": 400}, {}, None, None
-    )
+    tiny = grid.Budget({"tokenizer": "char", "dropout": 0.0, "embed": 8, **size, "max_tokens": 400}, {}, None, None)
     monkeypatch.setattr(reproduce_paper, "BUDGETS", {"small": tiny})
     Path("paper.md").write_text(PAGE)
     common = ["--seeds", "1", "--results", "paper.jsonl", "--page", "paper.md", *RATES]

@@ -1,0 +1,134 @@
+"""The study as data: columns, budgets, learning rates, and the variants of the ablation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+from dni_seq.app.build.credit_options import HORIZONS, default_horizons, default_scale
+
+FIDELITY_EVERY = 499
+"""Windows between comparisons with exact gradients where a column does not make them anyway: they cost less than 2 %."""
+
+
+COLUMNS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {
+        "none": {"synthesizer": "none"},
+        "paper": {"synthesizer": "paper", "fidelity_every": FIDELITY_EVERY},
+        "paper-aux": {"synthesizer": "paper", "fidelity_every": FIDELITY_EVERY, "auxiliary": 0.1},
+        "multi-horizon": {"synthesizer": "multi-horizon"},
+        "exact": {"synthesizer": "exact", "exact_steps": 4},
+    }
+)
+"""The columns of the table: what each sets beside the budget and the learning rates."""
+
+
+LEARNING_RATES = (1e-3, 2e-3, 4e-3, 8e-3)
+
+
+SYNTHESIZER_LEARNING_RATES = (3e-4, 1e-3)
+
+
+LEARNS = ("paper", "paper-aux", "multi-horizon")
+"""Columns with a synthesizer that learns; the others have no rate of it to tune."""
+
+
+TUNING_SEED = 1000
+"""Of no cell of the tables."""
+
+
+TUNING_SHARE = 4
+
+
+class Budget(NamedTuple):
+    """The size of a study's networks and trainings.
+
+    Attributes:
+        text: options for text; `max_tokens` a run.
+        task: options for copy and repeat copy; `updates` a run.
+        start: vectors that a copy task begins with, None for one.
+        rates: learning rates of network and synthesizer where nothing is tuned, None where tuning is due.
+    """
+
+    text: Mapping[str, Any]
+    task: Mapping[str, Any]
+    start: int | None
+    rates: tuple[float, float] | None
+
+
+_CHARACTERS = {"tokenizer": "char", "layers": 1, "dropout": 0.0}
+
+
+_SMALL_TEXT = {**_CHARACTERS, "embed": 64, "hidden": 256, "batch_size": 64}
+
+
+_SMALL_TASK = {"hidden": 256, "layers": 1, "batch_size": 32, "updates": 20_000}
+
+
+BUDGETS: Mapping[str, Budget] = MappingProxyType(
+    {
+        "small": Budget({**_SMALL_TEXT, "max_tokens": 2_000_000}, _SMALL_TASK, None, None),
+        # Units, batch, rate and first length are the paper's; embedding, lanes and lengths of training are ours.
+        "paper": Budget(
+            {**_CHARACTERS, "embed": 256, "hidden": 1024, "batch_size": 64, "max_tokens": 100_000_000},
+            {"hidden": 256, "layers": 1, "batch_size": 256, "updates": 500_000},
+            5,
+            (7e-5, 7e-5),
+        ),
+        "ablation": Budget({**_SMALL_TEXT, "max_tokens": 1_000_000}, {**_SMALL_TASK, "updates": 10_000}, None, None),
+    }
+)
+
+
+VALIDATIONS = 10
+"""In a run on text, evenly spaced; a run for tuning has as many for its tokens as any other."""
+
+
+ABLATION = (("ptb", 1), ("copy", 4))
+"""Tasks and T of the ablation."""
+
+
+def without(bptt: int) -> dict[str, dict[str, Any]]:
+    """The default with one thing taken away, or put in the place of another, which may leave messages to be fitted."""
+    fitted = {"fit": "least-squares", "horizons": HORIZONS}
+    message = {"synthesizer": "state"}
+    usual = default_horizons(bptt)
+    return {
+        "default": {},
+        "fitted to targets": fitted,
+        "fitted, c = 1": {**fitted, "synthetic_scale": "1"},
+        "fitted, no model of the future": {**fitted, "future_units": 0},
+        "fitted, no lookahead": {**fitted, "lookahead": 0},
+        # Raw targets have no place for a second loss, nor for a solved layer, nor a unit to limit messages by.
+        "fitted by descent, no normalisation, model of the future or limit": {
+            **fitted,
+            "fit": "descent",
+            "normalize": False,
+        },
+        "fitted, with a tail": {**fitted, "tail": True},
+        "no gate": {"gate": False},
+        **{f"c = {c}": {"synthetic_scale": c} for c in ("0.5", "1") if float(c) != default_scale(usual)},
+        "automatic scale": {"synthetic_scale": "auto"},
+        **{f"K = {count}, c = 1": {"horizons": count, "synthetic_scale": "1"} for count in (1, 2, 4) if count != usual},
+        "auxiliary task": {"auxiliary": 0.1},
+        "one bootstrapped message, γ = 0.9": message,
+        "one bootstrapped message, c = γ = 0.5": {**message, "synthetic_scale": "0.5", "discount": 0.5},
+        "one message, λ-targets": {**message, "targets": "lambda"},
+    }
+
+
+def added(bptt: int) -> dict[str, dict[str, Any]]:
+    """The published recipe with one thing added."""
+    return {
+        "paper": {},
+        "lookahead": {"lookahead": HORIZONS * bptt},
+        "normalisation": {"normalize": True},
+        "gate": {"gate": True},
+        "c and γ apart, γ = 0.9": {"discount": 0.9},
+        "K = 2": {"horizons": 2},
+        "K = 1 and a tail": {"tail": True},
+        "λ-targets": {"targets": "lambda"},
+        "auxiliary task": {"auxiliary": 0.1},
+        "automatic scale": {"synthetic_scale": "auto"},
+    }

@@ -1,0 +1,71 @@
+"""How synthetic gradients are used, and what a step reports of them.
+
+Legend: N = horizons.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, NamedTuple
+
+from torch import Tensor
+
+from dni_seq.credit.fidelity import StateFidelity
+
+
+class Synthetic(NamedTuple):
+    """What the synthesizer did in one step; tensors without a graph, N horizons.
+
+    Attributes:
+        loss: 0-d, the regression's loss, in normalised units where the synthesizer is `Normalized`; the mean loss of its
+            own model where it learns ahead.
+        gradient_norm: 0-d, norm of the synthesizer's gradient before clipping.
+        injected_ratio: 0-d, c‖M‖ / ‖a‖: the norm of what was injected into the last state, or would have been at a quiet
+            window, over that of the target of the first horizon at the first state; NaN where that horizon was not trained.
+        cosine: [N], between message and target; NaN where nothing was regressed.
+        r2: [N], 1 - squared error / squared target, over running sums of the latest windows.
+        scale: [N], the share of each message that is injected: c times discount and reliability.
+        fidelity: the latest comparison with exact gradients where this step made one, else None.
+    """
+
+    loss: Tensor
+    gradient_norm: Tensor
+    injected_ratio: Tensor
+    cosine: Tensor
+    r2: Tensor
+    scale: Tensor
+    fidelity: StateFidelity | None
+
+
+class CreditSettings(NamedTuple):
+    """How synthetic gradients are used; see `SequenceTrainer` for their meaning and ranges."""
+
+    scale: float | Literal["auto"] = 0.1
+    discount: float = 0.9
+    clip: float | None = 1.0
+    targets: Literal["bootstrap", "lambda"] = "bootstrap"
+    lam: float = 0.9
+    replay_windows: int = 8
+    regress_every: int = 1
+    target_network: int = 0
+    fidelity_every: int = 0
+
+    def check(self) -> None:
+        """Raise a ValueError for a setting that is out of its range."""
+        if self.scale != "auto" and not (isinstance(self.scale, (int, float)) and 0 <= self.scale < math.inf):
+            raise ValueError(f'synthetic_scale must be 0 or more, or "auto", got {self.scale!r}')
+        for name, value in (("discount", self.discount), ("lam", self.lam)):
+            if not 0 <= value <= 1:
+                raise ValueError(f"{name} must lie between 0 and 1, got {value}")
+        if self.clip is not None and not self.clip > 0:
+            raise ValueError(f"synthesizer_clip must be positive, or None for no limit, got {self.clip}")
+        if self.targets not in ("bootstrap", "lambda"):
+            raise ValueError(f'targets must be "bootstrap" or "lambda", got {self.targets!r}')
+        for name, count in (("replay_windows", self.replay_windows), ("regress_every", self.regress_every)):
+            if count < 1:
+                raise ValueError(f"{name} must be positive, got {count}")
+        for name, count in (("target_network", self.target_network), ("fidelity_every", self.fidelity_every)):
+            if count < 0:
+                raise ValueError(f"{name} must be 0 (off) or more windows, got {count}")
+        if self.scale == "auto" and self.fidelity_every == 0:
+            raise ValueError('synthetic_scale="auto" measures reliability every fidelity_every windows: set it, to 50 say')

@@ -1,0 +1,165 @@
+"""WindowRunner: how a window is run and scored, in training and in replays alike.
+
+Legend: T = window length in steps, B = lanes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dni_seq.core import states
+from dni_seq.core.states import State
+from dni_seq.core.windows import Lookahead, Reduction
+from dni_seq.distributed.data_parallel import DataParallel
+
+
+@dataclass
+class WindowRunner:
+    """Runs a model on windows and turns its outputs into one loss.
+
+    Attributes:
+        model: `model(inputs, state) -> (outputs, state)`.
+        loss_fn: `loss_fn(outputs, targets)`, a scalar or unreduced losses [T, B].
+        reduction: how unreduced losses become one number; see `window_loss`.
+        autocast: dtype of `torch.autocast`, or None for full precision.
+        batch_dim: the lanes' dimension in inputs and targets.
+        state_batch_dim: the lanes' dimension in the state's leaves, an int or a nest.
+        start: the initial state, a function of the number of lanes, or None for `model.initial_state`.
+        parallel: this rank's part if the lanes are spread over several ranks.
+    """
+
+    model: nn.Module
+    loss_fn: Callable[[Any, Tensor], Tensor]
+    reduction: Reduction
+    autocast: torch.dtype | None
+    batch_dim: int
+    state_batch_dim: Any
+    start: State | Callable[[int], State] | None
+    parallel: DataParallel | None
+
+    def initial_state(self, lanes: int) -> State | None:
+        """Returns the state in which `lanes` sequences start, or None if the model chooses it."""
+        if callable(self.start):
+            return self.start(lanes)
+        if self.start is not None:
+            return self.start
+        of_model: Callable[[int], State] | None = getattr(self.model, "initial_state", None)
+        return None if of_model is None else of_model(lanes)
+
+    def run(self, inputs: Tensor, state: State | None) -> tuple[Any, State]:
+        """Runs the model on a copy of `state`, so that a model that writes into its state changes nobody else's."""
+        state = None if state is None else states.copied(state)
+        with self._autocast(inputs):
+            result: tuple[Any, State] = self.model(inputs, state)
+        return result
+
+    def run_in_two_parts(self, inputs: Tensor, state: State | None) -> tuple[Any, State, State]:
+        """Runs the first step and then the others; returns outputs, the state after the first step, and the last state."""
+        if len(inputs) == 1:
+            outputs, last = self.run(inputs, state)
+            return outputs, last, last
+        first, early = self.run(inputs[:1], state)
+        rest, last = self.run(inputs[1:], early)
+        return torch.cat([first, rest]), early, last
+
+    def loss(self, outputs: Any, targets: Tensor, mask: Tensor | None) -> Tensor:
+        """Returns the window's loss, 0-d: on several ranks this rank's contribution to the loss of all lanes."""
+        with self._autocast(targets):
+            losses = self.loss_fn(outputs, targets)
+            loss = window_loss(losses, mask, self.reduction)
+            if self.parallel is None or (self.reduction == "sum" and losses.dim() > 0):
+                return loss
+            return self.parallel.share_of_mean(loss, mask if self.reduction == "mean" else None)
+
+    def reset(self, state: State, ends: Tensor | None) -> State:
+        """Returns `state` with the lanes that `ends` [B] marks back in the initial state."""
+        if ends is None:
+            return state
+        return states.reset_lanes(state, ends, self.initial_state(len(ends)), self.state_batch_dim)
+
+    @torch.no_grad()
+    def state_template(self, inputs: Tensor, lanes: int) -> State:
+        """Returns a state whose nest saved leaves can fill; runs the model once if nobody gives an initial state."""
+        initial = self.initial_state(lanes)
+        if initial is None:
+            with torch.random.fork_rng():
+                initial = self.run(inputs, None)[1]
+        return initial
+
+    def check_saved(self, leaves: list[Any], template: State) -> None:
+        """Raises a ValueError if a saved leaf, which has the lanes of all ranks, does not fit the template's."""
+        dims = states.spread(self.state_batch_dim, template, "state_batch_dim")
+        for leaf, like, dim in zip(leaves, states.flatten(template), dims, strict=True):
+            if not isinstance(like, Tensor):
+                continue
+            expected = list(like.shape)
+            if self.parallel is not None and expected:
+                expected[dim] *= self.parallel.ranks.size
+            found = list(leaf.shape) if isinstance(leaf, Tensor) else type(leaf).__name__
+            if found != expected:
+                raise ValueError(f"the saved hidden state has a leaf {found}, this model's is {expected}")
+
+    def _autocast(self, like: Tensor) -> contextlib.AbstractContextManager[Any]:
+        if self.autocast is None:
+            return contextlib.nullcontext()
+        return torch.autocast(like.device.type, dtype=self.autocast)
+
+    def check_window(self, inputs: Tensor, targets: Tensor, ends: Tensor | None) -> None:
+        """Raises a ValueError if the shapes of a window do not agree, or if gradients are off."""
+        if not torch.is_grad_enabled():
+            raise ValueError("step trains: call it outside of torch.no_grad() and torch.inference_mode()")
+        for name, tensor in (("inputs", inputs), ("targets", targets)):
+            if tensor.dim() <= self.batch_dim:
+                raise ValueError(f"{name} has shape {tuple(tensor.shape)}, without dimension batch_dim={self.batch_dim}")
+            if tensor.shape[0] == 0:
+                raise ValueError(f"{name} has no steps: a window needs one at least")
+        lanes = inputs.shape[self.batch_dim]
+        if targets.shape[self.batch_dim] != lanes:
+            raise ValueError(f"inputs have {lanes} lanes, targets {targets.shape[self.batch_dim]}")
+        if ends is not None and (ends.shape != (lanes,) or ends.dtype != torch.bool):
+            raise ValueError(f"ends must be a bool tensor [{lanes}], got {ends.dtype} {list(ends.shape)}")
+
+
+def window_loss(losses: Tensor, mask: Tensor | None, reduction: Reduction) -> Tensor:
+    """One scalar of a scalar or of unreduced losses [T, B].
+
+    Args:
+        losses: what `loss_fn` returned.
+        mask: [T, B] bool, the steps that count, or None for all.
+        reduction: "mean" over the steps that count, "lane-mean" for the sum over time and mean over lanes, or "sum".
+
+    Raises:
+        ValueError: a mask is given for a scalar, or has not the shape of the losses.
+    """
+    if losses.dim() == 0:
+        if mask is not None:
+            raise ValueError("mask needs a loss_fn that returns unreduced losses [T, B], this one returned a scalar")
+        return losses
+    if mask is not None:
+        if mask.shape != losses.shape:
+            raise ValueError(f"mask has shape {tuple(mask.shape)}, the unreduced loss {tuple(losses.shape)}")
+        losses = torch.where(mask, losses, 0)
+    if reduction == "lane-mean" and losses.dim() < 2:
+        raise ValueError(f'"lane-mean" needs unreduced losses [T, B], this loss_fn returned shape {list(losses.shape)}')
+    if reduction == "mean":
+        return losses.mean() if mask is None else losses.sum() / mask.sum().clamp_min(1)
+    return losses.sum() / losses.shape[1] if reduction == "lane-mean" else losses.sum()
+
+
+def ahead_of_window(inputs: Tensor, targets: Tensor, mask: Tensor | None, lookahead: Lookahead) -> Lookahead:
+    """What the window's first state has ahead: the first m steps of the window and, behind it, of its lookahead."""
+    steps = len(lookahead.inputs)
+    counts = torch.ones_like(lookahead.valid[:1]).expand(len(inputs), -1) if mask is None else mask
+    behind = lookahead.valid if lookahead.mask is None else lookahead.mask
+    return Lookahead(
+        inputs=torch.cat([inputs, lookahead.inputs])[:steps],
+        targets=torch.cat([targets, lookahead.targets])[:steps],
+        valid=torch.cat([torch.ones_like(counts), lookahead.valid])[:steps],
+        mask=torch.cat([counts, behind])[:steps],
+    )
