@@ -5,12 +5,18 @@ interfaces. `import dni_seq` needs torch alone.
 """
 
 from dni_seq.core.deferred_backward import GradientAccumulator, backward, defer_backward
+from dni_seq.core.nonfinite import NonFiniteError
 from dni_seq.core.windows import Lookahead, Window, with_lookahead
-from dni_seq.credit.config import Synthetic
+from dni_seq.credit.fidelity import fidelity
+from dni_seq.credit.replay import RecordedWindow
+from dni_seq.credit.results import StepResult, Synthetic
+from dni_seq.credit.window_runner import WindowRunner
+from dni_seq.distributed.data_parallel import DataParallel
 from dni_seq.interfaces.backward import BackwardInterface
 from dni_seq.interfaces.context import synthesizer_context
 from dni_seq.interfaces.forward import BidirectionalInterface, ForwardInterface
 from dni_seq.synthesizers.auxiliary import AuxiliaryTask
+from dni_seq.synthesizers.base import Regression
 from dni_seq.synthesizers.exact_future import ExactFuture
 from dni_seq.synthesizers.future_gradient import FutureGradient
 from dni_seq.synthesizers.future_model import FutureModel
@@ -20,7 +26,8 @@ from dni_seq.synthesizers.mlp import BasicSynthesizer
 from dni_seq.synthesizers.multi_horizon import Horizons, MultiHorizonSynthesizer
 from dni_seq.synthesizers.normalization import LSTM_CELLS, GatedCells, Normalized
 from dni_seq.synthesizers.state_heads import StateHeads, StateSynthesizer
-from dni_seq.trainer import SequenceTrainer, StepResult
+from dni_seq.synthesizers.target_rule import TargetRule
+from dni_seq.trainer import SequenceTrainer
 
 __all__ = [
     "LSTM_CELLS",
@@ -28,6 +35,7 @@ __all__ = [
     "BackwardInterface",
     "BasicSynthesizer",
     "BidirectionalInterface",
+    "DataParallel",
     "ExactFuture",
     "ForwardInterface",
     "FutureGradient",
@@ -39,15 +47,21 @@ __all__ = [
     "Lookahead",
     "LookaheadEncoder",
     "MultiHorizonSynthesizer",
+    "NonFiniteError",
     "Normalized",
+    "RecordedWindow",
+    "Regression",
     "SequenceTrainer",
     "StateHeads",
     "StateSynthesizer",
     "StepResult",
     "Synthetic",
+    "TargetRule",
     "Window",
+    "WindowRunner",
     "backward",
     "defer_backward",
+    "fidelity",
     "synthesizer_context",
     "with_lookahead",
 ]

@@ -1,98 +1,87 @@
 """SequenceTrainer: truncated BPTT over a stream of windows, with or without synthetic gradients.
 
-Source: Jaderberg et al. 2017, arXiv 1608.05343, sections 2.1 and 3.1. Truncated BPTT drops the effect of a window's last
-state on all later losses; a synthesizer predicts it. We differ in that the injected share c (`synthetic_scale`) and the
-discount γ (`discount`) are two numbers, in the normalised regression, and in that lanes end one by one.
+Truncated BPTT ignores the effect of a window's last state on all later losses. A synthesizer predicts the gradient of those
+losses with respect to that state, and the trainer injects the prediction.
 
-Legend: T = window length in steps, B = lanes, H = hidden units, N = horizons.
+Source: Jaderberg et al. 2017, arXiv 1608.05343, sections 2.1 and 3.1. We differ in three points: the injected share c
+(`synthetic_scale`) and the discount γ (`discount`) are two numbers, the regression is normalised, and each lane of the batch
+ends its sequence on its own.
+
+Legend: T = window length in steps, B = lanes (batch), H = hidden units, N = horizons.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from dni_seq.core import nonfinite, states
 from dni_seq.core.deferred_backward import backward, defer_backward
-from dni_seq.core.nonfinite import NonFiniteError, all_finite, broken_lanes, choose
-from dni_seq.core.optimizer_step import check_disjoint, clipped_step, gradient_norm, leaves_out_by_itself
-from dni_seq.core.snapshot import Alone, Kept, Randomness, Whole, buffers_of
+from dni_seq.core.nonfinite import NonFiniteError, both_finite, broken_lanes, select_where
+from dni_seq.core.optimizer_step import check_disjoint, clipped_step, gradient_norm, supports_found_inf
+from dni_seq.core.snapshot import ReentrancyGuard, RNGState, TensorSnapshot, TrainingSnapshot, buffers_of
 from dni_seq.core.states import State
 from dni_seq.core.windows import REDUCTIONS, Lookahead, Reduction
-from dni_seq.credit.config import CreditSettings, Synthetic
+from dni_seq.credit.config import CreditSettings
 from dni_seq.credit.nonfinite_policy import NonFinitePolicy, diagnose
-from dni_seq.credit.replay import Past, Replayer
+from dni_seq.credit.replay import RecordedWindow
+from dni_seq.credit.results import StepResult
 from dni_seq.credit.synthetic_gradient import SyntheticCredit, without_chain
 from dni_seq.credit.window_runner import WindowRunner, ahead_of_window
 from dni_seq.distributed.data_parallel import DataParallel
-from dni_seq.interfaces.exchange import Exchange
-
-
-class StepResult(NamedTuple):
-    """What `SequenceTrainer.step` returns; tensors without a graph.
-
-    Attributes:
-        loss: 0-d, the window's loss, in the unit of `loss_fn` (nats a token for cross entropy).
-        outputs: the model's outputs.
-        gradient_norm: 0-d, norm of the model's gradient, synthetic part included, before clipping.
-        synthetic: None without a synthesizer, and where the step was left out.
-        skipped: 0-d bool, whether the step was left out for a NaN or an infinity in the loss or the gradient.
-        events: what a user should know of this step, as texts: that it was left out, where the first NaN was, that the
-            synthesizer was reset. On a GPU they come at a later step, when the counts are read.
-    """
-
-    loss: Tensor
-    outputs: Any
-    gradient_norm: Tensor
-    synthetic: Synthetic | None
-    skipped: Tensor
-    events: tuple[str, ...] = ()
+from dni_seq.interfaces.exchange import ScopeExchange
 
 
 class SequenceTrainer:
-    """Train an RNN on a stream, one window a step, the hidden state carried from window to window.
+    """Trains an RNN on a stream of windows, one window per `step`; the hidden state is carried between windows.
+
+    Without a synthesizer this is truncated BPTT. With a synthesizer, a prediction of the gradient that later windows would
+    send back is injected into the last state of each window.
 
     Args:
-        model: `model(inputs, state) -> (outputs, state)`; a state is a tensor or any nest, None where a stream starts.
+        model: `model(inputs, state) -> (outputs, state)`. A state is a tensor or any nest of tuples, lists and dicts of
+            tensors. It is None at the start of a stream if nobody gives an initial state.
         optimizer: of the model's parameters.
         loss_fn: `loss_fn(outputs, targets)`, a scalar or unreduced losses [T, B].
-        synthesizer: predicts the gradient that the future would send back to a window's last state, a raw gradient of the
-            window's loss; None for plain truncated BPTT.
-        synthesizer_optimizer: of the synthesizer's parameters; Adam with learning rate 1e-3 where it is None.
-        synthetic_scale: c, the share of the synthetic gradient that is injected; "auto" for the share that comparisons
-            with exact gradients find right, horizon by horizon, starting from 0.
-        discount: γ, how much the message behind a window counts.
-        targets: "bootstrap" trains the synthesizer at every window, on its own message behind it; "lambda" every
-            `replay_windows` windows, on λ-targets computed by replaying them.
-        lam: λ: 0 is the bootstrapped target, 1 that of exact BPTT over the replayed windows.
-        replay_windows: K, how many windows are replayed: for λ-targets, and for the fidelity of a message that stands for
-            all windows to come, a tail's or the only one.
-        regress_every: n: targets are computed at one window of n, drawn at random, and the synthesizer is trained there; one
-            that learns ahead, as `FutureGradient`, is trained at every window. One that learns a window's own
-            gradient and nothing behind it, as a `MultiHorizonSynthesizer` of one horizon does, keeps quiet at its target,
-            since the gradient then arrives alone and costs nothing; others send their messages at all windows, and so
-            does every one beside an auxiliary task. λ-targets are not thinned out.
-        target_network: every so many windows a copy of the synthesizer is made, whose messages go into targets; 0 for off.
-        fidelity_every: every so many windows messages are compared with exact gradients; 0 for never.
-        auxiliary: an `AuxiliaryTask` whose loss joins the window's; its parameters go to `synthesizer_optimizer`, and learn
-            at every window. The model's outputs must then be one time-major tensor, since the window is run in two parts.
-        auxiliary_weight: w, the share of that loss.
+        synthesizer: predicts the gradient of all later losses with respect to a window's last state. None for plain
+            truncated BPTT.
+        synthesizer_optimizer: of the synthesizer's parameters. Default: Adam with learning rate 1e-3.
+        synthetic_scale: c, the share of the message that is injected. "auto" starts at 0 and follows comparisons with exact
+            gradients, for each horizon on its own; it needs `fidelity_every`.
+        discount: γ, the weight of the message after a window in that window's target.
+        targets: "bootstrap" trains the synthesizer towards a target that holds its own next message. "lambda" trains it on
+            λ-targets every `replay_windows` windows, by replaying them.
+        lam: λ of "lambda": 0 is the bootstrapped target, 1 that of exact BPTT over the replayed windows.
+        replay_windows: number of windows in a replay.
+        regress_every: n: one window of n, drawn at random, computes targets. A synthesizer that fits targets trains only
+            there; `FutureGradient` needs no targets and trains at every window. With n > 1, one horizon and no auxiliary
+            task, nothing is injected at windows that train, because the gradient that arrives is then the target itself.
+        target_network: windows between two copies of the synthesizer whose messages go into the targets; 0 for none.
+        fidelity_every: windows between two comparisons of messages with exact gradients; 0 for none.
+        auxiliary: an `AuxiliaryTask`. Its loss is added to the window's, and its parameters belong to
+            `synthesizer_optimizer`. The model's outputs must be one time-major tensor.
+        auxiliary_weight: weight of that loss.
         clip: largest norm of the model's gradient, None for no limit.
         synthesizer_clip: largest norm of the synthesizer's gradient, None for no limit.
-        batch_dim: where the lanes lie in `inputs` and `targets`; windows are time-major, so 1.
-        state_batch_dim: where the lanes lie in the state's leaves, an int or a nest shaped like the state (nn.LSTM: 1,
+        batch_dim: dimension of the lanes in `inputs` and `targets`; windows are time-major, so 1.
+        state_batch_dim: dimension of the lanes in the state's leaves, an int or a nest like the state (nn.LSTM: 1,
             nn.LSTMCell: 0).
-        initial_state: the state in which sequences start: a nest, or a function of the number of lanes; else
-            `model.initial_state(B)`, else None at first, and zeros where a lane ends.
-        reduction: how unreduced losses become one number: see `window_loss`.
-        autocast: dtype to run the model's forward in under `torch.autocast`, None for full precision.
-        skip_limit: how many windows in a row may be left out for a NaN or an infinity before `step` raises.
-        parallel: this rank's part in a run whose lanes are spread over several ranks, None for one process. Every rank
-            steps with its own lanes of the same windows; gradients are summed and statistics averaged over all. A loss_fn
-            that returns a scalar must average over lanes. `state_dict` then is a collective, and holds all lanes.
+        initial_state: the state in which sequences start: a nest, or a function of the number of lanes. Default:
+            `model.initial_state(B)` if it exists, else None for the first window and zeros for lanes that end.
+        reduction: how losses [T, B] become one number: "mean" over the steps that count, "lane-mean" (sum over time,
+            mean over lanes) or "sum".
+        autocast: dtype of `torch.autocast` for the model and the loss, None for full precision.
+        skip_limit: number of windows in a row that may be skipped for a NaN or an infinity before `step` raises.
+        parallel: this rank's part if the lanes are spread over several processes. Each rank steps with its own lanes.
+            Gradients are summed over the ranks. A scalar `loss_fn` must average over lanes. `state_dict` is then a
+            collective call and holds all lanes.
+
+    Attributes:
+        state: the hidden state that the next window starts from, None before the first window.
+        steps: windows so far, skipped ones included.
 
     Raises:
         ValueError: a setting is out of its range, a parameter is in both optimizers, or the model is wrapped in
@@ -165,17 +154,17 @@ class SequenceTrainer:
             if synthesizer_optimizer is None and any(p.requires_grad for p in learning):
                 synthesizer_optimizer = torch.optim.Adam(learning, lr=1e-3)
             check_disjoint(optimizer, synthesizer_optimizer)
-            self.credit = SyntheticCredit(
-                synthesizer, synthesizer_optimizer, Replayer(self.runner), settings, auxiliary, parallel
-            )
+            self.credit = SyntheticCredit(synthesizer, synthesizer_optimizer, self.runner, settings, auxiliary, parallel)
             if parallel is not None:
                 for part in (synthesizer, auxiliary):
                     if part is not None:
                         parallel.synchronize(part)
         self.nonfinite = NonFinitePolicy(skip_limit)
         self._stepped = False
-        self._buffers = Kept(buffers_of([model]))
-        self._alone = Alone("step was called while a step of this trainer is under way: each thread needs its own trainer")
+        self._buffers = TensorSnapshot(buffers_of([model]))
+        self._alone = ReentrancyGuard(
+            "step was called while a step of this trainer is under way: each thread needs its own trainer"
+        )
 
     @property
     def skipped(self) -> int:
@@ -220,14 +209,14 @@ class SequenceTrainer:
         self.runner.check_window(inputs, targets, ends)
         with self._alone:
             start = self._start(inputs, inputs.shape[self.runner.batch_dim])
-            randomness = Randomness.now(inputs.device)
+            randomness = RNGState.now(inputs.device)
             self._buffers.keep()
             if self.credit is not None:
                 self.credit.keep()
             # What an optimizer cannot do shows at its first step: LBFGS, sparse gradients, memory for the moments.
             whole = None if self._stepped else self._whole()
             try:
-                result = self._step(Past(inputs, targets, mask, ends, start, None), lookahead)
+                result = self._step(RecordedWindow(inputs, targets, mask, ends, start, None), lookahead)
             except NonFiniteError:
                 raise
             except BaseException:
@@ -239,7 +228,7 @@ class SequenceTrainer:
             self._stepped = True
             return result
 
-    def _step(self, window: Past, lookahead: Lookahead | None) -> StepResult:
+    def _step(self, window: RecordedWindow, lookahead: Lookahead | None) -> StepResult:
         """One step from a checked window, `window.start` its first state."""
         inputs, targets, mask, ends, start, _ = window
         credit = self.credit
@@ -263,13 +252,13 @@ class SequenceTrainer:
         # Joined before it is judged: a NaN on one rank leaves the step out on all of them.
         measured = loss.detach() if self.parallel is None else self._join(self.parallel, loss.detach(), exchange)
         norm = gradient_norm(self.optimizer)
-        good = all_finite(measured, norm)
+        good = both_finite(measured, norm)
         result = StepResult(measured, states.detach(outputs), norm, None, ~good)
         if self._decided_here(good, start) and not good:
-            return self._leave_out(window, result)
-        last = states.owned(last)
+            return self._skip_step(window, result)
+        last = states.detach_clone(last)
         # All that may fail comes before the optimizers, whose steps cannot be taken back.
-        following = self.runner.reset(last if self._decided_here(good, start) else choose(good, last, start), ends)
+        following = self.runner.reset(last if self._decided_here(good, start) else select_where(good, last, start), ends)
         synthetic = None
         if credit is not None and exchange is not None:
             past = None if start is None else window._replace(context=context)
@@ -284,9 +273,9 @@ class SequenceTrainer:
 
     def _decided_here(self, good: Tensor, start: State | None) -> bool:
         """Whether to read `good` at once: where that is free, and where no device could do without."""
-        return nonfinite.readable_without_sync(good) or start is None or not leaves_out_by_itself(self.optimizer)
+        return nonfinite.readable_without_sync(good) or start is None or not supports_found_inf(self.optimizer)
 
-    def _leave_out(self, window: Past, result: StepResult) -> StepResult:
+    def _skip_step(self, window: RecordedWindow, result: StepResult) -> StepResult:
         """Leave the step out; lanes whose state is broken start anew.
 
         Raises:
@@ -299,17 +288,19 @@ class SequenceTrainer:
             following = self.runner.reset(self.runner.reset(following, broken), window.ends)
         self._undo()
         if self.credit is not None:
-            self.credit.leave_out(broken_auxiliary=self._auxiliary_broken(result))
+            self.credit.skip_step(broken_auxiliary=self._auxiliary_broken(result))
         self.state = following
         self.steps += 1
         self.nonfinite.count_skipped(result.skipped, self.steps, where)
         events = [f"step {self.steps} left out, the first NaN or infinity: {where}"]
         return result._replace(events=(*events, *self._credit_events()))
 
-    def _whole(self) -> Whole:
+    def _whole(self) -> TrainingSnapshot:
         """A copy of all parameters, buffers and moments."""
         modules = [self.model, *(self.credit.modules if self.credit is not None else ())]
-        return Whole(modules, [part for part in self._parts().values() if isinstance(part, torch.optim.Optimizer)])
+        return TrainingSnapshot(
+            modules, [part for part in self._parts().values() if isinstance(part, torch.optim.Optimizer)]
+        )
 
     def _undo(self) -> None:
         """Put back what a step has changed before its optimizers ran."""
@@ -318,7 +309,7 @@ class SequenceTrainer:
             self.credit.undo()
         self._zero_gradients()
 
-    def _events(self, window: Past, result: StepResult) -> tuple[str, ...]:
+    def _events(self, window: RecordedWindow, result: StepResult) -> tuple[str, ...]:
         """What there is to say of a step that was not left out here; now and then what a GPU has counted.
 
         Raises:
@@ -329,7 +320,7 @@ class SequenceTrainer:
             return events
         return (*self.nonfinite.read_counts(self.steps, lambda: self._diagnose(window, result)), *events)
 
-    def _diagnose(self, window: Past, result: StepResult) -> str:
+    def _diagnose(self, window: RecordedWindow, result: StepResult) -> str:
         return diagnose(self.model, self.auxiliary, window, result.outputs, result.loss, self.parallel)
 
     def _credit_events(self) -> tuple[str, ...]:
@@ -431,7 +422,7 @@ class SequenceTrainer:
     def _of_this_rank(self, state: State) -> State:
         return state if self.parallel is None else states.map_lanes(self.parallel.own, state, self.runner.state_batch_dim)
 
-    def _join(self, parallel: DataParallel, loss: Tensor, exchange: Exchange | None) -> Tensor:
+    def _join(self, parallel: DataParallel, loss: Tensor, exchange: ScopeExchange | None) -> Tensor:
         """Sum all gradients over the ranks, and the losses that are measured, in one all-reduce; the whole window's loss."""
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         numbers = [loss.clone()]

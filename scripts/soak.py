@@ -5,8 +5,8 @@
 
 import sys
 
-from dni_seq.app.runs.crash_report import guarded
+from dni_seq.app.runs.crash_report import report_crash
 from dni_seq.app.studies.soak import main
 
 if __name__ == "__main__":
-    sys.exit(guarded(main))
+    sys.exit(report_crash(main))

@@ -6,7 +6,7 @@
 import sys
 
 from dni_seq.app.decoupled.train_multi_timescale import main
-from dni_seq.app.runs.crash_report import guarded
+from dni_seq.app.runs.crash_report import report_crash
 
 if __name__ == "__main__":
-    sys.exit(guarded(main))
+    sys.exit(report_crash(main))

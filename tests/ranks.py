@@ -19,10 +19,10 @@ CODE = textwrap.dedent(
     import importlib, sys, warnings
     warnings.simplefilter("error")
     import torch
-    from dni_seq.distributed.process_group import joined
+    from dni_seq.distributed.process_group import init_distributed
     torch.set_num_threads(1)
     module, name, folder, timeout = sys.argv[1:]
-    with joined(float(timeout)) as ranks:
+    with init_distributed(float(timeout)) as ranks:
         result = getattr(importlib.import_module(module), name)(ranks)
         torch.save(result, f"{folder}/{name}-{ranks.size}-{ranks.rank}.pt")
     """

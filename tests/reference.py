@@ -16,7 +16,10 @@ def reset(state: Any, ends: Tensor, initial: Any, batch_dim: Any) -> Any:
     """Lanes that end get the initial state, leaf by leaf, lane by lane, without a graph across the reset."""
     fresh = []
     for leaf, start, dim in zip(
-        states.flatten(state), states.flatten(initial), states.spread(batch_dim, state, "batch_dim"), strict=True
+        states.flatten(state),
+        states.flatten(initial),
+        states.broadcast_to_leaves(batch_dim, state, "batch_dim"),
+        strict=True,
     ):
         lanes = [(b if end else a) for a, b, end in zip(leaf.unbind(dim), start.unbind(dim), ends.tolist(), strict=True)]
         fresh.append(torch.stack(lanes, dim))

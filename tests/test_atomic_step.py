@@ -10,8 +10,8 @@ from torch import nn
 
 import dni_seq as dni
 from dni_seq.core import nonfinite, states
-from dni_seq.core.nonfinite import NonFiniteError, Tally, broken_lanes
-from dni_seq.core.snapshot import LARGE, Kept, Whole, buffers_apart, buffers_of
+from dni_seq.core.nonfinite import NonFiniteError, SkipCounter, broken_lanes
+from dni_seq.core.snapshot import LARGE, TensorSnapshot, TrainingSnapshot, buffers_apart, buffers_of
 from tests import problems
 from tests.nests import assert_same
 
@@ -361,7 +361,7 @@ def test_kept_tensors_come_back_whatever_was_done_to_them():
     module.register_buffer("rebound", torch.ones(2))
     module.register_buffer("absent", None)
     small, rebound = module.small, module.rebound
-    kept = Kept(buffers_of([module, None]))
+    kept = TensorSnapshot(buffers_of([module, None]))
     for _ in range(2):  # the second time large ones are not copied anew
         kept.keep()
         module.small += 1
@@ -386,7 +386,7 @@ def test_kept_tensors_come_back_whatever_was_done_to_them():
 def test_whole_takes_parameters_buffers_and_optimizers_back():
     module = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
     optimizer = torch.optim.Adam(module.parameters())
-    whole = Whole([module], [optimizer, None])
+    whole = TrainingSnapshot([module], [optimizer, None])
     before = copy.deepcopy(module.state_dict())
     module(torch.eye(2)).square().sum().backward()
     optimizer.step()
@@ -418,12 +418,12 @@ def test_a_lane_is_broken_where_one_leaf_of_its_state_is():
 
 
 def test_a_tally_counts_rows(decides):
-    tally = Tally()
+    counter = SkipCounter()
     for good in (True, False, False, True, False):
-        tally.add(torch.tensor(good))
-    assert (tally.total, tally.in_a_row) == (3, 1)
-    other = Tally()
-    other.load_state_dict(tally.state_dict())
+        counter.add(torch.tensor(good))
+    assert (counter.total, counter.in_a_row) == (3, 1)
+    other = SkipCounter()
+    other.load_state_dict(counter.state_dict())
     other.add(torch.tensor(False))
     assert (other.total, other.in_a_row) == (4, 2)
     other.end_row()
@@ -434,4 +434,4 @@ def test_a_tally_counts_rows(decides):
 @pytest.mark.parametrize("other", [0.0, 2.0, float("nan"), float("inf"), -float("inf")])
 def test_all_finite_is_what_it_says(one, other):
     numbers = torch.tensor(one), torch.tensor(other)
-    assert bool(nonfinite.all_finite(*numbers)) == all(bool(number.isfinite()) for number in numbers)
+    assert bool(nonfinite.both_finite(*numbers)) == all(bool(number.isfinite()) for number in numbers)

@@ -303,7 +303,7 @@ def test_a_nest_comes_back_from_its_leaves(nest, lanes):
     again = states.unflatten(state, states.flatten(state))
     assert_same(again, state)
     assert str(again) == str(state)
-    copies = states.copied(state)
+    copies = states.clone(state)
     assert_same(copies, state)
     for one, two in zip(states.flatten(copies), states.flatten(state), strict=True):
         assert one.data_ptr() != two.data_ptr() or not one.numel()

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
-from dni_seq.app.runs.crash_report import guarded
+from dni_seq.app.runs.crash_report import report_crash
 from dni_seq.app.runs.options import did_you_mean, report
 
 COMMANDS: Mapping[str, tuple[str, str]] = MappingProxyType(
@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return report("dni-seq", ValueError(f"there is no command {name!r}{hint}"))
     sys.argv[0] = f"dni-seq {name}"
     module = importlib.import_module(COMMANDS[name][0])
-    return guarded(lambda: module.main(rest))
+    return report_crash(lambda: module.main(rest))
 
 
 def usage() -> str:

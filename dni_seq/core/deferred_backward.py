@@ -75,7 +75,7 @@ class GradientAccumulator:
         for participant in participants:
             participant.after_backward()
 
-    def forget(self) -> None:
+    def clear(self) -> None:
         """Drop what has been collected, and with it the graphs, without delivering it."""
         self._entries, self._participants = [], {}
 
@@ -111,7 +111,7 @@ def defer_backward() -> Iterator[GradientAccumulator]:
             _scopes.reset(token)
         scope.deliver()
     finally:
-        scope.forget()
+        scope.clear()
 
 
 @uncompiled

@@ -24,19 +24,19 @@ def readable_without_sync(flag: Tensor) -> bool:
     return flag.device.type == "cpu"
 
 
-def all_finite(one: Tensor, other: Tensor) -> Tensor:
+def both_finite(one: Tensor, other: Tensor) -> Tensor:
     """0-d bool: whether two 0-d numbers are finite, in three operations (`torch.isfinite` takes four for one number)."""
     total = one + other
     return total - total == 0
 
 
-def choose(good: Tensor, new: State, old: State) -> State:
+def select_where(good: Tensor, new: State, old: State) -> State:
     """`new` where `good` (0-d bool) holds, else `old`, leaf by leaf, on the device."""
     pairs = zip(states.flatten(new), states.flatten(old), strict=True)
     return states.unflatten(new, [torch.where(good, n, o.to(n)) if isinstance(n, Tensor) else n for n, o in pairs])
 
 
-class Tally:
+class SkipCounter:
     """How often a flag was False: in all, and in a row up to now. Counted where the flag is."""
 
     def __init__(self) -> None:
@@ -78,14 +78,16 @@ class Tally:
 def broken_lanes(state: State, batch_dim: Any) -> Tensor | None:
     """[B] bool, the lanes in which the state has a NaN or an infinity; None where it has none."""
     broken = None
-    for leaf, dim in zip(states.flatten(state), states.spread(batch_dim, state, "state_batch_dim"), strict=True):
+    for leaf, dim in zip(
+        states.flatten(state), states.broadcast_to_leaves(batch_dim, state, "state_batch_dim"), strict=True
+    ):
         if states.is_floating(leaf) and leaf.dim() and not leaf.isfinite().all():
             bad = ~leaf.isfinite().movedim(dim, 0).reshape(leaf.shape[dim], -1).all(dim=1)
             broken = bad if broken is None else broken | bad
     return broken
 
 
-def first_not_finite(named: Iterable[tuple[str, Any]]) -> tuple[int, str]:
+def first_nonfinite(named: Iterable[tuple[str, Any]]) -> tuple[int, str]:
     """Which nest of tensors, of those given with their names in the order of computation, first holds a NaN or an infinity.
 
     Returns its place in that order, and a text that names it, with the index and the value of its first such element.

@@ -92,14 +92,14 @@ def _clipped_step(optimizer: torch.optim.Optimizer, limit: float | None, norm: T
     itself, so that nobody waits to read `good`, 0-d bool.
     """
     handed: dict[str, Tensor] = {}
-    if nonfinite.readable_without_sync(good) or not leaves_out_by_itself(optimizer):
+    if nonfinite.readable_without_sync(good) or not supports_found_inf(optimizer):
         if not good:
             return
     else:
         handed["found_inf"] = (~good).to(torch.float32)
     # Divided by 1 the numbers stay, but the kernel would write them all anew: a fifth of its time.
     if limit is not None and not (nonfinite.readable_without_sync(norm) and norm + 1e-6 <= limit):
-        if norm.dtype == torch.float32 and leaves_out_by_itself(optimizer):  # the kernels read a float32 factor
+        if norm.dtype == torch.float32 and supports_found_inf(optimizer):  # the kernels read a float32 factor
             handed["grad_scale"] = ((norm + 1e-6) / limit).clamp_min(1.0)
         else:
             nn.utils.clip_grads_with_norm_(_parameters(optimizer), limit, norm)
@@ -113,13 +113,13 @@ def _clipped_step(optimizer: torch.optim.Optimizer, limit: float | None, norm: T
             delattr(optimizer, name)
 
 
-def forget(optimizer: torch.optim.Optimizer) -> None:
+def clear_optimizer_state(optimizer: torch.optim.Optimizer) -> None:
     """Drop the moments of `optimizer`, or of each of the parts that it is joined of."""
     for part in optimizer.parts if isinstance(optimizer, JoinedOptimizer) else [optimizer]:
         part.state.clear()
 
 
-def leaves_out_by_itself(optimizer: torch.optim.Optimizer) -> bool:
+def supports_found_inf(optimizer: torch.optim.Optimizer) -> bool:
     """Whether the optimizer's kernels take a factor and can leave a step out on the device: fused ones."""
     return all(group.get("fused") for group in optimizer.param_groups) and hasattr(optimizer, "_step_supports_amp_scaling")
 

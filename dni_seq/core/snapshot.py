@@ -23,7 +23,7 @@ class _Entry(NamedTuple):
     copy: Tensor
 
 
-class Kept:
+class TensorSnapshot:
     """Tensors of modules as they were at the latest `keep`, to be put back in their places.
 
     Args:
@@ -34,7 +34,7 @@ class Kept:
         self._tables = tables
         self._entries: list[dict[str, _Entry | None]] = [{} for _ in tables]
 
-    def keep(self) -> Kept:
+    def keep(self) -> TensorSnapshot:
         """Copy what the tensors hold now."""
         for i, table in enumerate(self._tables):
             if table or self._entries[i]:
@@ -106,7 +106,7 @@ def parameters_of(modules: Iterable[nn.Module | None]) -> list[dict[str, Tensor 
     ]
 
 
-class Whole:
+class TrainingSnapshot:
     """Modules and their optimizers, to be put back after steps of the optimizers: a copy of everything.
 
     Args:
@@ -115,7 +115,7 @@ class Whole:
     """
 
     def __init__(self, modules: Sequence[nn.Module | None], optimizers: Iterable[torch.optim.Optimizer | None]) -> None:
-        self._tensors = Kept([*parameters_of(modules), *buffers_of(modules)]).keep()
+        self._tensors = TensorSnapshot([*parameters_of(modules), *buffers_of(modules)]).keep()
         self._optimizers = [(each, copy.deepcopy(each.state_dict())) for each in optimizers if each is not None]
 
     def restore(self) -> None:
@@ -125,7 +125,7 @@ class Whole:
             optimizer.load_state_dict(state)
 
 
-class Randomness(NamedTuple):
+class RNGState(NamedTuple):
     """torch's random state: of the CPU, and of one GPU where `device` is one."""
 
     device: torch.device
@@ -133,7 +133,7 @@ class Randomness(NamedTuple):
     gpu: Tensor | None
 
     @classmethod
-    def now(cls, device: torch.device) -> Randomness:
+    def now(cls, device: torch.device) -> RNGState:
         """As it is."""
         return cls(device, torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None)
 
@@ -144,7 +144,7 @@ class Randomness(NamedTuple):
             torch.cuda.set_rng_state(self.gpu, self.device)
 
 
-class Alone:
+class ReentrancyGuard:
     """A context that only one caller is in at a time.
 
     Args:

@@ -59,7 +59,7 @@ HALF = (torch.float16, torch.bfloat16)
 """What synthesizers do not compute in: interfaces hand it to them in float32."""
 
 
-def in_full(leaf: Tensor) -> Tensor:
+def to_float32(leaf: Tensor) -> Tensor:
     """`leaf`, in float32 where it is in half precision."""
     return leaf.float() if leaf.dtype in HALF else leaf
 
@@ -97,12 +97,12 @@ def detach(state: State) -> State:
     return _map_tensors(Tensor.detach, state)
 
 
-def copied(state: State) -> State:
+def clone(state: State) -> State:
     """`state` with every tensor copied, into memory of its own; gradients flow through the copies."""
     return _map_tensors(Tensor.clone, state)
 
 
-def owned(state: State) -> State:
+def detach_clone(state: State) -> State:
     """`state` cut from its graph, in memory of its own."""
     return _map_tensors(lambda leaf: leaf.detach().clone(), state)
 
@@ -111,7 +111,7 @@ def _map_tensors(function: Callable[[Tensor], Tensor], state: State) -> State:
     return _mapped(lambda leaf: function(leaf) if isinstance(leaf, Tensor) else leaf, state)
 
 
-def spread(setting: Any, state: State, name: str) -> list[Any]:
+def broadcast_to_leaves(setting: Any, state: State, name: str) -> list[Any]:
     """One value of `setting` for every leaf of `state`: a single value for all, or a nest shaped like the state.
 
     Raises:
@@ -157,7 +157,7 @@ def reset_lanes(state: State, ends: Tensor, initial: State | None, batch_dim: An
     if len(starts) != len(leaves):
         raise ValueError(f"the initial state has {len(starts)} leaves, the state has {len(leaves)}")
     fresh = []
-    for leaf, start, dim in zip(leaves, starts, spread(batch_dim, state, "state_batch_dim"), strict=True):
+    for leaf, start, dim in zip(leaves, starts, broadcast_to_leaves(batch_dim, state, "state_batch_dim"), strict=True):
         if not isinstance(leaf, Tensor):
             fresh.append(leaf)
             continue
@@ -168,6 +168,6 @@ def reset_lanes(state: State, ends: Tensor, initial: State | None, batch_dim: An
 
 def map_lanes(function: Callable[[Tensor, int], Tensor], state: State, batch_dim: Any) -> State:
     """`function(leaf, dim)` for every tensor of a state and the dimension of its lanes, in the same nest."""
-    dims = spread(batch_dim, state, "state_batch_dim")
+    dims = broadcast_to_leaves(batch_dim, state, "state_batch_dim")
     pairs = zip(flatten(state), dims, strict=True)
     return unflatten(state, [function(leaf, dim) if isinstance(leaf, Tensor) else leaf for leaf, dim in pairs])

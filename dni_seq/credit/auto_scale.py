@@ -13,7 +13,7 @@ from torch import Tensor
 DECAY = 0.9
 """Share of the evidence on a horizon that a new comparison keeps."""
 
-DOUBT = 2.0
+CONFIDENCE_STD_ERRORS = 2.0
 """Standard errors that are taken off the share of a message that comparisons find right."""
 
 LEAST_COMPARISONS = 3
@@ -28,12 +28,12 @@ COLUMNS = 6
 """Numbers that are kept of a horizon."""
 
 
-class Reliability:
-    """The share of each horizon's message that comparisons found right, from 0 to 1; it rises from 0 with their number.
+class AutoScale:
+    """The share of each horizon's message to inject, from 0 to 1, as comparisons with exact gradients find it.
 
-    The overlap of message and exact gradient over the message's power is the share with which messages come nearest to the
-    exact gradients. `DOUBT` of its standard errors are taken off, since the share of messages that say nothing is as often
-    above zero as below; messages that tell less than `LEAST_EXPLAINED` are not sent at all.
+    A horizon's overlap with the exact gradient, divided by the message's power, is the share with which its messages come
+    nearest to the exact gradients. `CONFIDENCE_STD_ERRORS` standard errors are subtracted, because messages without
+    information have an estimate above zero as often as below. Below `LEAST_EXPLAINED` the share is 0.
 
     Attributes:
         shares: one number a horizon, None before the first comparison.
@@ -77,7 +77,7 @@ class Reliability:
         number = certainty**2 / squared_weights  # of comparisons of equal weight that would say as much
         error = torch.where(power > 0, (residual / number).sqrt() / power, torch.zeros_like(power))
         tells = overlap.square() >= LEAST_EXPLAINED * power * exact
-        found = torch.where(tells, (share - DOUBT * error).clamp(0, 1), 0)
+        found = torch.where(tells, (share - CONFIDENCE_STD_ERRORS * error).clamp(0, 1), 0)
         return [certainty * value for value in found.tolist()]
 
     def state_dict(self) -> dict[str, Any]:

@@ -1,40 +1,9 @@
-"""How synthetic gradients are used, and what a step reports of them.
-
-Legend: N = horizons.
-"""
+"""How synthetic gradients are used in training."""
 
 from __future__ import annotations
 
 import math
 from typing import Literal, NamedTuple
-
-from torch import Tensor
-
-from dni_seq.credit.fidelity import StateFidelity
-
-
-class Synthetic(NamedTuple):
-    """What the synthesizer did in one step; tensors without a graph, N horizons.
-
-    Attributes:
-        loss: 0-d, the regression's loss, in normalised units where the synthesizer is `Normalized`; the mean loss of its
-            own model where it learns ahead.
-        gradient_norm: 0-d, norm of the synthesizer's gradient before clipping.
-        injected_ratio: 0-d, c‖M‖ / ‖a‖: the norm of what was injected into the last state, or would have been at a quiet
-            window, over that of the target of the first horizon at the first state; NaN where that horizon was not trained.
-        cosine: [N], between message and target; NaN where nothing was regressed.
-        r2: [N], 1 - squared error / squared target, over running sums of the latest windows.
-        scale: [N], the share of each message that is injected: c times discount and reliability.
-        fidelity: the latest comparison with exact gradients where this step made one, else None.
-    """
-
-    loss: Tensor
-    gradient_norm: Tensor
-    injected_ratio: Tensor
-    cosine: Tensor
-    r2: Tensor
-    scale: Tensor
-    fidelity: StateFidelity | None
 
 
 class CreditSettings(NamedTuple):

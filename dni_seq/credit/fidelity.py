@@ -17,7 +17,8 @@ from torch import Tensor
 from dni_seq.core import states
 from dni_seq.core.snapshot import buffers_apart
 from dni_seq.core.states import State
-from dni_seq.credit.replay import Past, Replayer
+from dni_seq.credit.replay import RecordedWindow, exact_gradients
+from dni_seq.credit.window_runner import WindowRunner
 
 
 class Fidelity(NamedTuple):
@@ -77,12 +78,17 @@ class StateFidelity(NamedTuple):
 
 
 def fidelity(
-    replayer: Replayer, windows: Sequence[Past], messages: list[State], discount: float = 1.0, *, bootstrapped: bool = False
+    runner: WindowRunner,
+    windows: Sequence[RecordedWindow],
+    messages: list[State],
+    discount: float = 1.0,
+    *,
+    bootstrapped: bool = False,
 ) -> StateFidelity:
     """Compare the messages predicted at the first state of `windows[0]` with exact gradients over `windows`.
 
     Args:
-        replayer: runs the model; training is not touched, nor are the model's buffers.
+        runner: runs the model; training is not touched, nor are the model's buffers.
         windows: those that followed the state, as many as there are horizons or more.
         messages: raw, one a horizon.
         discount: γ, the weight of each further window in the total.
@@ -93,14 +99,14 @@ def fidelity(
     """
     if len(windows) < len(messages):
         raise ValueError(f"{len(messages)} horizons need as many windows to compare with, got {len(windows)}")
-    all_dims = states.spread(replayer.runner.state_batch_dim, windows[0].start, "state_batch_dim")
+    all_dims = states.broadcast_to_leaves(runner.state_batch_dim, windows[0].start, "state_batch_dim")
     dims = [d for d, leaf in zip(all_dims, states.flatten(windows[0].start), strict=True) if states.is_floating(leaf)]
     heads = [states.floating(message) for message in messages]
     weights = [discount**n for n in range(len(heads))]
     if bootstrapped:
-        truths = replayer.exact_gradients(windows, len(heads), discount)
+        truths = exact_gradients(runner, windows, len(heads), discount)
     else:
-        truths = replayer.exact_gradients(windows[: len(heads)])
+        truths = exact_gradients(runner, windows[: len(heads)])
     total, true_total = _sum(heads, weights), _sum(truths, weights)
     return StateFidelity(
         horizons=[compare(head, truth, dims) for head, truth in zip(heads, truths, strict=True)],
@@ -132,25 +138,33 @@ def cosine(first: Sequence[Tensor], second: Sequence[Tensor]) -> Tensor:
     return torch.where(norms > 0, (a @ b) / norms, torch.zeros_like(norms))
 
 
-def bptt_gradients(replayer: Replayer, windows: Sequence[Past]) -> list[Tensor]:
+def bptt_gradients(runner: WindowRunner, windows: Sequence[RecordedWindow]) -> list[Tensor]:
     """The parameters' gradients of the first window's loss and, through its last state, of all later windows' losses.
 
     It is what the update of the first window would be if credit reached back over all of `windows`: the reference for
     `cosine` with the trainer's own gradients. Parameters' `.grad` is not touched.
     """
-    parameters = [parameter for parameter in replayer.runner.model.parameters() if parameter.requires_grad]
-    with torch.random.fork_rng(), buffers_apart(replayer.runner.model), torch.enable_grad():
-        outputs, last = replayer.runner.run(windows[0].inputs, states.detach(windows[0].start))
-        loss = replayer.runner.loss(outputs, windows[0].targets, windows[0].mask)
+    parameters = [parameter for parameter in runner.model.parameters() if parameter.requires_grad]
+    with torch.random.fork_rng(), buffers_apart(runner.model), torch.enable_grad():
+        outputs, last = runner.run(windows[0].inputs, states.detach(windows[0].start))
+        loss = runner.loss(outputs, windows[0].targets, windows[0].mask)
         roots: list[Tensor] = [loss]
         gradients: list[Tensor | None] = [None]
         if len(windows) > 1:
-            state = replayer.runner.reset(last, windows[0].ends)
+            state = runner.reset(last, windows[0].ends)
             behind = [windows[1]._replace(start=states.detach(state)), *windows[2:]]
             roots += states.floating(state)
-            gradients += replayer.exact_gradients(behind, 1)[0]
+            gradients += exact_gradients(runner, behind, 1)[0]
         pairs = [(root, gradient) for root, gradient in zip(roots, gradients, strict=True) if root.requires_grad]
         found: Any = torch.autograd.grad(
             [root for root, _ in pairs], parameters, [gradient for _, gradient in pairs], allow_unused=True
         )
     return [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
+
+
+class FidelityProbe:
+    """Messages predicted at a state, and the windows that have followed it so far."""
+
+    def __init__(self, messages: list[State] | None = None, windows: Sequence[RecordedWindow] = ()) -> None:
+        self.messages = messages
+        self.windows = list(windows)

@@ -28,7 +28,7 @@ OBSERVED_FIRST, OBSERVED_EVERY = 100, 200
 """Windows at the start, and then every so many, whose own gradient is observed, at the price of a product to the state."""
 
 
-class SoundInterface(BackwardInterface):
+class FilteredInterface(BackwardInterface):
     """An interface that sends zeros in the place of a message that is not finite, or far too large to be credit.
 
     The size is held to that of windows' own gradients, by themselves: a target that holds a message grows with it. Messages
@@ -48,7 +48,7 @@ class SoundInterface(BackwardInterface):
         super().__init__(synthesizer)
         self.parallel = parallel
         self.norm = torch.zeros(())
-        self.sound = torch.ones((), dtype=torch.bool)
+        self.valid = torch.ones((), dtype=torch.bool)
         self.largest: float | Tensor = 0.0
 
     def injection(self, messages: list[State], rule: TargetRule) -> list[Tensor]:
@@ -58,10 +58,10 @@ class SoundInterface(BackwardInterface):
         norm = self._of_all_ranks(self.norm)
         if not nonfinite.readable_without_sync(norm):
             limit = torch.as_tensor(LARGEST_MESSAGE * self.largest, device=norm.device)
-            self.sound = norm < torch.where(limit > 0, limit, math.inf)
-            return [torch.where(self.sound, leaf, 0) for leaf in injected]
-        self.sound = norm < (LARGEST_MESSAGE * self.largest or math.inf)
-        return injected if self.sound else [torch.zeros_like(leaf) for leaf in injected]
+            self.valid = norm < torch.where(limit > 0, limit, math.inf)
+            return [torch.where(self.valid, leaf, 0) for leaf in injected]
+        self.valid = norm < (LARGEST_MESSAGE * self.largest or math.inf)
+        return injected if self.valid else [torch.zeros_like(leaf) for leaf in injected]
 
     def observes(self, windows: int) -> bool:
         """Whether the window behind as many others is one to observe."""

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from dni_seq.core.nonfinite import NonFiniteError, Tally, first_not_finite
-from dni_seq.credit.replay import Past
+from dni_seq.core.nonfinite import NonFiniteError, SkipCounter, first_nonfinite
+from dni_seq.credit.replay import RecordedWindow
 from dni_seq.distributed.data_parallel import DataParallel
 
 
@@ -26,7 +26,7 @@ class NonFinitePolicy:
         if limit < 1:
             raise ValueError(f"skip_limit must be 1 or more, got {limit}")
         self.limit = limit
-        self._counter = Tally()
+        self._counter = SkipCounter()
         self._reported = 0
 
     @property
@@ -89,7 +89,7 @@ class NonFinitePolicy:
 def diagnose(
     model: nn.Module,
     auxiliary: nn.Module | None,
-    window: Past,
+    window: RecordedWindow,
     outputs: Any,
     loss: Tensor,
     parallel: DataParallel | None,
@@ -107,7 +107,7 @@ def diagnose(
         *((f"the parameter auxiliary.{n}", p) for pre, m in parts if pre for n, p in m.named_parameters()),
         *((f"the gradient of {pre}{n}", dense(p.grad)) for pre, m in parts for n, p in m.named_parameters()),
     ]
-    found = first_not_finite(named)
+    found = first_nonfinite(named)
     return found[1] if parallel is None else parallel.first(*found)
 
 

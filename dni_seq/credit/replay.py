@@ -28,7 +28,7 @@ from dni_seq.credit.window_runner import WindowRunner
 from dni_seq.synthesizers.target_rule import TargetRule, combine
 
 
-class Past(NamedTuple):
+class RecordedWindow(NamedTuple):
     """A window as it was trained on.
 
     Attributes:
@@ -48,118 +48,124 @@ class Past(NamedTuple):
     context: Any
 
 
-class Replayer(NamedTuple):
-    """Runs windows once more.
+def exact_gradients(
+    runner: WindowRunner, windows: Sequence[RecordedWindow], horizons: int | None = None, discount: float = 1.0
+) -> list[list[Tensor]]:
+    """The gradient of each window's loss with respect to the first state of the first one.
 
-    Attributes:
+    A lane's gradient is zero behind the end of its sequence. One graph runs over all windows, one backward pass starts
+    at each.
+
+    Args:
         runner: how training runs them; the parameters of its model are kept out of graphs.
+        windows: consecutive ones.
+        horizons: as many gradients are found; the last is that of all windows from its own on, each weighed by
+            `discount` once more than the one before it. None for one a window.
+
+    Returns:
+        For each, the state's floating-point leaves, raw.
     """
-
-    runner: WindowRunner
-
-    def exact_gradients(
-        self, windows: Sequence[Past], horizons: int | None = None, discount: float = 1.0
-    ) -> list[list[Tensor]]:
-        """The gradient of each window's loss with respect to the first state of the first one.
-
-        A lane's gradient is zero behind the end of its sequence. One graph runs over all windows, one backward pass starts
-        at each.
-
-        Args:
-            windows: consecutive ones.
-            horizons: as many gradients are found; the last is that of all windows from its own on, each weighed by
-                `discount` once more than the one before it. None for one a window.
-
-        Returns:
-            For each, the state's floating-point leaves, raw.
-        """
-        alone = len(windows) if horizons is None else horizons - 1
-        with self._unrolled(windows) as (leaves, losses):
-            found = [_gradient([loss], leaves, [None], keep=True) for loss in losses[:alone]]
-            behind = losses[alone:]
-            if behind:
-                weights: list[Tensor | None] = [loss.new_full((), discount**n) for n, loss in enumerate(behind)]
-                found.append(_gradient(behind, leaves, weights, keep=False))
-            return found
-
-    @contextmanager
-    def _unrolled(self, windows: Sequence[Past]) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
-        """The leaves of the first state, and the losses of all windows run from it in one graph."""
-        losses = []
-        with without_parameter_gradients(self.runner.model), torch.enable_grad():
-            start = states.map_floating(lambda leaf: leaf.detach().requires_grad_(), windows[0].start)
-            state = start
-            for window in windows:
-                outputs, last = self.runner.run(window.inputs, state)
-                losses.append(self.runner.loss(outputs, window.targets, window.mask))
-                state = self.runner.reset(last, window.ends)
-            yield states.floating(start), losses
-
-    def lambda_targets(
-        self,
-        windows: Sequence[Past],
-        last_messages: list[State],
-        rule: TargetRule,
-        predict: Callable[[Past], list[State]],
-        lam: float,
-    ) -> list[list[State]]:
-        """The λ-targets of every window's first state, by one sweep backwards.
-
-        G_i(s_k) = own_i a_k + J_kᵀ Σ_j following_ij [(1 - λ) M_j(s_{k+1}) + λ G_j(s_{k+1})], where G stands for M behind the
-        last window.
-
-        Args:
-            windows: K consecutive ones, oldest first.
-            last_messages: the synthesizer's messages at the state behind the last window, zero in lanes that ended.
-            rule: the coefficients.
-            predict: the messages at a window's first state.
-            lam: λ; 0 is the bootstrapped target, 1 that of BPTT over the ring.
-
-        Returns:
-            For each window, oldest first, one target for each of the N horizons.
-        """
-        messages, targets = last_messages, last_messages
-        found: list[list[State]] = []
-        for window in reversed(windows):
-            mixed = [_mix(m, g, lam) for m, g in zip(messages, targets, strict=True)]
-            if window.ends is not None:
-                mixed = [states.reset_lanes(state, window.ends, None, self.runner.state_batch_dim) for state in mixed]
-            targets = self._targets(window, mixed, rule)
-            messages = predict(window)
-            found.append(targets)
-        return found[::-1]
-
-    def _targets(self, window: Past, following: list[State], rule: TargetRule) -> list[State]:
-        """One target for each horizon at one window's first state; its graph is gone afterwards."""
-        targets = []
-        with without_parameter_gradients(self.runner.model), torch.enable_grad():
-            start = states.map_floating(lambda leaf: leaf.detach().requires_grad_(), window.start)
-            outputs, last = self.runner.run(window.inputs, start)
-            loss = self.runner.loss(outputs, window.targets, window.mask)
-            for own, shares in zip(rule.own, rule.following, strict=True):
-                roots: list[Tensor] = [loss] if own else []
-                gradients: list[Tensor | None] = [loss.new_full((), own)] if own else []
-                if any(shares):
-                    roots += states.floating(last)
-                    gradients += combine(following, shares)
-                found = _gradient(roots, states.floating(start), gradients, keep=True)
-                targets.append(states.with_floating(window.start, found))
-        return targets
+    alone = len(windows) if horizons is None else horizons - 1
+    with _unrolled(runner, windows) as (leaves, losses):
+        found = [_gradient([loss], leaves, [None], keep=True) for loss in losses[:alone]]
+        behind = losses[alone:]
+        if behind:
+            weights: list[Tensor | None] = [loss.new_full((), discount**n) for n, loss in enumerate(behind)]
+            found.append(_gradient(behind, leaves, weights, keep=False))
+        return found
 
 
-def map_past(function: Callable[[Tensor, int], Tensor], window: Past, how: WindowRunner) -> Past:
+@contextmanager
+def _unrolled(runner: WindowRunner, windows: Sequence[RecordedWindow]) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+    """The leaves of the first state, and the losses of all windows run from it in one graph."""
+    losses = []
+    with without_parameter_gradients(runner.model), torch.enable_grad():
+        start = states.map_floating(lambda leaf: leaf.detach().requires_grad_(), windows[0].start)
+        state = start
+        for window in windows:
+            outputs, last = runner.run(window.inputs, state)
+            losses.append(runner.loss(outputs, window.targets, window.mask))
+            state = runner.reset(last, window.ends)
+        yield states.floating(start), losses
+
+
+def lambda_targets(
+    runner: WindowRunner,
+    windows: Sequence[RecordedWindow],
+    last_messages: list[State],
+    rule: TargetRule,
+    predict: Callable[[RecordedWindow], list[State]],
+    lam: float,
+) -> list[list[State]]:
+    """The λ-targets of every window's first state, by one sweep backwards.
+
+    G_i(s_k) = local_i a_k + J_kᵀ Σ_j bootstrap_ij [(1 - λ) M_j(s_{k+1}) + λ G_j(s_{k+1})], where G
+    stands for M after the last window.
+
+    Args:
+        runner: how training runs them.
+        windows: K consecutive ones, oldest first.
+        last_messages: the synthesizer's messages at the state behind the last window, zero in lanes that ended.
+        rule: the coefficients.
+        predict: the messages at a window's first state.
+        lam: λ; 0 is the bootstrapped target, 1 that of BPTT over the ring.
+
+    Returns:
+        For each window, oldest first, one target for each of the N horizons.
+    """
+    messages, targets = last_messages, last_messages
+    found: list[list[State]] = []
+    for window in reversed(windows):
+        mixed = [_mix(m, g, lam) for m, g in zip(messages, targets, strict=True)]
+        if window.ends is not None:
+            mixed = [states.reset_lanes(state, window.ends, None, runner.state_batch_dim) for state in mixed]
+        targets = _targets(runner, window, mixed, rule)
+        messages = predict(window)
+        found.append(targets)
+    return found[::-1]
+
+
+def _targets(runner: WindowRunner, window: RecordedWindow, following: list[State], rule: TargetRule) -> list[State]:
+    """One target for each horizon at one window's first state; its graph is gone afterwards."""
+    targets = []
+    with without_parameter_gradients(runner.model), torch.enable_grad():
+        start = states.map_floating(lambda leaf: leaf.detach().requires_grad_(), window.start)
+        outputs, last = runner.run(window.inputs, start)
+        loss = runner.loss(outputs, window.targets, window.mask)
+        for own, shares in zip(rule.local, rule.bootstrap, strict=True):
+            roots: list[Tensor] = [loss] if own else []
+            gradients: list[Tensor | None] = [loss.new_full((), own)] if own else []
+            if any(shares):
+                roots += states.floating(last)
+                gradients += combine(following, shares)
+            found = _gradient(roots, states.floating(start), gradients, keep=True)
+            targets.append(states.with_floating(window.start, found))
+    return targets
+
+
+def map_recorded(function: Callable[[Tensor, int], Tensor], window: RecordedWindow, runner: WindowRunner) -> RecordedWindow:
     """`function(tensor, dim)` for all tensors of a window and the dimension of their lanes."""
     mask, ends, context = window.mask, window.ends, window.context
     if isinstance(context, Lookahead):
         context = Lookahead(*(None if field is None else function(field, 1) for field in context))  # type: ignore[arg-type]
-    return Past(
-        function(window.inputs, how.batch_dim),
-        function(window.targets, how.batch_dim),
+    return RecordedWindow(
+        function(window.inputs, runner.batch_dim),
+        function(window.targets, runner.batch_dim),
         None if mask is None else function(mask, 1),
         None if ends is None else function(ends, 0),
-        states.map_lanes(function, window.start, how.state_batch_dim),
+        states.map_lanes(function, window.start, runner.state_batch_dim),
         context,
     )
+
+
+def gather_lanes(window: RecordedWindow, runner: WindowRunner) -> RecordedWindow:
+    """Returns the window with the lanes of all ranks; a collective call."""
+    return window if runner.parallel is None else map_recorded(runner.parallel.all, window, runner)
+
+
+def own_lanes(window: RecordedWindow, runner: WindowRunner) -> RecordedWindow:
+    """Returns this rank's lanes of a window with the lanes of all ranks."""
+    return window if runner.parallel is None else map_recorded(runner.parallel.own, window, runner)
 
 
 def _mix(message: State, target: State, lam: float) -> State:
@@ -177,7 +183,7 @@ def _gradient(roots: list[Tensor], leaves: list[Tensor], gradients: list[Tensor 
     return [torch.zeros_like(leaf) if g is None else g for leaf, g in zip(leaves, found, strict=True)]
 
 
-def pack(window: Past) -> dict[str, Any]:
+def pack(window: RecordedWindow) -> dict[str, Any]:
     """A window as a dict of lists of tensors, which `torch.load(weights_only=True)` takes."""
     context = window.context
     return {
@@ -187,7 +193,7 @@ def pack(window: Past) -> dict[str, Any]:
     }
 
 
-def unpack(saved: dict[str, Any], like: State) -> Past:
+def unpack(saved: dict[str, Any], like: State) -> RecordedWindow:
     """The window that `pack` took apart; `like` gives its state's nest."""
     context = None if saved["context"] is None else Lookahead(*saved["context"])
-    return Past(**{**saved, "start": states.unflatten(like, saved["start"]), "context": context})
+    return RecordedWindow(**{**saved, "start": states.unflatten(like, saved["start"]), "context": context})

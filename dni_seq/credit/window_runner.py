@@ -36,12 +36,12 @@ class WindowRunner:
 
     model: nn.Module
     loss_fn: Callable[[Any, Tensor], Tensor]
-    reduction: Reduction
-    autocast: torch.dtype | None
-    batch_dim: int
-    state_batch_dim: Any
-    start: State | Callable[[int], State] | None
-    parallel: DataParallel | None
+    reduction: Reduction = "mean"
+    autocast: torch.dtype | None = None
+    batch_dim: int = 1
+    state_batch_dim: Any = 1
+    start: State | Callable[[int], State] | None = None
+    parallel: DataParallel | None = None
 
     def initial_state(self, lanes: int) -> State | None:
         """Returns the state in which `lanes` sequences start, or None if the model chooses it."""
@@ -54,7 +54,7 @@ class WindowRunner:
 
     def run(self, inputs: Tensor, state: State | None) -> tuple[Any, State]:
         """Runs the model on a copy of `state`, so that a model that writes into its state changes nobody else's."""
-        state = None if state is None else states.copied(state)
+        state = None if state is None else states.clone(state)
         with self._autocast(inputs):
             result: tuple[Any, State] = self.model(inputs, state)
         return result
@@ -94,7 +94,7 @@ class WindowRunner:
 
     def check_saved(self, leaves: list[Any], template: State) -> None:
         """Raises a ValueError if a saved leaf, which has the lanes of all ranks, does not fit the template's."""
-        dims = states.spread(self.state_batch_dim, template, "state_batch_dim")
+        dims = states.broadcast_to_leaves(self.state_batch_dim, template, "state_batch_dim")
         for leaf, like, dim in zip(leaves, states.flatten(template), dims, strict=True):
             if not isinstance(like, Tensor):
                 continue

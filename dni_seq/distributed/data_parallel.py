@@ -69,7 +69,7 @@ class DataParallel:
 
     def all(self, leaf: Tensor, dim: int) -> Tensor:
         """The B lanes of all ranks, of a tensor with this rank's along `dim`; a collective."""
-        return self.ranks.join(leaf, dim)
+        return self.ranks.all_gather_cat(leaf, dim)
 
     @property
     def size(self) -> int:

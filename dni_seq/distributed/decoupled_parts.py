@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from dni_seq.distributed.process_group import RankError, Ranks, answered
+from dni_seq.distributed.process_group import RankError, Ranks, translate_dist_errors
 
 
 class Outbox:
@@ -85,7 +85,7 @@ class Outbox:
         return content
 
     def _send(self, payload: Tensor) -> None:
-        with answered():
+        with translate_dist_errors():
             dist.send(torch.tensor([len(payload)]), self._to, group=self._group)
             if len(payload):
                 dist.send(payload, self._to, group=self._group)
@@ -135,7 +135,7 @@ class Inbox:
 
     def _receive(self) -> Tensor | None:
         length = torch.zeros(1, dtype=torch.int64)
-        with answered():
+        with translate_dist_errors():
             dist.recv(length, self._source, group=self._group)
             if not length:
                 return None

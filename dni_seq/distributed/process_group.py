@@ -61,7 +61,7 @@ class Ranks:
 
     def new_group(self) -> dist.ProcessGroup:
         """Another group of all ranks, whose messages pair up among themselves."""
-        with answered():
+        with translate_dist_errors():
             return dist.new_group(timeout=timedelta(seconds=self._timeout))
 
     def sum_(self, tensor: Tensor) -> Tensor:
@@ -71,26 +71,26 @@ class Ranks:
             RankError: another rank has ended, or does not answer; so for all methods.
         """
         if self.size > 1:
-            with answered():
+            with translate_dist_errors():
                 dist.all_reduce(tensor, group=self._group)
         return tensor
 
-    def largest(self, *numbers: int) -> list[int]:
+    def all_reduce_max(self, *numbers: int) -> list[int]:
         """The largest of each number over all ranks."""
         if self.size == 1:
             return list(numbers)
         found = torch.tensor(numbers)
-        with answered():
+        with translate_dist_errors():
             dist.all_reduce(found, dist.ReduceOp.MAX, group=self._group)
         return found.tolist()
 
-    def join(self, tensor: Tensor, dim: int) -> Tensor:
+    def all_gather_cat(self, tensor: Tensor, dim: int) -> Tensor:
         """The ranks' tensors, all of one shape, one behind the other along `dim`."""
         if self.size == 1:
             return tensor
         own = tensor.to(torch.uint8 if tensor.dtype == torch.bool else tensor.dtype).contiguous()  # gloo has no bool
         pieces = [torch.empty_like(own) for _ in range(self.size)]
-        with answered():
+        with translate_dist_errors():
             dist.all_gather(pieces, own, group=self._group)
         return torch.cat(pieces, dim).to(tensor.dtype)
 
@@ -99,11 +99,11 @@ class Ranks:
         values = [value]
         if self.size > 1:
             values = [None] * self.size
-            with answered():
+            with translate_dist_errors():
                 dist.all_gather_object(values, value, group=self._group)
         return values
 
-    def together(self, work: Callable[[], Result]) -> Result:
+    def run_on_all(self, work: Callable[[], Result]) -> Result:
         """Do `work` on every rank, and fail on all of them where it fails on one.
 
         Raises:
@@ -113,16 +113,16 @@ class Ranks:
         self._raise_first(self.gather(failure))
         return result  # type: ignore[return-value]
 
-    def from_first(self, work: Callable[[], Result]) -> Result:
+    def broadcast_from_rank0(self, work: Callable[[], Result]) -> Result:
         """What `work` gives on rank 0, on every rank; it must be something that can be pickled.
 
         Raises:
-            ValueError: as in `together`.
+            ValueError: as in `run_on_all`.
         """
         outcome = _attempted(work) if self.first else None
         if self.size > 1:
             box = [outcome]
-            with answered():
+            with translate_dist_errors():
                 dist.broadcast_object_list(box, src=0, group=self._group)
             outcome = box[0]
         assert outcome is not None
@@ -163,7 +163,7 @@ def _short(value: Any) -> str:
 
 
 @contextmanager
-def answered() -> Iterator[None]:
+def translate_dist_errors() -> Iterator[None]:
     """Say in one line what it means that a rank's connection is gone, or that time is up."""
     try:
         yield
@@ -173,7 +173,7 @@ def answered() -> Iterator[None]:
 
 
 @contextmanager
-def joined(timeout: float = TIMEOUT) -> Iterator[Ranks]:
+def init_distributed(timeout: float = TIMEOUT) -> Iterator[Ranks]:
     """The ranks of the run that this process was started for by `torchrun`; alone where it was not.
 
     `torchrun` says where through RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT; other launchers may set them too.

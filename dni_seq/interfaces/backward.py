@@ -20,7 +20,7 @@ from dni_seq.core.deferred_backward import GradientAccumulator, current_scope, u
 from dni_seq.core.states import State
 from dni_seq.interfaces.base import Interface
 from dni_seq.interfaces.context import current_context
-from dni_seq.interfaces.exchange import End, Exchange, silence, taken, with_gradients_wanted
+from dni_seq.interfaces.exchange import InjectionPoint, ScopeExchange, pop_grad, with_gradients_wanted, zero_ended_lanes
 from dni_seq.synthesizers.base import Regression, check_like
 from dni_seq.synthesizers.target_rule import TargetRule, combine, rule_of
 
@@ -109,21 +109,21 @@ class BackwardInterface(Interface):
         if rule is None:
             rule = rule_of(self.synthesizer, float(factor), float(factor))
         scope, context = current_scope(), current_context()
-        if rule.ahead and scope is not None and self.learns:
-            messages, loss = self._learn_ahead(trigger, context)
+        if rule.self_supervised and scope is not None and self.learns:
+            messages, loss = self._predict_and_train(trigger, context)
             self.exchange(scope).learned.append(loss)
         else:
             messages = self.messages(trigger, context)
         messages = self._checked(messages, trigger, ends, batch_dim)
         injected = self.injection(messages, rule)
-        if rule.quiet:
+        if rule.skip_injection:
             injected = [torch.zeros_like(leaf) for leaf in injected]
-            rule = rule._replace(weights=[0.0] * len(rule.weights))
+            rule = rule._replace(injection=[0.0] * len(rule.injection))
         if scope is not None:
             others = None
             if bootstrap is not None:
                 others = self._checked(self.messages(trigger, context, bootstrap), trigger, ends, batch_dim)
-            self.exchange(scope).add_end(End(leaves, injected, others or messages, rule, others is None))
+            self.exchange(scope).add_end(InjectionPoint(leaves, injected, others or messages, rule, others is None))
         else:
             alone = GradientAccumulator()  # the leaves of a nest share a graph, which one pass frees
             for leaf, gradient in with_gradients_wanted(leaves, injected):
@@ -132,7 +132,7 @@ class BackwardInterface(Interface):
 
     def injection(self, messages: list[State], rule: TargetRule) -> list[Tensor]:
         """What is sent for the messages of the horizons, leaf by leaf: their weighted sum."""
-        return combine(messages, rule.weights)
+        return combine(messages, rule.injection)
 
     @uncompiled
     def send(self, message: State, trigger: State) -> Regression | None:
@@ -153,7 +153,7 @@ class BackwardInterface(Interface):
     def receive(self, trigger: State) -> State:
         """The synthetic gradient for `trigger`, without a graph: the weighted sum of all horizons."""
         messages = self._checked(self.messages(trigger, current_context()), trigger, None, None)
-        return states.with_floating(trigger, combine(messages, rule_of(self.synthesizer, 1.0, 1.0).weights))
+        return states.with_floating(trigger, combine(messages, rule_of(self.synthesizer, 1.0, 1.0).injection))
 
     def _checked(self, messages: list[State], trigger: State, ends: Tensor | None, batch_dim: Any) -> list[State]:
         """The messages, zero in lanes that end.
@@ -163,11 +163,11 @@ class BackwardInterface(Interface):
         """
         for message in messages:
             check_like(states.floating(message), states.floating(trigger), "message")
-        return messages if ends is None else [silence(message, ends, batch_dim) for message in messages]
+        return messages if ends is None else [zero_ended_lanes(message, ends, batch_dim) for message in messages]
 
-    def exchange(self, scope: GradientAccumulator) -> Exchange:
+    def exchange(self, scope: GradientAccumulator) -> ScopeExchange:
         """What this interface has going in `scope`."""
-        return scope.participant(id(self), lambda: Exchange(self, scope))
+        return scope.participant(id(self), lambda: ScopeExchange(self, scope))
 
     def _intercept(self, state: State, context: Any) -> None:
         """Regress when a backward pass outside of any scope has brought the gradient of every leaf of `state`."""
@@ -179,7 +179,7 @@ class BackwardInterface(Interface):
         def arrived(_: Tensor) -> None:
             alive = [leaf for leaf in (reference() for reference in references) if leaf is not None]
             if len(alive) == len(references) and all(leaf.grad is not None for leaf in alive):
-                self.regress(trigger, context, [states.with_floating(trigger, [taken(leaf) for leaf in alive])])
+                self.regress(trigger, context, [states.with_floating(trigger, [pop_grad(leaf) for leaf in alive])])
 
         for leaf in leaves:
             leaf.register_post_accumulate_grad_hook(arrived)

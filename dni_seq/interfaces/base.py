@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dni_seq.core import states
 from dni_seq.core.states import State
-from dni_seq.synthesizers.base import Regression, learn_ahead, predict, regress
+from dni_seq.synthesizers.base import Regression, predict, predict_and_train, regress
 
 
 class Interface(nn.Module):
@@ -33,10 +33,10 @@ class Interface(nn.Module):
             messages = predict(synthesizer or self.synthesizer, cast(states.detach(trigger)), cast(context))
         return [_like(message, trigger) for message in messages]
 
-    def _learn_ahead(self, trigger: State, context: Any) -> tuple[list[State], Tensor]:
+    def _predict_and_train(self, trigger: State, context: Any) -> tuple[list[State], Tensor]:
         """The messages of a synthesizer that learns ahead, without a graph, and its loss, which it has learned from."""
         with _full_precision(trigger) as cast:
-            messages, loss = learn_ahead(self.synthesizer, cast(states.detach(trigger)), cast(context))
+            messages, loss = predict_and_train(self.synthesizer, cast(states.detach(trigger)), cast(context))
         return [_like(message, trigger) for message in messages], loss
 
     def measure(self, trigger: State, context: Any, targets: list[State | None]) -> Regression:
@@ -69,7 +69,7 @@ def _full_precision(trigger: State) -> Iterator[Any]:
     device = leaves[0].device.type if leaves else "cpu"
 
     def cast(state: State) -> State:
-        return states.map_floating(states.in_full, state)
+        return states.map_floating(states.to_float32, state)
 
     with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
         yield cast

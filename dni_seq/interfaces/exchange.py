@@ -15,12 +15,12 @@ from dni_seq.synthesizers.base import Regression
 from dni_seq.synthesizers.target_rule import TargetRule, combine, rule_of
 
 
-def silence(message: State, ends: Tensor, batch_dim: Any) -> State:
+def zero_ended_lanes(message: State, ends: Tensor, batch_dim: Any) -> State:
     """`message` with exact zeros in the lanes that `ends` [B] marks: a state that nothing follows has no gradient."""
     return states.reset_lanes(message, ends, None, batch_dim)
 
 
-def taken(leaf: Tensor) -> Tensor:
+def pop_grad(leaf: Tensor) -> Tensor:
     """The gradient that has arrived at a trigger's leaf, zeros where none has; the leaf's `.grad` is cleared."""
     gradient, leaf.grad = leaf.grad, None
     return torch.zeros_like(leaf) if gradient is None else gradient
@@ -31,7 +31,7 @@ def with_gradients_wanted(leaves: list[Tensor], gradients: list[Tensor]) -> list
     return [(leaf, gradient) for leaf, gradient in zip(leaves, gradients, strict=True) if leaf.requires_grad]
 
 
-class End(NamedTuple):
+class InjectionPoint(NamedTuple):
     """A last state in a scope.
 
     Attributes:
@@ -49,7 +49,7 @@ class End(NamedTuple):
     same: bool
 
 
-class Exchange:
+class ScopeExchange:
     """The triggers and last states of one interface in one scope, until the scope's one backward pass has joined them.
 
     Attributes:
@@ -65,7 +65,7 @@ class Exchange:
         self._interface = interface
         self._scope = scope
         self._triggers: list[tuple[State, Any]] = []
-        self._ends: list[End] = []
+        self._ends: list[InjectionPoint] = []
         self._rule: TargetRule | None = None
         self._products: dict[int, list[Tensor | None]] = {}
         self.regressions: list[Regression] = []
@@ -77,7 +77,7 @@ class Exchange:
         """Take the gradient of `state` as a target at the scope's end."""
         self._triggers.append((state, context))
 
-    def add_end(self, end: End) -> None:
+    def add_end(self, end: InjectionPoint) -> None:
         """Inject into a last state.
 
         Raises:
@@ -100,11 +100,11 @@ class Exchange:
         if not self._triggers:
             return
         rule = self._ends[0].rule if self._ends else rule_of(self._interface.synthesizer, 1, 1)
-        if not any(rule.trained) or not self._interface.learns:
+        if not any(rule.active) or not self._interface.learns:
             return
         self._rule = rule
         inputs = self.inputs()
-        for i, trained in enumerate(rule.trained):
+        for i, trained in enumerate(rule.active):
             roots = [root for end in self._ends for root in _difference(end, i)] if trained else []
             if roots:
                 tensors, gradients = zip(*roots, strict=True)
@@ -114,7 +114,7 @@ class Exchange:
     def after_backward(self) -> None:
         """Regress at every trigger towards its targets, or measure there what has learned already."""
         if self._rule is not None:
-            self._regress(self._rule, [taken(leaf) for leaf in self.inputs()])
+            self._regress(self._rule, [pop_grad(leaf) for leaf in self.inputs()])
         for leaf in self.inputs():
             leaf.grad = None
         if self.learned:
@@ -124,7 +124,7 @@ class Exchange:
             self.regressions = [regression._replace(loss=loss) for regression in found]
 
     def _regress(self, rule: TargetRule, arrived: list[Tensor]) -> None:
-        rows = [self._row(i, arrived) if trained else None for i, trained in enumerate(rule.trained)]
+        rows = [self._row(i, arrived) if trained else None for i, trained in enumerate(rule.active)]
         position = 0
         for state, context in self._triggers:
             count = len(states.floating(state))
@@ -141,7 +141,7 @@ class Exchange:
 
     def _row(self, i: int, arrived: list[Tensor]) -> list[Tensor]:
         """The target of horizon i at every trigger."""
-        own = self._rule.own[i] if self._rule is not None else 0.0
+        own = self._rule.local[i] if self._rule is not None else 0.0
         shares = arrived if own == 1 else [own * leaf for leaf in arrived]
         products = self._products.get(i, [None] * len(shares))
         return [leaf if product is None else leaf + product for leaf, product in zip(shares, products, strict=True)]
@@ -151,9 +151,9 @@ class Exchange:
         return [leaf for state, _ in self._triggers for leaf in states.floating(state)]
 
 
-def _difference(end: End, i: int) -> list[tuple[Tensor, Tensor]]:
+def _difference(end: InjectionPoint, i: int) -> list[tuple[Tensor, Tensor]]:
     """Where target i has other messages behind a last state than were injected: its leaves with that difference."""
-    own, following, weights = end.rule.own[i], end.rule.following[i], end.rule.weights
+    own, following, weights = end.rule.local[i], end.rule.bootstrap[i], end.rule.injection
     if end.same:
         coefficients = [f - own * w for f, w in zip(following, weights, strict=True)]
         return with_gradients_wanted(end.leaves, combine(end.messages, coefficients)) if any(coefficients) else []

@@ -60,7 +60,7 @@ class Counting:
         return Block(symbols, counts[:, FAST_SYMBOL] - 1 / SYMBOLS, slow, counts)
 
 
-class SlowTicking:
+class MultiTimescale:
     """The two networks and their training.
 
     Args:

@@ -20,7 +20,7 @@ SEEN = 8
 """Tokens, the present one included, from which the synthetic input of a language model's second layer is made."""
 
 
-class Halves(NamedTuple):
+class TwoPartNetwork(NamedTuple):
     """A network in two parts.
 
     Attributes:
@@ -92,26 +92,26 @@ class TargetGradient(nn.Module):
         return self.output(F.relu(self.hidden(seen)))
 
 
-def digits_halves(hidden: int) -> Halves:
+def two_part_digits(hidden: int) -> TwoPartNetwork:
     """A perceptron for images [N, 784]: a hidden layer in each part; the context is the label, one-hot."""
     pixels = SIDE * SIDE
     synthetic_input = WithoutContext(BasicSynthesizer(hidden, 1, hidden, trigger_dim=pixels))
     gradient = Normalized(BasicSynthesizer(hidden, 1, hidden, context_dim=CLASSES))
-    return Halves(
+    return TwoPartNetwork(
         Stateless(nn.Linear(pixels, hidden), nn.ReLU()),
         Stateless(nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, CLASSES)),
         BidirectionalInterface(synthetic_input, gradient),
     )
 
 
-def language_model_halves(vocabulary_size: int, hidden: int, lanes: int) -> Halves:
+def two_part_language_model(vocabulary_size: int, hidden: int, lanes: int) -> TwoPartNetwork:
     """A stacked LSTM for tokens [T, B]: embedding and first layer, second layer and projection; the context is targets.
 
     The message is [T B, H]: of a tensor of three dimensions `Normalized` would take the first for layers, and the last
     window of an epoch has fewer steps.
     """
     gradient = Normalized(TargetGradient(vocabulary_size, hidden))
-    return Halves(
+    return TwoPartNetwork(
         Recurrent(nn.Embedding(vocabulary_size, hidden), nn.LSTM(hidden, hidden), nn.Flatten(0, 1)),
         Recurrent(nn.Unflatten(0, (-1, lanes)), nn.LSTM(hidden, hidden), nn.Linear(hidden, vocabulary_size)),
         BidirectionalInterface(RecentTokens(vocabulary_size, hidden), gradient),

@@ -12,7 +12,7 @@ from dni_seq.models.language_model import CELLS, LSTMState
 from dni_seq.models.lstm_kernels import native_up_to, run_rnn
 
 
-class SequenceModel(nn.Module):
+class VectorRNN(nn.Module):
     """Map B lanes of vectors step by step: `model(inputs, state) -> (outputs, state)`.
 
     Args:

@@ -17,13 +17,13 @@ import torch
 from dni_seq.core.windows import Lookahead, Window
 from dni_seq.streams.documents import DataError, Documents, Position, Reader
 from dni_seq.streams.lanes import Lanes
-from dni_seq.streams.prefetch import Ahead, StoppableReader
-from dni_seq.streams.token_streams import Tally, TokenizedDocument, check_same, checksum, tokenized_documents, too_short
+from dni_seq.streams.prefetch import Prefetcher, StoppableReader
+from dni_seq.streams.token_streams import TextStats, TokenizedDocument, check_same, checksum, tokenized_documents, too_short
 from dni_seq.streams.tokenization import Tokenizer
 
 
 @dataclass
-class _Dealt:
+class _DocumentQueue:
     """A document in a lane.
 
     Attributes:
@@ -53,8 +53,8 @@ class DocumentLanes(Lanes):
 
     def __init__(self, documents: Documents, tokenizer: Tokenizer, count: int) -> None:
         self._documents, self._tokenizer, self._count = documents, tokenizer, count
-        self._tally = Tally()
-        self._lanes: list[_Dealt | None] = []
+        self._stats = TextStats()
+        self._lanes: list[_DocumentQueue | None] = []
         self._next: TokenizedDocument | None = None
         self.rewind(0)
         self._read_first()
@@ -62,9 +62,9 @@ class DocumentLanes(Lanes):
             raise too_short(documents.name, count, 2)
 
     @property
-    def tally(self) -> Tally:
+    def stats(self) -> TextStats:
         """What has been taken of the text, in all epochs, by whole documents, the next one included."""
-        return self._tally if self._next is None else self._next.tally
+        return self._stats if self._next is None else self._next.stats
 
     def window(self, steps: int, lookahead: int) -> tuple[Window, bool]:
         """The next window, as short as its longest lane; lanes without a document are masked and end."""
@@ -90,8 +90,8 @@ class DocumentLanes(Lanes):
     def rewind(self, epoch: int) -> None:
         """Go to the start of an epoch."""
         reader = self._documents.in_epoch(epoch).read()
-        self._start = {"documents": reader.position(), "tally": list(self._tally)}
-        self._begin(self._reading(reader, self._tally))
+        self._start = {"documents": reader.position(), "tally": list(self._stats)}
+        self._begin(self._reading(reader, self._stats))
 
     def position(self) -> Position:
         """Where the oldest document in a lane starts, how many were dealt since, and which of them are where."""
@@ -113,8 +113,8 @@ class DocumentLanes(Lanes):
         lanes, number, saved = position["lanes"], position["dealt"], position["checksum"]
         start = {"documents": position["documents"], "tally": position["tally"]}
         reader = self._documents.in_epoch(epoch).read(start["documents"])
-        tally = Tally(*start["tally"])
-        documents = self._reading(reader, tally)
+        stats = TextStats(*start["tally"])
+        documents = self._reading(reader, stats)
         wanted = {place[0] for place in lanes if place is not None}
         found: dict[int, TokenizedDocument] = {}
         for index in range(number):
@@ -123,19 +123,19 @@ class DocumentLanes(Lanes):
                 raise DataError(
                     f"{self._documents.name} has changed since the position was saved: resume with the same data"
                 )
-            tally = document.tally
+            stats = document.stats
             if index in wanted:
                 found[index] = document
-        dealt = [None if place is None else _Dealt(found[place[0]], *place) for place in lanes]
+        dealt = [None if place is None else _DocumentQueue(found[place[0]], *place) for place in lanes]
         check_same(self._documents.name, saved, _checksum([each for each in dealt if each is not None]))
-        self._start, self._tally = start, tally
+        self._start, self._stats = start, stats
         self._begin(documents)
         self._lanes, self._number = dealt, number
 
-    def _reading(self, reader: Reader, tally: Tally) -> Iterator[TokenizedDocument]:
+    def _reading(self, reader: Reader, stats: TextStats) -> Iterator[TokenizedDocument]:
         """A thread's documents, one by one."""
         source = StoppableReader(reader)
-        batches = Ahead(tokenized_documents(source, self._tokenizer, tally), source)
+        batches = Prefetcher(tokenized_documents(source, self._tokenizer, stats), source)
         return (document for batch in batches for document in batch)
 
     def _begin(self, documents: Iterator[TokenizedDocument]) -> None:
@@ -157,8 +157,8 @@ class DocumentLanes(Lanes):
                 continue
             document = self._next
             following = next(self._source, None)
-            self._lanes[lane] = _Dealt(document, self._number)
-            self._next, self._tally = following, document.tally
+            self._lanes[lane] = _DocumentQueue(document, self._number)
+            self._next, self._stats = following, document.stats
             self._number += 1
 
 
@@ -177,7 +177,7 @@ def _window(tokens: np.ndarray, seen: np.ndarray, ends: np.ndarray, steps: int, 
     )
 
 
-def _checksum(live: list[_Dealt]) -> int:
+def _checksum(live: list[_DocumentQueue]) -> int:
     """Tells the documents in the lanes from others."""
     value = 0
     for dealt in live:

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from dni_seq.core.windows import Lookahead, Window
 from dni_seq.streams.documents import Documents, Position, Reader
-from dni_seq.streams.prefetch import Ahead, StoppableReader
-from dni_seq.streams.token_streams import Ids, Tally, TokenRun, check_same, checksum, compact, too_short
+from dni_seq.streams.prefetch import Prefetcher, StoppableReader
+from dni_seq.streams.token_streams import Ids, TextStats, TokenRun, check_same, checksum, compact, too_short
 from dni_seq.streams.tokenization import Tokenizer
 
 RUN = 1 << 14
@@ -43,7 +43,7 @@ class Lanes(ABC):
 
     @property
     @abstractmethod
-    def tally(self) -> Tally:
+    def stats(self) -> TextStats:
         """What has been read of the text so far; a streamed text is counted again in each epoch."""
 
     @abstractmethod
@@ -115,15 +115,15 @@ class HeldLanes(RunningLanes):
     def __init__(self, documents: Documents, tokenizer: Tokenizer, count: int) -> None:
         self._documents, self._tokenizer, self._count = documents, tokenizer, count
         self._ordered = documents.in_epoch(0)
-        self._ids, self._tally = _hold(self._ordered, tokenizer, count)
+        self._ids, self._stats = _hold(self._ordered, tokenizer, count)
         self.length = len(self._ids)
         self._checksum = checksum(self._ids)
         self._at = 0
 
     @property
-    def tally(self) -> Tally:
+    def stats(self) -> TextStats:
         """What the whole text holds."""
-        return self._tally
+        return self._stats
 
     def peek(self, tokens: int) -> Ids:
         """The next tokens; a view."""
@@ -155,18 +155,18 @@ class HeldLanes(RunningLanes):
         self._ordered, self._ids, self._checksum, self._at = ordered, ids, saved, at
 
 
-def _hold(documents: Documents, tokenizer: Tokenizer, count: int) -> tuple[Ids, Tally]:
+def _hold(documents: Documents, tokenizer: Tokenizer, count: int) -> tuple[Ids, TextStats]:
     """The lanes of a text, [n, B], and its tally."""
-    run = TokenRun(documents.read(), tokenizer, Tally())
+    run = TokenRun(documents.read(), tokenizer, TextStats())
     ids = run.take(None)
     length = len(ids) // count
     if length < 2:
         raise too_short(documents.name, count, 2 * count)
     # Time-major, so that a window is one piece of memory.
-    return np.ascontiguousarray(ids[: length * count].reshape(count, length).T), run.tally
+    return np.ascontiguousarray(ids[: length * count].reshape(count, length).T), run.stats
 
 
-class _Block(NamedTuple):
+class _TokenBlock(NamedTuple):
     """A block of a streamed text.
 
     Attributes:
@@ -179,7 +179,7 @@ class _Block(NamedTuple):
     ids: Ids
     checksum: int
     mark: Position
-    tally: Tally
+    stats: TextStats
 
 
 class StreamedLanes(RunningLanes):
@@ -193,22 +193,22 @@ class StreamedLanes(RunningLanes):
     """
 
     length = None
-    _ahead: Ahead[_Block]
+    _ahead: Prefetcher[_TokenBlock]
     _start: Position  # of the text that `_ahead` was to read when the buffer was empty
     _buffer: Ids  # [tokens, B]
-    _blocks: deque[_Block]
+    _blocks: deque[_TokenBlock]
     _at: int
 
     def __init__(self, documents: Documents, tokenizer: Tokenizer, count: int) -> None:
         self._documents, self._tokenizer, self._count = documents, tokenizer, count
-        self._tally = Tally()
+        self._stats = TextStats()
         self.rewind(0)
         self.peek(2)
 
     @property
-    def tally(self) -> Tally:
+    def stats(self) -> TextStats:
         """What has been taken of the text, in all epochs, by whole blocks."""
-        return self._tally
+        return self._stats
 
     def peek(self, tokens: int) -> Ids:
         """The next tokens; a view."""
@@ -228,7 +228,7 @@ class StreamedLanes(RunningLanes):
 
     def rewind(self, epoch: int) -> None:
         """Read the text again from its start."""
-        self._begin(*self._reading(self._documents.in_epoch(epoch).read(), self.tally, 0), self.tally)
+        self._begin(*self._reading(self._documents.in_epoch(epoch).read(), self.stats, 0), self.stats)
 
     def position(self) -> Position:
         """Where the first block of the buffer starts, and how far its lanes have been read."""
@@ -241,27 +241,27 @@ class StreamedLanes(RunningLanes):
         """Read the block of a position again, and go on in it."""
         saved, at = position["checksum"], position["at"]
         reader = self._documents.in_epoch(epoch).read(position["documents"])
-        tally = Tally(*position["tally"])
-        ahead, start = self._reading(reader, tally, position["skip"])
+        stats = TextStats(*position["tally"])
+        ahead, start = self._reading(reader, stats, position["skip"])
         block = None if saved is None else next(ahead, None)
         if saved is not None:
             check_same(self._documents.name, saved, block and block.checksum)
-        self._begin(ahead, start, tally)
+        self._begin(ahead, start, stats)
         if block is not None:
             self._add(block)
         self._at = at
 
-    def _reading(self, reader: Reader, tally: Tally, skip: int) -> tuple[Ahead[_Block], Position]:
+    def _reading(self, reader: Reader, stats: TextStats, skip: int) -> tuple[Prefetcher[_TokenBlock], Position]:
         """A thread that reads blocks behind `skip` tokens, and where they start."""
         source = StoppableReader(reader)
-        run = TokenRun(source, self._tokenizer, tally)
+        run = TokenRun(source, self._tokenizer, stats)
         run.take(skip)
         start = run.mark()
-        return Ahead(_blocks(run, self._count), source), start
+        return Prefetcher(_blocks(run, self._count), source), start
 
-    def _begin(self, ahead: Ahead[_Block], start: Position, tally: Tally) -> None:
+    def _begin(self, ahead: Prefetcher[_TokenBlock], start: Position, stats: TextStats) -> None:
         """Take what `ahead` reads into an empty buffer."""
-        self._ahead, self._start, self._tally = ahead, start, tally
+        self._ahead, self._start, self._stats = ahead, start, stats
         self._buffer = np.zeros((0, self._count), compact(self._tokenizer))
         self._blocks = deque()
         self._at = 0
@@ -273,13 +273,13 @@ class StreamedLanes(RunningLanes):
             self._add(block)
         return block is not None
 
-    def _add(self, block: _Block) -> None:
+    def _add(self, block: _TokenBlock) -> None:
         self._blocks.append(block)
         self._buffer = np.concatenate([self._buffer, block.ids])
-        self._tally = block.tally
+        self._stats = block.stats
 
 
-def _blocks(run: TokenRun, count: int) -> Iterator[_Block]:
+def _blocks(run: TokenRun, count: int) -> Iterator[_TokenBlock]:
     """The blocks of a text, to its end."""
     size = max(1, min(RUN, BLOCK // count)) * count
     while True:
@@ -289,7 +289,7 @@ def _blocks(run: TokenRun, count: int) -> Iterator[_Block]:
         if length == 0:
             return
         lanes = ids[: length * count].reshape(count, length).T
-        yield _Block(lanes, checksum(ids), mark, run.tally)
+        yield _TokenBlock(lanes, checksum(ids), mark, run.stats)
 
 
 def _look(ids: Tensor, m: int) -> Lookahead:

@@ -37,7 +37,7 @@ class StoppableReader(Reader):
         self._stopped = True
 
 
-class Ahead(Generic[Item]):
+class Prefetcher(Generic[Item]):
     """The items of an iterator, one of them made ahead by a thread of its own.
 
     What the iterator raises is raised behind the items before it, and again at each further call. The thread ends with the

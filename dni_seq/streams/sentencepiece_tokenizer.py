@@ -38,7 +38,7 @@ LONGEST = 1000
 BLANK, ESCAPE = "\u2581", "\U0010fffe"
 
 
-class SubwordTokenizer(Tokenizer):
+class SentencePieceTokenizer(Tokenizer):
     """A trained SentencePiece model, of its unigram kind.
 
     Args:
@@ -65,7 +65,7 @@ class SubwordTokenizer(Tokenizer):
             raise DataError("its SentencePiece model has no newline")
 
     @classmethod
-    def train(cls, documents: Iterable[str], vocab_size: int | None = None) -> SubwordTokenizer:
+    def train(cls, documents: Iterable[str], vocab_size: int | None = None) -> SentencePieceTokenizer:
         """The tokenizer of a bounded sample of `documents`, the same in every run on the same text.
 
         Raises:
@@ -125,7 +125,7 @@ class SubwordTokenizer(Tokenizer):
         return {"model": base64.b64encode(self._model).decode("ascii")}
 
     @classmethod
-    def from_content(cls, content: Mapping[str, Any]) -> SubwordTokenizer:
+    def from_content(cls, content: Mapping[str, Any]) -> SentencePieceTokenizer:
         """The tokenizer of a file's content.
 
         Raises:

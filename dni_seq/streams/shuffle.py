@@ -48,9 +48,9 @@ class ShuffledDocuments(Documents):
 class _ShuffledReader(Reader):
     """Holds one block, in its new order."""
 
-    def __init__(self, reader: Reader, whole: bool, seed: int, epoch: int, number: int, taken: int) -> None:
+    def __init__(self, reader: Reader, whole: bool, seed: int, epoch: int, number: int, pop_grad: int) -> None:
         self._reader, self._whole = reader, whole
-        self._seed, self._epoch, self._number, self._taken = seed, epoch, number, taken
+        self._seed, self._epoch, self._number, self._taken = seed, epoch, number, pop_grad
         self._start = reader.position()
         self._pieces: list[Piece] | None = None
 

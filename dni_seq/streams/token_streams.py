@@ -22,7 +22,7 @@ LONGEST_DOCUMENT = 1 << 20
 Ids = npt.NDArray[Any]
 
 
-class Tally(NamedTuple):
+class TextStats(NamedTuple):
     """What has been read of a text.
 
     Attributes:
@@ -65,15 +65,15 @@ def check_same(name: str, saved: int | None, found: int | None) -> None:
         raise DataError(f"{name} or its tokenizer has changed since the position was saved: resume with the same data")
 
 
-def tokenize(text: str, tokenizer: Tokenizer, tally: Tally) -> tuple[Ids, Tally]:
+def tokenize(text: str, tokenizer: Tokenizer, stats: TextStats) -> tuple[Ids, TextStats]:
     """The ids of a text's tokens, and the tally behind it."""
     ids = tokenizer.lookup(text)
     words = len(ids) if tokenizer.kind == "word" else len(text.split()) + text.count("\n")
-    after = Tally(
-        tally.tokens + len(ids),
-        tally.characters + len(text),
-        tally.unknown + int(np.count_nonzero(ids < 0)),
-        tally.words + words,
+    after = TextStats(
+        stats.tokens + len(ids),
+        stats.characters + len(text),
+        stats.unknown + int(np.count_nonzero(ids < 0)),
+        stats.words + words,
     )
     return np.maximum(ids, tokenizer.unknown_id).astype(compact(tokenizer)), after
 
@@ -87,8 +87,8 @@ class TokenRun:
         tally: of what is before them.
     """
 
-    def __init__(self, reader: Reader, tokenizer: Tokenizer, tally: Tally) -> None:
-        self.tally = tally
+    def __init__(self, reader: Reader, tokenizer: Tokenizer, stats: TextStats) -> None:
+        self.stats = stats
         self._reader, self._tokenizer = reader, tokenizer
         self._piece: Ids = np.zeros(0, compact(tokenizer))
         self._taken = 0
@@ -112,7 +112,7 @@ class TokenRun:
 
     def _here(self) -> Position:
         """Where the reader is."""
-        return {"documents": self._reader.position(), "tally": list(self.tally)}
+        return {"documents": self._reader.position(), "tally": list(self.stats)}
 
     def _read_piece(self) -> bool:
         """Tokenize the next documents; False at the end."""
@@ -125,7 +125,7 @@ class TokenRun:
                 break
         if not texts:
             return False
-        self._piece, self.tally = tokenize("".join(texts), self._tokenizer, self.tally)
+        self._piece, self.stats = tokenize("".join(texts), self._tokenizer, self.stats)
         self._taken = 0
         return True
 
@@ -141,10 +141,10 @@ class TokenizedDocument(NamedTuple):
 
     ids: Ids
     mark: Position
-    tally: Tally
+    stats: TextStats
 
 
-def tokenized_documents(reader: Reader, tokenizer: Tokenizer, tally: Tally) -> Iterator[list[TokenizedDocument]]:
+def tokenized_documents(reader: Reader, tokenizer: Tokenizer, stats: TextStats) -> Iterator[list[TokenizedDocument]]:
     """The documents in which there is something to predict, in lists of about `PIECE` characters.
 
     A document of more than `LONGEST_DOCUMENT` tokens becomes several.
@@ -154,18 +154,18 @@ def tokenized_documents(reader: Reader, tokenizer: Tokenizer, tally: Tally) -> I
     mark, characters = {}, 0
     while True:
         if not parts:
-            mark = {"documents": reader.position(), "tally": list(tally)}
+            mark = {"documents": reader.position(), "tally": list(stats)}
         piece = next(reader, None)
         if piece is None:
             break
-        ids, tally = tokenize(piece.text, tokenizer, tally)
+        ids, stats = tokenize(piece.text, tokenizer, stats)
         parts.append(ids)
         characters += len(piece.text)
         if piece.ends or sum(map(len, parts)) >= LONGEST_DOCUMENT:
             document = np.concatenate(parts)
             parts = []
             if len(document) >= 2:
-                batch.append(TokenizedDocument(document, mark, tally))
+                batch.append(TokenizedDocument(document, mark, stats))
         if characters >= PIECE and batch:
             yield batch
             batch, characters = [], 0

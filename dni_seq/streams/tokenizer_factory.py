@@ -45,9 +45,9 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 def _class_of(kind: str) -> Any:
     """The tokenizers' classes by kind; the one that needs another package is imported on use."""
     if kind == "sentencepiece":
-        from dni_seq.streams.sentencepiece_tokenizer import SubwordTokenizer
+        from dni_seq.streams.sentencepiece_tokenizer import SentencePieceTokenizer
 
-        return SubwordTokenizer
+        return SentencePieceTokenizer
     classes = {each.kind: each for each in (WordTokenizer, CharTokenizer)}
     if kind not in classes:
         raise DataError(f"unknown tokenizer {kind!r}: use {', '.join(KINDS[:-1])} or {KINDS[-1]}")

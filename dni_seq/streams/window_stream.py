@@ -99,8 +99,8 @@ class WindowStream:
         Over the whole split where it is held in memory, else over what has been read so far. Bits per character are nats per
         token / ln 2 / this.
         """
-        tally = self._lanes.tally
-        return tally.characters / tally.tokens
+        stats = self._lanes.stats
+        return stats.characters / stats.tokens
 
     @property
     def words_per_token(self) -> float:
@@ -108,19 +108,19 @@ class WindowStream:
 
         The perplexity a word is exp(nats per token / this); with a word tokenizer this is 1.
         """
-        tally = self._lanes.tally
-        return tally.words / tally.tokens
+        stats = self._lanes.stats
+        return stats.words / stats.tokens
 
     @property
     def unknown_tokens(self) -> int:
         """How many tokens of the text were not in the vocabulary, out of what `characters_per_token` counts."""
-        return self._lanes.tally.unknown
+        return self._lanes.stats.unknown
 
     @property
     def unknown_share(self) -> float:
         """The share of the tokens that were not in the vocabulary."""
-        tally = self._lanes.tally
-        return tally.unknown / tally.tokens
+        stats = self._lanes.stats
+        return stats.unknown / stats.tokens
 
     def state_dict(self) -> dict[str, Any]:
         """The position of the next window, whatever has been read ahead: plain numbers, strings, lists, dicts."""

@@ -16,7 +16,7 @@ from dni_seq.core import states
 from dni_seq.core.states import State
 
 
-class AcrossRanks(Protocol):
+class Collective(Protocol):
     """What running statistics need of the ranks of a run, which have equally many lanes (`DataParallel.synchronize`)."""
 
     @property
@@ -64,14 +64,14 @@ def regress(synthesizer: nn.Module, trigger: State, context: Any, targets: list[
     return mean_squared(predict(synthesizer, trigger, context), targets)
 
 
-def learns_ahead(synthesizer: nn.Module) -> bool:
-    """Whether it learns where it predicts, from its context, so that targets only measure it; its `learns_ahead` says so."""
-    return bool(getattr(synthesizer, "learns_ahead", False))
+def self_supervised(synthesizer: nn.Module) -> bool:
+    """Returns whether the synthesizer trains on its context as it predicts, so that targets only measure it."""
+    return bool(getattr(synthesizer, "self_supervised", False))
 
 
-def learn_ahead(synthesizer: nn.Module, trigger: State, context: Any) -> tuple[list[State], Tensor]:
+def predict_and_train(synthesizer: nn.Module, trigger: State, context: Any) -> tuple[list[State], Tensor]:
     """What `predict` gives, and the loss, 0-d, that a synthesizer which learns ahead has added the gradients of."""
-    own: Callable[[State, Any], tuple[list[State], Tensor]] = synthesizer.learn_ahead  # type: ignore[assignment]
+    own: Callable[[State, Any], tuple[list[State], Tensor]] = synthesizer.predict_and_train  # type: ignore[assignment]
     return own(trigger, context)
 
 

@@ -20,7 +20,7 @@ from dni_seq.core import states
 from dni_seq.core.states import State
 from dni_seq.core.vjp import without_parameter_gradients
 from dni_seq.core.windows import Lookahead, Reduction, check_unreduced, next_steps, step_weight
-from dni_seq.synthesizers.base import Regression, learn_ahead, learns_ahead, predict, regress
+from dni_seq.synthesizers.base import Regression, predict, predict_and_train, regress, self_supervised
 from dni_seq.synthesizers.target_rule import TargetRule
 
 
@@ -70,7 +70,7 @@ class ExactFuture(nn.Module):
         self.reduction = reduction
         self.tail = tail
         self.batch_dim = batch_dim
-        self.learns_ahead = tail is not None and learns_ahead(tail)
+        self.self_supervised = tail is not None and self_supervised(tail)
 
     def predict(self, trigger: State, context: Any) -> list[State]:
         """The exact gradient, that of the tail included; then the tail's own message at `trigger`, where there is one."""
@@ -79,11 +79,11 @@ class ExactFuture(nn.Module):
             return [exact]
         return [exact, *predict(self.tail, trigger, context)]
 
-    def learn_ahead(self, trigger: State, context: Any) -> tuple[list[State], Tensor]:
-        """The same with a tail that learns as it predicts, and its loss; see `synthesizers.learn_ahead`."""
+    def predict_and_train(self, trigger: State, context: Any) -> tuple[list[State], Tensor]:
+        """The same with a tail that learns as it predicts, and its loss; see `synthesizers.predict_and_train`."""
         assert self.tail is not None
         exact = self._exact(trigger, context)
-        messages, loss = learn_ahead(self.tail, trigger, context)
+        messages, loss = predict_and_train(self.tail, trigger, context)
         return [exact, *messages], loss
 
     def forward(self, trigger: State, context: Any = None) -> State:
@@ -101,15 +101,15 @@ class ExactFuture(nn.Module):
     def target_rule(self, scale: float, discount: float) -> TargetRule:
         """Inject the exact gradient; train the tail towards its own bootstrapped target."""
         if self.tail is None:
-            return TargetRule(own=[1.0], following=[[0.0]], weights=[scale], trained=[False])
+            return TargetRule(local=[1.0], bootstrap=[[0.0]], injection=[scale], active=[False])
         # What is no bootstrap is measured by the window's own gradient.
-        following = 0.0 if self.learns_ahead else discount
+        following = 0.0 if self.self_supervised else discount
         return TargetRule(
-            own=[0.0, 1.0],
-            following=[[0.0, 0.0], [0.0, following]],
-            weights=[scale, 0.0],
-            trained=[False, True],
-            ahead=self.learns_ahead,
+            local=[0.0, 1.0],
+            bootstrap=[[0.0, 0.0], [0.0, following]],
+            injection=[scale, 0.0],
+            active=[False, True],
+            self_supervised=self.self_supervised,
         )
 
     def _exact(self, trigger: State, context: Any) -> State:
@@ -117,7 +117,7 @@ class ExactFuture(nn.Module):
         model = self._model[0]
         with without_parameter_gradients(model), torch.enable_grad():
             start = states.map_floating(lambda leaf: leaf.detach().requires_grad_(), trigger)
-            outputs, last = model(ahead.inputs, states.copied(start))  # a model may write into its state
+            outputs, last = model(ahead.inputs, states.clone(start))  # a model may write into its state
             losses = self.loss_fn(outputs, ahead.targets)
             roots: list[Tensor] = [self._reduce(losses, ahead)]
             gradients: list[Tensor | None] = [None]

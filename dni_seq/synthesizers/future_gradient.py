@@ -31,7 +31,7 @@ from dni_seq.synthesizers.state_mlp import StateTrunk
 from dni_seq.synthesizers.target_rule import TargetRule, increments
 
 
-class _Known(NamedTuple):
+class ClampCache(NamedTuple):
     """Least and largest number of a message, and what they follow from: mean squares, their version, the limit."""
 
     of: Tensor
@@ -64,7 +64,7 @@ class FutureGradient(PackedSynthesizer):
         batch_dim: where the lanes lie in the state's leaves, an int or a nest.
     """
 
-    learns_ahead = True
+    self_supervised = True
 
     def __init__(
         self,
@@ -82,7 +82,7 @@ class FutureGradient(PackedSynthesizer):
         trunk = StateTrunk(example, model.parts, hidden=(), batch_dim=batch_dim, future=lambda _: model)
         super().__init__(trunk, example, cells, decay, limit)
         self.window, self.reduction = window, reduction
-        self._known: _Known | None = None
+        self._clamp_cache: ClampCache | None = None
         step_weight(reduction, window, 1)  # says what is wrong with them
 
     @property
@@ -93,7 +93,7 @@ class FutureGradient(PackedSynthesizer):
 
     def target_rule(self, scale: float, discount: float) -> TargetRule:
         """That of horizons, by which it is measured; it learns at every window."""
-        return increments(scale, discount, [1.0] * self.network.horizons, False)._replace(ahead=True)
+        return increments(scale, discount, [1.0] * self.network.horizons, False)._replace(self_supervised=True)
 
     def outputs(self, bounded: Tensor, gate: Tensor, context: Any) -> Outputs:
         """Raw messages without a graph, those of all lanes of all ranks in one unit."""
@@ -103,7 +103,7 @@ class FutureGradient(PackedSynthesizer):
         """One message a horizon, raw, limited once there has been a target."""
         return self._unpacked(self.outputs(*self._bounded(trigger), context), trigger)
 
-    def learn_ahead(self, trigger: State, context: Any) -> tuple[list[State], Tensor]:
+    def predict_and_train(self, trigger: State, context: Any) -> tuple[list[State], Tensor]:
         """What `predict` gives, and the model's mean loss, 0-d, whose gradients are added to the parameters."""
         bounded, gate = self._bounded(trigger)
         found, loss = self.model.learn(bounded, context)
@@ -118,21 +118,21 @@ class FutureGradient(PackedSynthesizer):
     def _unpacked(self, outputs: Outputs, trigger: State) -> list[State]:
         found = outputs.messages
         if self.limit is not None:
-            found = found.clamp(*self._range(self.limit))
+            found = found.clamp(*self._clamp_range(self.limit))
         return [self.packing.unpack(message, trigger) for message in found.unbind(1)]
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy takes over: what is known of one tensor's versions says nothing of its copy's."""
         return {**self.__dict__, "_known": None}
 
-    def _range(self, limit: float) -> tuple[Tensor, Tensor]:
+    def _clamp_range(self, limit: float) -> tuple[Tensor, Tensor]:
         """Least and largest number of a message, [K, S]; computed anew at the few windows that change the mean squares."""
         of = self.mean_square
-        if self._known is None or not self._known.holds(of, limit):
+        if self._clamp_cache is None or not self._clamp_cache.holds(of, limit):
             scales = self._scales()  # zero before the first target, and where all were zero: no unit to limit it by
             largest = torch.where(scales > 0, limit * scales, torch.inf)
-            self._known = _Known(of, of._version, limit, (-largest, largest))
-        return self._known.range
+            self._clamp_cache = ClampCache(of, of._version, limit, (-largest, largest))
+        return self._clamp_cache.range
 
     def regress(self, trigger: State, context: Any, targets: list[State | None]) -> Regression:
         """The model's own mean loss, which trains it; against the targets that are there the message is measured.

@@ -141,13 +141,13 @@ class FutureModel(nn.Module):
     def _expected(self, flats: Tensor, ahead: Lookahead) -> tuple[Tensor, Tensor]:
         """z [m, B, F] and q [m, B, Q] from states [K, B, S], each of which says what comes in its part of the steps."""
         seen = (self.from_inputs(self._recent(ahead)) + self.from_step).unflatten(0, (self.parts, -1))
-        said = self._said(flats)
+        said = self._project_state(flats)
         reached, direct = said[:, None].split([self.units, said.shape[-1] - self.units], dim=-1)
         hidden = torch.tanh(reached + seen)
         outputs = self.output(hidden) + direct
         return hidden.flatten(0, 1), outputs.flatten(0, 1)
 
-    def _said(self, flats: Tensor) -> Tensor:
+    def _project_state(self, flats: Tensor) -> Tensor:
         """[K, B, F + Q]: what each part reads from its state."""
         if self.parts == 1:  # nothing to take apart and to stack
             return self.from_state[0](flats)

@@ -43,7 +43,7 @@ class NextInput(nn.Module):
         return torch.cat([encoded * valid, valid.to(encoded.dtype)], dim=-1)
 
 
-class PublishedSynthesizer(nn.Module):
+class Jaderberg2017Synthesizer(nn.Module):
     """A perceptron with one hidden layer, for each message one, from a layer's state and the context to its gradient.
 
     Leaves are joined on their last dimension: h and c of an LSTM's layer are read, and their gradients predicted, together.

@@ -18,10 +18,10 @@ from dni_seq.core import states
 from dni_seq.core.states import State
 from dni_seq.synthesizers.base import (
     Regression,
-    learn_ahead,
-    learns_ahead,
     predict,
+    predict_and_train,
     regress,
+    self_supervised,
 )
 from dni_seq.synthesizers.state_heads import StateHeads
 from dni_seq.synthesizers.target_rule import TargetRule, combine, drawn, increments
@@ -63,21 +63,21 @@ class Horizons(nn.Module):
         self.draw = draw
         self.weights = [1.0] * (horizons + tail)
         self.heads = heads
-        self.learns_ahead = learns_ahead(heads)
+        self.self_supervised = self_supervised(heads)
         self.register_buffer("draws", torch.zeros((), dtype=torch.int64))
 
     def predict(self, trigger: State, context: Any) -> list[State]:
         """E_1..E_K and the tail, raw."""
         return predict(self.heads, trigger, context)
 
-    def learn_ahead(self, trigger: State, context: Any) -> tuple[list[State], Tensor]:
-        """The same from heads that learn as they predict, and their loss; see `synthesizers.learn_ahead`."""
-        return learn_ahead(self.heads, trigger, context)
+    def predict_and_train(self, trigger: State, context: Any) -> tuple[list[State], Tensor]:
+        """The same from heads that learn as they predict, and their loss; see `synthesizers.predict_and_train`."""
+        return predict_and_train(self.heads, trigger, context)
 
     def forward(self, trigger: State, context: Any = None) -> State:
         """The raw gradient of all the windows predicted, undiscounted: Σ_n w_n E_n + w_tail tail."""
         messages = self.predict(trigger, context)
-        return states.with_floating(trigger, combine(messages, self.target_rule(1.0, 1.0).weights))
+        return states.with_floating(trigger, combine(messages, self.target_rule(1.0, 1.0).injection))
 
     def regress(self, trigger: State, context: Any, targets: list[State | None]) -> Regression:
         """One regression step of the heads that have a target."""
@@ -86,11 +86,11 @@ class Horizons(nn.Module):
 
     def target_rule(self, scale: float, discount: float) -> TargetRule:
         """The rule above, for one window."""
-        rule = increments(scale, discount, self.weights, self.tail)._replace(ahead=self.learns_ahead)
-        if not self.draw or self.learns_ahead:  # there a target measures, which all heads learn without
+        rule = increments(scale, discount, self.weights, self.tail)._replace(self_supervised=self.self_supervised)
+        if not self.draw or self.self_supervised:  # there a target measures, which all heads learn without
             return rule
         chosen = drawn(len(self.weights), int(self.draws))
-        return rule._replace(trained=[i == chosen for i in range(len(self.weights))])
+        return rule._replace(active=[i == chosen for i in range(len(self.weights))])
 
 
 class MultiHorizonSynthesizer(Horizons):

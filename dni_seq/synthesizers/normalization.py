@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dni_seq.core import states
 from dni_seq.core.states import State
-from dni_seq.synthesizers.base import AcrossRanks, Regression, mean_squared, predict
+from dni_seq.synthesizers.base import Collective, Regression, mean_squared, predict
 
 LSTM_CELLS = (False, True)
 """`cells` for the state (h, c) of `torch.nn.LSTM` and `torch.nn.LSTMCell`."""
@@ -36,7 +36,7 @@ class GatedCells(nn.Module):
 
     def predict(self, trigger: State, context: Any) -> list[State]:
         """One message a horizon, gated."""
-        marks = states.spread(self.cells, trigger, "cells")
+        marks = states.broadcast_to_leaves(self.cells, trigger, "cells")
         leaves = states.flatten(trigger)
         bounded = [leaf.tanh() if mark else leaf for leaf, mark in zip(leaves, marks, strict=True)]
         gates = [1 - leaf.square() if mark else None for leaf, mark in zip(bounded, marks, strict=True)]
@@ -66,7 +66,7 @@ class RunningRMS(nn.Module):
     def __init__(self, decay: float = 0.99) -> None:
         super().__init__()
         self.decay = decay
-        self.across_ranks: AcrossRanks | None = None
+        self.across_ranks: Collective | None = None
 
     def update(self, like: list[Tensor], targets: list[Tensor | None]) -> None:
         """Take `targets` into the mean, one tensor or None for every leaf of every horizon; `like` gives their shapes."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dni_seq.core import states
 from dni_seq.core.states import State
 from dni_seq.synthesizers.base import (
-    AcrossRanks,
+    Collective,
     Regression,
     check_like,
 )
@@ -59,9 +59,9 @@ class PackedSynthesizer(nn.Module):
         self.limit = checked_limit(limit)
         self.network: Any = network
         self.decay = decay
-        self.across_ranks: AcrossRanks | None = None
+        self.across_ranks: Collective | None = None
         self.cells = self.packing.spans(cells, example, "cells")
-        zeros = states.in_full(states.floating(example)[0]).new_zeros  # as states arrive
+        zeros = states.to_float32(states.floating(example)[0]).new_zeros  # as states arrive
         self.register_buffer("mean_square", zeros(network.horizons, len(self.packing.lengths)))
         self.register_buffer("counts", zeros(network.horizons, 1))
 

@@ -36,7 +36,7 @@ class Packing(nn.Module):
 
     def __init__(self, example: State, batch_dim: Any = 1) -> None:
         super().__init__()
-        dims = states.spread(batch_dim, example, "batch_dim")
+        dims = states.broadcast_to_leaves(batch_dim, example, "batch_dim")
         floating = [(leaf, d) for leaf, d in zip(states.flatten(example), dims, strict=True) if states.is_floating(leaf)]
         self._dims = [d % leaf.dim() for leaf, d in floating]
         self._shapes = [leaf.movedim(d, 0).shape[1:] for leaf, d in floating]
@@ -61,7 +61,7 @@ class Packing(nn.Module):
 
     def spans(self, setting: Any, example: State, name: str) -> list[slice]:
         """Where the leaves lie that `setting`, one bool or a nest of them, marks."""
-        values = states.spread(setting, example, name)
+        values = states.broadcast_to_leaves(setting, example, name)
         chosen = [bool(v) for v, leaf in zip(values, states.flatten(example), strict=True) if states.is_floating(leaf)]
         ends = list(itertools.accumulate(self._sizes))
         pieces = zip(chosen, self._sizes, ends, strict=True)

@@ -3,8 +3,8 @@
 Window k runs from state s_k to s_{k+1}; a_k is the gradient of its loss with respect to s_k, J_k = ∂s_{k+1}/∂s_k, and
 M_j(s) is the message of horizon j. Every rule of this library has one form:
 
-    target of horizon i at s_k   =  own_i · a_k  +  J_kᵀ Σ_j following_ij · M_j(s_{k+1})
-    injected at s_{k+1}          =  Σ_j weights_j · M_j(s_{k+1})
+    target of horizon i at s_k   =  local_i · a_k  +  J_kᵀ Σ_j bootstrap_ij · M_j(s_{k+1})
+    injected at s_{k+1}          =  Σ_j injection_j · M_j(s_{k+1})
 
 so that each target costs at most one vector-Jacobian product to the state.
 
@@ -28,26 +28,26 @@ class TargetRule(NamedTuple):
     """Coefficients of the targets of N horizons and of their injection.
 
     Attributes:
-        own: [N], the share of the window's own gradient a_k in each target.
-        following: [N][N], the share of each following message in each target.
-        weights: [N], the share of each message in what is injected.
-        trained: [N], the horizons to train at this window; the others' targets are not computed.
-        quiet: whether nothing is injected at this window after all, so that its own gradient arrives alone and is a target
-            without a product.
-        ahead: whether the synthesizer learns from its context, at windows without targets too.
+        local: [N], the share of the window's own gradient a_k in each target.
+        bootstrap: [N][N], the share of each following message in each target.
+        injection: [N], the share of each message in what is injected.
+        active: [N], the horizons to train at this window; the others' targets are not computed.
+        skip_injection: whether injection is skipped at this window. The gradient that arrives at the state is then the
+            target, at no extra cost.
+        self_supervised: whether the synthesizer learns from its context, at windows without targets too.
     """
 
-    own: Sequence[float]
-    following: Sequence[Sequence[float]]
-    weights: Sequence[float]
-    trained: Sequence[bool]
-    quiet: bool = False
-    ahead: bool = False
+    local: Sequence[float]
+    bootstrap: Sequence[Sequence[float]]
+    injection: Sequence[float]
+    active: Sequence[bool]
+    skip_injection: bool = False
+    self_supervised: bool = False
 
 
 def bootstrapped(scale: float, discount: float) -> TargetRule:
     """One horizon without end: target a_k + discount · J_kᵀ M(s_{k+1}), of which `scale` is injected."""
-    return TargetRule(own=[1.0], following=[[discount]], weights=[scale], trained=[True])
+    return TargetRule(local=[1.0], bootstrap=[[discount]], injection=[scale], active=[True])
 
 
 def increments(scale: float, discount: float, shares: Sequence[float], tail: bool) -> TargetRule:
@@ -60,10 +60,10 @@ def increments(scale: float, discount: float, shares: Sequence[float], tail: boo
     if tail:
         following[-1][-1] = discount
     return TargetRule(
-        own=[1.0] + [0.0] * (count - 1),
-        following=following,
-        weights=[scale * discount**n * share for n, share in enumerate(shares)],
-        trained=[True] * count,
+        local=[1.0] + [0.0] * (count - 1),
+        bootstrap=following,
+        injection=[scale * discount**n * share for n, share in enumerate(shares)],
+        active=[True] * count,
     )
 
 
@@ -74,7 +74,7 @@ def rule_of(synthesizer: nn.Module, scale: float, discount: float) -> TargetRule
 
 
 def combine(messages: list[State], weights: Sequence[float]) -> list[Tensor]:
-    """Σ_j weights_j · messages_j, leaf by leaf, over the floating-point leaves."""
+    """Σ_j injection_j · messages_j, leaf by leaf, over the floating-point leaves."""
     columns = zip(*(states.floating(message) for message in messages), strict=True)
     return [_weighted_sum(list(column), weights) for column in columns]
 

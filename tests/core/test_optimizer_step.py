@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from dni_seq.core.optimizer_step import JoinedOptimizer, clipped_step, forget, gradient_norm, total_norm
+from dni_seq.core.optimizer_step import JoinedOptimizer, clear_optimizer_state, clipped_step, gradient_norm, total_norm
 
 OPTIMIZERS = {
     "fused Adam": lambda parameters: torch.optim.Adam(parameters, lr=1e-2, fused=True),
@@ -138,5 +138,5 @@ def test_forgetting_reaches_all_that_is_joined():
         parameter.grad = torch.ones(2)
     joined.step()
     assert all(part.state for part in joined.parts)
-    forget(joined)
+    clear_optimizer_state(joined)
     assert not any(part.state for part in joined.parts)

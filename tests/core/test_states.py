@@ -67,10 +67,10 @@ def test_a_wrong_number_of_leaves_is_refused(function):
 
 def test_spread_takes_one_value_or_a_nest_of_them():
     state = (torch.zeros(1), {"x": torch.zeros(1)})
-    assert states.spread(3, state, "batch_dim") == [3, 3]
-    assert states.spread((1, {"x": 0}), state, "batch_dim") == [1, 0]
+    assert states.broadcast_to_leaves(3, state, "batch_dim") == [3, 3]
+    assert states.broadcast_to_leaves((1, {"x": 0}), state, "batch_dim") == [1, 0]
     with pytest.raises(ValueError, match="batch_dim has 3 leaves, the state has 2"):
-        states.spread((1, 2, 3), state, "batch_dim")
+        states.broadcast_to_leaves((1, 2, 3), state, "batch_dim")
 
 
 @pytest.mark.parametrize("batch_dim", [0, 1, -1])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dni_seq.credit.auto_scale import Reliability, RunningFidelity
+from dni_seq.credit.auto_scale import AutoScale, RunningFidelity
 
 
 def comparisons(count: int, slope: float, noise: float, seed: int = 0) -> list[torch.Tensor]:
@@ -20,7 +20,7 @@ def comparisons(count: int, slope: float, noise: float, seed: int = 0) -> list[t
 
 
 def shares(found: list[torch.Tensor]) -> float:
-    reliability = Reliability()
+    reliability = AutoScale()
     for each in found:
         reliability.update(each)
     assert reliability.shares is not None
@@ -41,7 +41,7 @@ def test_nothing_is_sent_before_there_are_comparisons_enough():
 
 @pytest.mark.parametrize("seed", range(20))
 def test_what_tells_nothing_is_never_sent(seed):
-    reliability = Reliability()
+    reliability = AutoScale()
     for each in comparisons(100, 0.0, 1.0, seed):
         reliability.update(each)
         assert reliability.shares == [0.0]
@@ -55,7 +55,7 @@ def test_what_tells_little_is_not_sent_however_sure_it_is():
 
 def test_it_goes_on_from_what_was_saved():
     found = comparisons(12, 0.7, 0.5)
-    one, other = Reliability(), Reliability()
+    one, other = AutoScale(), AutoScale()
     for each in found[:6]:
         one.update(each)
     other.load_state_dict(one.state_dict())
@@ -67,7 +67,7 @@ def test_it_goes_on_from_what_was_saved():
 
 @pytest.mark.parametrize("evidence", [None, torch.ones(1, 5)], ids=["none yet", "of an older version"])
 def test_what_was_saved_takes_the_place_of_what_there_was(evidence):
-    reliability = Reliability()
+    reliability = AutoScale()
     for each in comparisons(5, 1.0, 0.1):
         reliability.update(each)
     reliability.load_state_dict({"evidence": evidence, "comparisons": 0 if evidence is None else 9})

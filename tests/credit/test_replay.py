@@ -11,7 +11,7 @@ from torch import nn
 import dni_seq as dni
 from dni_seq.core import states
 from dni_seq.credit import fidelity as diagnostics
-from dni_seq.credit.replay import Past, Replayer
+from dni_seq.credit.replay import RecordedWindow, exact_gradients, lambda_targets
 from dni_seq.credit.window_runner import WindowRunner
 from dni_seq.synthesizers.base import predict
 from dni_seq.synthesizers.target_rule import bootstrapped, increments
@@ -21,19 +21,17 @@ from tests.test_trainer import CLOSE, LANES, trainer_initial
 T, WINDOWS = 3, 4
 
 
-def replayer_of(model):
-    return Replayer(runner_of(model, lambda lanes: trainer_initial(model), model.state_batch_dim))
-
-
-def runner_of(model, start, state_batch_dim):
-    return WindowRunner(model, problems.summed, "sum", None, 1, state_batch_dim, start, None)
+def runner_of(model):
+    return WindowRunner(
+        model, problems.summed, "sum", state_batch_dim=model.state_batch_dim, start=lambda lanes: trainer_initial(model)
+    )
 
 
 def past_of(model, windows, context=None):
     """The windows as a trainer would have kept them, each with the state it started from."""
     state, past = trainer_initial(model), []
     for window in windows:
-        past.append(Past(window.inputs, window.targets, None, window.ends, states.detach(state), context))
+        past.append(RecordedWindow(window.inputs, window.targets, None, window.ends, states.detach(state), context))
         with torch.no_grad():
             _, state = model(window.inputs, state)
         state = states.reset_lanes(state, window.ends, trainer_initial(model), model.state_batch_dim)
@@ -66,7 +64,7 @@ ENDS = [None, {1: [0], 2: [0, 2]}]
 def test_exact_gradients_sum_to_the_future(name, ends):
     model, windows = make(name, ends)
     past, _ = past_of(model, windows)
-    gradients = replayer_of(model).exact_gradients(past[1:])
+    gradients = exact_gradients(runner_of(model), past[1:])
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
     total = [sum(column) for column in zip(*gradients, strict=True)]
     for found, expected in zip(total, exact_future(model, windows, 1), strict=True):
@@ -81,7 +79,7 @@ def test_lambda_one_is_bptt_over_the_ring(name, ends):
     model, windows = make(name, ends)
     past, last = past_of(model, windows)
     nothing = [states.map_floating(torch.zeros_like, last)]
-    targets = replayer_of(model).lambda_targets(past, nothing, bootstrapped(1.0, 1.0), lambda past: [past.start], 1.0)
+    targets = lambda_targets(runner_of(model), past, nothing, bootstrapped(1.0, 1.0), lambda past: [past.start], 1.0)
     for k, (target,) in enumerate(targets):
         for found, expected in zip(states.floating(target), exact_future(model, windows, k), strict=True):
             torch.testing.assert_close(found, expected, **CLOSE)
@@ -92,8 +90,8 @@ def test_lambda_one_of_increments_is_exact_horizon_by_horizon():
     past, last = past_of(model, windows)
     nothing = [states.map_floating(torch.zeros_like, last)] * 2
     rule = increments(1.0, 1.0, [1.0, 1.0], False)
-    targets = replayer_of(model).lambda_targets(past, nothing, rule, lambda past: [past.start] * 2, 1.0)
-    exact = replayer_of(model).exact_gradients(past[1:3])
+    targets = lambda_targets(runner_of(model), past, nothing, rule, lambda past: [past.start] * 2, 1.0)
+    exact = exact_gradients(runner_of(model), past[1:3])
     for horizon, gradients in zip(targets[1], exact, strict=True):
         for found, expected in zip(states.floating(horizon), gradients, strict=True):
             torch.testing.assert_close(found, expected, **CLOSE)
@@ -125,7 +123,7 @@ def test_lambda_targets_equal_eligibility_traces(lam):
     trace, update, previous = 0.0, 0.0, None
     for window in windows:
         start = state.clone().requires_grad_()
-        past.append(Past(window.inputs, window.targets, None, window.ends, state, None))
+        past.append(RecordedWindow(window.inputs, window.targets, None, window.ends, state, None))
         outputs, last = model(window.inputs, start)
         own = torch.autograd.grad(problems.summed(outputs, window.targets), start, retain_graph=True)[0].flatten()
         jacobian = torch.stack([torch.autograd.grad(x, start, retain_graph=True)[0].flatten() for x in last.flatten()])
@@ -139,8 +137,13 @@ def test_lambda_targets_equal_eligibility_traces(lam):
         update = update + torch.einsum("d,djl->jl", error, trace)
         previous, state = jacobian, last.detach()
     with torch.no_grad():
-        targets = replayer_lanes(model).lambda_targets(
-            past, [synthesizer(state)], bootstrapped(1.0, discount), lambda past: predict(synthesizer, past.start, None), lam
+        targets = lambda_targets(
+            runner_without_start(model),
+            past,
+            [synthesizer(state)],
+            bootstrapped(1.0, discount),
+            lambda past: predict(synthesizer, past.start, None),
+            lam,
         )
     loss = sum(
         0.5 * (synthesizer(window.start) - target).square().sum() for window, (target,) in zip(past, targets, strict=True)
@@ -150,17 +153,17 @@ def test_lambda_targets_equal_eligibility_traces(lam):
     torch.testing.assert_close(-synthesizer.map.weight.grad, update, **CLOSE)
 
 
-def replayer_lanes(model):
-    return Replayer(runner_of(model, lambda lanes: None, 1))
+def runner_without_start(model):
+    return WindowRunner(model, problems.summed, "sum")
 
 
 def test_bptt_gradients_of_the_first_window_reach_over_all():
     """Windows' gradients with all credit, summed, are full BPTT's."""
     model, windows = make("lstm", {1: [0]})
     past, _ = past_of(model, windows)
-    replayer = replayer_of(model)
+    runner = runner_of(model)
     summed = [
-        sum(column) for column in zip(*(diagnostics.bptt_gradients(replayer, past[k:]) for k in range(WINDOWS)), strict=True)
+        sum(column) for column in zip(*(diagnostics.bptt_gradients(runner, past[k:]) for k in range(WINDOWS)), strict=True)
     ]
     expected = reference.full_bptt(model, problems.summed, windows, trainer_initial(model), 1)
     for found, value in zip(summed, expected.values(), strict=True):
@@ -173,8 +176,8 @@ def test_bptt_gradients_of_the_first_window_reach_over_all():
 def test_fidelity_of_exact_halved_and_opposite_messages(name):
     model, windows = make(name)
     past, _ = past_of(model, windows)
-    replayer = replayer_of(model)
-    exact = replayer.exact_gradients(past[:2])
+    runner = runner_of(model)
+    exact = exact_gradients(runner, past[:2])
     for factor, cosine, r2, slope in (
         (1.0, 1.0, 1.0, 1.0),
         (0.5, 1.0, 0.75, 2.0),
@@ -182,7 +185,7 @@ def test_fidelity_of_exact_halved_and_opposite_messages(name):
         (0.0, 0.0, 0.0, 0.0),
     ):
         messages = [states.with_floating(past[0].start, [factor * leaf for leaf in leaves]) for leaves in exact]
-        found = diagnostics.fidelity(replayer, past[:2], messages, 0.9)
+        found = diagnostics.fidelity(runner, past[:2], messages, 0.9)
         for part in [*found.horizons, found.total]:
             assert part.cosine == pytest.approx(cosine, abs=1e-9)
             assert part.r2 == pytest.approx(r2, abs=1e-9)
@@ -195,35 +198,35 @@ def test_fidelity_of_exact_halved_and_opposite_messages(name):
 def test_fidelity_of_one_message_for_all_windows_is_discounted():
     model, windows = make("gru")
     past, _ = past_of(model, windows)
-    replayer = replayer_of(model)
-    exact = replayer.exact_gradients(past)
+    runner = runner_of(model)
+    exact = exact_gradients(runner, past)
     total = sum(0.7**n * leaves[0] for n, leaves in enumerate(exact))
-    found = diagnostics.fidelity(replayer, past, [total], 0.7, bootstrapped=True)
+    found = diagnostics.fidelity(runner, past, [total], 0.7, bootstrapped=True)
     assert found.horizons[0].r2 == pytest.approx(1.0)
     with pytest.raises(ValueError, match="as many windows"):
-        diagnostics.fidelity(replayer, past[:1], [total, total])
+        diagnostics.fidelity(runner, past[:1], [total, total])
 
 
 def test_fidelity_of_a_tail_is_against_all_behind_the_horizons():
     """A tail that says exactly what the windows behind it send is perfect; it is not what one window sends."""
     model, windows = make("lstm")
     past, _ = past_of(model, windows)
-    replayer = replayer_of(model)
-    first, *behind = replayer.exact_gradients(past)
+    runner = runner_of(model)
+    first, *behind = exact_gradients(runner, past)
     tail = [sum(0.7**n * leaves[i] for n, leaves in enumerate(behind)) for i in range(2)]
     messages = [states.with_floating(past[0].start, leaves) for leaves in (first, tail)]
-    found = diagnostics.fidelity(replayer, past, messages, 0.7, bootstrapped=True)
+    found = diagnostics.fidelity(runner, past, messages, 0.7, bootstrapped=True)
     for part in [*found.horizons, found.total]:
         assert part.r2 == pytest.approx(1.0)
-    assert diagnostics.fidelity(replayer, past, messages, 0.7).horizons[1].r2 < 0.9
+    assert diagnostics.fidelity(runner, past, messages, 0.7).horizons[1].r2 < 0.9
 
 
 def test_fidelity_takes_lanes_counted_from_behind():
     model, windows = make("lstm")
     past, _ = past_of(model, windows)
-    replayer = replayer_of(model)
-    messages = [states.with_floating(past[0].start, replayer.exact_gradients(past[:1])[0])]
-    behind = Replayer(dataclasses.replace(replayer.runner, state_batch_dim=-2))
-    found, expected = (diagnostics.fidelity(how, past[:1], messages) for how in (behind, replayer))
+    runner = runner_of(model)
+    messages = [states.with_floating(past[0].start, exact_gradients(runner, past[:1])[0])]
+    behind = dataclasses.replace(runner, state_batch_dim=-2)
+    found, expected = (diagnostics.fidelity(how, past[:1], messages) for how in (behind, runner))
     assert found == expected
     assert len(found.parts) == 4

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 import dni_seq as dni
 from dni_seq.distributed.data_parallel import DataParallel
 from dni_seq.distributed.process_group import Ranks
-from dni_seq.synthesizers.jaderberg2017 import PublishedSynthesizer
+from dni_seq.synthesizers.jaderberg2017 import Jaderberg2017Synthesizer
 from dni_seq.synthesizers.least_squares import LeastSquaresHeads
 from dni_seq.synthesizers.multi_horizon import Horizons
 
@@ -123,7 +123,7 @@ def settings(case: str, model: Net, parallel: DataParallel | None) -> dict[str, 
     if case == "auto":  # of what is true, so that there is something to send
         told = Told(dni.ExactFuture(model, shared, steps=STEPS, window=STEPS))
         return {"synthesizer": told, "synthetic_scale": "auto", "fidelity_every": 2, "replay_windows": 1}
-    network = PublishedSynthesizer(2 * WIDTH, hidden=WIDTH, encoder=None, horizons=1)
+    network = Jaderberg2017Synthesizer(2 * WIDTH, hidden=WIDTH, encoder=None, horizons=1)
     return {"synthesizer": network, "synthetic_scale": 0.5}
 
 

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from dni_seq.app.decoupled import train
 from dni_seq.distributed.decoupled_parts import RemoteEnd, remote_end
 from dni_seq.distributed.process_group import Ranks
-from dni_seq.models.two_part import RecentTokens, language_model_halves
+from dni_seq.models.two_part import RecentTokens, two_part_language_model
 from tests.app.lm.test_train import points
 from tests.paths import SCRIPTS
 from tests.ranks import finish, start_ranks
@@ -162,7 +162,7 @@ def test_a_synthetic_input_sees_no_later_token():
 
 
 def test_both_ends_of_a_language_model_learn_their_own_synthesizer():
-    halves = language_model_halves(9, 4, lanes=3)
+    halves = two_part_language_model(9, 4, lanes=3)
     tokens = torch.randint(9, (6, 3))
     forward, gradient = halves.interface.forward_interface, halves.interface.backward_interface
     batch = train.Batch(tokens, tokens, tokens)

@@ -21,7 +21,7 @@ from torch import distributed as dist
 from dni_seq.app.runs.lock import RunLock
 from dni_seq.distributed import process_group as distributed
 from dni_seq.distributed.data_parallel import DataParallel
-from dni_seq.distributed.process_group import RankError, Ranks, joined
+from dni_seq.distributed.process_group import RankError, Ranks, init_distributed
 from tests.app.lm.test_train import points
 from tests.paths import SCRIPTS
 from tests.ranks import environment, finish, free_port, start_ranks
@@ -51,16 +51,16 @@ def agreement(ranks: Ranks) -> dict[str, Any]:
     found: dict[str, Any] = {
         "same": text_of(lambda: ranks.check_same({"text": 3})),
         "other": text_of(lambda: ranks.check_same({"text": 3, "torch": "2.13" if ranks.first else "2.12"})),
-        "second": text_of(lambda: ranks.together(fails_on_second)),
-        "first": text_of(lambda: ranks.from_first(fails)),
-        "from first": ranks.from_first(lambda: ranks.rank + 7),
-        "largest": ranks.largest(ranks.rank, -ranks.rank),
-        "lanes": text_of(lambda: ranks.together(lambda: DataParallel(ranks).lanes(7))),
+        "second": text_of(lambda: ranks.run_on_all(fails_on_second)),
+        "first": text_of(lambda: ranks.broadcast_from_rank0(fails)),
+        "from first": ranks.broadcast_from_rank0(lambda: ranks.rank + 7),
+        "largest": ranks.all_reduce_max(ranks.rank, -ranks.rank),
+        "lanes": text_of(lambda: ranks.run_on_all(lambda: DataParallel(ranks).lanes(7))),
     }
     impatient = Ranks(dist.new_group(timeout=timedelta(seconds=2)))
     began = time.monotonic()
     if ranks.first:
-        found["silent"] = text_of(lambda: impatient.largest(0))
+        found["silent"] = text_of(lambda: impatient.all_reduce_max(0))
         found["waited"] = time.monotonic() - began
     else:
         time.sleep(3)
@@ -83,13 +83,13 @@ def test_ranks_agree_and_fail_together(two_ranks):
 
 def test_a_process_alone_talks_to_nobody(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    with joined() as ranks:
+    with init_distributed() as ranks:
         assert (ranks.rank, ranks.size, ranks.first) == (0, 1, True)
-        assert ranks.together(lambda: 3) == ranks.from_first(lambda: 3) == 3
+        assert ranks.run_on_all(lambda: 3) == ranks.broadcast_from_rank0(lambda: 3) == 3
         assert ranks.gather("a") == ["a"]
-        assert ranks.largest(3, 4) == [3, 4]
+        assert ranks.all_reduce_max(3, 4) == [3, 4]
         with pytest.raises(ValueError, match="no such"):
-            ranks.together(lambda: Path("no such file").read_text())
+            ranks.run_on_all(lambda: Path("no such file").read_text())
 
 
 def test_a_port_in_use_and_ranks_that_do_not_come(monkeypatch):
@@ -98,15 +98,18 @@ def test_a_port_in_use_and_ranks_that_do_not_come(monkeypatch):
         taken.listen()
         for name, value in environment(0, 2, taken.getsockname()[1]).items():
             monkeypatch.setenv(name, value)
-        with pytest.raises(ValueError, match=r"the port of 127.0.0.1:[0-9]+ is in use: give torchrun another"), joined(5):
+        with (
+            pytest.raises(ValueError, match=r"the port of 127.0.0.1:[0-9]+ is in use: give torchrun another"),
+            init_distributed(5),
+        ):
             pass
     monkeypatch.setenv("MASTER_PORT", str(free_port()))
     began = time.monotonic()
-    with pytest.raises(ValueError, match=r"the 2 ranks have not met at 127.0.0.1:[0-9]+ within 2 s"), joined(2):
+    with pytest.raises(ValueError, match=r"the 2 ranks have not met at 127.0.0.1:[0-9]+ within 2 s"), init_distributed(2):
         pass
     assert time.monotonic() - began < 20
     monkeypatch.delenv("MASTER_PORT")
-    with pytest.raises(ValueError, match="WORLD_SIZE is set, but not MASTER_PORT"), joined(2):
+    with pytest.raises(ValueError, match="WORLD_SIZE is set, but not MASTER_PORT"), init_distributed(2):
         pass
 
 
@@ -146,11 +149,11 @@ def test_two_ranks_and_then_one_train_as_one(tmp_path, monkeypatch):
 
 THREADS = """
 import os, time
-from dni_seq.distributed.process_group import joined
+from dni_seq.distributed.process_group import init_distributed
 def threads():
     return len(os.listdir("/proc/self/task"))
 before = threads()
-with joined(100.0) as ranks:
+with init_distributed(100.0) as ranks:
     ranks.check_same({"seed": 1})
     import torch.distributed.fsdp  # as torch's optimizers do at their first step
     assert threads() > before

@@ -8,7 +8,7 @@ import runpy
 import pytest
 import torch
 
-from dni_seq.models.multi_timescale import FAST_SYMBOL, JOINTS, SLOW_SYMBOL, SYMBOLS, Counting, SlowTicking
+from dni_seq.models.multi_timescale import FAST_SYMBOL, JOINTS, SLOW_SYMBOL, SYMBOLS, Counting, MultiTimescale
 from tests.paths import SCRIPTS
 
 SCRIPT = str(SCRIPTS / "train_slow_ticking.py")
@@ -28,7 +28,7 @@ def test_the_slow_loss_reaches_the_fast_network_by_synthetic_gradients_alone(joi
     weights = []
     for factor in (1, -3):
         torch.manual_seed(0)
-        network, task = SlowTicking(6, 2, joint, 1e-2), Counting(3, 2, 4, seed=0)
+        network, task = MultiTimescale(6, 2, joint, 1e-2), Counting(3, 2, 4, seed=0)
         for _ in range(12):
             block = task.block()
             network.step(block._replace(slow=factor * block.slow))
@@ -38,7 +38,7 @@ def test_the_slow_loss_reaches_the_fast_network_by_synthetic_gradients_alone(joi
 
 def test_the_synthesizer_is_trained_with_the_gradients_of_the_slow_window():
     torch.manual_seed(0)
-    network, task = SlowTicking(6, 2, "synthetic", 1e-2), Counting(3, 2, 4, seed=0)
+    network, task = MultiTimescale(6, 2, "synthetic", 1e-2), Counting(3, 2, 4, seed=0)
     output = network.interface.synthesizer.synthesizer.layers[-1].weight
     network.step(task.block())
     assert not output.any()
@@ -66,4 +66,4 @@ def test_bad_input_is_one_line(tmp_path, capsys):
     assert main(["--blocks", "2", "--ticks", "3"]) == 2
     assert "give --ticks at least" in capsys.readouterr().err
     with pytest.raises(ValueError, match="joint must be one of"):
-        SlowTicking(4, 2, "telepathy", 1e-3)
+        MultiTimescale(4, 2, "telepathy", 1e-3)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import dni_seq as dni
-from dni_seq.models.vector_rnn import SequenceModel
+from dni_seq.models.vector_rnn import VectorRNN
 from dni_seq.streams.algorithmic_tasks import BITS, TASKS, Curriculum, Stage, TaskStream, cut, mean_error
 from tests import problems, reference
 
@@ -255,7 +255,7 @@ def test_bad_curricula_are_refused():
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
 def test_the_model_carries_its_state(cell):
     torch.manual_seed(0)
-    model = SequenceModel(10, 8, cell=cell, hidden=6, layers=2)
+    model = VectorRNN(10, 8, cell=cell, hidden=6, layers=2)
     inputs = generate("copy").inputs
     whole, last = model(inputs, model.initial_state(LANES))
     first, state = model(inputs[:3], None)
@@ -269,7 +269,7 @@ def test_the_model_carries_its_state(cell):
 @pytest.mark.parametrize(("settings", "message"), [({"hidden": 0}, "hidden must be 1"), ({"cell": "rnn"}, "lstm, gru")])
 def test_the_model_refuses_bad_settings(settings, message):
     with pytest.raises(ValueError, match=message):
-        SequenceModel(10, 8, **settings)
+        VectorRNN(10, 8, **settings)
 
 
 def in_double(window):
@@ -284,7 +284,7 @@ def test_the_exact_future_makes_windows_full_bptt(name, cell):
     """The last window is ragged in all three tasks, and the answer's gradient has to reach back over several windows."""
     task = TASKS[name]
     torch.manual_seed(0)
-    model = SequenceModel(task.input_size, task.target_size, cell=cell, hidden=6).double()
+    model = VectorRNN(task.input_size, task.target_size, cell=cell, hidden=6).double()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter *= 3  # so that states and gradients are large

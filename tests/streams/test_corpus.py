@@ -200,9 +200,9 @@ def test_ptb_has_the_counts_that_papers_report() -> None:
     splits = (corpus.train, corpus.valid, corpus.test)
     words, characters = (train_tokenizer(kind, corpus.train) for kind in ("word", "char"))
     assert words.vocabulary_size == 10_000
-    tallies = [HeldLanes(documents, words, 20).tally for documents in splits]
-    assert [tally.tokens for tally in tallies] == [929_589, 73_760, 82_430]
-    assert [tally.unknown for tally in tallies] == [0, 0, 0]
-    letters = [HeldLanes(documents, characters, 20).tally for documents in splits]
-    assert [tally.tokens for tally in letters] == [tally.characters for tally in tallies]
+    tallies = [HeldLanes(documents, words, 20).stats for documents in splits]
+    assert [stats.tokens for stats in tallies] == [929_589, 73_760, 82_430]
+    assert [stats.unknown for stats in tallies] == [0, 0, 0]
+    letters = [HeldLanes(documents, characters, 20).stats for documents in splits]
+    assert [stats.tokens for stats in letters] == [stats.characters for stats in tallies]
     assert characters.vocabulary_size == 51  # 50 characters and the unknown one

@@ -13,10 +13,10 @@ from dni_seq.streams import DataError, WindowStream, load_tokenizer, open_corpus
 from dni_seq.streams import sentencepiece_tokenizer as subwords
 from dni_seq.streams import tokenization as tokens
 from dni_seq.streams.documents import ListedDocuments
-from dni_seq.streams.sentencepiece_tokenizer import BLANK, ESCAPE, LONGEST, SubwordTokenizer
+from dni_seq.streams.sentencepiece_tokenizer import BLANK, ESCAPE, LONGEST, SentencePieceTokenizer
 
 LINES = [f"the cat number {i} saw  the dog, and\tthe end of {'many ' * (i % 4)}words\n" for i in range(300)]
-TOKENIZER = SubwordTokenizer.train(LINES, 300)
+TOKENIZER = SentencePieceTokenizer.train(LINES, 300)
 
 
 def test_every_text_comes_back() -> None:
@@ -46,7 +46,7 @@ def test_long_lines_are_cut_without_an_effect() -> None:
 
 
 def test_it_is_the_same_in_every_run_and_after_saving(tmp_path: Path) -> None:
-    again = SubwordTokenizer.train(LINES, 300)
+    again = SentencePieceTokenizer.train(LINES, 300)
     assert again.vocabulary == TOKENIZER.vocabulary
     again.save(tmp_path / "tokenizer.json")
     loaded = load_tokenizer(tmp_path / "tokenizer.json")

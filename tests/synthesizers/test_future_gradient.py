@@ -59,7 +59,7 @@ def test_it_learns_where_it_predicts_what_two_passes_would(name, horizons):
     gradients = torch.autograd.grad(
         synthesizer.heads.model.loss(synthesizer.heads._bounded(state)[0], ahead), synthesizer.parameters()
     )
-    found, learned = synthesizer.learn_ahead(state, ahead)
+    found, learned = synthesizer.predict_and_train(state, ahead)
     assert learned.item() == pytest.approx(loss.item(), rel=1e-12)
     for parameter, gradient in zip(synthesizer.parameters(), gradients, strict=True):
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-10, atol=1e-14)
@@ -124,8 +124,8 @@ def test_targets_measure_it_and_are_the_windows_own_gradients():
     opposite = regress(synthesizer, state, ahead, [states.map_floating(torch.neg, message)])
     assert opposite.cosine.item() == pytest.approx(-1)
     rule = synthesizer.target_rule(0.7, 1.0)
-    assert rule.ahead
-    assert (rule.own, rule.following, rule.weights) == ([1.0], [[0.0]], [0.7])
+    assert rule.self_supervised
+    assert (rule.local, rule.bootstrap, rule.injection) == ([1.0], [[0.0]], [0.7])
     assert synthesizer.heads.target_rule(0.7, 1.0) == rule
 
 

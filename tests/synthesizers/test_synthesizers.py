@@ -89,10 +89,10 @@ def test_partial_sums_of_exact_heads_are_exact_gradients(name):
 def test_horizons_and_weights_change_at_consumption():
     state = torch.zeros(1, LANES, 5, dtype=torch.float64)
     synthesizer = dni.MultiHorizonSynthesizer(state, horizons=3, tail=True)
-    assert list(synthesizer.target_rule(0.5, 0.8).weights) == pytest.approx([0.5, 0.4, 0.32, 0.256])
+    assert list(synthesizer.target_rule(0.5, 0.8).injection) == pytest.approx([0.5, 0.4, 0.32, 0.256])
     synthesizer.weights = [1.0, 0.5, 0.0, 0.0]
-    assert list(synthesizer.target_rule(0.5, 0.8).weights) == pytest.approx([0.5, 0.2, 0.0, 0.0])
-    assert synthesizer.target_rule(0.5, 0.8).following[3] == [0.0, 0.0, 1.0, 0.8]
+    assert list(synthesizer.target_rule(0.5, 0.8).injection) == pytest.approx([0.5, 0.2, 0.0, 0.0])
+    assert synthesizer.target_rule(0.5, 0.8).bootstrap[3] == [0.0, 0.0, 1.0, 0.8]
 
 
 def multi_horizon(model, **settings):
@@ -480,7 +480,7 @@ def test_least_squares_heads_go_on_exactly_from_what_was_saved():
             second.load_state_dict(copy.deepcopy(first.state_dict()))
         going = first if number < 9 else second
         going.step(window.inputs, window.targets, lookahead=window.lookahead)
-    assert max(result for result in whole.credit.rule.weights) > 0, "messages must be at work"
+    assert max(result for result in whole.credit.rule.injection) > 0, "messages must be at work"
     assert_same_nest(second.state_dict(), whole.state_dict())
 
 

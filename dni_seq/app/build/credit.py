@@ -12,11 +12,11 @@ from dni_seq.app.build.credit_options import (
     AUTO_FIDELITY_EVERY,
     DISCOUNTS,
     CreditOptions,
-    decided,
-    decided_horizons,
     future_units,
     normalizes,
     regressions_apart,
+    resolve,
+    resolved_horizons,
     scale_of,
     tail_lookahead,
 )
@@ -26,7 +26,7 @@ from dni_seq.synthesizers.auxiliary import AuxiliaryTask
 from dni_seq.synthesizers.exact_future import ExactFuture
 from dni_seq.synthesizers.future_gradient import FutureGradient
 from dni_seq.synthesizers.future_model import FutureModel
-from dni_seq.synthesizers.jaderberg2017 import NextInput, PublishedSynthesizer
+from dni_seq.synthesizers.jaderberg2017 import Jaderberg2017Synthesizer, NextInput
 from dni_seq.synthesizers.least_squares import LeastSquaresHeads
 from dni_seq.synthesizers.lookahead import LookaheadEncoder
 from dni_seq.synthesizers.mlp import BasicSynthesizer
@@ -53,7 +53,7 @@ def build_synthesizer(
     cells: Any,
     encode: Callable[[], tuple[nn.Module, nn.Module]],
     outputs: int,
-    told_apart: int | None = None,
+    max_classes: int | None = None,
     reduction: Reduction = "mean",
     share: Callable[[LossFn], LossFn] | None = None,
 ) -> nn.Module | None:
@@ -68,19 +68,19 @@ def build_synthesizer(
         cells: which of its leaves are LSTM cells.
         encode: makes the lookahead's encoders of inputs and targets, each `EMBED` wide.
         outputs: the width of the model's outputs.
-        told_apart: most outputs that a model of what is ahead tells apart, None for all. Of more, targets must be ids, and
+        max_classes: most outputs that a model of what is ahead tells apart, None for all. Of more, targets must be ids, and
             the last ones are one to it.
         reduction: the trainer's.
         share: makes of the loss what this rank adds to that of all ranks; None where there is one process.
     """
     if options.synthesizer == "none":
         return None
-    options = decided(options, bptt)
+    options = resolve(options, bptt)
     learned = None
     if options.synthesizer != "exact" or options.tail:
         ahead_fn, width = loss_fn, outputs
-        if told_apart is not None and told_apart < outputs:
-            ahead_fn, width = among_the_first(loss_fn, told_apart), told_apart
+        if max_classes is not None and max_classes < outputs:
+            ahead_fn, width = among_the_first(loss_fn, max_classes), max_classes
         future = future_model(options, tail_lookahead(options, bptt), ahead_fn, encode, width)
         learned = build_learned(options, bptt, example, cells, encode, future, reduction)
     if options.synthesizer != "exact":
@@ -107,7 +107,7 @@ def future_model(
             "inputs_width": EMBED,
             "outputs": outputs,
             "units": units,
-            "parts": decided_horizons(options) if by_part else 1,
+            "parts": resolved_horizons(options) if by_part else 1,
         }
         return FutureModel(size, steps, inputs=encode()[0], loss_fn=loss_fn, **sizes)
 
@@ -134,14 +134,14 @@ def build_learned(
 ) -> nn.Module:
     """A synthesizer that learns; that of exact's tail is a multi-horizon one of one horizon. Arguments as above."""
     kind = options.synthesizer
-    horizons, tail = (1, False) if kind == "exact" else (decided_horizons(options), options.tail)
+    horizons, tail = (1, False) if kind == "exact" else (resolved_horizons(options), options.tail)
     normalize = normalizes(options)
     if not (kind != "paper" if options.gate is None else options.gate):
         cells = False
     limit = options.message_clip or None
     if kind == "basic":
         width = sum(leaf.shape[-1] for leaf in floating(example))
-        return dressed(BasicSynthesizer(width, n_hidden=1), cells, normalize, limit)
+        return wrap_network(BasicSynthesizer(width, n_hidden=1), cells, normalize, limit)
     steps = tail_lookahead(options, bptt)
     if kind == "paper":
         return build_published(options, example, steps, cells, normalize, encode)
@@ -182,17 +182,17 @@ def build_published(
         encoder = NextInput(encode()[0], EMBED + 1)
     elif steps:
         encoder = LookaheadEncoder(steps, *encode())
-    horizons = decided_horizons(options)
+    horizons = resolved_horizons(options)
     count = horizons + options.tail
     width = sum(leaf.shape[-1] for leaf in leaves)
-    network = PublishedSynthesizer(width, hidden=leaves[0].shape[-1], encoder=encoder, horizons=count)
-    heads = dressed(network, cells, normalize, options.message_clip or None)
+    network = Jaderberg2017Synthesizer(width, hidden=leaves[0].shape[-1], encoder=encoder, horizons=count)
+    heads = wrap_network(network, cells, normalize, options.message_clip or None)
     if count == 1:
         return heads
     return Horizons(heads, horizons=horizons, tail=options.tail, draw=options.draw_horizon)
 
 
-def dressed(network: nn.Module, cells: Any, normalize: bool, limit: float | None) -> nn.Module:
+def wrap_network(network: nn.Module, cells: Any, normalize: bool, limit: float | None) -> nn.Module:
     """A network with its cells bounded, and normalised, its messages limited, where that is wanted."""
     gated = GatedCells(network, cells)
     return Normalized(gated, limit=limit) if normalize else gated

@@ -184,7 +184,7 @@ class CreditOptions:
 CreditOptionsT = TypeVar("CreditOptionsT", bound=CreditOptions)
 
 
-def decided(options: CreditOptions, bptt: int) -> CreditOptions:
+def resolve(options: CreditOptions, bptt: int) -> CreditOptions:
     """The options with `fit` and `horizons` decided: by the model of what is ahead where that can be and is not ruled out.
 
     Args:
@@ -263,8 +263,8 @@ def horizons_of(options: CreditOptions, bptt: int) -> int:
     return default_horizons(bptt) if usual and not _hindrances(options) else 1
 
 
-def decided_horizons(options: CreditOptions) -> int:
-    """K of options as `decided`."""
+def resolved_horizons(options: CreditOptions) -> int:
+    """K of options as `resolve`."""
     assert options.horizons is not None
     return options.horizons
 
@@ -279,8 +279,8 @@ def default_scale(horizons: int) -> float:
     return min(1.0, HORIZONS / horizons)
 
 
-def unsettled(
-    config: Mapping[str, Any], options: CreditOptionsT, sized: Callable[[CreditOptionsT], CreditOptionsT]
+def without_resolved(
+    config: Mapping[str, Any], options: CreditOptionsT, with_default_sizes: Callable[[CreditOptionsT], CreditOptionsT]
 ) -> dict[str, Any]:
     """A run's configuration as it was given: without the sizes that only followed from its other options.
 
@@ -295,19 +295,19 @@ def unsettled(
     for name in ("lookahead", "horizons"):  # a lookahead follows from horizons
         nobody_gave: dict[str, Any] = {name: None}
         free = replace(options, **nobody_gave)
-        if getattr(sized(free), name) == getattr(options, name):
+        if getattr(with_default_sizes(free), name) == getattr(options, name):
             options = free
             followed.append(name)
     return {name: value for name, value in config.items() if name not in followed}
 
 
 def scale_of(options: CreditOptions) -> float | Literal["auto"]:
-    """The share of the synthetic gradient that is injected, given or by default; options as `decided`."""
+    """The share of the synthetic gradient that is injected, given or by default; options as `resolve`."""
     if options.synthetic_scale is not None:
         return scale(options.synthetic_scale)
     if options.fit != "future":
         return scale(SCALES.get(options.synthesizer, "0"))
-    return default_scale(decided_horizons(options)) if options.synthesizer == "multi-horizon" else 1.0
+    return default_scale(resolved_horizons(options)) if options.synthesizer == "multi-horizon" else 1.0
 
 
 def normalizes(options: CreditOptions) -> bool:
@@ -326,7 +326,7 @@ def state_products(options: CreditOptions) -> float:
         return 0
     apart = regressions_apart(options)
     by_horizon = options.synthesizer == "multi-horizon" and options.targets == "bootstrap"
-    heads = decided_horizons(options) + options.tail if by_horizon else 1
+    heads = resolved_horizons(options) + options.tail if by_horizon else 1
     if by_horizon and heads == 1 and apart > 1 and not options.auxiliary and options.fit != "future":
         return 0  # its window keeps quiet: see `SequenceTrainer`, regress_every
     return (1 if options.draw_horizon and options.fit != "future" else heads) / apart

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Iterator
 
-from dni_seq.app.build.credit_options import CreditOptions, decided, decided_horizons, normalizes, scale_of, why_fitted
+from dni_seq.app.build.credit_options import CreditOptions, normalizes, resolve, resolved_horizons, scale_of, why_fitted
 from dni_seq.app.runs.options import flag
 
 _FITTED = ("synthesizer_hidden", "synthesizer_layers")
@@ -60,13 +60,13 @@ def _reasons(options: CreditOptions, bptt: int, cells: bool) -> Iterator[tuple[s
         return
     if not cells:
         yield "a model without an LSTM's cells", ["gate"]
-    chosen = decided(options, bptt)
+    chosen = resolve(options, bptt)
     yield from _of_networks(chosen)
     yield from _of_targets(chosen)
 
 
 def _of_networks(options: CreditOptions) -> Iterator[tuple[str, Iterable[str]]]:
-    """Of what the synthesizer is built from; options as `decided`."""
+    """Of what the synthesizer is built from; options as `resolve`."""
     kind = options.synthesizer
     if kind == "basic":
         yield "--synthesizer basic", ["tail", "draw_horizon", "horizons", *_FITTED, *_AHEAD]
@@ -78,15 +78,15 @@ def _of_networks(options: CreditOptions) -> Iterator[tuple[str, Iterable[str]]]:
         yield "--synthesizer exact", ["draw_horizon"]
     if options.fit == "future":
         yield "messages that are the gradient of a model of what is ahead", [*_FITTED, "draw_horizon"]
-    elif kind in ("multi-horizon", "paper") and decided_horizons(options) + options.tail == 1:
+    elif kind in ("multi-horizon", "paper") and resolved_horizons(options) + options.tail == 1:
         yield "one horizon", ["draw_horizon"]
     if not normalizes(options):
         yield "messages that are not normalised", ["message_clip"]
 
 
 def _of_targets(options: CreditOptions) -> Iterator[tuple[str, Iterable[str]]]:
-    """Of what the synthesizer is trained towards; options as `decided`."""
-    kind, horizons, fitted = options.synthesizer, decided_horizons(options), options.fit != "future"
+    """Of what the synthesizer is trained towards; options as `resolve`."""
+    kind, horizons, fitted = options.synthesizer, resolved_horizons(options), options.fit != "future"
     last_on_itself = kind in ("basic", "state") or (kind == "paper" and horizons == 1) or (fitted and options.tail)
     if options.targets == "lambda":
         yield "--targets lambda", ["regress_every", "draw_horizon"]

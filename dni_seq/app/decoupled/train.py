@@ -35,15 +35,23 @@ from torch import distributed as dist
 from torch.nn import functional as F
 
 from dni_seq.app.runs.checkpoint import write_json
-from dni_seq.app.runs.crash_report import guarded
+from dni_seq.app.runs.crash_report import report_crash
 from dni_seq.app.runs.directory import check_unused, new_run_path
 from dni_seq.app.runs.options import above_zero, at_least, build, option, parse, report
 from dni_seq.app.runs.tensorboard import RunLog
 from dni_seq.distributed.decoupled_parts import remote_end
-from dni_seq.distributed.process_group import TIMEOUT, RankError, Ranks, answered, joined, leave, program
+from dni_seq.distributed.process_group import (
+    TIMEOUT,
+    RankError,
+    Ranks,
+    init_distributed,
+    leave,
+    program,
+    translate_dist_errors,
+)
 from dni_seq.interfaces.context import synthesizer_context
 from dni_seq.models.feedforward import CLASSES
-from dni_seq.models.two_part import Halves, digits_halves, language_model_halves
+from dni_seq.models.two_part import TwoPartNetwork, two_part_digits, two_part_language_model
 from dni_seq.streams import Documents, WindowStream, digits, open_corpus, train_tokenizer
 
 _PROG = "train_decoupled"
@@ -114,7 +122,7 @@ class Row(NamedTuple):
 class Work(NamedTuple):
     """A network and its data: the same on both ranks, which use one part each."""
 
-    halves: Halves
+    halves: TwoPartNetwork
     batches: Iterator[Batch]
     test: list[Batch]
 
@@ -123,7 +131,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
     try:
         options = build(DecoupledOptions, parse(DecoupledOptions, arguments, prog=_PROG, description=__doc__ or ""))
-        with joined(options.rank_timeout) as ranks:
+        with init_distributed(options.rank_timeout) as ranks:
             return run(options, ranks)
     except (ValueError, OSError, RankError) as error:
         return report(_PROG, error)
@@ -137,8 +145,8 @@ def run(options: DecoupledOptions, ranks: Ranks) -> int:
                 f"{ranks.size} ranks cannot hold two parts: torchrun --standalone --nproc-per-node 2 {sys.argv[0]}"
             )
         ranks.check_same({**program(), "set of options": dataclasses.asdict(options)})
-        path = ranks.from_first(lambda: new_directory(options))
-        work = ranks.together(lambda: prepare(options))
+        path = ranks.broadcast_from_rank0(lambda: new_directory(options))
+        work = ranks.run_on_all(lambda: prepare(options))
     except (ValueError, OSError) as error:
         return report(_PROG, error) if ranks.first else 2  # both know of it
     part = {"unlocked": unlocked, "locked": locked, "alone": alone}[options.mode](options, ranks, work)
@@ -170,14 +178,14 @@ def prepare(options: DecoupledOptions) -> Work:
     if options.network == "digits":
         data = digits.load(options.dataset or "digits")
         test = [labelled(data.test_images, data.test_labels)]
-        return Work(digits_halves(options.hidden), image_batches(data, options), test)
+        return Work(two_part_digits(options.hidden), image_batches(data, options), test)
     corpus = open_corpus(options.dataset, data_dir=options.data_dir)
     tokenizer = train_tokenizer("char" if corpus.level == "char" else "word", corpus.train, None)
 
     def windows(documents: Documents) -> WindowStream:
         return WindowStream(documents, tokenizer, lanes=options.batch_size, bptt=options.bptt)
 
-    halves = language_model_halves(tokenizer.vocabulary_size, options.hidden, options.batch_size)
+    halves = two_part_language_model(tokenizer.vocabulary_size, options.hidden, options.batch_size)
     test = [Batch(w.inputs, w.targets, w.targets) for w in windows(corpus.valid)]
     return Work(halves, text_batches(windows(corpus.train)), test)
 
@@ -248,7 +256,7 @@ class PartRun:
             self.rows.append(Row(self.name, self._clock - self.began, self.updates, float(loss)))
 
 
-def update_a(part: PartRun, halves: Halves, batch: Batch) -> tuple[Tensor, Tensor]:
+def update_a(part: PartRun, halves: TwoPartNetwork, batch: Batch) -> tuple[Tensor, Tensor]:
     """Part A learns from a synthetic gradient, and teaches the synthetic input; the loss of that, and the real message."""
     part.optimizer.zero_grad()
     message, part.state = part.module(batch.inputs, part.state)
@@ -259,7 +267,7 @@ def update_a(part: PartRun, halves: Halves, batch: Batch) -> tuple[Tensor, Tenso
     return regression.loss, message.detach()
 
 
-def update_b(part: PartRun, halves: Halves, batch: Batch) -> Tensor:
+def update_b(part: PartRun, halves: TwoPartNetwork, batch: Batch) -> Tensor:
     """Part B learns from a synthetic input, whose real gradient teaches the synthetic one; its loss, nats."""
     part.optimizer.zero_grad()
     with synthesizer_context(batch.context):
@@ -271,7 +279,7 @@ def update_b(part: PartRun, halves: Halves, batch: Batch) -> Tensor:
     return loss.detach()
 
 
-def update_b_by_message(part: PartRun, halves: Halves, batch: Batch, message: Tensor) -> None:
+def update_b_by_message(part: PartRun, halves: TwoPartNetwork, batch: Batch, message: Tensor) -> None:
     """Part B learns from a real message of some time ago, in a fresh state, and teaches the synthetic gradient there too."""
     part.optimizer.zero_grad()
     with synthesizer_context(batch.context):
@@ -280,7 +288,7 @@ def update_b_by_message(part: PartRun, halves: Halves, batch: Batch, message: Te
     part.optimizer.step()
 
 
-def part_of(options: DecoupledOptions, ranks: Ranks, halves: Halves, *, interface: bool = True) -> PartRun:
+def part_of(options: DecoupledOptions, ranks: Ranks, halves: TwoPartNetwork, *, interface: bool = True) -> PartRun:
     """This rank's part, which trains one of the synthesizers with it."""
     own = halves.interface.forward_interface if ranks.first else halves.interface.backward_interface
     name, module = ("A", halves.a) if ranks.first else ("B", halves.b)
@@ -294,7 +302,7 @@ def unlocked(options: DecoupledOptions, ranks: Ranks, work: Work) -> PartRun:
     own, other = synthesizers if ranks.first else synthesizers[::-1]
     part = part_of(options, ranks, halves)
     with remote_end(ranks, own, other, options.exchange_every) as end:
-        ranks.largest(0)  # both begin here
+        ranks.all_reduce_max(0)  # both begin here
         part.start()
         for _ in range(options.updates):
             batch = next(work.batches)
@@ -314,7 +322,7 @@ def alone(options: DecoupledOptions, ranks: Ranks, work: Work) -> PartRun:
     """The same updates without a message, part A first, then part B."""
     part = part_of(options, ranks, work.halves)
     for turn in range(2):
-        ranks.largest(0)
+        ranks.all_reduce_max(0)
         if turn == ranks.rank:
             part.start()
             for _ in range(options.updates):
@@ -326,7 +334,7 @@ def alone(options: DecoupledOptions, ranks: Ranks, work: Work) -> PartRun:
 def locked(options: DecoupledOptions, ranks: Ranks, work: Work) -> PartRun:
     """Backpropagation over both processes: part B waits for the message, part A for its gradient."""
     part = part_of(options, ranks, work.halves, interface=False)
-    ranks.largest(0)
+    ranks.all_reduce_max(0)
     part.start()
     for _ in range(options.updates):
         batch = next(work.batches)
@@ -334,20 +342,20 @@ def locked(options: DecoupledOptions, ranks: Ranks, work: Work) -> PartRun:
         if ranks.first:
             message, part.state = part.module(batch.inputs, part.state)
             gradient = torch.empty_like(message)
-            with answered():
+            with translate_dist_errors():
                 dist.send(message.detach().contiguous(), 1)
                 dist.recv(gradient, 1)
             message.backward(gradient)
             loss = torch.zeros(())
         else:
             message = torch.empty(batch.targets.numel(), options.hidden)
-            with answered():
+            with translate_dist_errors():
                 dist.recv(message, 0)
             logits, part.state = part.module(message.requires_grad_(), part.state)
             loss = cross_entropy(logits, batch.targets)
             loss.backward()
             assert message.grad is not None
-            with answered():
+            with translate_dist_errors():
                 dist.send(message.grad, 0)
         part.optimizer.step()
         part.done(loss.detach())
@@ -355,7 +363,7 @@ def locked(options: DecoupledOptions, ranks: Ranks, work: Work) -> PartRun:
 
 
 @torch.no_grad()
-def score(halves: Halves, test: list[Batch], *, synthetic: bool) -> dict[str, float]:
+def score(halves: TwoPartNetwork, test: list[Batch], *, synthetic: bool) -> dict[str, float]:
     """Loss in nats and error in percent of part B, with real messages, or with synthetic ones, which need no part A."""
     state_a = state_b = None
     loss, errors, count = 0.0, 0, 0
@@ -432,4 +440,4 @@ def plot(rows: list[Row], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    leave(guarded(main))
+    leave(report_crash(main))

@@ -24,7 +24,7 @@ import torch
 from dni_seq.app.runs.checkpoint import write_json
 from dni_seq.app.runs.directory import check_unused
 from dni_seq.app.runs.options import above_zero, at_least, build, option, parse, report
-from dni_seq.models.multi_timescale import JOINTS, Counting, SlowTicking
+from dni_seq.models.multi_timescale import JOINTS, Counting, MultiTimescale
 
 _PROG = "train_slow_ticking"
 _TASK, _NETWORK, _RUN = "task", "network", "run"
@@ -69,7 +69,7 @@ def train(options: SlowTickingOptions) -> dict[str, float]:
     """Train; the errors of the last blocks, by network, over the variance of their counts."""
     torch.set_num_threads(1)
     torch.manual_seed(options.seed)
-    network = SlowTicking(options.hidden, options.ticks, options.joint, options.lr)
+    network = MultiTimescale(options.hidden, options.ticks, options.joint, options.lr)
     task = Counting(options.steps, options.ticks, options.batch_size, options.seed)
     recent: dict[str, deque[torch.Tensor]] = {name: deque(maxlen=AVERAGED) for name in ("fast", "fast power", "slow power")}
     every = 1 if options.joint == "none" else options.ticks

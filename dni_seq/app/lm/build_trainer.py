@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from dni_seq.app.build.credit import EMBED, build_auxiliary, build_synthesizer, learning_parameters, trainer_settings
-from dni_seq.app.build.credit_options import decided, state_products
+from dni_seq.app.build.credit_options import resolve, state_products
 from dni_seq.app.build.optimizers import adam
 from dni_seq.app.lm import build as lm
 from dni_seq.app.lm.options import LanguageModelOptions
@@ -31,7 +31,7 @@ def build_trainer(
     if parallel is not None and options.sparse_embedding:
         raise ValueError("--sparse-embedding works in one process: leave it out under torchrun")
     dtype = model.projection.weight.dtype
-    chosen = decided(options, options.bptt)
+    chosen = resolve(options, options.bptt)
     example = model.initial_state(1)
     model.native_steps = native_up_to(state_products(chosen))
     synthesizer = build_synthesizer(
@@ -43,7 +43,7 @@ def build_trainer(
         cells=LSTM_CELLS if options.model == "lstm" else False,
         encode=lambda: token_encoders(model.projection.out_features, options.synthesizer_vocab_size),
         outputs=model.projection.out_features,
-        told_apart=options.synthesizer_vocab_size,
+        max_classes=options.synthesizer_vocab_size,
         share=None if parallel is None else parallel.share,
     )
     auxiliary = build_auxiliary(options, example)
@@ -69,9 +69,9 @@ def build_trainer(
     )
 
 
-def token_encoders(vocabulary_size: int, told_apart: int) -> tuple[nn.Module, nn.Module]:
+def token_encoders(vocabulary_size: int, max_classes: int) -> tuple[nn.Module, nn.Module]:
     """One embedding of the synthesizer's own for what it looks ahead at, inputs and targets; rare tokens are one to it."""
-    embedding = FirstTokens(told_apart, EMBED) if told_apart < vocabulary_size else nn.Embedding(vocabulary_size, EMBED)
+    embedding = FirstTokens(max_classes, EMBED) if max_classes < vocabulary_size else nn.Embedding(vocabulary_size, EMBED)
     return embedding, embedding
 
 

@@ -16,7 +16,7 @@ from torch import nn
 from dni_seq.app.build.unused_options import remarks
 from dni_seq.app.lm import build as lm
 from dni_seq.app.lm.build_trainer import build_trainer
-from dni_seq.app.lm.options import LanguageModelOptions, settle
+from dni_seq.app.lm.options import LanguageModelOptions, resolve_options
 from dni_seq.app.runs.tensorboard import peak_memory_mb
 from dni_seq.core.states import floating
 from dni_seq.core.windows import Window
@@ -43,7 +43,7 @@ def dry_run(options: LanguageModelOptions) -> Iterator[str]:
     torch.set_num_threads(options.threads)
     device = lm.device_of(options.device)
     corpus = lm.open_text(options)
-    options = settle(options, corpus)
+    options = resolve_options(options, corpus)
     tokenizer = lm.build_tokenizer(options, corpus)
     stream = lm.open_training(corpus, tokenizer, options)
     valid = lm.open_split(corpus, "valid", tokenizer, options)

@@ -13,7 +13,7 @@ from types import MappingProxyType
 from typing import Any, ClassVar
 
 from dni_seq.app.build.credit_options import GROUP as CREDIT
-from dni_seq.app.build.credit_options import CreditOptions, horizons_of, tail_lookahead, unsettled
+from dni_seq.app.build.credit_options import CreditOptions, horizons_of, tail_lookahead, without_resolved
 from dni_seq.app.runs.options import above_zero, at_least, build, option, share
 from dni_seq.distributed.process_group import TIMEOUT
 from dni_seq.models.language_model import CELLS
@@ -52,7 +52,7 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         },
     }
 )
-"""Defaults that depend on the tokenizer. An option listed here is None until `settle` fills it, whatever its type says."""
+"""Defaults that depend on the tokenizer. An option listed here is None until `resolve_options` fills it."""
 
 PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
@@ -264,7 +264,7 @@ class LanguageModelOptions(CreditOptions):
     rank_timeout: float = option(TIMEOUT, "under torchrun: seconds to wait for another rank", group=_RUN, check=above_zero)
 
 
-def settle(options: LanguageModelOptions, corpus: Corpus) -> LanguageModelOptions:
+def resolve_options(options: LanguageModelOptions, corpus: Corpus) -> LanguageModelOptions:
     """Fill the options that nobody gave and that depend on others, those of `DEFAULTS` among them."""
     kind = options.tokenizer or corpus.level
     defaults = dict(DEFAULTS["char" if kind == "char" else "word"])
@@ -272,10 +272,10 @@ def settle(options: LanguageModelOptions, corpus: Corpus) -> LanguageModelOption
     if options.max_steps is not None or options.max_tokens is not None:
         del defaults["epochs"]
     missing = {name: value for name, value in defaults.items() if getattr(options, name) is None}
-    return sized(dataclasses.replace(options, **missing))
+    return with_default_sizes(dataclasses.replace(options, **missing))
 
 
-def sized(options: LanguageModelOptions) -> LanguageModelOptions:
+def with_default_sizes(options: LanguageModelOptions) -> LanguageModelOptions:
     """Fill the sizes of a synthesizer that nobody gave, where the tokenizer and T are settled."""
     learned = options.synthesizer in ("state", "multi-horizon") or (options.synthesizer == "exact" and options.tail)
     if not learned:
@@ -287,7 +287,7 @@ def sized(options: LanguageModelOptions) -> LanguageModelOptions:
 
 
 def as_given(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What a new run takes over from a configuration, a run's or another one; see `unsettled`."""
+    """What a new run takes over from a configuration, a run's or another one; see `without_resolved`."""
     if config.get("tokenizer") is None or config.get("bptt") is None:
         return config
-    return unsettled(config, build(LanguageModelOptions, config), sized)
+    return without_resolved(config, build(LanguageModelOptions, config), with_default_sizes)

@@ -38,7 +38,7 @@ from dni_seq.app.lm import build as lm
 from dni_seq.app.lm.build_trainer import build_trainer, messages
 from dni_seq.app.lm.dry_run import dry_run
 from dni_seq.app.lm.evaluation import Score
-from dni_seq.app.lm.options import PRESETS, LanguageModelOptions, as_given, settle
+from dni_seq.app.lm.options import PRESETS, LanguageModelOptions, as_given, resolve_options
 from dni_seq.app.lm.training import (
     HISTOGRAM_EVERY,
     LOG_EVERY,
@@ -49,22 +49,29 @@ from dni_seq.app.lm.training import (
     log_point,
     log_score,
     measurements,
+    report_unknown_words,
     sample,
-    say_unknown,
 )
 from dni_seq.app.runs.allocator import keep_freed_memory
-from dni_seq.app.runs.checkpoint import CheckpointError, fitting, random_state, save_checkpoint, set_random_state, write_json
+from dni_seq.app.runs.checkpoint import (
+    CheckpointError,
+    checkpoint_errors,
+    random_state,
+    save_checkpoint,
+    set_random_state,
+    write_json,
+)
 from dni_seq.app.runs.directory import RunDirectory, new_run_path
 from dni_seq.app.runs.lock import RunLock
 from dni_seq.app.runs.options import parse, report
-from dni_seq.app.runs.progress import Progress, Quiet
+from dni_seq.app.runs.progress import NullProgress, Progress
 from dni_seq.app.runs.resume import Plan, config_of, plan_run
 from dni_seq.app.runs.signals import StopSignals
 from dni_seq.app.runs.tensorboard import FINAL, LAYOUT, RunLog, peak_memory_mb
 from dni_seq.core.nonfinite import NonFiniteError
 from dni_seq.core.windows import Window
 from dni_seq.distributed.data_parallel import DataParallel
-from dni_seq.distributed.process_group import TIMEOUT, RankError, Ranks, joined, local_device, program
+from dni_seq.distributed.process_group import TIMEOUT, RankError, Ranks, init_distributed, local_device, program
 from dni_seq.models.language_model import LanguageModel
 from dni_seq.streams import Corpus, DataError, Tokenizer, WindowStream, load_tokenizer
 from dni_seq.streams.corpus import EMBEDDED
@@ -99,7 +106,7 @@ def command(arguments: Sequence[str] | None, lock: RunLock) -> int:
             return 0
         if given.get("eval_only"):
             return evaluate_only(plan_run(LanguageModelOptions, {"resume": "auto"} | given))
-        with joined(float(given.get("rank_timeout", TIMEOUT))) as ranks:
+        with init_distributed(float(given.get("rank_timeout", TIMEOUT))) as ranks:
             return run(given, ranks, lock)
     except (ValueError, OSError) as error:
         return report("train_lm", error)
@@ -109,7 +116,7 @@ def run(given: dict[str, Any], ranks: Ranks, lock: RunLock) -> int:
     """Train, on one rank or several, of which the first takes the lock; returns the exit status."""
     try:
         ranks.check_same({"version of python": sys.version.split()[0], **program(), "set of options": given})
-        plan = ranks.from_first(lambda: plan_run(LanguageModelOptions, given, lock))
+        plan = ranks.broadcast_from_rank0(lambda: plan_run(LanguageModelOptions, given, lock))
         training = prepare(plan, ranks, lock)
     except (ValueError, OSError) as error:
         return report("train_lm", error) if ranks.first else 2  # all ranks know of it
@@ -148,7 +155,7 @@ def train(t: Training, stop: StopSignals) -> int:
     """Step through the stream until the run is done, or until a signal; returns the exit status."""
     while not t.done():
         for window in t.stream:
-            with fitting(t.run.path) if t.steps == t.resumed_at else nullcontext():
+            with checkpoint_errors(t.run.path) if t.steps == t.resumed_at else nullcontext():
                 step(t, window)
             if t.steps % LOG_EVERY == 0:
                 log_point(t)
@@ -166,7 +173,7 @@ def train(t: Training, stop: StopSignals) -> int:
             if signal is not None:
                 stop.received = signal  # not before: one that came while the ranks agreed must last until they do again
                 save(t, t.run.last)
-                t.progress.say(f"stopped at step {t.steps}; to go on: --run-dir {t.run.path} --resume auto")
+                t.progress.write_line(f"stopped at step {t.steps}; to go on: --run-dir {t.run.path} --resume auto")
                 return stop.exit_status
             if save_due:
                 save(t, t.run.last)
@@ -176,7 +183,7 @@ def train(t: Training, stop: StopSignals) -> int:
 
 def agreed(ranks: Ranks, signal: int | None, save_due: bool) -> tuple[int | None, bool]:
     """The signal that any rank has received, and whether a checkpoint is due on any."""
-    number, due = ranks.largest(signal or 0, int(save_due))
+    number, due = ranks.all_reduce_max(signal or 0, int(save_due))
     return number or None, bool(due)
 
 
@@ -190,7 +197,7 @@ def step(t: Training, window: Window) -> None:
     t.counters.tokens += tokens
     t.log.add(measurements(result), weight=tokens, skipped=result.skipped)
     for event in result.events:
-        t.progress.say(event)
+        t.progress.write_line(event)
     if t.steps % HISTOGRAM_EVERY == 0:
         for horizon, message in enumerate(messages(t.trainer, window.lookahead), start=1):
             t.log.histogram(t.steps, f"messages/horizon_{horizon}", message)
@@ -250,11 +257,11 @@ def finish(t: Training) -> None:
     t.log.scalars(t.steps, {"best/valid_perplexity": scores["valid"].ppl, "best/valid_bpc": scores["valid"].bpc})
     deciding = {name: value for name, value in config_of(t.options).items() if name not in t.options.MAY_CHANGE}
     t.log.hyperparameters(deciding, FINAL)
-    say_unknown(t)
+    report_unknown_words(t)
     sample(t, best)
     t.tick()
     write_json(t.run.summary, summary(t, scores))
-    t.progress.say(f"{t.steps} steps in {t.counters.seconds:.0f} s; all in {t.run.path}")
+    t.progress.write_line(f"{t.steps} steps in {t.counters.seconds:.0f} s; all in {t.run.path}")
 
 
 def best_model(t: Training) -> LanguageModel:
@@ -262,7 +269,7 @@ def best_model(t: Training) -> LanguageModel:
     try:
         return lm.load_run(t.run, t.run.best, t.device).model
     except CheckpointError as error:
-        t.progress.say(f"{error}: the scores are those of the last checkpoint")
+        t.progress.write_line(f"{error}: the scores are those of the last checkpoint")
         return t.model
 
 
@@ -291,30 +298,30 @@ def summary(t: Training, scores: dict[str, Score]) -> dict[str, Any]:
 def prepare(plan: Plan[LanguageModelOptions], ranks: Ranks, lock: RunLock) -> Training:
     """Build all parts of the run, and only then its directory; nothing is written where something is wrong on any rank."""
     torch.set_num_threads(plan.options.threads)
-    corpus = ranks.together(lambda: lm.open_text(plan.options))
-    options = settle(plan.options, corpus)
-    run = ranks.from_first(lambda: plan.run or RunDirectory(new_run_path(run_name(options, corpus.name))))
-    tokenizer = ranks.from_first(
+    corpus = ranks.run_on_all(lambda: lm.open_text(plan.options))
+    options = resolve_options(plan.options, corpus)
+    run = ranks.broadcast_from_rank0(lambda: plan.run or RunDirectory(new_run_path(run_name(options, corpus.name))))
+    tokenizer = ranks.broadcast_from_rank0(
         lambda: lm.build_tokenizer(options, corpus) if plan.checkpoint is None else load_tokenizer(run.tokenizer)
     )
-    training = ranks.together(lambda: assemble(plan, options, corpus, run, tokenizer, ranks))
+    training = ranks.run_on_all(lambda: assemble(plan, options, corpus, run, tokenizer, ranks))
     ranks.check_same({"training text": training.stream.state_dict()})
-    ranks.from_first(lambda: enter(training, plan, lock))
+    ranks.broadcast_from_rank0(lambda: initialize_dir(training, plan, lock))
     if plan.checkpoint is not None:
         saved = plan.checkpoint
-        with fitting(run.path):
+        with checkpoint_errors(run.path):
             training.log.load_state_dict(saved["log"], training.device)
         training.resumed_at = training.steps
     for note in (plan.note, lock.missing, *remarks(options, options.bptt, cells=options.model == "lstm")):
         if note:
-            training.progress.say(note)
-    say_unknown(training)
+            training.progress.write_line(note)
+    report_unknown_words(training)
     return training
 
 
-def enter(t: Training, plan: Plan[LanguageModelOptions], lock: RunLock) -> None:
+def initialize_dir(t: Training, plan: Plan[LanguageModelOptions], lock: RunLock) -> None:
     """Make the run's directory that of this call and begin to write to it; the first rank alone does."""
-    plan.enter(t.run, t.options, lock)
+    plan.initialize_dir(t.run, t.options, lock)
     t.tokenizer.save(t.run.tokenizer)
     t.log = RunLog(t.run.path, resumed_at=t.steps)
     t.log.dashboard(LAYOUT)
@@ -342,9 +349,9 @@ def assemble(
     with lm.sizes_that_fit():
         model = lm.build_model(options, tokenizer.vocabulary_size, device)
         trainer = build_trainer(options, model, device, parallel)
-    with fitting(run.path):
+    with checkpoint_errors(run.path):
         counters = restore(checkpoint, trainer, stream, ranks, options)
-    progress = (Progress if ranks.first else Quiet)(total_steps(options, stream), trainer.steps)
+    progress = (Progress if ranks.first else NullProgress)(total_steps(options, stream), trainer.steps)
     return Training(
         options, run, device, tokenizer, stream, valid, test, model, trainer, counters, RunLog(None), progress, ranks
     )

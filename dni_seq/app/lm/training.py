@@ -158,17 +158,17 @@ def log_score(t: Training, split: str, result: Score) -> None:
             f"{split}/word_perplexity": result.word_ppl,
         },
     )
-    t.progress.say(f"step {t.steps}, epoch {t.stream.epoch}, {lm.describe(split, result)}")
+    t.progress.write_line(f"step {t.steps}, epoch {t.stream.epoch}, {lm.describe(split, result)}")
 
 
 def sample(t: Training, model: LanguageModel) -> str:
     """Draw some text for the reader."""
     text = lm.sample_text(model, t.tokenizer, seed=t.options.seed)
-    t.progress.say(f"--- sample at step {t.steps} ---\n{text}\n---")
+    t.progress.write_line(f"--- sample at step {t.steps} ---\n{text}\n---")
     return text
 
 
-def say_unknown(t: Training) -> None:
+def report_unknown_words(t: Training) -> None:
     """How much of the text is not in the vocabulary, of a streamed text as far as it has been read; nothing where all is."""
     if unknown := lm.describe_unknown({"train": t.stream, "valid": t.valid, "test": t.test}):
-        t.progress.say(unknown)
+        t.progress.write_line(unknown)

@@ -86,7 +86,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 @contextmanager
-def fitting(run: Path) -> Iterator[None]:
+def checkpoint_errors(run: Path) -> Iterator[None]:
     """Take what goes wrong in the block, where a checkpoint's content is handed out or used at first, for its fault.
 
     Raises:
@@ -102,7 +102,7 @@ def fitting(run: Path) -> Iterator[None]:
         raise CheckpointError(f"cannot go on from the checkpoint of the run {run}: {reason}") from error
 
 
-class _Summing:
+class _ChecksumWriter:
     """A file to write to that sums what passes, and remembers what the system said where writing failed."""
 
     def __init__(self, file: BinaryIO) -> None:
@@ -125,7 +125,7 @@ class _Summing:
 
 def _save_sealed(content: dict[str, Any], file: BinaryIO) -> None:
     """`torch.save` with the sum of its bytes as the archive's comment, whose length is the archive's last two bytes."""
-    summing = _Summing(file)
+    summing = _ChecksumWriter(file)
     try:
         torch.save(content, summing)  # type: ignore[arg-type]
     except RuntimeError:

@@ -26,7 +26,7 @@ def versions() -> dict[str, str]:
     }
 
 
-def guarded(main: Callable[[], int]) -> int:
+def report_crash(main: Callable[[], int]) -> int:
     """The exit status of a command; of an error that it did not foresee, a traceback, what to report, and status 1."""
     try:
         return main()

@@ -17,7 +17,7 @@ from dni_seq.app.runs.lock import LOCK_NAME
 from dni_seq.app.runs.options import flag
 
 
-class Newest(NamedTuple):
+class LatestCheckpoint(NamedTuple):
     """The newest whole checkpoint of a run.
 
     Attributes:
@@ -68,7 +68,7 @@ class RunDirectory:
         self.last.parent.mkdir(parents=True, exist_ok=True)
         write_json(self.config, dict(config))
 
-    def newest_checkpoint(self) -> Newest | None:
+    def newest_checkpoint(self) -> LatestCheckpoint | None:
         """The last checkpoint, or the one before where that is damaged or missing; None where none was written yet.
 
         Raises:
@@ -87,7 +87,7 @@ class RunDirectory:
                 reasons.append(str(error))
                 continue
             note = f"{'; '.join(reasons)}: going on from {path}" if reasons else None
-            return Newest(content, note, tuple(damaged))
+            return LatestCheckpoint(content, note, tuple(damaged))
         if damaged:
             raise CheckpointError(
                 f"{'; '.join(reasons)}: no whole one is left; try --resume {self.best}, or another --run-dir"

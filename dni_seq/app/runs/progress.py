@@ -56,7 +56,7 @@ class Progress:
         """Tokens of this session over its time so far."""
         return self._tokens / max(self._clock() - self._begin, 1e-9)
 
-    def say(self, text: str) -> None:
+    def write_line(self, text: str) -> None:
         """Print `text` on stdout, above the bar where there is one."""
         self._bar.write(text, file=sys.stdout)
         sys.stdout.flush()
@@ -66,7 +66,7 @@ class Progress:
         self._bar.close()
 
 
-class Quiet(Progress):
+class NullProgress(Progress):
     """Progress that counts and shows nothing, of a rank whose lines would repeat those of another."""
 
     quiet = True
@@ -76,5 +76,5 @@ class Quiet(Progress):
         self._done += 1
         self._tokens += tokens
 
-    def say(self, text: str) -> None:
+    def write_line(self, text: str) -> None:
         """Nothing."""

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Generic, NamedTuple, Protocol, TypeVar
 
 from dni_seq.app.runs.checkpoint import load_checkpoint
-from dni_seq.app.runs.directory import Newest, RunDirectory, differences
+from dni_seq.app.runs.directory import LatestCheckpoint, RunDirectory, differences
 from dni_seq.app.runs.lock import RunLock
 from dni_seq.app.runs.options import build, read_config
 
@@ -53,7 +53,7 @@ class Plan(Generic[Options]):
         checkpoint: where to go on, None to begin.
         note: what the user has to know of that checkpoint, None for nothing.
         damaged: checkpoints that were passed over.
-        goes_on: whether the directory holds the run already.
+        resuming: whether the directory holds the run already.
     """
 
     options: Options
@@ -61,9 +61,9 @@ class Plan(Generic[Options]):
     checkpoint: dict[str, Any] | None
     note: str | None = None
     damaged: tuple[Path, ...] = ()
-    goes_on: bool = False
+    resuming: bool = False
 
-    def enter(self, run: RunDirectory, options: Options, lock: RunLock) -> None:
+    def initialize_dir(self, run: RunDirectory, options: Options, lock: RunLock) -> None:
         """Make `run` the directory of this call: locked, its configuration written, damaged checkpoints set aside.
 
         Raises:
@@ -72,7 +72,7 @@ class Plan(Generic[Options]):
         """
         run.path.mkdir(parents=True, exist_ok=True)
         lock.take(run.path)
-        if not self.goes_on:
+        if not self.resuming:
             run.refuse_new_run(config_of(options))
         run.create(config_of(options))
         run.set_aside(self.damaged)
@@ -84,11 +84,11 @@ class _Source(NamedTuple):
     run: RunDirectory
     checkpoint: Path | None
 
-    def newest(self) -> Newest | None:
+    def newest(self) -> LatestCheckpoint | None:
         """The checkpoint to go on from, None to begin."""
         if self.checkpoint is None:
             return self.run.newest_checkpoint()
-        return Newest(load_checkpoint(self.checkpoint), None, ())
+        return LatestCheckpoint(load_checkpoint(self.checkpoint), None, ())
 
 
 def plan_run(cls: type[Options], given: Mapping[str, Any], lock: RunLock | None = None) -> Plan[Options]:
@@ -118,7 +118,7 @@ def plan_run(cls: type[Options], given: Mapping[str, Any], lock: RunLock | None 
         lock.take(source.run.path)
     newest = source.newest()
     checkpoint, note, damaged = (None, None, ()) if newest is None else newest
-    return Plan(saved_options(cls, source.run, given), source.run, checkpoint, note, damaged, goes_on=True)
+    return Plan(saved_options(cls, source.run, given), source.run, checkpoint, note, damaged, resuming=True)
 
 
 def config_of(options: RunOptions) -> dict[str, Any]:

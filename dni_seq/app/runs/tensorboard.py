@@ -111,7 +111,7 @@ class RunLog:
     """
 
     def __init__(self, directory: Path | None, resumed_at: int = 0):
-        self._writer: Any = _Nowhere()
+        self._writer: Any = _NullWriter()
         if directory is not None:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -228,7 +228,7 @@ class RunLog:
         self._weights = {key: weight.to(device) for key, weight in state["weights"].items()}
 
 
-class _Nowhere:
+class _NullWriter:
     """A writer that writes nothing."""
 
     def __getattr__(self, name: str) -> Callable[..., None]:

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 from dni_seq.app.feedforward.train import FeedForwardOptions, train
 from dni_seq.app.runs.options import build, option, parse, report
-from dni_seq.app.studies.records import append_line, around_tables, markdown, read_lines, spread, write_tables
+from dni_seq.app.studies.records import append_line, around_tables, markdown, mean_and_std, read_lines, write_tables
 from dni_seq.streams import digits
 from dni_seq.streams.digits import Digits
 
@@ -200,7 +200,8 @@ def by_depth(found: list[dict[str, Any]]) -> str:
     for layers in DEPTHS:
         places = [(method, "every" if (layers, place) == (2, "last") else place) for method, place in COLUMNS]
         cells = [
-            spread(errors(matching(found, "depth", method, layers=layers, **placed(place)))) for method, place in places
+            mean_and_std(errors(matching(found, "depth", method, layers=layers, **placed(place))))
+            for method, place in places
         ]
         rows.append([str(layers), *cells])
     return markdown(header, rows)
@@ -209,7 +210,7 @@ def by_depth(found: list[dict[str, Any]]) -> str:
 def of_sporadic(found: list[dict[str, Any]]) -> str:
     """Updates in a random order, by their probability."""
     rows = [
-        [method, *(spread(errors(matching(found, "sporadic", method, layers=4, p_update=p))) for p in P_UPDATES)]
+        [method, *(mean_and_std(errors(matching(found, "sporadic", method, layers=4, p_update=p))) for p in P_UPDATES)]
         for method in SPORADIC
     ]
     return markdown(["4 layers, random order", *(f"p = {p}" for p in P_UPDATES)], rows)

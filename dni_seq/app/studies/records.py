@@ -80,7 +80,7 @@ def locked(file: BinaryIO) -> Iterator[None]:
         fcntl.flock(file, fcntl.LOCK_UN)
 
 
-def spread(values: Iterable[float], digits: int = 1) -> str:
+def mean_and_std(values: Iterable[float], digits: int = 1) -> str:
     """Mean and standard deviation, with the number of values in brackets."""
     known = list(values)
     if len(known) < 2:

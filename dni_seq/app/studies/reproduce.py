@@ -5,9 +5,9 @@ python scripts/reproduce_paper.py table1 --task copy --bptt 4 --tune --jobs 2
 python scripts/reproduce_paper.py table1 --task copy --bptt 4 --break-ties --jobs 2
     The rates that solve the same length there, with the whole budget: the best of these is taken then, not the soonest.
 python scripts/reproduce_paper.py table1 --task copy --bptt 2 4 --jobs 2
-    The cells, 3 seeds, with the best rates of that grid, those of the T nearest to it; then tables and curves.
+    The trials, 3 seeds, with the best rates of that grid, those of the T nearest to it; then tables and curves.
 python scripts/reproduce_paper.py table1 --task ptb --bptt 1 2 4 8 --synthesizer none paper multi-horizon --max-minutes 60
-    Some columns of the row of Penn Treebank; no cell is begun that would take longer than what is left of the hour.
+    Some columns of the row of Penn Treebank; no trial is begun that would take longer than what is left of the hour.
 python scripts/reproduce_paper.py table1 --task ptb --bptt 1 --data-file book.txt
     The same on other text, by characters, with the rates of Penn Treebank.
 python scripts/reproduce_paper.py ablation --jobs 2
@@ -17,9 +17,9 @@ python scripts/reproduce_paper.py draw
 python scripts/reproduce_paper.py figure feedforward
     The rows of MNIST: scripts/feedforward_table.py.
 
-A cell is one training by train_lm.py or train_tasks.py in a process of its own, and one line of results. What is on record
+A trial is one training by train_lm.py or train_tasks.py in a process of its own, and one line of results. What is on record
 is not run again. A call that is stopped (Ctrl-C) or killed loses a minute of work, the same call goes on; several calls may
-share the files. --dry-run lists the cells that are missing with the minutes that each will take, about.
+share the files. --dry-run lists the trials that are missing with the minutes that each will take, about.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from dni_seq.app.studies.figures import draw_curves
 from dni_seq.app.studies.grid import ABLATION, BUDGETS, COLUMNS, TUNING_SEED, TUNING_SHARE, VALIDATIONS, added, without
 from dni_seq.app.studies.records import around_tables, read_lines, write_tables
 from dni_seq.app.studies.tables import MARKS, TASKS, Rates, tables
-from dni_seq.app.studies.trial_runner import Cell, Outcome, Study
+from dni_seq.app.studies.trial_runner import Outcome, Study, Trial
 from dni_seq.app.studies.tuning import alike, rates_of, rates_to_try, reach, tied_rates
 
 _PROG = "reproduce_paper"
@@ -56,10 +56,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         status = 0
         if options.part != "draw":
             lines = read_lines(options.results)
-            cells = table1(options, lines) if options.part == "table1" else ablation(options, lines)
+            trials = table1(options, lines) if options.part == "table1" else ablation(options, lines)
             if options.dry_run:
-                return list_missing(cells, lines)
-            status = run(cells, lines, options)
+                return list_missing(trials, lines)
+            status = run(trials, lines, options)
         draw(options)
     except (ValueError, OSError) as error:
         return report(_PROG, error)
@@ -78,7 +78,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     table.add_argument("--synthesizer", choices=COLUMNS, nargs="+", default=list(COLUMNS))
     table.add_argument("--budget", choices=("small", "paper"), default="small")
     instead = table.add_mutually_exclusive_group()
-    instead.add_argument("--tune", action="store_true", help="the grid of learning rates instead of the cells")
+    instead.add_argument("--tune", action="store_true", help="the grid of learning rates instead of the trials")
     instead.add_argument("--break-ties", action="store_true", help="the best of that grid again, with the whole budget")
     table.add_argument("--data-file", metavar="FILE", help="other text in the place of Penn Treebank")
     away = parts.add_parser("ablation", help="one thing taken away, or added", allow_abbrev=False)
@@ -87,8 +87,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         part.add_argument("--seeds", type=positive, default=3, help="from 0 on (default: 3; --tune has one of its own)")
         part.add_argument("--lr", type=rate, help="the network's learning rate, in the place of tuned ones")
         part.add_argument("--synthesizer-lr", type=rate, help="the synthesizer's, given with --lr")
-        part.add_argument("--jobs", type=positive, default=1, help="cells side by side (default: 1)")
-        part.add_argument("--max-minutes", type=rate, metavar="M", help="begin no cell that would end later than this")
+        part.add_argument("--jobs", type=positive, default=1, help="trials side by side (default: 1)")
+        part.add_argument("--max-minutes", type=rate, metavar="M", help="begin no trial that would end later than this")
         part.add_argument("--dry-run", action="store_true", help="list what is missing, and run nothing")
         part.add_argument("--scratch", type=Path, default=Path("runs/reproduce_paper"), metavar="DIR")
     figure = parts.add_parser("figure", help="the other pictures of the paper")
@@ -118,8 +118,8 @@ def rate(text: str) -> float:
     return number
 
 
-def table1(options: argparse.Namespace, lines: list[dict[str, Any]]) -> list[Cell]:
-    """The cells of a call, seeds outermost, so that a study that is not through has a whole table of fewer seeds."""
+def table1(options: argparse.Namespace, lines: list[dict[str, Any]]) -> list[Trial]:
+    """The trials of a call, seeds outermost, so that a study that is not through has a whole table of fewer seeds."""
     if options.tune and options.lr is not None:
         raise ValueError("--tune tries a grid of rates: leave out --lr")
     if options.data_file is not None:
@@ -132,21 +132,21 @@ def table1(options: argparse.Namespace, lines: list[dict[str, Any]]) -> list[Cel
     if options.tune or options.break_ties:
         part = "tune" if options.tune else "ties"
         return [
-            made(part, options, options.task, bptt, column, COLUMNS[column], TUNING_SEED, rates)
+            make_trial(part, options, options.task, bptt, column, COLUMNS[column], TUNING_SEED, rates)
             for bptt, column in itertools.product(options.bptt, options.synthesizer)
             for rates in (rates_to_try(column) if options.tune else tied_rates(options, lines, column, bptt))
         ]
     return [
-        made("table1", options, options.task, bptt, column, COLUMNS[column], seed, rates)
+        make_trial("table1", options, options.task, bptt, column, COLUMNS[column], seed, rates)
         for seed, bptt, column in itertools.product(range(options.seeds), options.bptt, options.synthesizer)
         for rates in [rates_of(options, alike(lines, COLUMNS[column], bptt), options.task, column, bptt)]
     ]
 
 
-def ablation(options: argparse.Namespace, lines: list[dict[str, Any]]) -> list[Cell]:
+def ablation(options: argparse.Namespace, lines: list[dict[str, Any]]) -> list[Trial]:
     """Two bases, each with one change; rates are those of the base, of the default with two horizons."""
     options.budget, options.data_file = "small", None
-    cells = []
+    trials = []
     for seed, (task, bptt) in itertools.product(range(options.seeds), ABLATION):
         if task not in options.task:
             continue
@@ -157,11 +157,11 @@ def ablation(options: argparse.Namespace, lines: list[dict[str, Any]]) -> list[C
                 settings = {**COLUMNS[base], **change}
                 if settings.get("synthetic_scale") == "auto":
                     settings.pop("fidelity_every", None)
-                cells.append(made("ablation", options, task, bptt, base, settings, seed, rates, variant=variant))
-    return cells
+                trials.append(make_trial("ablation", options, task, bptt, base, settings, seed, rates, variant=variant))
+    return trials
 
 
-def made(
+def make_trial(
     part: str,
     options: argparse.Namespace,
     task: str,
@@ -171,8 +171,8 @@ def made(
     seed: int,
     rates: Rates,
     **more: str,
-) -> Cell:
-    """One cell: the command's options from budget, column and rates."""
+) -> Trial:
+    """One trial: the command's options from budget, column and rates."""
     budget = BUDGETS["ablation" if part == "ablation" else options.budget]
     data = None if options.data_file is None else Path(options.data_file).name
     about = {"part": part, "task": task, "data": data, "budget": options.budget, "bptt": bptt, "column": column, **more}
@@ -188,15 +188,17 @@ def made(
         if data is None:
             text["dataset"] = "ptb"
         paths = {} if data is None else {"data_file": str(Path(options.data_file).absolute())}
-        return Cell("train_lm", {**about, "seed": seed}, {**text, **chosen}, paths)
+        return Trial("train_lm", {**about, "seed": seed}, {**text, **chosen}, paths)
     start = {"start": budget.start} if task == "copy" and budget.start else {}
     updates = budget.task["updates"] // share
-    return Cell("train_tasks", {**about, "seed": seed}, {**budget.task, "task": task, "updates": updates, **start, **chosen})
+    return Trial(
+        "train_tasks", {**about, "seed": seed}, {**budget.task, "task": task, "updates": updates, **start, **chosen}
+    )
 
 
-def measure(cell: Cell, summary: dict[str, Any]) -> dict[str, Any]:
+def measure(trial: Trial, summary: dict[str, Any]) -> dict[str, Any]:
     """What a line says beside what every line says: the result, the curve, and how long the training was."""
-    if cell.script == "train_lm":
+    if trial.script == "train_lm":
         result = {"valid_bpc": summary["valid"]["bpc"], "test_bpc": summary["test"]["bpc"]}
         return {"result": result, "curve": summary["curve"], "tokens": summary["tokens"], "updates": summary["steps"]}
     result = {"length": summary["length"], "stage": summary["stage"]}
@@ -204,13 +206,13 @@ def measure(cell: Cell, summary: dict[str, Any]) -> dict[str, Any]:
     return {"result": result, "curve": summary["curve"], **sizes}
 
 
-def minutes_by(lines: list[dict[str, Any]]) -> Callable[[Cell], float]:
-    """How long a cell takes, about: as the latest ones like it a window, else by a rule of thumb."""
+def minutes_by(lines: list[dict[str, Any]]) -> Callable[[Trial], float]:
+    """How long a trial takes, about: as the latest ones like it a window, else by a rule of thumb."""
     known = {_kind(line, line["options"]): line["seconds"] / line["updates"] for line in lines}
 
-    def minutes(cell: Cell) -> float:
-        windows = windows_of(cell)
-        return windows * known.get(_kind(cell.about, cell.options), rule_of_thumb(cell)) / 60
+    def minutes(trial: Trial) -> float:
+        windows = windows_of(trial)
+        return windows * known.get(_kind(trial.about, trial.options), rule_of_thumb(trial)) / 60
 
     return minutes
 
@@ -220,49 +222,49 @@ def _kind(about: Mapping[str, Any], options: Mapping[str, Any]) -> tuple[Any, ..
     return (*changes, options["hidden"], options["batch_size"])
 
 
-def windows_of(cell: Cell) -> int:
-    """The updates of a cell."""
-    options = cell.options
+def windows_of(trial: Trial) -> int:
+    """The updates of a trial."""
+    options = trial.options
     return int(options.get("updates") or math.ceil(options["max_tokens"] / (options["batch_size"] * options["bptt"])))
 
 
-def rule_of_thumb(cell: Cell) -> float:
+def rule_of_thumb(trial: Trial) -> float:
     """Seconds a window on an idle core: a plain step, and what the column adds; as copying took with 256 units, 32 lanes."""
-    steps, lanes, units = (cell.options[name] for name in ("bptt", "batch_size", "hidden"))
-    added = {"none": 0.0, "paper": 8.5, "paper-aux": 11.0, "multi-horizon": 20.0, "exact": 11.0}[cell.about["column"]]
+    steps, lanes, units = (trial.options[name] for name in ("bptt", "batch_size", "hidden"))
+    added = {"none": 0.0, "paper": 8.5, "paper-aux": 11.0, "multi-horizon": 20.0, "exact": 11.0}[trial.about["column"]]
     plain = 2.2 + 1.2 * steps
     return (plain + added) * 1e-3 * max(lanes / 32, 1) ** 0.5 * (units / 256) ** 2
 
 
-def list_missing(cells: Sequence[Cell], lines: list[dict[str, Any]]) -> int:
+def list_missing(trials: Sequence[Trial], lines: list[dict[str, Any]]) -> int:
     """Print what is not on record, with its minutes."""
     done, minutes = {line["key"] for line in lines}, minutes_by(lines)
-    missing = [cell for cell in cells if cell.key() not in done]
-    for cell in missing:
-        print(f"{minutes(cell):7.1f} min  {cell.name()}")
-    print(f"{sum(map(minutes, missing)):7.1f} min in {len(missing)} cells that are missing of {len(cells)}")
+    missing = [trial for trial in trials if trial.key() not in done]
+    for trial in missing:
+        print(f"{minutes(trial):7.1f} min  {trial.name()}")
+    print(f"{sum(map(minutes, missing)):7.1f} min in {len(missing)} trials that are missing of {len(trials)}")
     return 0
 
 
-def run(cells: Sequence[Cell], lines: list[dict[str, Any]], options: argparse.Namespace) -> int:
+def run(trials: Sequence[Trial], lines: list[dict[str, Any]], options: argparse.Namespace) -> int:
     """Run what is missing; the exit status: 0 where nothing failed, else 1, after a signal that of the signal."""
     study = Study(options.scratch, options.results, options.jobs, measure)
     with StopSignals() as stop:
-        outcome = study.run(cells, minutes_by(lines), options.max_minutes, stop)
+        outcome = study.run(trials, minutes_by(lines), options.max_minutes, stop)
     print(summary_of(outcome), flush=True)
     return stop.exit_status or (1 if outcome.failed else 0)
 
 
 def summary_of(outcome: Outcome) -> str:
-    """What became of the cells, in one line."""
+    """What became of the trials, in one line."""
     parts = {
         "done": outcome.done,
         "failed": len(outcome.failed),
-        "run by another process": outcome.elsewhere,
-        "not begun for lack of time": outcome.late,
+        "run by another process": outcome.locked_elsewhere,
+        "not begun for lack of time": outcome.out_of_time,
         "stopped": outcome.stopped,
     }
-    return "cells: " + ", ".join(f"{count} {what}" for what, count in parts.items() if count or what == "done")
+    return "trials: " + ", ".join(f"{count} {what}" for what, count in parts.items() if count or what == "done")
 
 
 def draw(options: argparse.Namespace) -> None:

@@ -191,7 +191,7 @@ def soak(
     session = Session(train, (*options, "--run-dir", str(whole.path)), directory / "whole.txt")
     status = session.wait()
     if status != 0:
-        raise RuntimeError(f"a run that was not killed ended with status {status}: {said(directory / 'whole.txt')}")
+        raise RuntimeError(f"a run that was not killed ended with status {status}: {last_output(directory / 'whole.txt')}")
     seconds = time.monotonic() - session.began
     done: list[Kill] = []
     differences: list[str] = []
@@ -222,7 +222,7 @@ def soak(
     }
 
 
-def said(output: Path) -> str:
+def last_output(output: Path) -> str:
     """The last of what a session has printed."""
     return output.read_text(encoding="utf-8", errors="replace")[-1000:]
 

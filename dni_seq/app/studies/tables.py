@@ -10,7 +10,7 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from dni_seq.app.studies.records import NOTHING, markdown, spread
+from dni_seq.app.studies.records import NOTHING, markdown, mean_and_std
 
 Line = dict[str, Any]
 
@@ -161,14 +161,14 @@ def results_of(lines: list[Line]) -> Callable[[list[Line]], str]:
     def cell(found: list[Line]) -> str:
         values = known(map(test_result, found))
         diverged = len(found) - len(values)
-        return spread(values, digits_of(lines)) + (f", {diverged} diverged" if diverged else "")
+        return mean_and_std(values, digits_of(lines)) + (f", {diverged} diverged" if diverged else "")
 
     return cell
 
 
 def validation(found: list[Line]) -> str:
     """Best validation bits per character."""
-    return spread(known(line["result"]["valid_bpc"] for line in found), 3)
+    return mean_and_std(known(line["result"]["valid_bpc"] for line in found), 3)
 
 
 def gains(found: list[Line], lines: list[Line]) -> list[float]:
@@ -188,12 +188,12 @@ def share(found: list[Line], lines: list[Line]) -> str:
     exact = [line for line in lines if (line["column"], line["bptt"]) == (EXACT, bptt)]
     headroom = gains(exact, lines)
     if found[0]["column"] == EXACT:
-        return spread(headroom, digits_of(found))
+        return mean_and_std(headroom, digits_of(found))
     of_these = gains([line for line in exact if line["seed"] in seeds], lines)
     if not beyond_spread(headroom) or not of_these:
         return NOTHING
     mean = statistics.mean(of_these)
-    return spread([100 * gain / mean for gain in gains(found, lines)], 0)
+    return mean_and_std([100 * gain / mean for gain in gains(found, lines)], 0)
 
 
 def beyond_spread(gained: list[float]) -> bool:
@@ -237,9 +237,11 @@ def ablation(lines: list[Line]) -> str:
                 for own, base in ((test_result(line), plain.get(line["seed"])) for line in found)
                 if own is not None and base is not None
             ]
-            change = NOTHING if variant == variants[0] else spread(differences, digits_of(lines))
+            change = NOTHING if variant == variants[0] else mean_and_std(differences, digits_of(lines))
             change = change if change == NOTHING or change.startswith("-") else f"+{change}"
-            rows.append([f"`{column}`", variant, spread(values, digits_of(lines)), change, fidelity(found), cost(found)])
+            rows.append(
+                [f"`{column}`", variant, mean_and_std(values, digits_of(lines)), change, fidelity(found), cost(found)]
+            )
     what = "test bits per character" if is_text(lines[0]) else "length solved"
     header = ["base", "one change", what, "against the base", "injected ratio; fidelity", "CPU minutes; MiB"]
     return f"### ablation: {lines[0]['task']}, T = {lines[0]['bptt']}\n\n" + markdown(header, rows)

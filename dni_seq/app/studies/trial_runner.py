@@ -1,7 +1,7 @@
-"""The cells of a study: trainings by the real commands, side by side in processes, each of which survives being killed.
+"""The trials of a study: trainings by the real commands, side by side in processes, each of which survives being killed.
 
-A cell runs in its own directory of a scratch place with `--resume auto`, so that one that was killed goes on where it was,
-and leaves one line in the file of results. Several calls may share scratch place and results: a cell is locked for as
+A trial runs in its own directory of a scratch place with `--resume auto`, so that one that was killed goes on where it was,
+and leaves one line in the file of results. Several calls may share scratch place and results: a trial is locked for as
 long as its process lives, be the study that started it gone or not.
 """
 
@@ -38,17 +38,17 @@ PATHS = frozenset({"data_dir", "data_file", "valid_file", "test_file"})
 """Options that say where a file lies on this machine, which no line repeats."""
 
 COMMAND_OF_SCRIPT: Mapping[str, str] = MappingProxyType({"train_lm": "train", "train_tasks": "tasks"})
-"""Commands of `dni-seq`, by the script that a cell names."""
+"""Commands of `dni-seq`, by the script that a trial names."""
 
 
-class Cell(NamedTuple):
+class Trial(NamedTuple):
     """One training of a study.
 
     Attributes:
         script: the command's file name without its ending, "train_lm" say.
         about: what it is in the study: part, task, column, T, seed and so on.
         options: of the command, all that the study decides.
-        paths: options that say where files lie; they make no difference to which cell it is.
+        paths: options that say where files lie; they make no difference to which trial it is.
     """
 
     script: str
@@ -79,7 +79,7 @@ class Cell(NamedTuple):
 
 @dataclass
 class Outcome:
-    """What became of the cells of a call.
+    """What became of the trials of a call.
 
     Attributes:
         done: put on record now.
@@ -91,48 +91,48 @@ class Outcome:
 
     done: int = 0
     failed: list[str] = field(default_factory=list)
-    elsewhere: int = 0
-    late: int = 0
+    locked_elsewhere: int = 0
+    out_of_time: int = 0
     stopped: int = 0
 
 
 @dataclass
 class Study:
-    """Where and how cells are run.
+    """Where and how trials are run.
 
     Attributes:
         scratch: the directory of the runs.
         results: the file of lines.
-        jobs: cells side by side, one thread each.
-        measure: what a cell's line says beside what every line says, from the run's summary.
+        jobs: trials side by side, one thread each.
+        measure: what a trial's line says beside what every line says, from the run's summary.
     """
 
     scratch: Path
     results: Path
     jobs: int
-    measure: Callable[[Cell, dict[str, Any]], dict[str, Any]]
+    measure: Callable[[Trial, dict[str, Any]], dict[str, Any]]
 
     def run(
-        self, cells: Sequence[Cell], minutes: Callable[[Cell], float], limit: float | None, stop: StopSignals
+        self, trials: Sequence[Trial], minutes: Callable[[Trial], float], limit: float | None, stop: StopSignals
     ) -> Outcome:
-        """Run those of `cells` that are not on record, in their order.
+        """Run those of `trials` that are not on record, in their order.
 
         Args:
-            cells: all that are wanted.
+            trials: all that are wanted.
             minutes: how long one takes, about.
-            limit: minutes that this call may take; a cell that would take longer than what is left is not begun.
-            stop: a signal stops the cells that run, which go on at the next call.
+            limit: minutes that this call may take; a trial that would take longer than what is left is not begun.
+            stop: a signal stops the trials that run, which go on at the next call.
         """
         self.scratch.mkdir(parents=True, exist_ok=True)
         end = math.inf if limit is None else time.monotonic() + 60 * limit
-        outcome, waiting, running = Outcome(), list(cells), list[Running]()
+        outcome, waiting, running = Outcome(), list(trials), list[Running]()
         while (waiting or running) and stop.received is None:
             while waiting and len(running) < self.jobs:
-                cell = waiting.pop(0)
-                if time.monotonic() + 60 * minutes(cell) > end:
-                    outcome.late += cell.key() not in self._done()
+                trial = waiting.pop(0)
+                if time.monotonic() + 60 * minutes(trial) > end:
+                    outcome.out_of_time += trial.key() not in self._done()
                     continue
-                running += self._begin(cell, outcome)
+                running += self._begin(trial, outcome)
             time.sleep(POLL_SECONDS if running else 0)
             running = [each for each in running if not self._ended(each, outcome)]
         for each in running:
@@ -146,20 +146,20 @@ class Study:
     def _done(self) -> set[str]:
         return {line["key"] for line in read_lines(self.results)}
 
-    def _begin(self, cell: Cell, outcome: Outcome) -> list[Running]:
-        """Start a cell that is not on record and that no other process has; its process, none if there is nothing to do."""
-        if cell.key() in self._done():
+    def _begin(self, trial: Trial, outcome: Outcome) -> list[Running]:
+        """Start a trial that is not on record and that no other process has; its process, none if there is nothing to do."""
+        if trial.key() in self._done():
             return []
-        run, lock = RunDirectory(self.scratch / cell.name()), self._lock(cell)
+        run, lock = RunDirectory(self.scratch / trial.name()), self._lock(trial)
         if lock is None:
-            outcome.elsewhere += 1
+            outcome.locked_elsewhere += 1
             return []
-        if cell.key() in self._done():  # it ended between the two looks
-            self._lock_path(cell).unlink()
+        if trial.key() in self._done():  # it ended between the two looks
+            self._lock_path(trial).unlink()
             lock.close()
             return []
-        command = [sys.executable, "-m", "dni_seq.app.cli", COMMAND_OF_SCRIPT[cell.script], *cell.arguments()]
-        with self._log(cell).open("ab") as log:
+        command = [sys.executable, "-m", "dni_seq.app.cli", COMMAND_OF_SCRIPT[trial.script], *trial.arguments()]
+        with self._log(trial).open("ab") as log:
             process = subprocess.Popen(
                 [*command, "--run-dir", str(run.path), "--resume", "auto"],
                 stdout=log,
@@ -169,12 +169,12 @@ class Study:
                 pass_fds=[lock.fileno()],  # the lock lives as long as the process does
                 start_new_session=True,  # a terminal's Ctrl-C comes to the study alone, which passes it on once
             )
-        print(f"begins     {cell.name()}", flush=True)
-        return [Running(cell, run, process, lock)]
+        print(f"begins     {trial.name()}", flush=True)
+        return [Running(trial, run, process, lock)]
 
-    def _lock(self, cell: Cell) -> BinaryIO | None:
-        """The cell's lock, None where another process has it."""
-        file = self._lock_path(cell).open("ab")
+    def _lock(self, trial: Trial) -> BinaryIO | None:
+        """The trial's lock, None where another process has it."""
+        file = self._lock_path(trial).open("ab")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -182,43 +182,43 @@ class Study:
             return None
         return file
 
-    def _lock_path(self, cell: Cell) -> Path:
-        return self.scratch / f"{cell.name()}.lock"
+    def _lock_path(self, trial: Trial) -> Path:
+        return self.scratch / f"{trial.name()}.lock"
 
-    def _log(self, cell: Cell) -> Path:
-        return self.scratch / f"{cell.name()}.log"
+    def _log(self, trial: Trial) -> Path:
+        return self.scratch / f"{trial.name()}.log"
 
     def _ended(self, each: Running, outcome: Outcome) -> bool:
-        """Whether a cell has ended; if so it is put on record, and its files go, or it has failed."""
+        """Whether a trial has ended; if so it is put on record, and its files go, or it has failed."""
         status = each.process.poll()
         if status is None:
             return False
-        name = each.cell.name()
+        name = each.trial.name()
         try:
             if status == 0:
-                append_line(self.results, self.line(each.cell, each.run))
+                append_line(self.results, self.line(each.trial, each.run))
                 shutil.rmtree(each.run.path)
-                self._log(each.cell).unlink()
-                self._lock_path(each.cell).unlink()  # whoever locks the file that is gone finds the line
+                self._log(each.trial).unlink()
+                self._lock_path(each.trial).unlink()  # whoever locks the file that is gone finds the line
                 outcome.done += 1
                 print(f"done       {name}", flush=True)
             else:
-                words = last_words(self._log(each.cell)) or f"status {status}"
+                words = last_words(self._log(each.trial)) or f"status {status}"
                 outcome.failed.append(f"{name}: {words}")
                 print(f"failed     {name}: {words}", flush=True)
         finally:
             each.release()
         return True
 
-    def line(self, cell: Cell, run: RunDirectory) -> dict[str, Any]:
+    def line(self, trial: Trial, run: RunDirectory) -> dict[str, Any]:
         """The line of a finished run."""
         summary, config = (json.loads(path.read_text(encoding="utf-8")) for path in (run.summary, run.config))
         line = {
-            "key": cell.key(),
-            **cell.about,
-            "options": cell.options,
+            "key": trial.key(),
+            **trial.about,
+            "options": trial.options,
             "config": {name: value for name, value in config.items() if name not in PATHS},
-            **self.measure(cell, summary),
+            **self.measure(trial, summary),
             **{name: summary[name] for name in ("seconds", "process_seconds", "parameters", "peak_memory_mb")},
             **messages(run.path),
             "versions": versions(),
@@ -228,9 +228,9 @@ class Study:
 
 @dataclass
 class Running:
-    """A cell's process, and the lock that it holds."""
+    """A trial's process, and the lock that it holds."""
 
-    cell: Cell
+    trial: Trial
     run: RunDirectory
     process: subprocess.Popen[bytes]
     lock: BinaryIO
@@ -241,7 +241,7 @@ class Running:
 
 
 def environment() -> dict[str, str]:
-    """The environment of a cell: this package, one thread."""
+    """The environment of a trial: this package, one thread."""
     package = str(Path(__file__).resolve().parents[3])
     paths = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
     return os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
@@ -264,17 +264,17 @@ def messages(run: Path) -> dict[str, Any]:
     events.Reload()
     keys = set(events.Tags()["scalars"])
 
-    def late(key: str) -> float | None:
+    def out_of_time(key: str) -> float | None:
         if key not in keys:
             return None
         points = [event.value for event in events.Scalars(key)]
         return statistics.median(points[len(points) // 2 :])
 
     horizons = sorted(int(key.removeprefix("fidelity/cosine_")) for key in keys if key.startswith("fidelity/cosine_"))
-    measured = {name: [late(f"fidelity/{name}_{n}") for n in horizons] for name in ("cosine", "r2")}
+    measured = {name: [out_of_time(f"fidelity/{name}_{n}") for n in horizons] for name in ("cosine", "r2")}
     return {
-        "injected_ratio": late("synthetic/injected_ratio"),
-        "regression_r2": late("synthetic/r2"),
+        "injected_ratio": out_of_time("synthetic/injected_ratio"),
+        "regression_r2": out_of_time("synthetic/r2"),
         "fidelity": measured if horizons else None,
     }
 

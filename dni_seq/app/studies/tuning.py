@@ -14,7 +14,7 @@ from dni_seq.app.studies.tables import Rates, chosen, rates_in, tied
 
 
 def reach(settings: Mapping[str, Any], bptt: int) -> dict[str, int]:
-    """The horizons of a cell that gives none, at T where there are more than `HORIZONS` by default.
+    """The horizons of a trial that gives none, at T where there are more than `HORIZONS` by default.
 
     Before 2026-11-27 there were `HORIZONS` at every T: lines on record of such T that do not say how many have those.
     """
@@ -24,7 +24,7 @@ def reach(settings: Mapping[str, Any], bptt: int) -> dict[str, int]:
 
 
 def alike(lines: list[dict[str, Any]], settings: Mapping[str, Any], bptt: int) -> list[dict[str, Any]]:
-    """The lines with as many horizons as cells of those settings: rates that are tuned with others are not theirs."""
+    """The lines with as many horizons as trials of those settings: rates that are tuned with others are not theirs."""
     horizons = reach(settings, bptt).get("horizons")
     return [line for line in lines if line["options"].get("horizons") == horizons]
 

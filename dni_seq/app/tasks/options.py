@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
 from dni_seq.app.build.credit_options import GROUP as CREDIT
-from dni_seq.app.build.credit_options import STANDS_IN, SYNTHESIZERS, CreditOptions, horizons_of, unsettled
+from dni_seq.app.build.credit_options import STANDS_IN, SYNTHESIZERS, CreditOptions, horizons_of, without_resolved
 from dni_seq.app.runs.options import above_zero, at_least, build, option
 from dni_seq.models.language_model import CELLS
 from dni_seq.streams.algorithmic_tasks import TASKS
@@ -57,7 +57,7 @@ class TaskOptions(CreditOptions):
     )
 
 
-def settle(options: TaskOptions) -> TaskOptions:
+def resolve_options(options: TaskOptions) -> TaskOptions:
     """Fill synthesizer and K where nobody gave them, to be on record: a run which is resumed keeps them."""
     if cast("str | None", options.synthesizer) is None:  # until here, whatever its type says
         # There it does no better, in twice the time (docs/synthetic-gradients.md).
@@ -66,5 +66,5 @@ def settle(options: TaskOptions) -> TaskOptions:
 
 
 def as_given(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What a new run takes over from a configuration, a run's or another one; see `unsettled`."""
-    return unsettled(config, build(TaskOptions, config), settle)
+    """What a new run takes over from a configuration, a run's or another one; see `without_resolved`."""
+    return without_resolved(config, build(TaskOptions, config), resolve_options)

@@ -41,12 +41,12 @@ from torch import Tensor, nn
 
 import dni_seq as dni
 from dni_seq.app.build.credit import EMBED, build_auxiliary, build_synthesizer, learning_parameters, trainer_settings
-from dni_seq.app.build.credit_options import decided, lookahead_of, state_products
+from dni_seq.app.build.credit_options import lookahead_of, resolve, state_products
 from dni_seq.app.build.device import device_of, on_device
 from dni_seq.app.build.optimizers import adam
 from dni_seq.app.build.unused_options import remarks
 from dni_seq.app.runs.allocator import keep_freed_memory
-from dni_seq.app.runs.checkpoint import fitting, random_state, save_checkpoint, set_random_state, write_json
+from dni_seq.app.runs.checkpoint import checkpoint_errors, random_state, save_checkpoint, set_random_state, write_json
 from dni_seq.app.runs.directory import RunDirectory, new_run_path
 from dni_seq.app.runs.lock import RunLock
 from dni_seq.app.runs.options import parse, report
@@ -54,11 +54,11 @@ from dni_seq.app.runs.progress import Progress
 from dni_seq.app.runs.resume import Plan, config_of, plan_run
 from dni_seq.app.runs.signals import StopSignals
 from dni_seq.app.runs.tensorboard import LAYOUT, Layout, RunLog, peak_memory_mb
-from dni_seq.app.tasks.options import TaskOptions, as_given, settle
+from dni_seq.app.tasks.options import TaskOptions, as_given, resolve_options
 from dni_seq.core.nonfinite import NonFiniteError
 from dni_seq.core.windows import Window
 from dni_seq.models.lstm_kernels import native_up_to
-from dni_seq.models.vector_rnn import SequenceModel
+from dni_seq.models.vector_rnn import VectorRNN
 from dni_seq.streams.algorithmic_tasks import TASKS, Curriculum, Stage, Task, TaskStream, mean_error
 
 LOG_EVERY = 100
@@ -148,7 +148,7 @@ class Training:
     stream: TaskStream
     curriculum: Curriculum
     fresh: torch.Generator
-    model: SequenceModel
+    model: VectorRNN
     trainer: dni.SequenceTrainer
     counters: Counters
     log: RunLog
@@ -184,7 +184,7 @@ def train(t: Training, stop: StopSignals) -> int:
             t.log.clear()
         if stop.received is not None:
             save(t)
-            t.progress.say(f"stopped at update {t.updates}; to go on: --run-dir {t.run.path} --resume auto")
+            t.progress.write_line(f"stopped at update {t.updates}; to go on: --run-dir {t.run.path} --resume auto")
             return stop.exit_status
         if time.monotonic() - t.saved_at > SAVE_SECONDS:
             save(t)
@@ -204,7 +204,7 @@ def step(t: Training, window: Window) -> None:
     values = measurements(result, ended)
     t.log.add(values, weight=1, skipped=result.skipped)
     for event in result.events:
-        t.progress.say(event)
+        t.progress.write_line(event)
     if "synthetic/injected_ratio" in values:
         ratio = values["synthetic/injected_ratio"]
         t.counters.injected = t.counters.injected + torch.stack([ratio.nan_to_num(0.0), (~ratio.isnan()).to(ratio.dtype)])
@@ -248,7 +248,7 @@ def end_sequence(t: Training) -> None:
     if t.curriculum.conclude(t.counters.fresh_error):
         t.stream.stage = t.curriculum.stage
         t.counters.curve.append([t.updates, t.curriculum.solved])
-        t.progress.say(f"update {t.updates}: length {t.curriculum.solved} solved, error {t.counters.fresh_error:.3f}")
+        t.progress.write_line(f"update {t.updates}: length {t.curriculum.solved} solved, error {t.counters.fresh_error:.3f}")
 
 
 def figures(t: Training) -> str:
@@ -299,7 +299,7 @@ def finish(t: Training) -> None:
     t.log.hyperparameters(deciding, ["task/length", "speed/updates_per_second"])
     save(t)
     write_json(t.run.summary, summary(t))
-    t.progress.say(f"{t.updates} updates in {t.counters.seconds:.0f} s: {figures(t)}; all in {t.run.path}")
+    t.progress.write_line(f"{t.updates} updates in {t.counters.seconds:.0f} s: {figures(t)}; all in {t.run.path}")
 
 
 def summary(t: Training) -> dict[str, Any]:
@@ -324,7 +324,7 @@ def summary(t: Training) -> dict[str, Any]:
 
 def prepare(plan: Plan[TaskOptions], lock: RunLock) -> Training:
     """Build all parts of the run, and only then its directory; nothing is written where something is wrong."""
-    options = settle(plan.options)
+    options = resolve_options(plan.options)
     checkpoint = plan.checkpoint
     torch.set_num_threads(options.threads)
     device = device_of(options.device)
@@ -342,31 +342,31 @@ def prepare(plan: Plan[TaskOptions], lock: RunLock) -> Training:
     fresh = torch.Generator().manual_seed(options.seed + CHECK_SEED)
     torch.manual_seed(options.seed)
     size = {"hidden": options.hidden, "layers": options.layers}
-    model = SequenceModel(task.input_size, task.target_size, cell=options.model, **size).to(device)
+    model = VectorRNN(task.input_size, task.target_size, cell=options.model, **size).to(device)
     trainer = build_trainer(options, task, model, device)
     counters = Counters(loss=torch.zeros((), device=device), injected=torch.zeros(2, device=device))
     name = f"{options.task}-{options.model}{options.layers}x{options.hidden}-{options.synthesizer}"
     run = plan.run or RunDirectory(new_run_path(f"{name}-T{options.bptt}-seed{options.seed}"))
     if checkpoint is not None:
-        with fitting(run.path):
+        with checkpoint_errors(run.path):
             counters = restore(checkpoint, trainer, stream, curriculum, fresh, device)
-    plan.enter(run, options, lock)
+    plan.initialize_dir(run, options, lock)
     log = RunLog(run.path, resumed_at=trainer.steps)
     log.dashboard(DASHBOARD)
     log.configuration(trainer.steps, config_of(options))
     if checkpoint is not None:
-        with fitting(run.path):
+        with checkpoint_errors(run.path):
             log.load_state_dict(checkpoint["log"], device)
     progress = Progress(options.updates, trainer.steps)
     for note in (plan.note, lock.missing, *remarks(options, options.bptt, cells=options.model == "lstm")):
         if note:
-            progress.say(note)
+            progress.write_line(note)
     return Training(options, run, device, task, stream, curriculum, fresh, model, trainer, counters, log, progress)
 
 
-def build_trainer(options: TaskOptions, task: Task, model: SequenceModel, device: torch.device) -> dni.SequenceTrainer:
+def build_trainer(options: TaskOptions, task: Task, model: VectorRNN, device: torch.device) -> dni.SequenceTrainer:
     """The trainer of the options, with its optimizers; a window's loss is the sum over time and the mean over lanes."""
-    chosen = decided(options, options.bptt)
+    chosen = resolve(options, options.bptt)
     example = model.initial_state(1)
     model.native_steps = native_up_to(state_products(chosen))
     synthesizer = build_synthesizer(

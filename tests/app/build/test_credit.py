@@ -15,16 +15,16 @@ from dni_seq.app.build.credit_options import (
     MEASURE_EVERY,
     SYNTHESIZERS,
     CreditOptions,
-    decided,
     lookahead_of,
+    resolve,
     state_products,
 )
 from dni_seq.app.lm.build import build_model
 from dni_seq.app.lm.build_trainer import build_trainer
-from dni_seq.app.lm.options import LanguageModelOptions, settle
+from dni_seq.app.lm.options import LanguageModelOptions, resolve_options
 from dni_seq.app.runs.options import build
 from dni_seq.core.windows import Lookahead
-from dni_seq.models.vector_rnn import SequenceModel
+from dni_seq.models.vector_rnn import VectorRNN
 from dni_seq.streams import open_corpus
 from dni_seq.synthesizers.base import predict, regress
 from dni_seq.synthesizers.target_rule import rule_of
@@ -36,7 +36,7 @@ def made(**given: Any) -> tuple[nn.Module, tuple[torch.Tensor, torch.Tensor], Lo
     """A synthesizer whose every weight is random, a state with saturated cells, and its context."""
     options = build(CreditOptions, {"fit": "descent"} | given)
     torch.manual_seed(0)
-    model = SequenceModel(2, 2, hidden=8)
+    model = VectorRNN(2, 2, hidden=8)
     synthesizer = build_synthesizer(
         options,
         model,
@@ -153,7 +153,7 @@ def test_the_exact_futures_tail_is_the_model_of_the_steps_ahead():
 
 def test_what_is_fitted_is_clipped_and_what_learns_ahead_is_not():
     def clip(**given):
-        chosen = decided(build(CreditOptions, {"synthesizer": "multi-horizon"} | given), BPTT)
+        chosen = resolve(build(CreditOptions, {"synthesizer": "multi-horizon"} | given), BPTT)
         return trainer_settings(chosen)["synthesizer_clip"]
 
     assert clip() is None
@@ -164,7 +164,7 @@ def test_what_is_fitted_is_clipped_and_what_learns_ahead_is_not():
 
 def test_what_needs_no_targets_computes_few():
     def settings(**given):
-        chosen = decided(build(CreditOptions, {"synthesizer": "multi-horizon"} | given), BPTT)
+        chosen = resolve(build(CreditOptions, {"synthesizer": "multi-horizon"} | given), BPTT)
         return trainer_settings(chosen)["regress_every"], state_products(chosen)
 
     assert settings() == (MEASURE_EVERY, HORIZONS / MEASURE_EVERY)
@@ -192,9 +192,9 @@ def test_the_model_of_what_is_ahead(kind):
 
 def test_the_rarest_of_many_entries_are_one_to_the_model_of_what_is_ahead():
     """As though each of them were the same word, where it is read and where it is predicted."""
-    many, told_apart = 30, 25
-    last = told_apart - 1
-    trainer = trainer_of_words(many, told_apart)
+    many, max_classes = 30, 25
+    last = max_classes - 1
+    trainer = trainer_of_words(many, max_classes)
     (model,) = (part for part in trainer.credit.synthesizer.modules() if isinstance(part, dni.FutureModel))
     steps = model.steps
     targets = torch.tensor([[3], [last], [last + 1], [many - 1]]).expand(4, steps).T.contiguous()
@@ -209,17 +209,17 @@ def test_the_rarest_of_many_entries_are_one_to_the_model_of_what_is_ahead():
     assert torch.equal(found, read)
     assert torch.equal(found, predicted)
     assert not torch.equal(found, model(state, Lookahead(targets.flip(1), targets, valid))[1])
-    logits = torch.randn(steps, 4, told_apart)
+    logits = torch.randn(steps, 4, max_classes)
     losses = nn.functional.cross_entropy(logits.flatten(0, 1), few.flatten(), reduction="none").view_as(few)
     torch.testing.assert_close(model.loss_fn(logits, targets), losses)
 
 
 @pytest.mark.parametrize("kind", ["paper", "state", "multi-horizon", "exact"])
 def test_the_synthesizers_vocabulary_is_as_large_as_asked_for_and_no_larger_than_there_is(kind):
-    def rows(told_apart: int) -> set[int]:
+    def rows(max_classes: int) -> set[int]:
         given = {"synthesizer": kind, "tail": kind == "exact"}
         # The exact future holds the network itself, whose vocabulary is the whole one.
-        synthesizer = trainer_of_words(30, told_apart, **given).credit.synthesizer
+        synthesizer = trainer_of_words(30, max_classes, **given).credit.synthesizer
         parts = list((synthesizer.tail if kind == "exact" else synthesizer).modules())
         read = {part.num_embeddings for part in parts if isinstance(part, nn.Embedding)}
         predicted = {part.output.out_features for part in parts if isinstance(part, dni.FutureModel)}
@@ -230,14 +230,14 @@ def test_the_synthesizers_vocabulary_is_as_large_as_asked_for_and_no_larger_than
     assert rows(30) == rows(31) == {30}
 
 
-def trainer_of_words(vocabulary: int, told_apart: int, **given: Any) -> dni.SequenceTrainer:
-    chosen = LanguageModelOptions(tokenizer="word", embed=4, hidden=4, synthesizer_vocab_size=told_apart, **given)
-    options = settle(chosen, open_corpus())
+def trainer_of_words(vocabulary: int, max_classes: int, **given: Any) -> dni.SequenceTrainer:
+    chosen = LanguageModelOptions(tokenizer="word", embed=4, hidden=4, synthesizer_vocab_size=max_classes, **given)
+    options = resolve_options(chosen, open_corpus())
     return build_trainer(options, build_model(options, vocabulary, torch.device("cpu")), torch.device("cpu"))
 
 
 def built(options: CreditOptions, outputs: int = 2) -> nn.Module:
-    model = SequenceModel(2, 2, hidden=8)
+    model = VectorRNN(2, 2, hidden=8)
     settings: dict[str, Any] = {"bptt": BPTT, "example": model.initial_state(1), "cells": dni.LSTM_CELLS}
     encode = lambda: (nn.Linear(2, EMBED), nn.Linear(2, EMBED))  # noqa: E731
     found = build_synthesizer(

@@ -6,12 +6,12 @@ import dataclasses
 
 import pytest
 
-from dni_seq.app.build.credit_options import HORIZONS, CreditOptions, decided, scale_of
-from dni_seq.app.lm.options import LanguageModelOptions, as_given, settle
+from dni_seq.app.build.credit_options import HORIZONS, CreditOptions, resolve, scale_of
+from dni_seq.app.lm.options import LanguageModelOptions, as_given, resolve_options
 from dni_seq.app.runs.options import build
 from dni_seq.app.tasks.options import TaskOptions
 from dni_seq.app.tasks.options import as_given as tasks_as_given
-from dni_seq.app.tasks.options import settle as settle_task
+from dni_seq.app.tasks.options import resolve_options as settle_task
 from dni_seq.streams import open_corpus
 
 BPTT = 2
@@ -32,39 +32,40 @@ HINDRANCES = {
 def test_where_the_model_of_the_steps_ahead_cannot_give_messages(name):
     """By default they are fitted there; asked for all the same, the text says what is in the way."""
     given = {"synthesizer": "multi-horizon"} | HINDRANCES[name]
-    assert decided(build(CreditOptions, given), BPTT).fit == ("descent" if name == "no-normalize" else "least-squares")
+    assert resolve(build(CreditOptions, given), BPTT).fit == ("descent" if name == "no-normalize" else "least-squares")
     with pytest.raises(ValueError, match=f"--fit future is not possible with .*{name}"):
-        decided(build(CreditOptions, given | {"fit": "future"}), BPTT)
+        resolve(build(CreditOptions, given | {"fit": "future"}), BPTT)
 
 
 @pytest.mark.parametrize("given", [{"synthesizer": "state"}, {}, {"synthesizer": "exact", "tail": True}])
 def test_raw_targets_are_not_solved_for(given):
     with pytest.raises(ValueError, match="leave out --no-normalize, or --fit descent"):
-        decided(build(CreditOptions, given | {"fit": "least-squares", "normalize": False}), BPTT)
-    assert decided(build(CreditOptions, given | {"normalize": False}), BPTT).fit == "descent"
+        resolve(build(CreditOptions, given | {"fit": "least-squares", "normalize": False}), BPTT)
+    assert resolve(build(CreditOptions, given | {"normalize": False}), BPTT).fit == "descent"
 
 
 def test_the_tail_of_an_exact_gradient_reads_any_number_of_steps():
     """Its model has one part, however many windows they are."""
-    assert decided(CreditOptions(synthesizer="exact", tail=True, horizons=2, lookahead=3), BPTT).fit == "future"
+    assert resolve(CreditOptions(synthesizer="exact", tail=True, horizons=2, lookahead=3), BPTT).fit == "future"
 
 
 def test_horizons_by_default():
     """Several where messages are a model's gradient, one where they are fitted, or sized by a lookahead that is given."""
     for name, given in HINDRANCES.items():
         if "horizons" not in given:
-            assert decided(build(CreditOptions, {"synthesizer": "multi-horizon"} | given), BPTT).horizons == 1, name
+            assert resolve(build(CreditOptions, {"synthesizer": "multi-horizon"} | given), BPTT).horizons == 1, name
 
     def horizons(**given):
-        return decided(build(CreditOptions, {"synthesizer": "multi-horizon"} | given), BPTT).horizons
+        return resolve(build(CreditOptions, {"synthesizer": "multi-horizon"} | given), BPTT).horizons
 
     assert horizons() == horizons(fit="future") == HORIZONS > 1
-    by_window = [decided(CreditOptions(synthesizer="multi-horizon"), bptt).horizons for bptt in (1, 2, 3, 4, 5, 20)]
+    by_window = [resolve(CreditOptions(synthesizer="multi-horizon"), bptt).horizons for bptt in (1, 2, 3, 4, 5, 20)]
     assert by_window == [4, 2, 2, 2, 2, 2]
     assert horizons(horizons=3) == horizons(horizons=3, fit="descent") == 3
     assert horizons(synthesizer="paper") == horizons(fit="descent") == horizons(lookahead=5) == 1
     by_words, by_characters = (
-        settle(LanguageModelOptions(synthesizer="multi-horizon", tokenizer=kind), open_corpus()) for kind in ("word", "char")
+        resolve_options(LanguageModelOptions(synthesizer="multi-horizon", tokenizer=kind), open_corpus())
+        for kind in ("word", "char")
     )
     assert (by_words.horizons, by_words.lookahead) == (1, by_words.bptt)
     assert (by_characters.horizons, by_characters.lookahead) == (HORIZONS, HORIZONS * by_characters.bptt)
@@ -74,7 +75,7 @@ def test_the_scale_of_many_horizons_by_default():
     """Together they weigh as much as two; what is given holds, and an exact gradient's tail is one."""
 
     def scale(**given):
-        return scale_of(decided(build(CreditOptions, {"synthesizer": "multi-horizon"} | given), BPTT))
+        return scale_of(resolve(build(CreditOptions, {"synthesizer": "multi-horizon"} | given), BPTT))
 
     assert [scale(horizons=count) for count in (1, 2, 4, 8)] == [1, 1, 0.5, 0.25]
     assert scale(horizons=4, synthetic_scale="0.9") == 0.9
@@ -89,11 +90,13 @@ def test_the_scale_of_many_horizons_by_default():
 def test_a_runs_configuration_leaves_its_sizes_to_follow_from_what_is_given_over_it(given, tokenizer):
     """As though the options that somebody gave had been given with the new ones."""
     asked = {"synthesizer": "multi-horizon", "tokenizer": tokenizer, **given}
-    settled = settle(build(LanguageModelOptions, asked), open_corpus())
+    settled = resolve_options(build(LanguageModelOptions, asked), open_corpus())
     recorded = as_given(dataclasses.asdict(settled))
     assert set(given) <= set(recorded)
     for change in ({}, {"bptt": 7}, {"fit": "least-squares"}, {"synthesizer": "paper"}, {"synthesizer": "none"}):
-        found, expected = (settle(build(LanguageModelOptions, layer, change), open_corpus()) for layer in (recorded, asked))
+        found, expected = (
+            resolve_options(build(LanguageModelOptions, layer, change), open_corpus()) for layer in (recorded, asked)
+        )
         assert (found.horizons, found.lookahead) == (expected.horizons, expected.lookahead), change
 
 

@@ -14,7 +14,7 @@ from dni_seq.app.build.credit_options import CreditOptions, lookahead_of
 from dni_seq.app.build.unused_options import remarks
 from dni_seq.app.lm.build import build_model
 from dni_seq.app.lm.build_trainer import build_trainer
-from dni_seq.app.lm.options import LanguageModelOptions, sized
+from dni_seq.app.lm.options import LanguageModelOptions, with_default_sizes
 from dni_seq.app.runs.options import build, flag
 from tests import problems
 
@@ -81,7 +81,9 @@ def test_every_option_is_changed():
 @functools.cache
 def trained(**given: Any) -> list[torch.Tensor]:
     """The parameters of a language model and its synthesizer after a short training with these options, float64."""
-    options = sized(build(LanguageModelOptions, SMALL | {"lr": 1e-2, "clip": 1.0, "synthesizer_lr": 1e-2} | given))
+    options = with_default_sizes(
+        build(LanguageModelOptions, SMALL | {"lr": 1e-2, "clip": 1.0, "synthesizer_lr": 1e-2} | given)
+    )
     torch.manual_seed(0)
     model = build_model(options, problems.VOCABULARY, torch.device("cpu")).double()
     trainer = build_trainer(options, model, torch.device("cpu"))
@@ -104,7 +106,7 @@ def test_what_is_said_to_have_no_effect_has_none_and_all_else_has_one(base):
     wrong = []
     for name, value in (CHANGES | PAPER if BASES[base].get("synthesizer") == "paper" else CHANGES).items():
         given = BASES[base] | {name: value}
-        options = sized(build(LanguageModelOptions, SMALL | given))
+        options = with_default_sizes(build(LanguageModelOptions, SMALL | given))
         try:
             said = remarks(options, BPTT, cells=options.model == "lstm")
             found = trained(**given)
@@ -120,13 +122,13 @@ def test_what_is_said_to_have_no_effect_has_none_and_all_else_has_one(base):
 
 def test_defaults_are_not_remarked_on():
     for base in ("none", "default", "basic", "paper", "state", "exact"):
-        options = sized(
+        options = with_default_sizes(
             build(LanguageModelOptions, SMALL | {"synthesizer": BASES[base].get("synthesizer", "multi-horizon")})
         )
         assert remarks(options, BPTT) == []
 
 
 def test_why_messages_are_fitted_is_said():
-    options = sized(build(LanguageModelOptions, SMALL | {"target_network": 5}))
+    options = with_default_sizes(build(LanguageModelOptions, SMALL | {"target_network": 5}))
     assert [line for line in remarks(options, BPTT) if line.startswith("messages are fitted")]
-    assert not remarks(sized(build(LanguageModelOptions, SMALL | {"fit": "least-squares"})), BPTT)
+    assert not remarks(with_default_sizes(build(LanguageModelOptions, SMALL | {"fit": "least-squares"})), BPTT)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dni_seq.app.lm import build as lm
-from dni_seq.app.lm.options import DEFAULTS, LanguageModelOptions, settle
+from dni_seq.app.lm.options import DEFAULTS, LanguageModelOptions, resolve_options
 from dni_seq.app.runs.resume import config_of
 from dni_seq.streams import CharTokenizer, WordTokenizer, open_corpus
 
@@ -17,7 +17,7 @@ TINY = {"embed": 4, "hidden": 4, "layers": 1, "dropout": 0.0}
 
 
 def test_settled_options_are_complete():
-    settled = settle(LanguageModelOptions(), open_corpus())
+    settled = resolve_options(LanguageModelOptions(), open_corpus())
     needed = {*DEFAULTS["char"], "tokenizer", "data_dir"}
     assert {name for name in needed if getattr(settled, name) is None} == set()
     assert settled.tokenizer == "char"
@@ -25,14 +25,14 @@ def test_settled_options_are_complete():
 
 
 def test_word_level_is_the_seeds_setting():
-    settled = settle(LanguageModelOptions(tokenizer="word"), open_corpus())
+    settled = resolve_options(LanguageModelOptions(tokenizer="word"), open_corpus())
     setting = ("model", "layers", "hidden", "embed", "tied", "batch_size", "bptt", "dropout", "lr", "clip", "epochs", "seed")
     assert [getattr(settled, name) for name in setting] == ["lstm", 2, 200, 200, False, 20, 5, 0.2, 1e-3, 0.25, 6, 1111]
 
 
 def test_what_is_given_stays():
     options = LanguageModelOptions(hidden=7, max_steps=3, dropout=0.0, clip=0.0, data_dir="/somewhere", lr=0.5)
-    settled = settle(options, open_corpus())
+    settled = resolve_options(options, open_corpus())
     assert (settled.hidden, settled.dropout, settled.clip, settled.data_dir) == (7, 0.0, 0.0, "/somewhere")
     assert settled.epochs is None
 

@@ -8,7 +8,7 @@ import torch
 import dni_seq as dni
 from dni_seq.app.lm import build as lm
 from dni_seq.app.lm.build_trainer import build_trainer
-from dni_seq.app.lm.options import LanguageModelOptions, settle
+from dni_seq.app.lm.options import LanguageModelOptions, resolve_options
 from dni_seq.streams import open_corpus
 
 CPU = torch.device("cpu")
@@ -17,7 +17,7 @@ V, T, B = 9, 4, 3
 
 def trainer_of(**given) -> dni.SequenceTrainer:
     tiny = {"embed": 6, "hidden": 6, "layers": 2, "dropout": 0.5, "bptt": T, "batch_size": B}
-    options = settle(LanguageModelOptions(**tiny | given), open_corpus())
+    options = resolve_options(LanguageModelOptions(**tiny | given), open_corpus())
     torch.manual_seed(options.seed)
     return build_trainer(options, lm.build_model(options, V, CPU), CPU)
 
@@ -78,6 +78,6 @@ def test_a_sparse_embedding_moves_only_what_is_read_and_is_for_one_process():
     trainer.step(read, read)
     moved = (trainer.model.embedding.weight != before).any(dim=1)
     assert moved.nonzero().flatten().tolist() == [1, 2]
-    options = settle(LanguageModelOptions(sparse_embedding=True), open_corpus())
+    options = resolve_options(LanguageModelOptions(sparse_embedding=True), open_corpus())
     with pytest.raises(ValueError, match="--sparse-embedding works in one process"):
         build_trainer(options, lm.build_model(options, V, CPU), CPU, parallel=object())

@@ -166,13 +166,13 @@ def test_a_signal_that_comes_while_ranks_agree_is_not_lost(tmp_path, monkeypatch
     """The ranks compare what they have received at every step; the time they wait there is when most signals come."""
     steps = []
 
-    def largest(self, *numbers):
+    def all_reduce_max(self, *numbers):
         steps.append(numbers)
         if len(steps) == 3:
             os.kill(os.getpid(), signal.SIGTERM)
         return list(numbers)
 
-    monkeypatch.setattr(Ranks, "largest", largest)
+    monkeypatch.setattr(Ranks, "all_reduce_max", all_reduce_max)
     status = importlib.import_module("dni_seq.app.lm.train").main(
         [*TINY, "--max-steps", "50", "--run-dir", str(tmp_path / "run")]
     )

@@ -13,7 +13,13 @@ import pytest
 import torch
 
 from dni_seq.app.runs import checkpoint
-from dni_seq.app.runs.checkpoint import CheckpointError, DamagedCheckpointError, fitting, load_checkpoint, save_checkpoint
+from dni_seq.app.runs.checkpoint import (
+    CheckpointError,
+    DamagedCheckpointError,
+    checkpoint_errors,
+    load_checkpoint,
+    save_checkpoint,
+)
 
 
 def test_round_trip(tmp_path):
@@ -155,7 +161,7 @@ def test_a_newer_version_is_no_damage(tmp_path):
 def test_content_that_does_not_fit_is_one_line(tmp_path):
     with (
         pytest.raises(CheckpointError, match=r"cannot go on from the checkpoint of the run .*: KeyError: 'steps'") as error,
-        fitting(tmp_path),
+        checkpoint_errors(tmp_path),
     ):
         {}["steps"]
     assert "\n" not in str(error.value)

@@ -6,11 +6,11 @@ import platform
 
 import torch
 
-from dni_seq.app.runs.crash_report import guarded, versions
+from dni_seq.app.runs.crash_report import report_crash, versions
 
 
 def test_what_ends_well_or_on_purpose_is_left_alone(capsys):
-    assert [guarded(lambda status=status: status) for status in (0, 2, 130)] == [0, 2, 130]
+    assert [report_crash(lambda status=status: status) for status in (0, 2, 130)] == [0, 2, 130]
     assert capsys.readouterr() == ("", "")
 
 
@@ -18,7 +18,7 @@ def test_a_bug_is_reported_with_versions(capsys):
     def main() -> int:
         raise KeyError("lane")
 
-    assert guarded(main) == 1
+    assert report_crash(main) == 1
     *trace, last = capsys.readouterr().err.splitlines()
     assert trace[0].startswith("Traceback")
     assert trace[-1] == "KeyError: 'lane'"

@@ -41,7 +41,7 @@ def test_about_a_hundred_lines_in_a_run_of_hours(capsys):
 
 def test_messages_go_to_stdout(capsys):
     progress = Progress(total=None, done=3)
-    progress.say("valid: ppl 12")
+    progress.write_line("valid: ppl 12")
     progress.close()
     captured = capsys.readouterr()
     assert captured.out == "valid: ppl 12\n"

@@ -115,7 +115,7 @@ def test_auto_falls_back_to_the_newest_whole_checkpoint_and_says_so(run, damage)
     assert str(run.last) in plan.note
     assert plan.note.endswith(f": going on from {run.previous}")
     with RunLock() as lock:
-        plan.enter(run, plan.options, lock)
+        plan.initialize_dir(run, plan.options, lock)
     # The next checkpoint must not push the whole one out of its place in favour of the damaged one.
     save_checkpoint(run.last, {"steps": 5}, keep=run.previous)
     assert (load_checkpoint(run.last)["steps"], load_checkpoint(run.previous)["steps"]) == (5, 3)
@@ -149,11 +149,11 @@ def test_two_new_runs_in_one_directory_do_not_mix(tmp_path):
     given = {"run_dir": str(tmp_path / "new")}
     one, two = plan_run(Options, given), plan_run(Options, given)
     with RunLock() as first, RunLock() as second:
-        one.enter(one.run, one.options, first)
+        one.initialize_dir(one.run, one.options, first)
         with pytest.raises(ValueError, match="is training in"):
-            two.enter(two.run, two.options, second)
+            two.initialize_dir(two.run, two.options, second)
     with RunLock() as second, pytest.raises(ValueError, match="holds a run already"):
-        two.enter(two.run, two.options, second)
+        two.initialize_dir(two.run, two.options, second)
     # A directory that holds a lock alone is free: a process died just after it had made it.
     (tmp_path / "dead").mkdir()
     (tmp_path / "dead" / "lock").touch()

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from dni_seq.app.studies.records import append_line, around_tables, locked, markdown, read_lines, spread, write_tables
+from dni_seq.app.studies.records import append_line, around_tables, locked, markdown, mean_and_std, read_lines, write_tables
 
 
 def test_lines_come_back_in_their_order(tmp_path):
@@ -72,6 +72,6 @@ def test_tables_stand_between_their_marks(tmp_path):
 
 
 def test_spread():
-    assert spread([]) == "–"
-    assert spread([1.25], 2) == "1.25 (1)"
-    assert spread([1.0, 3.0]) == "2.0 ± 1.4 (2)"
+    assert mean_and_std([]) == "–"
+    assert mean_and_std([1.25], 2) == "1.25 (1)"
+    assert mean_and_std([1.0, 3.0]) == "2.0 ± 1.4 (2)"

@@ -19,10 +19,10 @@ from dni_seq.app.studies import reproduce as reproduce_paper
 from dni_seq.app.studies.figures import axes_of, draw_curves, joined, linear, step
 from dni_seq.app.studies.records import append_line, read_lines
 from dni_seq.app.studies.tables import COLUMNS, MARKS, better, beyond_spread, fidelity, tables
-from dni_seq.app.studies.trial_runner import Cell
+from dni_seq.app.studies.trial_runner import Trial
 from dni_seq.app.tasks.options import TaskOptions
 from dni_seq.credit.config import CreditSettings
-from dni_seq.models.vector_rnn import SequenceModel
+from dni_seq.models.vector_rnn import VectorRNN
 
 PAGE = f"before\n{MARKS[0]}\n{MARKS[1]}\nbehind\n"
 
@@ -52,10 +52,10 @@ def line(
     }
 
 
-def cells(*arguments: str, lines: list[dict] | None = None) -> list[Cell]:
+def trials(*arguments: str, lines: list[dict] | None = None) -> list[Trial]:
     options = reproduce_paper.parse(arguments)
-    made = reproduce_paper.table1 if options.part == "table1" else reproduce_paper.ablation
-    return made(options, lines or [])
+    make_trial = reproduce_paper.table1 if options.part == "table1" else reproduce_paper.ablation
+    return make_trial(options, lines or [])
 
 
 RATES = ("--lr", "1e-3", "--synthesizer-lr", "3e-3")
@@ -69,15 +69,15 @@ ALL = [
 @pytest.mark.parametrize("arguments", ALL, ids=" ".join)
 def test_every_cell_can_be_built(arguments):
     """The commands take their options, a trainer takes what comes of them, and no two cells are the same."""
-    found = cells(*arguments, *(() if "--tune" in arguments else RATES))
+    found = trials(*arguments, *(() if "--tune" in arguments else RATES))
     assert (
-        len({cell.key() for cell in found})
-        == len({json.dumps(cell.options, sort_keys=True) for cell in found})
+        len({trial.key() for trial in found})
+        == len({json.dumps(trial.options, sort_keys=True) for trial in found})
         == len(found)
     )
-    model = SequenceModel(2, 2, hidden=8)
-    for cell in found:
-        options = build({"train_lm": LanguageModelOptions, "train_tasks": TaskOptions}[cell.script], cell.options)
+    model = VectorRNN(2, 2, hidden=8)
+    for trial in found:
+        options = build({"train_lm": LanguageModelOptions, "train_tasks": TaskOptions}[trial.script], trial.options)
         build_synthesizer(
             options,
             model,
@@ -98,12 +98,12 @@ def test_every_cell_can_be_built(arguments):
 
 
 def test_the_cells_of_a_table():
-    found = cells("table1", "--task", "ptb", "--bptt", "1", "8", "--seeds", "2", *RATES)
+    found = trials("table1", "--task", "ptb", "--bptt", "1", "8", "--seeds", "2", *RATES)
     assert [(c.about["seed"], c.about["bptt"]) for c in found] == [(s, t) for s in (0, 1) for t in (1, 8) for _ in range(5)]
-    assert all(cell.script == "train_lm" and cell.options["max_tokens"] == 2_000_000 for cell in found)
+    assert all(trial.script == "train_lm" and trial.options["max_tokens"] == 2_000_000 for trial in found)
     # Ten validations: 31,250 windows of one step, and a tenth of 3,907 of eight, rounded up.
-    assert {cell.about["bptt"]: cell.options["eval_every"] for cell in found} == {1: 3125, 8: 391}
-    short, default = [cell for cell in found if cell.about["column"] == "multi-horizon"][:2]
+    assert {trial.about["bptt"]: trial.options["eval_every"] for trial in found} == {1: 3125, 8: 391}
+    short, default = [trial for trial in found if trial.about["column"] == "multi-horizon"][:2]
     budget = {"tokenizer", "layers", "dropout", "embed", "hidden", "batch_size", "max_tokens", "eval_every", "dataset"}
     # Ours is the default: the study sets nothing of it but the learning rate.
     assert set(default.options) - budget == {"synthesizer", "bptt", "seed", "threads", "lr", "synthesizer_lr"}
@@ -111,7 +111,7 @@ def test_the_cells_of_a_table():
     assert set(short.options) - set(default.options) == {"horizons"}
     assert short.options["horizons"] == default_horizons(1) > HORIZONS
     assert "synthesizer_lr" not in found[0].options
-    copy = cells("table1", "--task", "copy", "--bptt", "4", "--seeds", "1", "--budget", "paper")
+    copy = trials("table1", "--task", "copy", "--bptt", "4", "--seeds", "1", "--budget", "paper")
     assert [(c.options["start"], c.options["batch_size"], c.options["lr"]) for c in copy] == [(5, 256, 7e-5)] * 5
 
 
@@ -128,7 +128,7 @@ def test_columns_have_one_order():
 
 
 def test_tuning_gives_every_column_the_same_grid():
-    found = cells("table1", "--task", "copy", "--bptt", "4", "--tune")
+    found = trials("table1", "--task", "copy", "--bptt", "4", "--tune")
     grids = {
         column: {(c.options["lr"], c.options.get("synthesizer_lr")) for c in found if c.about["column"] == column}
         for column in grid.COLUMNS
@@ -136,8 +136,8 @@ def test_tuning_gives_every_column_the_same_grid():
     assert {lr for lr, _ in grids["none"]} == {lr for lr, _ in grids["multi-horizon"]} == set(grid.LEARNING_RATES)
     assert grids["none"] == grids["exact"]
     assert grids["paper"] == grids["paper-aux"] == grids["multi-horizon"]
-    assert {cell.options["updates"] for cell in found} == {5_000}
-    assert {cell.about["seed"] for cell in found} == {grid.TUNING_SEED}
+    assert {trial.options["updates"] for trial in found} == {5_000}
+    assert {trial.about["seed"] for trial in found} == {grid.TUNING_SEED}
 
 
 def tuned(column: str, bptt: int, best: tuple, *, task: str = "copy") -> list[dict]:
@@ -156,11 +156,11 @@ def _rates(rates: tuple) -> dict[str, Any]:
 def test_a_cell_has_the_rates_of_the_nearest_tuned_window():
     lines = tuned("none", 1, (1e-3, None)) + tuned("none", 4, (2e-3, None)) + tuned("paper", 4, (1e-3, 3e-4))
     arguments = ("table1", "--task", "copy", "--bptt", "1", "3", "8", "--seeds", "1", "--synthesizer", "none", "paper")
-    found = {(c.about["column"], c.about["bptt"]): c.options for c in cells(*arguments, lines=lines)}
+    found = {(c.about["column"], c.about["bptt"]): c.options for c in trials(*arguments, lines=lines)}
     assert [found["none", bptt]["lr"] for bptt in (1, 3, 8)] == [1e-3, 2e-3, 2e-3]
     assert {(found["paper", bptt]["lr"], found["paper", bptt]["synthesizer_lr"]) for bptt in (1, 3, 8)} == {(1e-3, 3e-4)}
     # What is given holds.
-    assert cells(*arguments, *RATES, lines=lines)[0].options["lr"] == 1e-3
+    assert trials(*arguments, *RATES, lines=lines)[0].options["lr"] == 1e-3
 
 
 def test_a_cell_has_the_rates_of_as_many_horizons():
@@ -169,8 +169,8 @@ def test_a_cell_has_the_rates_of_as_many_horizons():
     for each in four:
         each["options"]["horizons"] = default_horizons(1)
     arguments = ("table1", "--task", "copy", "--bptt", "1", "2", "--seeds", "1", "--synthesizer", "multi-horizon")
-    found = cells(*arguments, lines=two + four)
-    assert [(cell.options["lr"], cell.options["synthesizer_lr"]) for cell in found] == [(4e-3, 3e-4), (2e-3, 1e-3)]
+    found = trials(*arguments, lines=two + four)
+    assert [(trial.options["lr"], trial.options["synthesizer_lr"]) for trial in found] == [(4e-3, 3e-4), (2e-3, 1e-3)]
     rows = tables(two + four)
     assert "| copy, small | `multi-horizon` | 1 | 0.002, 0.001 | 5 | 8 |" in rows
     assert "| copy, small | `multi-horizon`, K = 4 | 1 | 0.004, 0.0003 | 5 | 8 |" in rows
@@ -185,27 +185,27 @@ def test_ties_are_broken_by_the_whole_budget():
         line("none", 1000, length, options=_rates((lr, None)), curve=[[at, length]], **about)
         for lr, (at, length) in found.items()
     ]
-    ties = cells(*ask, "--break-ties", lines=tried)
-    assert [(cell.options["lr"], cell.options["updates"], cell.about["seed"]) for cell in ties] == [
+    ties = trials(*ask, "--break-ties", lines=tried)
+    assert [(trial.options["lr"], trial.options["updates"], trial.about["seed"]) for trial in ties] == [
         (lr, 20_000, grid.TUNING_SEED) for lr in (0.001, 0.002, 0.004)
     ]
     # Without ties there is nothing to break, and without a grid nothing that could be tied.
-    assert cells(*ask, "--break-ties", lines=tuned("none", 4, (1e-3, None))) == []
+    assert trials(*ask, "--break-ties", lines=tuned("none", 4, (1e-3, None))) == []
     with pytest.raises(
         ValueError, match="4 of the learning rates for none on copy at T = 4 are not tried yet: run table1 --tune"
     ):
-        cells(*ask, "--break-ties")
+        trials(*ask, "--break-ties")
 
-    assert cells(*ask, lines=tried)[0].options["lr"] == 0.002
+    assert trials(*ask, lines=tried)[0].options["lr"] == 0.002
     longer = [
         line("none", 1000, length, task="copy", bptt=4, part="ties", options=_rates((lr, None)))
         for lr, length in ((0.001, 5), (0.002, 4), (0.004, 6))
     ]
-    assert cells(*ask, lines=tried + longer)[0].options["lr"] == 0.004
+    assert trials(*ask, lines=tried + longer)[0].options["lr"] == 0.004
     with pytest.raises(
         ValueError, match="1 of the learning rates for none on copy at T = 4 are not tried yet: run table1 --break-ties"
     ):
-        cells(*ask, lines=tried + longer[:2])
+        trials(*ask, lines=tried + longer[:2])
     assert "| copy, small | `none` | 4 | 0.004 | 6 | 4, 3 again |" in tables([*tried, *longer])
 
 
@@ -219,10 +219,10 @@ def test_short_runs_on_text_that_differ_by_a_hair_are_tied():
         ]
 
     short = of_rates("tune", **{"0.001": 2.2, "0.002": 2.007, "0.004": 2.0, "0.008": 2.02})
-    assert {cell.options["lr"] for cell in cells(*ask, "--break-ties", lines=short)} == {0.002, 0.004}
-    assert cells(*ask, lines=short)[0].options["lr"] == 0.004
+    assert {trial.options["lr"] for trial in trials(*ask, "--break-ties", lines=short)} == {0.002, 0.004}
+    assert trials(*ask, lines=short)[0].options["lr"] == 0.004
     longer = of_rates("ties", **{"0.002": 1.9, "0.004": 1.95})
-    assert cells(*ask, lines=short + longer)[0].options["lr"] == 0.002
+    assert trials(*ask, lines=short + longer)[0].options["lr"] == 0.002
 
 
 @pytest.mark.parametrize(
@@ -379,10 +379,10 @@ def test_minutes_come_from_the_lines_where_there_are_some(capsys, tmp_path):
     arguments = ["table1", "--task", "ptb", "--bptt", "1", "--seeds", "1", "--synthesizer", "none", *RATES]
     arguments += ["--dry-run", "--results", str(results), "--page", str(page)]
     assert reproduce_paper.main(arguments) == 0
-    assert "in 1 cells that are missing of 1" in capsys.readouterr().out
+    assert "in 1 trials that are missing of 1" in capsys.readouterr().out
     append_line(results, line("none", 9, 2.0))  # 120 s for 50 updates; a cell has 31,250
     assert reproduce_paper.main(arguments) == 0
-    assert " 1250.0 min in 1 cells" in capsys.readouterr().out
+    assert " 1250.0 min in 1 trials" in capsys.readouterr().out
     assert not list(tmp_path.glob("*.png"))
 
 
@@ -422,4 +422,4 @@ def test_a_table_is_made_end_to_end(tmp_path, monkeypatch, capsys):
     }
     capsys.readouterr()
     assert reproduce_paper.main(of_text) == 0
-    assert "cells: 0 done" in capsys.readouterr().out
+    assert "trials: 0 done" in capsys.readouterr().out

@@ -13,16 +13,16 @@ from dni_seq.app.build.credit_options import HORIZONS
 from dni_seq.app.runs.checkpoint import load_checkpoint, save_checkpoint
 from dni_seq.app.runs.signals import StopSignals
 from dni_seq.app.studies.records import read_lines
-from dni_seq.app.studies.trial_runner import Cell, Outcome, Study, finite
+from dni_seq.app.studies.trial_runner import Outcome, Study, Trial, finite
 
 TINY = {"task": "copy", "bptt": 2, "hidden": 8, "batch_size": 4, "synthesizer_hidden": 8, "threads": 1, "device": "cpu"}
 
 
-def cell(seed: int, **options) -> Cell:
-    return Cell("train_tasks", {"part": "table1", "task": "copy", "seed": seed}, {**TINY, "seed": seed, **options})
+def trial(seed: int, **options) -> Trial:
+    return Trial("train_tasks", {"part": "table1", "task": "copy", "seed": seed}, {**TINY, "seed": seed, **options})
 
 
-def measure(cell, summary):
+def measure(trial, summary):
     return {"result": {"length": summary["length"]}, "updates": summary["updates"], "curve": summary["curve"]}
 
 
@@ -31,15 +31,15 @@ def study(tmp_path):
     return Study(tmp_path / "scratch", tmp_path / "results.jsonl", 2, measure)
 
 
-def run(study, cells, minutes=lambda cell: 1.0, limit=None) -> Outcome:
-    return study.run(cells, minutes, limit, StopSignals())
+def run(study, trials, minutes=lambda trial: 1.0, limit=None) -> Outcome:
+    return study.run(trials, minutes, limit, StopSignals())
 
 
 def test_each_cell_is_a_line_once(study):
-    good = cell(
+    good = trial(
         1, updates=30, synthesizer="multi-horizon", regress_every=2, fidelity_every=7, synthetic_scale="0.5", start=3
     )
-    bad = cell(2, updates=30, synthesizer="none", start=0)
+    bad = trial(2, updates=30, synthesizer="none", start=0)
     outcome = run(study, [good, bad])
     assert outcome.done == 1
     (failed,) = outcome.failed
@@ -67,7 +67,7 @@ def test_each_cell_is_a_line_once(study):
 def test_a_stopped_cell_goes_on_where_it_was(study):
     """One vector is learned within 120 updates at this rate, which the log tells: then the cell is stopped."""
     learning = {"bptt": 4, "hidden": 32, "batch_size": 32, "lr": 0.02, "updates": 500, "synthesizer": "none"}
-    one, other = cell(1, **learning), cell(2, **learning)
+    one, other = trial(1, **learning), trial(2, **learning)
     study.jobs = 1
     stop, log = StopSignals(), study.scratch / f"{one.name()}.log"
 
@@ -78,7 +78,7 @@ def test_a_stopped_cell_goes_on_where_it_was(study):
 
     watcher = threading.Thread(target=stop_when_it_has_learned)
     watcher.start()
-    outcome = study.run([one, other], lambda cell: 1.0, None, stop)
+    outcome = study.run([one, other], lambda trial: 1.0, None, stop)
     watcher.join()
     assert outcome == Outcome(stopped=2)
     assert read_lines(study.results) == []
@@ -99,10 +99,10 @@ def test_a_stopped_cell_goes_on_where_it_was(study):
 def test_a_cell_is_locked_as_long_as_its_process_lives(study):
     """Be the study gone that started it."""
     study.scratch.mkdir()
-    only = cell(1, updates=10_000, synthesizer="none")
+    only = trial(1, updates=10_000, synthesizer="none")
     (running,) = study._begin(only, Outcome())
     running.release()
-    assert run(study, [only]) == Outcome(elsewhere=1)
+    assert run(study, [only]) == Outcome(locked_elsewhere=1)
     running.process.kill()
     running.process.wait()
     lock = study._lock(only)
@@ -111,14 +111,14 @@ def test_a_cell_is_locked_as_long_as_its_process_lives(study):
 
 
 def test_no_cell_is_begun_that_would_come_too_late(study):
-    cells = [cell(seed, updates=10, synthesizer="none") for seed in range(3)]
-    assert run(study, cells, minutes=lambda cell: 2.0, limit=1.0) == Outcome(late=3)
+    trials = [trial(seed, updates=10, synthesizer="none") for seed in range(3)]
+    assert run(study, trials, minutes=lambda trial: 2.0, limit=1.0) == Outcome(out_of_time=3)
     assert list(study.scratch.iterdir()) == []
 
 
 def test_names_and_arguments():
-    one = cell(1, tail=True, normalize=False, lr=1e-3)
-    assert one.name() != cell(1, tail=True, normalize=False, lr=2e-3).name()
+    one = trial(1, tail=True, normalize=False, lr=1e-3)
+    assert one.name() != trial(1, tail=True, normalize=False, lr=2e-3).name()
     assert one.name().startswith("table1-copy-1-")
     assert one.arguments()[-4:] == ["--tail", "--no-normalize", "--lr", "0.001"]
     moved = one._replace(paths={"data_file": "elsewhere/text.txt"})

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dni_seq.app.runs.checkpoint import load_checkpoint
-from dni_seq.models.vector_rnn import SequenceModel
+from dni_seq.models.vector_rnn import VectorRNN
 from dni_seq.streams.algorithmic_tasks import TASKS, Stage, TaskStream
 from tests.nests import assert_same
 from tests.paths import SCRIPTS
@@ -130,7 +130,7 @@ def test_the_error_is_that_of_the_task(main, tmp_path):
     assert main([*arguments, *TINY, "--seed", "5", "--run-dir", str(tmp_path / "run")]) == 0
     stream = TaskStream(TASKS["copy"], lanes=4, bptt=8, seed=5, stage=Stage(3))
     torch.manual_seed(5)
-    model = SequenceModel(10, 8, hidden=8)
+    model = VectorRNN(10, 8, hidden=8)
     losses = []
     for window, _ in zip(stream, range(3), strict=False):  # 3 sequences of 3 windows each
         with torch.no_grad():
