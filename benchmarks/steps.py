@@ -14,10 +14,9 @@ python benchmarks/steps.py --memory --output docs/results/memory.jsonl
 Ways of training, on the same model and random tokens, take turns, so many steps each that their kinds are all among them, as
 a synthesizer's steps with a regression and without. Medians and quartiles over the turns are reported, of the process's CPU
 time for a step, which suffers less from other work on the machine than the clock does; with several threads (`--threads`),
-whose CPU times add up, of the clock's. Two processes take turns, round by
-round: in one, freed memory is kept for the next window, as our scripts have it (`dni_seq.allocator`); in the other it is
-not, as a loop that nobody tuned has it. Beside them stand the matrix products of a truncated step alone, the floor of
-them all.
+whose CPU times add up, of the clock's. Two processes take turns, round by round: in one, freed memory is kept for the
+next window, as our scripts have it (`dni_seq.app.runs.allocator`); in the other it is not, as a loop that nobody tuned
+has it. Beside them stand the matrix products of a truncated step alone, the floor of them all.
 """
 
 from __future__ import annotations

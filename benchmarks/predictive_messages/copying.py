@@ -1,0 +1,424 @@
+"""Copying: do predictive messages in windows of 4 or 10 steps win over windows that hold the whole sequence?
+
+python benchmarks/predictive_messages/copying.py time
+    An update's CPU time of each method, in turns on an idle machine: what budgets are made of.
+python benchmarks/predictive_messages/copying.py run --max-minutes 60
+    The trials that are missing; several processes may run side by side.
+python benchmarks/predictive_messages/copying.py table
+    What is on record, as Markdown.
+
+LSTM 256, 32 lanes, clip 5, fused Adam, one thread. The length rises when 1,000 fresh sequences have less than 0.15 bits
+of error. The task "distractors" puts four random vectors, which are not to be copied, after each vector that is. A
+trial runs for a budget of CPU seconds, in updates of the time that an update takes on an idle machine. Each method is
+tried at three learning rates for a short budget, and then runs for the whole one at the best.
+docs/results/predictive_messages.md has the results.
+
+Legend: T = window length in steps, B = lanes, m = reach in steps, D = inputs, S = numbers in a lane's packed state.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import multiprocessing
+import statistics
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from trials import Line, Trial, best_value, key_of, lines_by_key, work
+
+import dni_seq as dni
+from dni_seq.app.runs.allocator import keep_freed_memory
+from dni_seq.app.studies.records import append_line, read_lines
+from dni_seq.models.vector_rnn import VectorRNN
+from dni_seq.streams.algorithmic_tasks import BITS, Copy, Curriculum, Sequences, Stage, TaskStream, mean_error
+
+LANES, UNITS, CLIP = 32, 256, 5.0
+REACH = 40
+"""m: the steps of the past or the future that a predictor predicts."""
+
+PREDICTOR_UNITS, CONTEXT_UNITS, EMBED, PREDICTOR_RATE = 256, 64, 32, 1e-3
+EXACT_STEPS = 16
+DISTRACTORS = 4
+RATES = (1e-3, 2e-3, 4e-3)
+TUNING_SECONDS, SECONDS = 150, 800
+CHECK_SEED = 77
+
+
+class CopyWithDistractors(Copy):
+    """Copying with four random vectors, marked as not to be copied, after each vector that is.
+
+    A start flag; N times a vector with its flag and `DISTRACTORS` vectors without it; a go flag; then the N vectors are due.
+    S = (2 + DISTRACTORS) N + 2; D = 11: the bits, start, go, "to be copied".
+    """
+
+    input_size = BITS + 3
+
+    def generate(self, stage: Stage, lanes: int, generator: torch.Generator) -> Sequences:
+        """Random bits, each 1 with probability 1/2."""
+        shown = stage.size * (1 + DISTRACTORS)
+        vectors = torch.randint(2, (shown, lanes, BITS), generator=generator).float()
+        kept = vectors[:: 1 + DISTRACTORS]
+        inputs = torch.zeros(shown + 2 + stage.size, lanes, self.input_size)
+        inputs[0, :, BITS] = 1
+        inputs[1 : shown + 1, :, :BITS] = vectors
+        inputs[1 : shown + 1 : 1 + DISTRACTORS, :, BITS + 2] = 1
+        inputs[shown + 1, :, BITS + 1] = 1
+        targets = torch.zeros(len(inputs), lanes, self.target_size)
+        targets[-stage.size :] = kept
+        mask = (torch.arange(len(inputs)) >= len(inputs) - stage.size)[:, None].repeat(1, lanes)
+        return Sequences(inputs, targets, mask)
+
+
+TASKS: dict[str, Copy] = {"copy": Copy(), "distractors": CopyWithDistractors()}
+
+
+class Steps(NamedTuple):
+    """m steps beside a state: of its past, the latest first, or of its future.
+
+    Attributes:
+        inputs: [m, B, D].
+        targets: [m, B, O].
+        counts: [m, B] bool, the steps that are there and count.
+    """
+
+    inputs: Tensor
+    targets: Tensor
+    counts: Tensor
+
+
+class Past(nn.Module):
+    """Predicts the inputs of the last m steps: z_j = tanh(W s) * g_j, q_j = D z_j, with learned gates g_j."""
+
+    def __init__(self, units: int, outputs: int, inputs: int) -> None:
+        super().__init__()
+        self.gate = nn.Parameter(torch.randn(REACH, 1, units))
+        self.output = nn.Linear(units, outputs)
+
+    def forward(self, read: Tensor, steps: Steps) -> Tensor:
+        """[m, B, O] from tanh(W s) [B, F]."""
+        return self.output(read[None] * self.gate)
+
+
+class Far(nn.Module):
+    """Predicts the outputs of the next m steps: z_j = tanh(W s) * tanh(V c_j + b_j), c = GRU(inputs up to j)."""
+
+    def __init__(self, units: int, outputs: int, inputs: int) -> None:
+        super().__init__()
+        self.encoder, self.context = nn.Linear(inputs, EMBED), nn.GRU(EMBED, CONTEXT_UNITS)
+        self.gate, self.bias = nn.Linear(CONTEXT_UNITS, units), nn.Parameter(torch.zeros(REACH, 1, units))
+        self.output = nn.Linear(units, outputs)
+
+    def forward(self, read: Tensor, steps: Steps) -> Tensor:
+        """[m, B, O] from tanh(W s) [B, F]."""
+        context, _ = self.context(self.encoder(steps.inputs))
+        return self.output(read[None] * torch.tanh(self.gate(context) + self.bias))
+
+
+class Predictor(nn.Module):
+    """Past, far future, or both, from one reading of the state; both share its units.
+
+    Args:
+        kinds: "past", "far", or both of them.
+        size: S.
+        task: what is learned.
+    """
+
+    def __init__(self, kinds: tuple[str, ...], size: int, task: Copy) -> None:
+        super().__init__()
+        self.task, self.units = task, PREDICTOR_UNITS // len(kinds)
+        self.read = nn.Linear(size, PREDICTOR_UNITS)
+        sizes = (self.units, task.target_size, task.input_size)
+        self.parts = nn.ModuleDict({kind: {"past": Past, "far": Far}[kind](*sizes) for kind in kinds})
+
+    def loss(self, packed: Tensor, steps: dict[str, Steps]) -> Tensor:
+        """0-d: the loss summed over the steps that count, mean over lanes."""
+        total = packed.new_zeros(())
+        reads = torch.tanh(self.read(packed)).split(self.units, -1)
+        for read, (kind, part) in zip(reads, self.parts.items(), strict=True):
+            losses = self.task.losses(part(read, steps[kind]), steps[kind].targets)
+            total = total + torch.where(steps[kind].counts, losses, 0).sum() / packed.shape[0]
+        return total
+
+
+class Learner:
+    """Truncated BPTT over windows that end with the sequence, with the messages of a predictor, exact ones, or none.
+
+    Args:
+        trial: the settings. `method` is "none", "exact", "past", "far" or "far and past", or one of the latter with
+            " inside": the same predictor's loss as an auxiliary at every 4th state of a window that holds the sequence.
+    """
+
+    every = 4
+
+    def __init__(self, trial: Trial) -> None:
+        torch.manual_seed(trial["seed"])
+        self.task = TASKS[trial["task"]]
+        self.model = VectorRNN(self.task.input_size, self.task.target_size, hidden=UNITS)
+        self.inside = trial["method"].endswith(" inside")
+        kinds = tuple(kind for kind in ("far", "past") if kind in trial["method"].split())
+        self.predictor = Predictor(kinds, 2 * UNITS, self.task) if kinds else None
+        self.exact = None
+        if trial["method"] == "exact":
+            sizes: dict[str, Any] = {"steps": EXACT_STEPS, "window": trial["T"], "reduction": "lane-mean"}
+            self.exact = dni.ExactFuture(self.model, self.task.losses, **sizes)
+        self.optimizers = [torch.optim.Adam(self.model.parameters(), trial["lr"], fused=True)]
+        if self.predictor is not None:
+            self.optimizers.append(torch.optim.Adam(self.predictor.parameters(), PREDICTOR_RATE, fused=True))
+        self.reach = REACH if "far" in kinds else EXACT_STEPS if self.exact is not None else 0
+        self.state: Any = self.model.initial_state(LANES)
+        self.seen: list[Tensor] = []
+
+    def step(self, window: dni.Window) -> Tensor:
+        """One update; returns the window's loss summed over its steps, 0-d."""
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+        state = tuple(leaf.detach() for leaf in self.state)
+        outputs, states, ends = self.run(window.inputs, state)
+        assert window.mask is not None
+        assert window.ends is not None
+        loss = torch.where(window.mask, self.task.losses(outputs, window.targets), 0).sum() / LANES
+        ended = bool(window.ends.all())
+        self.seen = [*self.seen, *window.inputs][-REACH - len(window.inputs) :]
+        roots, gradients = [loss], list[Tensor | None]([None])
+        senders = [(state, end) for state, end in zip(states, ends, strict=True) if self.inside or not ended]
+        if senders and (self.predictor is not None or self.exact is not None):
+            leaves = [torch.cat([state[i] for state, _ in senders], 1) for i in range(2)]
+            roots += leaves
+            gradients += self.messages(leaves, window, [end for _, end in senders])
+        torch.autograd.backward(roots, gradients)
+        nn.utils.clip_grad_norm_(self.model.parameters(), CLIP)
+        for optimizer in self.optimizers:
+            optimizer.step()
+        self.state = self.model.initial_state(LANES) if ended else states[-1]
+        if ended:
+            self.seen = []
+        return loss.detach()
+
+    def run(self, inputs: Tensor, state: Any) -> tuple[Tensor, list[Any], list[int]]:
+        """Outputs, the states that get messages, and after how many steps of the window each stands."""
+        if not self.inside:
+            outputs, state = self.model(inputs, state)
+            return outputs, [state], [len(inputs)]
+        outputs, states, ends = [], [], []
+        for start in range(0, len(inputs), self.every):
+            output, state = self.model(inputs[start : start + self.every], state)
+            outputs.append(output)
+            states.append(state)
+            ends.append(min(start + self.every, len(inputs)))
+        return torch.cat(outputs), states, ends
+
+    def messages(self, leaves: list[Tensor], window: dni.Window, ends: list[int]) -> list[Tensor | None]:
+        """The gradients with respect to (h, c) [1, count B, H]; a predictor trains in the same pass."""
+        if self.exact is not None:
+            message: Any = self.exact.predict(tuple(leaf.detach() for leaf in leaves), window.lookahead)[0]
+            return list(message)
+        assert self.predictor is not None
+        hidden, cells = (leaf.detach().requires_grad_() for leaf in leaves)
+        packed = torch.cat([hidden[0], torch.tanh(cells[0])], 1)
+        steps = {kind: self.steps(kind, window, ends) for kind in self.predictor.parts}
+        loss = self.predictor.loss(packed, steps) * len(ends)
+        loss.backward()
+        return [hidden.grad, cells.grad]
+
+    def steps(self, kind: str, window: dni.Window, ends: list[int]) -> Steps:
+        """What a predictor predicts at each of the states, side by side along the batch dimension."""
+        parts = [self.past(len(window.inputs) - end) if kind == "past" else self.future(window, end) for end in ends]
+        return Steps(*(torch.cat(columns, 1) for columns in zip(*parts, strict=True)))
+
+    def past(self, ago: int) -> Steps:
+        """The last m inputs up to `ago` steps before the latest one, the latest first."""
+        inputs = torch.stack(self.seen[: len(self.seen) - ago][-REACH:]).flip(0)
+        missing = REACH - len(inputs)
+        counts = (torch.arange(REACH) < len(inputs))[:, None].expand(-1, LANES)
+        inputs = torch.cat([inputs, inputs.new_zeros(missing, *inputs.shape[1:])])
+        return Steps(inputs, inputs[..., : self.task.target_size], counts)
+
+    def future(self, window: dni.Window, end: int) -> Steps:
+        """The m steps after the first `end` of the window."""
+        ahead = window.lookahead
+        assert ahead is not None
+        assert window.mask is not None
+        inputs = torch.cat([window.inputs[end:], ahead.inputs])[:REACH]
+        targets = torch.cat([window.targets[end:], ahead.targets])[:REACH]
+        counts = torch.cat([window.mask[end:], ahead.counts])[:REACH]
+        return Steps(inputs, targets, counts)
+
+
+def run(trial: Trial, checkpoint: Path, seconds: dict[str, float]) -> Line:
+    """Trains for the trial's budget; the lengths solved, with the updates and idle CPU seconds until then."""
+    reset_peak()
+    learner = Learner(trial)
+    task = learner.task
+    updates = int(trial["seconds"] / seconds[kind_of(trial)])
+    curriculum = Curriculum(task)
+    stream = TaskStream(task, lanes=LANES, bptt=trial["T"], lookahead=learner.reach, seed=trial["seed"])
+    fresh = torch.Generator().manual_seed(trial["seed"] + CHECK_SEED)
+    curve: list[list[float]] = []
+    steps, loss, count = 0, 0.0, 0
+    for done, window in enumerate(stream, start=1):
+        loss += float(learner.step(window))
+        steps += len(window.inputs)
+        assert window.mask is not None
+        assert window.ends is not None
+        count += int(window.mask[:, 0].sum())
+        if bool(window.ends.all()):
+            error, loss, count = task.error_of_loss * loss / count, 0.0, 0
+            if curriculum.observe(error) and curriculum.conclude(mean_error(learner.model, task, curriculum.stage, fresh)):
+                stream.stage = curriculum.stage
+                curve.append([curriculum.solved, done, steps, round(done * seconds[kind_of(trial)], 1)])
+        if done >= updates:
+            break
+    return {"solved": curriculum.solved, "updates": updates, "steps": steps, "curve": curve, "peak_mib": peak_mib()}
+
+
+def reset_peak() -> None:
+    """Lets the kernel count the process's peak memory anew (Linux)."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_mib() -> int:
+    """Peak memory of the process since `reset_peak`."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
+    return round(int(line.split()[1]) / 1024)
+
+
+def kind_of(trial: Trial) -> str:
+    """What decides the time of an update."""
+    return f"{trial['method']} T={trial['T']}"
+
+
+def trial_of(method: str, bptt: int, lr: float, seconds: float, task: str = "copy", seed: int = 0) -> Trial:
+    """A trial's settings."""
+    return {"task": task, "method": method, "T": bptt, "lr": lr, "seconds": seconds, "seed": seed}
+
+
+COLUMNS: list[tuple[str, str, int]] = [
+    ("copy", "none", 40),
+    ("copy", "past", 4),
+    ("copy", "far and past", 4),
+    ("copy", "far", 4),
+    ("copy", "past inside", 40),
+    ("copy", "past", 10),
+    ("copy", "far and past", 10),
+    ("copy", "exact", 4),
+    ("copy", "exact", 10),
+    ("distractors", "none", 40),
+    ("distractors", "none", 4),
+    ("distractors", "past", 4),
+    ("distractors", "far", 4),
+]
+"""Task, method and T, in order of value."""
+
+
+def serve_updates(trial: Trial, pipe: Any) -> None:
+    """In a process of its own: makes as many updates as it is told, and returns CPU seconds of one."""
+    torch.set_num_threads(1)
+    keep_freed_memory()
+    learner = Learner(trial)
+    stream = TaskStream(learner.task, lanes=LANES, bptt=trial["T"], lookahead=learner.reach, seed=0, stage=Stage(19))
+    windows = iter(stream)
+    pipe.send("ready")
+    while True:
+        updates = pipe.recv()
+        begun = time.process_time()
+        for _ in range(updates):
+            learner.step(next(windows))
+        pipe.send((time.process_time() - begun) / updates)
+
+
+def measure_updates(results: Path, rounds: int = 9) -> None:
+    """CPU seconds of an update of each method at 19 vectors, median over rounds in which all take turns; one line."""
+    context = multiprocessing.get_context("spawn")
+    timed = {kind_of(trial): trial for trial in (trial_of(method, bptt, 1e-3, 0) for _, method, bptt in COLUMNS)}
+    pipes = {kind: context.Pipe() for kind in timed}
+    processes = [context.Process(target=serve_updates, args=(timed[kind], pipes[kind][1]), daemon=True) for kind in timed]
+    for process in processes:
+        process.start()
+    for ours, _ in pipes.values():
+        ours.recv()
+    samples: dict[str, list[float]] = {kind: [] for kind in timed}
+    for round_number in range(rounds + 1):
+        for kind, (ours, _) in pipes.items():
+            ours.send(max(5, 200 // timed[kind]["T"]))
+            seconds = ours.recv()
+            if round_number:  # the first round warms up
+                samples[kind].append(seconds)
+    for process in processes:
+        process.terminate()
+    medians = {kind: round(statistics.median(values), 6) for kind, values in samples.items()}
+    append_line(results, {"study": "copying", "update_seconds": medians, "date": time.strftime("%Y-%m-%d")})
+    for kind, value in medians.items():
+        print(f"{1000 * value:8.2f} ms  {value / medians['none T=40']:5.2f}  {kind}")
+
+
+def update_times(results: Path) -> dict[str, float]:
+    """The latest update times on record, in seconds.
+
+    Raises:
+        SystemExit: none are.
+    """
+    found = [line["update_seconds"] for line in read_lines(results) if line.get("study") == "copying"]
+    if not found:
+        raise SystemExit(f"{results} has no update times: run the part 'time' on an idle machine first")
+    return dict(found[-1])
+
+
+def progress_score(line: Line) -> float:
+    """What rates are chosen by: the length solved, then how soon."""
+    solved, *_, seconds = line["curve"][-1] if line["curve"] else (0, 0.0)
+    return -float(solved) + float(seconds) / 1e6
+
+
+def plan(known: dict[str, Line]) -> Iterator[Trial]:
+    """Every trial that can be run now, in order of value."""
+    for task, method, bptt in COLUMNS:
+        short = [trial_of(method, bptt, rate, TUNING_SECONDS, task) for rate in RATES]
+        yield from short
+        rate = best_value(known, short, "lr", progress_score)
+        if rate is not None:
+            yield trial_of(method, bptt, rate, SECONDS, task)
+
+
+def table(results: Path) -> Iterable[str]:
+    """The lines on record as a table of Markdown."""
+    yield "| task | method | T | rate | CPU s | solved | seconds to 7, 9, 11, 15, 19 | peak MiB |"
+    yield "|---|---|---|---|---|---|---|---|"
+    lines = [line for line in lines_by_key(results).values() if line["trial"]["task"] in TASKS]
+    order = ("task", "T", "method", "seconds", "lr")
+    for line in sorted(lines, key=lambda line: [str(line["trial"][name]) for name in order]):
+        trial = line["trial"]
+        at = {int(solved): seconds for solved, _, _, seconds in line["curve"]}
+        reached = ", ".join(f"{at[n]:.0f}" if n in at else "–" for n in (7, 9, 11, 15, 19))
+        cells = [trial["task"], trial["method"], trial["T"], trial["lr"], trial["seconds"], line["solved"], reached]
+        yield "| " + " | ".join(map(str, [*cells, line["peak_mib"]])) + " |"
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=("time", "run", "table", "plan"))
+    parser.add_argument("--results", type=Path, default=Path("docs/results/predictive_messages.jsonl"), metavar="FILE")
+    parser.add_argument("--scratch", type=Path, default=Path("runs/predictive_messages"), metavar="DIR")
+    parser.add_argument("--max-minutes", type=float, default=math.inf, metavar="M", help="start no trial later than this")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    keep_freed_memory()
+    if options.part == "table":
+        print("\n".join(table(options.results)))
+    elif options.part == "plan":
+        known = lines_by_key(options.results)
+        print("\n".join(key_of(trial) for trial in plan(known) if key_of(trial) not in known))
+    elif options.part == "time":
+        measure_updates(options.results)
+    else:
+        seconds = update_times(options.results)
+        work(options.results, options.scratch, plan, lambda trial, path: run(trial, path, seconds), options.max_minutes)
+
+
+if __name__ == "__main__":
+    main()
