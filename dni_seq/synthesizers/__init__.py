@@ -1,1 +1,1 @@
-"""Modules that predict the gradient that the future sends to a state."""
+"""Synthesizers: modules that predict the gradient of future losses with respect to a state."""

@@ -1,4 +1,4 @@
-"""AuxiliaryTask: the network predicts the synthetic gradient at a later state, and that loss trains it too.
+"""AuxiliaryTask: trains the RNN to predict the synthetic gradient at the end of its window.
 
 Source: Jaderberg et al. 2017, arXiv 1608.05343, section 3.1.
 """
@@ -20,17 +20,19 @@ from dni_seq.synthesizers.state_mlp import StateNetwork
 
 
 class AuxiliaryTask(nn.Module):
-    """Predict the synthetic gradient of the window's last state from the state behind the window's first step.
+    """Predicts the synthetic gradient at a window's last state from the state after the window's first step.
 
-    Its loss flows into the RNN, which so learns to know early where its state is going to matter.
+    The prediction's loss is backpropagated into the RNN, which learns early in a window how its last state will matter. The
+    task sees no lookahead, because the RNN sees none.
 
-    Source: the auxiliary task of Jaderberg et al. 2017, section 3.1 ("DNI + Aux"). We differ in the target's unit, its
-    running root mean square, so that the weight of the task does not depend on the gradient's scale.
+    Source: the auxiliary task of Jaderberg et al. 2017, section 3.1 ("DNI + Aux"). We differ in one point: the target is
+    divided by its running root mean square, so that the weight of the task does not depend on the gradient's scale.
 
     Args:
-        example: a state of the model.
-        hidden, batch_dim: see `StateNetwork`; no lookahead, since the RNN has none.
-        decay: of the running root mean square.
+        example: a state of the model, such as `model.initial_state(1)`. Its values and its number of lanes do not matter.
+        hidden: sizes of the hidden layers.
+        batch_dim: dimension of the lanes in the state's leaves, an int or a nest.
+        decay: share of the running mean square that an update keeps, after the first 1 / (1 - decay) updates.
     """
 
     def __init__(self, example: State, *, hidden: Sequence[int] = (256,), batch_dim: Any = 1, decay: float = 0.99) -> None:
@@ -39,7 +41,15 @@ class AuxiliaryTask(nn.Module):
         self.rms = RunningRMS(decay)
 
     def forward(self, state: State, message: Sequence[Tensor]) -> Tensor:
-        """Mean squared error of the prediction at `state`, in units of the running root mean square of `message`."""
+        """Computes the task's loss, and takes `message` into its running mean square first.
+
+        Args:
+            state: the state after the window's first step, with its graph.
+            message: the floating-point leaves of the gradient that is injected at the window's last state.
+
+        Returns:
+            0-d, the mean squared error of the prediction in units of the running root mean square of `message`.
+        """
         prediction = states.floating(self.network(state))
         self.rms.update(list(message), list(message))
         scales = self.rms.scales() or []

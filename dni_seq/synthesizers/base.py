@@ -1,4 +1,8 @@
-"""The protocol of synthesizers: `(trigger, context) -> message`, and the regression that trains them.
+"""The protocol of synthesizers, `(trigger, context) -> message`, and the regression that trains them.
+
+A trigger is the state (or activation) at which a gradient is predicted, a context is additional input such as a `Lookahead`,
+and a message is the predicted gradient. A synthesizer with several horizons also has `predict`, which returns one message
+for each horizon.
 
 Legend: B = lanes, N = horizons.
 """
@@ -17,28 +21,32 @@ from dni_seq.core.states import State
 
 
 class Collective(Protocol):
-    """What running statistics need of the ranks of a run, which have equally many lanes (`DataParallel.synchronize`)."""
+    """Reduces running statistics over all ranks of a run, which have equally many lanes; see `DataParallel.synchronize`."""
 
     @property
     def size(self) -> int:
         """Number of ranks."""
 
     def mean(self, tensors: Sequence[Any]) -> list[Any]:
-        """Each tensor's mean over all ranks; None where it is None."""
+        """Returns each tensor's mean over all ranks; an entry that is None stays None."""
 
     def sums(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Each tensor's sum over all ranks."""
+        """Returns each tensor's sum over all ranks."""
 
 
 class Regression(NamedTuple):
-    """One regression step of a synthesizer, before its backward pass.
+    """The loss and the diagnostics of one regression step of a synthesizer, before its backward pass.
+
+    A horizon without a target has NaN in `error`, `power` and `cosine`.
 
     Attributes:
-        loss: 0-d, mean squared error over all elements of all horizons, in the unit the synthesizer regresses in; what it
-            learns by instead, where it learns ahead.
-        error: [N], the mean squared error of each horizon, detached.
-        power: [N], the mean square of each horizon's target in the same unit; R² is 1 - error / power.
-        cosine: [N], the cosine between prediction and target, over all elements of a horizon; 0 where one is zero.
+        loss: 0-d, the loss to backpropagate. For a regression this is the mean squared error over all elements of all
+            horizons that have a target, in the unit in which the synthesizer regresses (normalised for `Normalized`,
+            `StateHeads` and `LeastSquaresHeads`, else raw), plus the loss of a `FutureModel` that provides features. For a
+            self-supervised synthesizer it is the synthesizer's own loss.
+        error: [N], the mean squared error of each horizon in the same unit, detached.
+        power: [N], the mean square of each horizon's target in the same unit. R² is 1 - error / power.
+        cosine: [N], the cosine between prediction and target over all elements of a horizon, 0 if either is zero.
     """
 
     loss: Tensor
@@ -48,15 +56,22 @@ class Regression(NamedTuple):
 
 
 def predict(synthesizer: nn.Module, trigger: State, context: Any) -> list[State]:
-    """The messages of `synthesizer` by horizon; one for a module that knows of no horizons."""
+    """Returns the messages of `synthesizer`, one for each horizon; a module without `predict` has one horizon."""
     by_horizon: Callable[[State, Any], list[State]] | None = getattr(synthesizer, "predict", None)
     return [synthesizer(trigger, context)] if by_horizon is None else by_horizon(trigger, context)
 
 
 def regress(synthesizer: nn.Module, trigger: State, context: Any, targets: list[State | None]) -> Regression:
-    """The regression of `synthesizer` at a trigger (cut from its graph) towards its targets, one a horizon.
+    """Computes one regression of `synthesizer` towards `targets`, without its backward pass.
 
-    A horizon whose target is None is left alone.
+    Args:
+        synthesizer: a module whose own `regress` is used if it has one, else `mean_squared`.
+        trigger: the state at which the targets were computed, detached.
+        context: the context that belongs to the trigger.
+        targets: one for each horizon. A horizon whose target is None is not trained.
+
+    Raises:
+        ValueError: a message and its target differ in structure, shape or dtype.
     """
     own_regress: Callable[..., Regression] | None = getattr(synthesizer, "regress", None)
     if own_regress is not None:
@@ -65,21 +80,31 @@ def regress(synthesizer: nn.Module, trigger: State, context: Any, targets: list[
 
 
 def self_supervised(synthesizer: nn.Module) -> bool:
-    """Returns whether the synthesizer trains on its context as it predicts, so that targets only measure it."""
+    """Returns whether the synthesizer trains on its context when it predicts, so that targets only measure it."""
     return bool(getattr(synthesizer, "self_supervised", False))
 
 
 def predict_and_train(synthesizer: nn.Module, trigger: State, context: Any) -> tuple[list[State], Tensor]:
-    """What `predict` gives, and the loss, 0-d, that a synthesizer which learns ahead has added the gradients of."""
+    """Predicts with a self-supervised synthesizer and adds the gradients of its own loss to its parameters.
+
+    Returns:
+        The messages as `predict` returns them, one for each horizon, and the loss, 0-d.
+    """
     own: Callable[[State, Any], tuple[list[State], Tensor]] = synthesizer.predict_and_train  # type: ignore[assignment]
     return own(trigger, context)
 
 
 def mean_squared(predictions: list[State], targets: list[State | None]) -> Regression:
-    """Mean squared error over all elements, the one rule for regression, with its diagnostics.
+    """Computes the mean squared error between predictions and targets, with its diagnostics.
+
+    Each horizon's error is a mean over all its elements; the loss is the mean over the horizons that have a target.
+
+    Args:
+        predictions: one state for each horizon.
+        targets: one state for each horizon, None for a horizon without a target.
 
     Raises:
-        ValueError: a prediction has not the shape of its target.
+        ValueError: a prediction and its target differ in the number of tensors, a shape or a dtype.
     """
     errors: list[Tensor] = []
     powers: list[Tensor] = []
@@ -104,18 +129,24 @@ def mean_squared(predictions: list[State], targets: list[State | None]) -> Regre
 
 
 def check_like(messages: list[Tensor], triggers: list[Tensor], name: str, other: str = "trigger") -> None:
-    """Hold messages (or predictions) to the shapes and dtypes of their triggers (or targets).
+    """Raises a ValueError if messages (or predictions) differ from their triggers (or targets) in shape or dtype.
+
+    Args:
+        messages: the floating-point leaves of the message.
+        triggers: the floating-point leaves of the trigger.
+        name: what the error calls `messages`.
+        other: what the error calls `triggers`.
 
     Raises:
-        ValueError: they differ; the text names both sides.
+        ValueError: the number of tensors, a shape or a dtype differs.
     """
     if len(messages) != len(triggers):
-        raise ValueError(f"the {name} has {len(messages)} tensors, the {other} {len(triggers)}: they must correspond")
+        raise ValueError(f"the {name} has {len(messages)} tensors, the {other} {len(triggers)}: the numbers must agree")
     for message, trigger in zip(messages, triggers, strict=True):
         if message.shape != trigger.shape:
             raise ValueError(
-                f"the {name} has shape {tuple(message.shape)}, the {other} {tuple(trigger.shape)}: they must "
-                "agree (the last dimension of a BasicSynthesizer's message is its output_dim)"
+                f"the {name} has shape {tuple(message.shape)}, the {other} {tuple(trigger.shape)}: the shapes "
+                "must agree (output_dim sets the last dimension of a BasicSynthesizer's message)"
             )
         if message.dtype != trigger.dtype:
             raise ValueError(

@@ -1,8 +1,8 @@
-"""ExactFuture: the exact gradient of the next n steps, in the place of a synthesizer.
+"""ExactFuture: the exact gradient of the next n steps, used in place of a synthesizer.
 
-It is the reference that a synthesizer stands in for, and a rival wherever the text to come is at hand: run the model n steps
-past the window, take the gradient of their loss at the boundary, inject it. With a tail, a synthesizer predicts what is
-behind those n steps.
+It runs the model over the n steps after the window and returns the gradient of their loss with respect to the window's last
+state. It is the reference for synthesizers, and an alternative to them if the next steps are available. With a tail, a
+synthesizer predicts the gradient of all steps after these n.
 
 Legend: B = lanes, n = steps, m = lookahead of the tail in steps.
 """
@@ -25,27 +25,36 @@ from dni_seq.synthesizers.target_rule import TargetRule
 
 
 class ExactFuture(nn.Module):
-    """The gradient of the next n steps' loss with respect to a state, by running the model over them.
+    """Computes the gradient of the next n steps' loss with respect to a state by running the model over these steps.
 
-    Takes a `Lookahead` of n steps, and of the tail's m behind them, as context. Parameters get no gradients from it; the
-    model's buffers and the random state are left as they were, so that dropout in those steps is drawn as in the window
-    that follows. Comparisons (`fidelity_every`) hold its message against one window's gradient: they tell something where
-    n = T and there is no tail.
+    Its context is a `Lookahead` of n steps, or of n + m if the tail needs m. The model's parameters get no gradients. Its
+    buffers and the random state are restored, so dropout draws the same numbers as in the next window. The gradient is not
+    discounted: the trainer's `discount` is used in the tail's target only.
+
+    `fidelity_every` compares the message with the gradient of one window, so its numbers are meaningful only if n = T and
+    there is no tail.
 
     Args:
-        model: `model(inputs, state) -> (outputs, state)`; held without being registered as a submodule.
+        model: `model(inputs, state) -> (outputs, state)`. It is not registered as a submodule.
         loss_fn: `loss_fn(outputs, targets)`, unreduced losses [n, B].
         steps: n.
-        window: T, the length of the trainer's windows; a mean over a window weighs each of its steps by 1 / (T · B).
-        reduction: that of the trainer ("mean", "lane-mean" or "sum"); with "mean", masked windows weigh their steps as full
-            ones do.
-        tail: a synthesizer of one horizon for what is behind the n steps, None for nothing. Where a sequence ends with the
-            n-th step shows in the lookahead behind it: a tail that asks for none is sent there too.
-        batch_dim: where the lanes lie in the state's leaves, used with a tail.
+        window: T, the length of the trainer's windows. With the reduction "mean" each step weighs 1 / (T · B).
+        reduction: the trainer's reduction, "mean", "lane-mean" or "sum". With "mean", the steps of a masked window weigh as
+            much as those of a full window.
+        tail: a synthesizer with one horizon, for all steps after the n-th. None for no tail. In lanes whose sequence ends
+            within the n steps its message is zero. A sequence that ends with the n-th step is recognised only if the
+            lookahead has at least n + 1 steps.
+        batch_dim: dimension of the lanes in the state's leaves, an int or a nest. Used with a tail only.
+
+    Attributes:
+        steps: n.
+        window: T.
+        reduction: the argument.
+        tail: the tail, or None.
+        self_supervised: whether the tail trains on its context, so that targets only measure it.
 
     Raises:
-        ValueError: `steps` or `window` is not positive, or the reduction is none; at a call, the context is no lookahead of
-            as many steps, or `loss_fn` does not return [n, B].
+        ValueError: `steps` or `window` is not positive, or the reduction is unknown.
     """
 
     def __init__(
@@ -62,8 +71,8 @@ class ExactFuture(nn.Module):
         super().__init__()
         if steps < 1:
             raise ValueError(f"ExactFuture: steps must be positive, got {steps}")
-        step_weight(reduction, window, 1)  # says what is wrong with them
-        self._model = (model,)  # in a tuple, which nn.Module does not look into
+        step_weight(reduction, window, 1)  # raises if either is invalid
+        self._model = (model,)  # a tuple hides the model from nn.Module, which would register it
         self.loss_fn = loss_fn
         self.steps = steps
         self.window = window
@@ -73,36 +82,63 @@ class ExactFuture(nn.Module):
         self.self_supervised = tail is not None and self_supervised(tail)
 
     def predict(self, trigger: State, context: Any) -> list[State]:
-        """The exact gradient, that of the tail included; then the tail's own message at `trigger`, where there is one."""
+        """Returns the exact gradient and, if there is a tail, the tail's own message at `trigger`.
+
+        The exact gradient includes the tail's message after the n steps. The second message is not injected; the tail is
+        trained on it.
+
+        Args:
+            trigger: the state.
+            context: a `Lookahead` of at least n steps.
+
+        Raises:
+            ValueError: the context is not a `Lookahead` of at least n steps, or `loss_fn` does not return [n, B].
+        """
         exact = self._exact(trigger, context)
         if self.tail is None:
             return [exact]
         return [exact, *predict(self.tail, trigger, context)]
 
     def predict_and_train(self, trigger: State, context: Any) -> tuple[list[State], Tensor]:
-        """The same with a tail that learns as it predicts, and its loss; see `synthesizers.predict_and_train`."""
+        """Predicts, and adds the gradients of a self-supervised tail's own loss to the tail's parameters.
+
+        Returns:
+            The messages as `predict` returns them, and the tail's loss, 0-d.
+        """
         assert self.tail is not None
         exact = self._exact(trigger, context)
         messages, loss = predict_and_train(self.tail, trigger, context)
         return [exact, *messages], loss
 
     def forward(self, trigger: State, context: Any = None) -> State:
-        """The exact gradient, that of the tail included."""
+        """Returns the exact gradient, which includes the tail's message after the n steps."""
         return self._exact(trigger, context)
 
     def regress(self, trigger: State, context: Any, targets: list[State | None]) -> Regression:
-        """One regression step of the tail; nothing is said of the exact gradient, whose place is the first."""
+        """Computes one regression of the tail.
+
+        Args:
+            trigger: the state.
+            context: its context.
+            targets: two entries, for the exact gradient and for the tail; the first is ignored.
+
+        Returns:
+            The tail's regression. The diagnostics have two entries; the first, of the exact gradient, is NaN.
+
+        Raises:
+            RuntimeError: there is no tail.
+        """
         if self.tail is None:
-            raise RuntimeError("ExactFuture without a tail has nothing to train")
+            raise RuntimeError("ExactFuture without a tail has nothing to train: pass a tail to call regress")
         of_tail = regress(self.tail, trigger, context, targets[1:])
         rows = (F.pad(row, (1, 0), value=float("nan")) for row in (of_tail.error, of_tail.power, of_tail.cosine))
         return Regression(of_tail.loss, *rows)
 
     def target_rule(self, scale: float, discount: float) -> TargetRule:
-        """Inject the exact gradient; train the tail towards its own bootstrapped target."""
+        """Returns the rule that injects the exact gradient and trains the tail towards its own bootstrapped target."""
         if self.tail is None:
             return TargetRule(local=[1.0], bootstrap=[[0.0]], injection=[scale], active=[False])
-        # What is no bootstrap is measured by the window's own gradient.
+        # A self-supervised tail is measured by the window's own gradient, without bootstrap.
         following = 0.0 if self.self_supervised else discount
         return TargetRule(
             local=[0.0, 1.0],
@@ -117,7 +153,7 @@ class ExactFuture(nn.Module):
         model = self._model[0]
         with without_parameter_gradients(model), torch.enable_grad():
             start = states.map_floating(lambda leaf: leaf.detach().requires_grad_(), trigger)
-            outputs, last = model(ahead.inputs, states.clone(start))  # a model may write into its state
+            outputs, last = model(ahead.inputs, states.clone(start))  # a copy, because a model may write into its state
             losses = self.loss_fn(outputs, ahead.targets)
             roots: list[Tensor] = [self._reduce(losses, ahead)]
             gradients: list[Tensor | None] = [None]
@@ -125,7 +161,7 @@ class ExactFuture(nn.Module):
                 behind = context.span(self.steps, None)
                 with torch.no_grad():
                     (message,) = predict(self.tail, states.detach(last), behind)
-                # Without lookahead behind the n steps it is not known whether a sequence ends with the last of them.
+                # If the lookahead has only n steps, it does not show whether a sequence ends with the n-th.
                 alive = behind.valid[0] if len(behind.valid) else ahead.valid[-1]
                 message = states.reset_lanes(message, ~alive, None, self.batch_dim)
                 for leaf, gradient in zip(states.floating(last), states.floating(message), strict=True):

@@ -1,16 +1,16 @@
-"""FutureGradient: messages that are the gradient of a small learned model of what is ahead, instead of regressions on it.
+"""FutureGradient: messages that are the gradient of a small learned future model's loss.
 
-A regression towards real gradients may be right on average and still wrong alike in all lanes for many windows, and an RNN
-sums up what is alike; what a message explains of the exact gradient (R²) says little of what it brings. The gradient of
-one learned loss is the gradient of something: it leads the RNN to states from which that model, too, tells better what
-comes. The model needs no targets but those of the steps ahead, so it learns at every window without a product.
+A message that is regressed towards real gradients can be right on average and still have an error that is the same in all
+lanes for many windows; the RNN accumulates such an error. R² of a message therefore tells little about its benefit. Here the
+message is the true gradient of a learned loss, so it moves the RNN towards states from which the future model predicts
+better. The future model learns from the targets of the next m steps, at every window, without vector-Jacobian products.
 
-Source: ours; the paper (Jaderberg et al. 2017, arXiv 1608.05343) regresses. Trinh et al. 2018, "Learning Longer-term
-Dependencies in RNNs with Auxiliary Losses", arXiv 1803.00144, train an RNN by the loss of a second network that predicts
-from its states; that one is unrolled from single states of the past, this one is read at every window's end.
-docs/synthetic-gradients.md measures it.
+Source: ours; Jaderberg et al. 2017, arXiv 1608.05343, regress. Trinh et al. 2018, "Learning Longer-term Dependencies in RNNs
+with Auxiliary Losses", arXiv 1803.00144, train an RNN by the loss of a second network that predicts from its states. Their
+network is unrolled from single past states; ours is evaluated at the end of every window. docs/synthetic-gradients.md
+measures it.
 
-Legend: B = lanes, S = numbers in one lane's packed state, m = lookahead in steps, K = horizons, F = units of the model.
+Legend: B = lanes, S = numbers in one lane's packed state, m = lookahead in steps, K = horizons.
 """
 
 from __future__ import annotations
@@ -32,7 +32,14 @@ from dni_seq.synthesizers.target_rule import TargetRule, increments
 
 
 class ClampCache(NamedTuple):
-    """Least and largest number of a message, and what they follow from: mean squares, their version, the limit."""
+    """The range to which messages are clamped, and the values it was computed from.
+
+    Attributes:
+        of: the mean squares.
+        version: their version counter.
+        limit: the limit.
+        range: the least and the largest allowed value, [K, S] each.
+    """
 
     of: Tensor
     version: int
@@ -40,28 +47,42 @@ class ClampCache(NamedTuple):
     range: tuple[Tensor, Tensor]
 
     def holds(self, of: Tensor, limit: float) -> bool:
-        """Whether nothing has changed since."""
+        """Returns whether the range is still valid for mean squares `of` and `limit`."""
         return self.of is of and self.version == of._version and self.limit == limit
 
 
 class FutureGradient(PackedSynthesizer):
-    """Messages by horizon: the n-th is the gradient of a `FutureModel`'s loss over the n-th of K equal parts of m steps.
+    """Predicts one message for each horizon: the gradient of a `FutureModel`'s loss over one of K equal parts of m steps.
 
-    With m = K T those parts are the windows to come. Messages are in the unit of the trainer's loss from the first one on.
-    A model whose last layers start at zero, and its messages with them, ends up worse (docs/synthetic-gradients.md).
+        M_n(s) = w g ⊙ ∂(Σ_{steps j of part n} ℓ_j)/∂u        n = 1..K
 
-        M_n(s) = w (1 - tanh²(c) at cells) ⊙ ∂(Σ_{steps j of part n} ℓ_j)/∂s
+    u is the state s with tanh applied to its LSTM cells, g is 1 - tanh² at these cells and 1 elsewhere, and w is the weight
+    of one step in the trainer's loss. With m = K T the parts are the next K windows.
 
-    Targets measure it (R², cosine) and limit it, but do not train it.
+    The future model trains at every window on the targets of the next m steps. The targets of the trainer do not train it;
+    they give R² and cosine, and the unit of `limit`. Messages have the unit of the trainer's loss from the first window on
+    and are not zero at the start: zero-initialised last layers gave worse results (docs/synthetic-gradients.md).
 
     Args:
-        example: a state of the model, such as `model.initial_state(1)`.
-        future: makes the model of m steps, of K parts, from S.
-        window: T, the length of the trainer's windows; a mean over a window weighs each of its steps by w = 1 / (T · B).
-        reduction: that of the trainer ("mean", "lane-mean" or "sum"); with "mean", masked windows weigh their steps as full
-            ones do.
-        cells, decay, limit: see `PackedSynthesizer`.
-        batch_dim: where the lanes lie in the state's leaves, an int or a nest.
+        example: a state of the model, such as `model.initial_state(1)`. Its values and its number of lanes do not matter.
+        future: function that makes the `FutureModel`, with m steps and K parts, from S.
+        window: T, the length of the trainer's windows. With the reduction "mean" w = 1 / (T · B).
+        reduction: the trainer's reduction, "mean", "lane-mean" or "sum". With "mean", the steps of a masked window weigh as
+            much as those of a full window.
+        cells: which leaves are LSTM cell states, such as `LSTM_CELLS`. False for none.
+        decay: share of the running mean square that an update keeps, after the first 1 / (1 - decay) updates.
+        limit: the largest absolute value in a message, in units of the running root mean square of its targets. None for
+            no limit; before the first target there is no limit either.
+        batch_dim: dimension of the lanes in the state's leaves, an int or a nest.
+
+    Attributes:
+        window: T.
+        reduction: the argument.
+        limit: the argument; it may be set at any time.
+        self_supervised: True.
+
+    Raises:
+        ValueError: `window` or `limit` is not positive, or the reduction is unknown.
     """
 
     self_supervised = True
@@ -83,34 +104,47 @@ class FutureGradient(PackedSynthesizer):
         super().__init__(trunk, example, cells, decay, limit)
         self.window, self.reduction = window, reduction
         self._clamp_cache: ClampCache | None = None
-        step_weight(reduction, window, 1)  # says what is wrong with them
+        step_weight(reduction, window, 1)  # raises if either is invalid
 
     @property
     def model(self) -> FutureModel:
-        """The model of what is ahead."""
+        """The `FutureModel`."""
         model: FutureModel = self.network.future
         return model
 
     def target_rule(self, scale: float, discount: float) -> TargetRule:
-        """That of horizons, by which it is measured; it learns at every window."""
+        """Returns the multi-horizon rule, used for evaluation only; the synthesizer trains at every window."""
         return increments(scale, discount, [1.0] * self.network.horizons, False)._replace(self_supervised=True)
 
     def outputs(self, bounded: Tensor, gate: Tensor, context: Any) -> Outputs:
-        """Raw messages without a graph, those of all lanes of all ranks in one unit."""
+        """Returns raw messages [B, K, S] without a graph, in the unit of the loss over the lanes of all ranks."""
         return self._weighted(self.model.gradients(bounded, context), gate, 1)
 
     def predict(self, trigger: State, context: Any) -> list[State]:
-        """One message a horizon, raw, limited once there has been a target."""
+        """Returns one raw message for each horizon, clamped to `limit` after the first target.
+
+        Args:
+            trigger: the state.
+            context: a `Lookahead` of at least m steps.
+
+        Raises:
+            ValueError: the context is not a `Lookahead` of at least m steps, or the model's `loss_fn` does not return
+                losses [m, B].
+        """
         return self._unpacked(self.outputs(*self._bounded(trigger), context), trigger)
 
     def predict_and_train(self, trigger: State, context: Any) -> tuple[list[State], Tensor]:
-        """What `predict` gives, and the model's mean loss, 0-d, whose gradients are added to the parameters."""
+        """Predicts, and adds the gradients of the future model's mean loss to its parameters, in one backward pass.
+
+        Returns:
+            The messages as `predict` returns them, and the mean loss, 0-d.
+        """
         bounded, gate = self._bounded(trigger)
         found, loss = self.model.learn(bounded, context)
         return self._unpacked(self._weighted(found, gate, self.model.steps * len(gate)), trigger), loss
 
     def _weighted(self, found: Tensor, gate: Tensor, of: int) -> Outputs:
-        """Messages from gradients [K, B, S], with respect to bounded states, of losses summed and divided by `of`."""
+        """Returns messages, given the gradients [K, B, S] of (summed losses) / `of` with respect to bounded states."""
         ranks = 1 if self.across_ranks is None or self.reduction == "sum" else self.across_ranks.size
         weight = of * step_weight(self.reduction, self.window, len(gate) * ranks)
         return Outputs((found * (weight * gate)).transpose(0, 1), None, None)
@@ -122,23 +156,31 @@ class FutureGradient(PackedSynthesizer):
         return [self.packing.unpack(message, trigger) for message in found.unbind(1)]
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a copy takes over: what is known of one tensor's versions says nothing of its copy's."""
-        return {**self.__dict__, "_known": None}
+        """Returns the attributes that a copy takes over: all but the limits, which follow a tensor's version."""
+        return {**self.__dict__, "_clamp_cache": None}
 
     def _clamp_range(self, limit: float) -> tuple[Tensor, Tensor]:
-        """Least and largest number of a message, [K, S]; computed anew at the few windows that change the mean squares."""
+        """Returns the least and the largest allowed value, [K, S] each; recomputed only if the mean squares have changed."""
         of = self.mean_square
         if self._clamp_cache is None or not self._clamp_cache.holds(of, limit):
-            scales = self._scales()  # zero before the first target, and where all were zero: no unit to limit it by
+            scales = self._scales()  # zero before the first target, or if all targets were zero: no limit then
             largest = torch.where(scales > 0, limit * scales, torch.inf)
             self._clamp_cache = ClampCache(of, of._version, limit, (-largest, largest))
         return self._clamp_cache.range
 
     def regress(self, trigger: State, context: Any, targets: list[State | None]) -> Regression:
-        """The model's own mean loss, which trains it; against the targets that are there the message is measured.
+        """Computes the future model's mean loss, which trains it, and compares the messages with the targets.
+
+        Args:
+            trigger: the state.
+            context: a `Lookahead` of at least m steps.
+            targets: one for each horizon, None for a horizon that is not compared.
+
+        Returns:
+            The model's loss, and the diagnostics of the messages against the targets.
 
         Raises:
-            ValueError: a target has not the shape of its message.
+            ValueError: a target and its message differ in shape or dtype, or the context is invalid (see `predict`).
         """
         bounded, gate = self._bounded(trigger)
         loss = self.model.loss(bounded, context)
@@ -147,7 +189,7 @@ class FutureGradient(PackedSynthesizer):
             wanted = self._wanted(trigger, targets, trained)
             found = self.outputs(bounded, gate, context).messages[:, trained]
             scales = self._scales()[trained]
-            # Where every target was zero so far there is no unit, and nothing to measure a message by.
+            # If all targets so far were zero, there is no unit to express a message in; it counts as zero.
             found = torch.where(scales > 0, found / scales, 0)
             error = (found - wanted).square().mean((0, 2))
             return Regression(loss, *self._measured(error, found, wanted, trained, len(targets)))

@@ -1,16 +1,16 @@
-"""FutureModel: a small model of what comes, whose own gradient stands in for the gradient to come, or is a feature of it.
+"""FutureModel: a small network that predicts the outputs of the next m steps from a state, and differentiates their loss.
 
-The gradient of a loss to come is a vector-Jacobian product: Jᵀ (∂ℓ/∂q), q the outputs of the steps ahead. A perceptron that
-is shown the state and the targets has to find out for itself that its answer depends on the difference between what the
-network expects and what comes. A model that predicts q from the state, and is given the loss, has that difference, and
-the product through its own hidden layer has the form of what is looked for: a linear head on it learns the rest.
+The gradient of a future loss is a vector-Jacobian product Jᵀ (∂ℓ/∂q), where q are the outputs of the next steps. A
+perceptron that sees the state and the targets must learn that this gradient depends on the difference between predicted
+outputs and targets. A model that predicts q from the state and computes the loss has this difference, and the product
+through its hidden layer has the form of the gradient itself. `FutureGradient` injects the model's gradient; `StateTrunk`
+passes the product to regressed heads as features.
 
-Source: ours. Czarnecki et al. 2017, "Sobolev Training for Neural Networks", arXiv 1706.04859, train a synthetic
-gradient as the gradient of a predicted loss; here the prediction is of outputs and learns from their targets alone.
-`FutureGradient` sends its gradient, `StateTrunk` gives it to fitted heads.
+Source: ours. Czarnecki et al. 2017, "Sobolev Training for Neural Networks", arXiv 1706.04859, train a synthetic gradient as
+the gradient of a predicted loss. Here the model predicts outputs and learns from their targets alone.
 
-Legend: B = lanes, S = numbers in one lane's packed state, m = lookahead in steps, K = parts of it, E = width of an encoded
-input, F = units, Q = width of the outputs that its loss takes.
+Legend: B = lanes, S = numbers in one lane's packed state, m = lookahead in steps, K = parts of the lookahead, E = width of
+an encoded input, F = hidden units, Q = width of the outputs that `loss_fn` takes.
 """
 
 from __future__ import annotations
@@ -25,33 +25,37 @@ from torch.nn import functional as F
 from dni_seq.core.windows import Lookahead, check_unreduced, next_steps
 
 SEEN = 4
-"""Inputs, the step's own and those before it, from which a step's outputs are predicted, beside the state."""
+"""Number of inputs, the step's own and the latest ones before it, from which a step's outputs are predicted."""
 
 
 class FutureModel(nn.Module):
-    """Predict the outputs of the next m steps from a state and their inputs, and differentiate their loss.
+    """Predicts the outputs of the next m steps from a state and their inputs, and differentiates their loss.
 
         z_j = tanh(W_p s + Σ_{i < SEEN} U_i x_{j-i} + b_j),   q_j = D z_j + C_p s + d_p,   step j in part p
         features of p = Σ_{j in p} (Dᵀ ∂ℓ_j/∂q_j) ⊙ (1 - z_j²) = ∂(Σ_{j in p} ℓ_j) / ∂(W_p s)
 
-    Each step sees its own input and those before it, never one behind: in a language model that would be its target. What
-    the state says of near steps and of far ones differs, so each part of the steps reads it by weights of its own.
+    Each step sees its own input and the SEEN - 1 inputs before it, never a later one, which in a language model would be its
+    target. Inputs before the first of the m steps count as zero. Each of the K parts reads the state with its own weights
+    W_p, C_p, because a state holds different information about near and far steps.
 
     Args:
         size: S.
         steps: m.
-        inputs: module from `Lookahead.inputs` [m, B, ...] to [m, B, E].
+        inputs: module from `Lookahead.inputs` [m, B, ...] to [m, B, E]. It is registered as a submodule.
         inputs_width: E.
         outputs: Q, the width of the outputs that `loss_fn` takes.
         loss_fn: `loss_fn(outputs [m, B, Q], targets [m, B, ...])`, unreduced losses [m, B].
-        units: F.
-        parts: K, equal parts of the m steps.
+        units: F, number of hidden units.
+        parts: K, number of equal parts of the m steps.
 
     Attributes:
-        features: K F.
+        steps: m.
+        units: F.
+        features: K F, number of features that `forward` returns for each lane.
+        loss_fn: the argument.
 
     Raises:
-        ValueError: a size is not positive, or the steps are not a multiple of the parts.
+        ValueError: `steps`, `outputs`, `units` or `parts` is not positive, or `steps` is not a multiple of `parts`.
     """
 
     def __init__(
@@ -71,27 +75,34 @@ class FutureModel(nn.Module):
             if value < 1:
                 raise ValueError(f"FutureModel: {name} must be positive, got {value}")
         if steps % parts:
-            raise ValueError(f"FutureModel: {parts} parts share the lookahead evenly, {steps} steps are no multiple")
+            raise ValueError(f"FutureModel: steps must be a multiple of parts, got {steps} steps and {parts} parts")
         self.steps = steps
         self.seen = min(SEEN, steps)
         self.loss_fn = loss_fn
         self.units = units
         self.features = parts * units
         self.inputs = inputs
-        # Of each part: to hidden units and straight to the outputs, in one product.
+        # For each part, W_p and C_p with their biases, in one product.
         self.from_state = nn.ModuleList(nn.Linear(size, units + outputs) for _ in range(parts))
         self.from_step = nn.Parameter(torch.zeros(steps, 1, units))
         self.from_inputs = nn.Linear(self.seen * inputs_width, units, bias=False)
         self.output = nn.Linear(units, outputs, bias=False)
 
     def forward(self, flat: Tensor, context: Any) -> tuple[Tensor, Tensor]:
-        """Features [B, K F] of packed states [B, S] and a `Lookahead` of at least m steps, and the mean loss, 0-d.
+        """Computes features from the gradient of the loss, and the mean loss.
 
-        Steps behind the end of a sequence, and those that do not count, add nothing to either. Both are differentiable, so
-        that a regression trains this model too; the gradient of a loss with respect to its outputs counts as a constant.
+        Steps after the end of a sequence, and steps that do not count in the loss, contribute zero to both. Both are
+        differentiable, so a regression on the features trains this model too; ∂ℓ_j/∂q_j counts as a constant.
+
+        Args:
+            flat: packed states [B, S].
+            context: a `Lookahead` of at least m steps, of which the first m are used.
+
+        Returns:
+            The features [B, K F], and the loss, 0-d: the sum over the steps that count, divided by m B.
 
         Raises:
-            ValueError: the context is no lookahead of m steps, or `loss_fn` does not return [m, B].
+            ValueError: the context is not a `Lookahead` of at least m steps, or `loss_fn` does not return [m, B].
         """
         ahead = next_steps(context, self.steps)
         hidden, outputs = self._expected(flat.expand(self.parts, -1, -1), ahead)
@@ -100,29 +111,32 @@ class FutureModel(nn.Module):
         return by_part.transpose(0, 1).flatten(1), total / ahead.valid.numel()
 
     def loss(self, flat: Tensor, context: Any) -> Tensor:
-        """The mean loss alone, 0-d, arguments and errors as above."""
+        """Computes the mean loss, 0-d, as `forward` does; arguments and errors are those of `forward`."""
         ahead = next_steps(context, self.steps)
         _, outputs = self._expected(flat.expand(self.parts, -1, -1), ahead)
         return self._total(self._losses(outputs, ahead), ahead) / ahead.valid.numel()
 
     @property
     def parts(self) -> int:
-        """K."""
+        """K, the number of equal parts of the m steps."""
         return len(self.from_state)
 
     def gradients(self, flat: Tensor, context: Any) -> Tensor:
-        """[K, B, S]: the gradient of the summed loss of each part of the steps, without a graph.
+        """Computes the gradient of each part's summed loss with respect to the state, [K, B, S], without a graph.
 
-        Arguments and errors as above.
+        Steps that do not count in the loss contribute zero. Arguments and errors are those of `forward`.
         """
         flats, losses, ahead = self._unweighted(flat, context)
         (found,) = torch.autograd.grad(losses, flats, ahead.counts.to(losses.dtype))
         return found
 
     def learn(self, flat: Tensor, context: Any) -> tuple[Tensor, Tensor]:
-        """[K, B, S]: the gradient of each part's share of the mean loss; and that loss, 0-d.
+        """Adds the gradients of the mean loss to the parameters, and returns the loss and its gradient by part.
 
-        Its gradients are added to the parameters, in the same one pass.
+        One backward pass computes both. Arguments and errors are those of `forward`.
+
+        Returns:
+            The gradient of each part's share of the mean loss, [K, B, S], and the mean loss, 0-d.
         """
         flats, losses, ahead = self._unweighted(flat, context)
         steps = ahead.valid.numel()
@@ -132,14 +146,14 @@ class FutureModel(nn.Module):
 
     @torch.enable_grad()
     def _unweighted(self, flat: Tensor, context: Any) -> tuple[Tensor, Tensor, Lookahead]:
-        """A state [K, B, S] for each part of the steps, their losses [m, B] as its function, and the steps."""
+        """Returns one copy of the state for each part [K, B, S], the losses [m, B] as a function of it, and the m steps."""
         ahead = next_steps(context, self.steps)
         flats = flat.detach().expand(self.parts, -1, -1).requires_grad_()
         _, outputs = self._expected(flats, ahead)
         return flats, self._losses(outputs, ahead), ahead
 
     def _expected(self, flats: Tensor, ahead: Lookahead) -> tuple[Tensor, Tensor]:
-        """z [m, B, F] and q [m, B, Q] from states [K, B, S], each of which says what comes in its part of the steps."""
+        """Returns z [m, B, F] and q [m, B, Q] from states [K, B, S], where the p-th predicts the steps of part p."""
         seen = (self.from_inputs(self._recent(ahead)) + self.from_step).unflatten(0, (self.parts, -1))
         said = self._project_state(flats)
         reached, direct = said[:, None].split([self.units, said.shape[-1] - self.units], dim=-1)
@@ -148,8 +162,8 @@ class FutureModel(nn.Module):
         return hidden.flatten(0, 1), outputs.flatten(0, 1)
 
     def _project_state(self, flats: Tensor) -> Tensor:
-        """[K, B, F + Q]: what each part reads from its state."""
-        if self.parts == 1:  # nothing to take apart and to stack
+        """Returns what each part reads from its state, W_p s and C_p s with their biases, [K, B, F + Q]."""
+        if self.parts == 1:  # avoids unbinding and stacking
             return self.from_state[0](flats)
         return torch.stack([layer(flat) for layer, flat in zip(self.from_state, flats, strict=True)])
 
@@ -163,7 +177,7 @@ class FutureModel(nn.Module):
         return torch.where(ahead.counts, losses, 0).sum()
 
     def _products(self, hidden: Tensor, outputs: Tensor, ahead: Lookahead) -> tuple[Tensor, Tensor]:
-        """∂ℓ_j/∂(W_p s) [m, B, F], and the steps' summed loss."""
+        """Returns ∂ℓ_j/∂(W_p s), [m, B, F], and the summed loss, 0-d."""
         learning = torch.is_grad_enabled()
         with torch.enable_grad():
             roots = outputs if outputs.requires_grad else outputs.detach().requires_grad_()
@@ -172,7 +186,7 @@ class FutureModel(nn.Module):
         return (error @ self.output.weight) * (1 - hidden.square()), total
 
     def _recent(self, ahead: Lookahead) -> Tensor:
-        """[m, B, SEEN E]: the encoded input of each step and of those before it, zeros where there is none."""
+        """Returns the encoded inputs of each step and of the steps before it, [m, B, seen E]; missing ones are zeros."""
         encoded = self.inputs(ahead.inputs)
         if self.seen == 1:
             return encoded

@@ -1,9 +1,9 @@
-"""The synthesizer for recurrent networks as it was published, to compare with.
+"""Jaderberg2017Synthesizer: the published synthesizer for recurrent networks, as a baseline.
 
 Source: Jaderberg et al. 2017, arXiv 1608.05343, section 3.1: one hidden layer, a last layer that starts at zero, raw
-targets, no bound for an LSTM's cells. There one more core is unrolled, so that a boundary's gradient is predicted after the
-next input has been seen; here that input is the synthesizer's context. With `synthetic_scale` and `discount` both 0.1 a
-message is consumed as there. More than one horizon is ours, so that horizons can be added to that recipe alone.
+targets, and no bound for LSTM cells. The paper unrolls one more core, so that a boundary's gradient is predicted after the
+next input has been seen; here that input is the synthesizer's context. With `synthetic_scale` and `discount` both 0.1,
+messages are used as in the paper. More than one horizon is ours, to add only horizons to the published recipe.
 
 Legend: B = lanes, H = hidden units, L = layers, E = width of the context.
 """
@@ -21,11 +21,11 @@ from dni_seq.synthesizers.mlp import BasicSynthesizer
 
 
 class NextInput(nn.Module):
-    """The input of the next step as one vector a lane, its target unseen; zeros behind the end of a sequence.
+    """Encodes the next step's input, not its target, as one vector per lane; zeros after the end of a sequence.
 
     Args:
-        inputs: module from `Lookahead.inputs` [1, B, ...] to [1, B, F].
-        features: E, F and one more for whether there is a next step.
+        inputs: module from `Lookahead.inputs` [1, B, ...] to [1, B, E - 1]. It is registered as a submodule.
+        features: E, the width of `inputs` plus one flag for whether there is a next step.
     """
 
     def __init__(self, inputs: nn.Module, features: int) -> None:
@@ -34,9 +34,16 @@ class NextInput(nn.Module):
         self.features = features
 
     def forward(self, context: Any) -> Tensor:
-        """[B, E] for a `Lookahead` of one step or more."""
+        """Returns the code [B, E] of the first step of a `Lookahead`.
+
+        Raises:
+            ValueError: the context is not a `Lookahead` of at least one step.
+        """
         if not isinstance(context, Lookahead) or not len(context.inputs):
-            raise ValueError("NextInput needs the next step: pass windows through dni_seq.with_lookahead(windows, 1)")
+            raise ValueError(
+                "NextInput needs the next step as context: pass windows through "
+                "dni_seq.with_lookahead(windows, 1), and lookahead=window.lookahead to the trainer"
+            )
         ahead = context.span(0, 1)
         valid = ahead.valid[0, :, None]
         encoded = self.inputs(ahead.inputs)[0]
@@ -44,14 +51,15 @@ class NextInput(nn.Module):
 
 
 class Jaderberg2017Synthesizer(nn.Module):
-    """A perceptron with one hidden layer, for each message one, from a layer's state and the context to its gradient.
+    """Predicts the gradient of a layer's state with one perceptron per horizon, each with one hidden layer.
 
-    Leaves are joined on their last dimension: h and c of an LSTM's layer are read, and their gradients predicted, together.
+    Leaves are concatenated along their last dimension, so the gradients of h and c of an LSTM layer are predicted together
+    from both. All layers of a stacked state share the perceptron.
 
     Args:
-        width: size of the last dimension over all leaves, 2 H for an LSTM.
-        hidden: units of the hidden layer; there as many as the RNN has.
-        encoder: of the context, with an attribute `features`; None for the state alone.
+        width: size of the last dimension, summed over all leaves, 2 H for an LSTM.
+        hidden: units of the hidden layer. The paper uses as many as the RNN has.
+        encoder: module from the context to [B, E] with an attribute `features` = E. None for no context.
         horizons: number of messages.
     """
 
@@ -64,11 +72,11 @@ class Jaderberg2017Synthesizer(nn.Module):
         )
 
     def predict(self, trigger: State, context: Any) -> list[State]:
-        """One message for each horizon."""
+        """Returns one raw message for each horizon."""
         seen = context if self.encoder is None else self.encoder(context)
         return [network(trigger, seen) for network in self.networks]
 
     def forward(self, trigger: State, context: Any = None) -> State:
-        """The message of a synthesizer of one horizon."""
+        """Returns the message of a synthesizer with one horizon."""
         (message,) = self.predict(trigger, context)
         return message

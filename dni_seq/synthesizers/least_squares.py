@@ -1,10 +1,10 @@
-"""Heads solved by least squares instead of descended: a synthesizer that keeps up with a network that learns fast.
+"""LeastSquaresHeads: a synthesizer whose last layer is a least-squares fit, so that it follows a fast-learning RNN.
 
-The map from a state to its gradient moves with every update of the RNN. A synthesizer that follows it by gradient descent
-needs hundreds of windows to learn what a few dozen windows have shown; by then the map is another one. Given the features of
-its trunk, a linear head has a best value in closed form, from sums over the latest windows that forget exponentially.
+The map from a state to its gradient changes with every update of the RNN. Gradient descent needs hundreds of windows to
+learn this map, and by then the map has changed. Given the features of a trunk, the best linear head has a closed form,
+computed from exponentially decaying sums over the latest windows.
 
-Source: recursive least squares with forgetting, as adaptive filters have it (Haykin, Adaptive Filter Theory); its use for
+Source: recursive least squares with forgetting, known from adaptive filters (Haykin, Adaptive Filter Theory). Its use for
 synthetic gradients is ours.
 
 Legend: B = lanes, F = features, S = numbers in one lane's state, N = horizons.
@@ -23,24 +23,36 @@ from dni_seq.synthesizers.state_mlp import StateTrunk
 
 
 class LeastSquaresHeads(PackedSynthesizer):
-    """Messages by horizon whose last layer is the least-squares fit to the latest targets; the trunk learns by gradient.
+    """Predicts one message for each horizon with linear heads that are least-squares fits to the latest targets.
 
-    Features are 1 and those of the trunk, whose number does not grow with the lookahead. For each horizon, sums of their
-    products with themselves and with the targets forget exponentially, and every `solve_every` regressions the heads are
-    solved from them.
+    The features are the constant 1 and those of a trunk, which learns by gradient descent. For each horizon, the sums of the
+    features' products with themselves and with the targets decay exponentially. The heads are solved from these sums at
+    every `solve_every`-th regression. Messages are zero before the first solution.
 
     Args:
-        example: a state of the model, such as `model.initial_state(1)`.
+        example: a state of the model, such as `model.initial_state(1)`. Its values and its number of lanes do not matter.
         horizons: N, number of messages.
-        memory: how many lanes' targets the sums remember for each feature: 12 means that the weight of the past has fallen
-            to 1/e when 12 F lanes have been seen since.
-        ridge: added to the diagonal, as a share of its mean.
-        solve_every: regressions from one solution to the next.
-        cells, decay, limit: see `PackedSynthesizer`.
-        hidden, batch_dim, encoder, future: see `StateTrunk`.
+        memory: lanes per feature that the sums remember: a target's weight falls to 1/e after memory · F lanes.
+        ridge: share of the mean of the covariance's diagonal that is added to the diagonal.
+        solve_every: regressions between two solutions.
+        cells: which leaves are LSTM cell states, such as `LSTM_CELLS`. False for none.
+        decay: share of the running mean square that an update keeps, after the first 1 / (1 - decay) updates.
+        limit: the largest absolute value in a message, in units of the running root mean square of its targets. None for
+            no limit.
+        hidden: sizes of the trunk's hidden layers. Default: (256,). Empty for none; F then grows with the lookahead.
+        batch_dim: dimension of the lanes in the state's leaves, an int or a nest. Default: 1.
+        encoder: module that encodes the context, such as `LookaheadEncoder`. Default: None, for no context.
+        future: function that makes a `FutureModel` from S, whose features are added to the trunk's. Default: None.
+
+    Attributes:
+        covariance: buffer [N, F, F], the decaying sum of the features' outer products.
+        correlation: buffer [N, F, S], the decaying sum of products of features and gated targets.
+        solution: buffer [N, F, S], the heads.
+        gate_power: buffer [N, 1, S], the decaying sum of the squared gates.
+        regressions: int64 buffer, 0-d, number of regressions so far.
 
     Raises:
-        ValueError: a setting is not positive.
+        ValueError: `memory`, `ridge`, `solve_every`, `horizons` or `limit` is not positive.
     """
 
     covariance: Tensor
@@ -76,17 +88,23 @@ class LeastSquaresHeads(PackedSynthesizer):
         self.register_buffer("regressions", torch.zeros((), dtype=torch.int64))
 
     def outputs(self, bounded: Tensor, gate: Tensor, context: Any) -> Outputs:
-        """Those of the fit, and its features [B, F]."""
+        """Returns the gated outputs of the heads [B, N, S], the features [B, F], and the future model's loss or None."""
         trunk, loss = self.network.features(bounded, context)
         features = torch.cat([trunk.new_ones(len(trunk), 1), trunk], dim=1)
         found = torch.matmul(features, self.solution).transpose(0, 1)
         return Outputs(found * gate[:, None], features, loss)
 
     def learn(self, trained: list[int], features: Tensor | None, gate: Tensor, wanted: Tensor) -> None:
-        """Take targets into the sums, those of all ranks where there are several, and solve where that is due.
+        """Adds normalised targets, those of all ranks, to the decaying sums, and solves the heads if a solution is due.
 
-        Outputs are gated, so each is a fit with the gate's square as weight. One covariance for all of them takes that
-        weight as independent of the features.
+        Outputs are gated, so each output is a weighted fit with the squared gate as weight. One covariance serves all
+        outputs, which assumes that the gate is independent of the features.
+
+        Args:
+            trained: the n horizons that have a target.
+            features: [B, F].
+            gate: [B, S].
+            wanted: [B, n, S], the normalised targets.
         """
         assert features is not None
         lanes = len(features)
@@ -105,17 +123,17 @@ class LeastSquaresHeads(PackedSynthesizer):
             self._solve()
 
     def _solve(self) -> None:
-        """The heads that fit best; as they were where the sums say too little."""
+        """Solves the heads from the sums; a head stays as it is if its factorisation fails or is not finite."""
         diagonal = self.covariance.diagonal(dim1=1, dim2=2)
         lanes = diagonal[:, :1, None]  # the first feature is 1, so its sum of squares counts lanes
         shift = (self.ridge * diagonal.mean(1, keepdim=True)).expand_as(diagonal)
         factor, failed = torch.linalg.cholesky_ex(self.covariance + torch.diag_embed(shift))
-        # A head that was never trained has sums of zero; its inverse is not used, but must not fail.
+        # A head that was never trained has sums of zero: its factorisation fails, so an identity replaces the factor.
         factor = torch.where((failed == 0)[:, None, None], factor, torch.eye(factor.shape[1]).to(factor))
         weight = (self.gate_power / lanes).clamp_min(1e-6)
-        # By the inverse: F is small beside S, and a product is several times as fast as a solution for as many columns.
+        # The explicit inverse is faster: F is small compared with S, and a product costs less than solving for S columns.
         found = torch.cholesky_inverse(factor) @ (self.correlation / weight)
         usable = (failed == 0) & found.isfinite().flatten(1).all(1)
-        # Another tensor, not another content: the regression's backward pass still reads the former one. Contiguous, as a
-        # loaded one is: the last bits of a product depend on the layout.
+        # Not in place, because the regression's backward pass still reads the old tensor. Contiguous like a loaded tensor,
+        # because the last bits of a product depend on the layout.
         self.solution = torch.where(usable[:, None, None], found, self.solution).contiguous()

@@ -1,4 +1,4 @@
-"""LookaheadEncoder: what a synthesizer sees of the steps after its state.
+"""LookaheadEncoder: encodes the steps after a state as context for a synthesizer.
 
 Legend: B = lanes, m = lookahead in steps.
 """
@@ -14,25 +14,30 @@ from dni_seq.core.windows import next_steps
 
 
 class LookaheadEncoder(nn.Module):
-    """Turn the next m steps of every lane into one vector a lane; steps behind the end of a sequence count as zeros.
+    """Encodes the next m steps of each lane as one vector; steps after the end of a sequence are encoded as zeros.
+
+    A step's code is its encoded input, its encoded target, a flag that is 1 if the step exists, and a flag that is 1 if the
+    step counts in the loss.
 
     Args:
         steps: m.
-        inputs: module from `Lookahead.inputs` [m, B, ...] to [m, B, E], such as `nn.Embedding` for tokens or `nn.Linear`
-            for vectors; it becomes part of this one.
-        targets: the same for `Lookahead.targets`.
-        features: E of both together, where it cannot be read off an `nn.Embedding` or `nn.Linear`.
+        inputs: module from `Lookahead.inputs` [m, B, ...] to [m, B, E_inputs], such as `nn.Embedding` for tokens or
+            `nn.Linear` for vectors. It is registered as a submodule and trains with the synthesizer.
+        targets: module from `Lookahead.targets` [m, B, ...] to [m, B, E_targets], in the same way.
+        features: E_inputs + E_targets. None to read both widths from an `nn.Embedding` or `nn.Linear`.
+
+    Attributes:
+        steps: m.
+        features: size of a lane's vector, m (E_inputs + E_targets + 2).
 
     Raises:
-        ValueError: `steps` is not positive, or E is unknown; at a call, the context is no lookahead of m steps.
+        ValueError: `steps` is not positive, or a width is unknown.
     """
 
     def __init__(self, steps: int, inputs: nn.Module, targets: nn.Module, features: int | None = None) -> None:
         super().__init__()
         if steps < 1:
-            raise ValueError(
-                f"LookaheadEncoder: steps must be positive, got {steps}; for no lookahead leave the encoder out"
-            )
+            raise ValueError(f"LookaheadEncoder: steps must be positive, got {steps}; for no lookahead, pass no encoder")
         self.steps = steps
         self.inputs = inputs
         self.targets = targets
@@ -40,7 +45,11 @@ class LookaheadEncoder(nn.Module):
         self.features = steps * (per_step + 2)
 
     def forward(self, context: Any) -> Tensor:
-        """[B, features] for a `Lookahead` of at least m steps, of which the first m are read."""
+        """Returns the code [B, features] of the first m steps of a `Lookahead`.
+
+        Raises:
+            ValueError: the context is not a `Lookahead` of at least m steps.
+        """
         ahead = next_steps(context, self.steps)
         encoded = torch.cat([self.inputs(ahead.inputs), self.targets(ahead.targets)], dim=-1)
         flags = torch.stack([ahead.valid, ahead.counts], dim=-1).to(encoded.dtype)
@@ -53,5 +62,6 @@ def _width(module: nn.Module) -> int:
         if hasattr(module, name):
             return int(getattr(module, name))
     raise ValueError(
-        f"LookaheadEncoder: the width of {type(module).__name__} is unknown; pass features, inputs' and targets'"
+        f"LookaheadEncoder: the width of {type(module).__name__} is unknown; pass features, the sum of the widths of "
+        "inputs and targets"
     )

@@ -1,4 +1,4 @@
-"""BasicSynthesizer: a perceptron from the trigger, and a context, to the message.
+"""BasicSynthesizer: a multi-layer perceptron that maps a trigger and an optional context to a message.
 
 Source: dni-pytorch, and Jaderberg et al. 2017, arXiv 1608.05343, section 2.
 """
@@ -16,22 +16,30 @@ from dni_seq.core.states import State
 
 
 class BasicSynthesizer(nn.Module):
-    """A multi-layer perceptron with ReLU between its layers; its last layer starts at zero, so that training does too.
+    """Predicts a message from a trigger and an optional context with a multi-layer perceptron (ReLU between its layers).
 
-    The trigger's leaves are joined on their last dimension, which `trigger_dim` counts, and the output is split back. Layers
-    of a stacked state [L, B, H] share it, without an index. A ForwardInterface's message, whose last dimension `output_dim`
-    counts, may differ from its trigger, which then is a single tensor.
+    The last layer starts at zero, so messages are exactly zero at the start of training. The leaves of a nested trigger are
+    concatenated along their last dimension, and the output is split back into the same leaves. The layers of a stacked
+    state [L, B, H] share the perceptron, which does not see the layer's index. In a `ForwardInterface` the message may have
+    another last dimension than the trigger; the trigger must then be a single tensor.
+
+    Source: dni-pytorch, and Jaderberg et al. 2017, arXiv 1608.05343, section 2. dni-pytorch leaves the last layer's biases
+    random; here they start at zero too.
 
     Args:
-        output_dim: size of the message's last dimension, over all leaves.
-        n_hidden: number of hidden layers; 0 is a linear map.
-        hidden_dim: size of the hidden layers, `output_dim` where it is None.
-        trigger_dim: size of the trigger's last dimension, over all leaves, `output_dim` where it is None.
-        context_dim: size of the context's last dimension; None for a synthesizer without context.
+        output_dim: size of the message's last dimension, summed over all leaves.
+        n_hidden: number of hidden layers, 0 for a linear map.
+        hidden_dim: size of each hidden layer. None for `output_dim`.
+        trigger_dim: size of the trigger's last dimension, summed over all leaves. None for `output_dim`.
+        context_dim: size of the context's last dimension. None for a synthesizer without context.
+
+    Attributes:
+        output_dim: the argument.
+        trigger_dim: the trigger's last dimension, resolved.
+        context_dim: the argument.
 
     Raises:
-        ValueError: a size is not positive; at a call, a context is missing or given where none is expected, or a size
-            differs from what was announced.
+        ValueError: a size is not positive or `n_hidden` is negative.
     """
 
     def __init__(
@@ -68,7 +76,19 @@ class BasicSynthesizer(nn.Module):
             zero_(layer)
 
     def forward(self, trigger: State, context: Any = None) -> State:
-        """The message for `trigger` [..., trigger_dim], tensor or nest; `context` [..., context_dim] broadcasts over it."""
+        """Returns the message for a trigger, in the trigger's structure.
+
+        Args:
+            trigger: a tensor [..., trigger_dim], or a nest whose leaves have last dimensions that sum to trigger_dim.
+            context: a tensor [..., context_dim] that broadcasts over the trigger. None if `context_dim` is None.
+
+        Returns:
+            A tensor [..., output_dim], or a nest with the trigger's leaf shapes.
+
+        Raises:
+            ValueError: the context is missing or not expected, the trigger or the context has a wrong size, the context
+                does not broadcast, or a dtype differs from the parameters' outside of autocast.
+        """
         leaves = states.floating(trigger)
         joined = leaves[0] if len(leaves) == 1 else torch.cat(leaves, dim=-1)
         self._check(joined, context)
@@ -84,7 +104,8 @@ class BasicSynthesizer(nn.Module):
     def _check(self, joined: Tensor, context: Any) -> None:
         if joined.shape[-1] != self.trigger_dim:
             raise ValueError(
-                f"BasicSynthesizer: the trigger's last dimension is {joined.shape[-1]}, trigger_dim is {self.trigger_dim}"
+                f"BasicSynthesizer: the trigger's last dimension is {joined.shape[-1]}, trigger_dim is {self.trigger_dim}: "
+                "they must agree"
             )
         self._check_dtype("trigger", joined)
         if self.context_dim is None:
@@ -93,19 +114,19 @@ class BasicSynthesizer(nn.Module):
             return
         if not isinstance(context, Tensor):
             raise ValueError(
-                f"BasicSynthesizer: built with context_dim={self.context_dim}, it needs a tensor as context: wrap the call "
-                "in `with dni_seq.synthesizer_context(context):`"
+                f"BasicSynthesizer: context_dim={self.context_dim} needs a tensor as context, got {type(context).__name__}: "
+                "wrap the call in `with dni_seq.synthesizer_context(context):`"
             )
         if context.dim() == 0 or context.shape[-1] != self.context_dim:
             raise ValueError(
                 f"BasicSynthesizer: the context has shape {tuple(context.shape)}, its last dimension must be "
-                f"context_dim={self.context_dim} (class labels go in as one-hot vectors)"
+                f"context_dim={self.context_dim}; encode class labels as one-hot vectors"
             )
         sizes = zip(reversed(context.shape[:-1]), reversed(joined.shape[:-1]), strict=False)
         if context.dim() > joined.dim() or any(own not in (1, size) for own, size in sizes):
             raise ValueError(
-                f"BasicSynthesizer: the context's shape {tuple(context.shape)} does not broadcast over the trigger's, "
-                f"{tuple(joined.shape)}; but for the last dimension they must agree or the context's be 1"
+                f"BasicSynthesizer: the context's shape {tuple(context.shape)} does not broadcast over the trigger's "
+                f"shape {tuple(joined.shape)}: every dimension but the last must be 1 or equal the trigger's"
             )
         self._check_dtype("context", context)
 
@@ -114,12 +135,12 @@ class BasicSynthesizer(nn.Module):
         if tensor.dtype != expected and not torch.is_autocast_enabled(tensor.device.type):
             raise ValueError(
                 f"BasicSynthesizer: the {name} has dtype {tensor.dtype}, the synthesizer's parameters {expected}: convert "
-                "one with .to(dtype); interfaces hand half-precision tensors over in float32"
+                "one of them with .to(dtype); interfaces convert half-precision tensors to float32"
             )
 
 
 def zero_(layer: nn.Module | None) -> None:
-    """Set every parameter of `layer` to zero, biases too, so that messages start at exactly zero."""
+    """Sets all parameters of `layer`, biases included, to zero, so that messages start at exactly zero."""
     if layer is not None:
         for parameter in layer.parameters():
             nn.init.zeros_(parameter)

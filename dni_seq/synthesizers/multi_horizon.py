@@ -1,8 +1,8 @@
-"""Synthesizers made for recurrent states: several layers and tensors, a look at the future, several horizons.
+"""Horizons and MultiHorizonSynthesizer: one message for each of the next K windows, and an optional tail.
 
-Source: the recipe starts from Jaderberg et al. 2017, arXiv 1608.05343, section 3.1. We differ in the heads by horizon (each
-predicts the gradient of one window ahead, so that none but the tail bootstraps on itself), in the lookahead of more than one
-step, in bounded cells and in normalised targets; docs/synthetic-gradients.md measures each.
+Source: Jaderberg et al. 2017, arXiv 1608.05343, section 3.1. We differ in four points: each horizon has its own head, so
+that only the tail bootstraps on itself; the lookahead may have more than one step; LSTM cells are bounded; targets are
+normalised. docs/synthetic-gradients.md measures each.
 
 Legend: B = lanes, H = hidden units, L = layers, S = numbers in one lane's state, N, K = horizons, m = lookahead in steps.
 """
@@ -28,25 +28,33 @@ from dni_seq.synthesizers.target_rule import TargetRule, combine, drawn, increme
 
 
 class Horizons(nn.Module):
-    """K synthesizers in one: horizon n predicts the gradient of the loss of the n-th window ahead.
+    """Predicts one message for each of the next K windows: message n is the gradient of the n-th next window's loss.
 
         target of E_1(s_k) = a_k                            exact, without bootstrap
         target of E_n(s_k) = J_kᵀ E_{n-1}(s_{k+1})          n = 2..K
-        target of the tail = J_kᵀ (E_K + γ tail)(s_{k+1})   where there is one
+        target of the tail = J_kᵀ (E_K + γ tail)(s_{k+1})   if `tail` is set
         injected           = c (Σ_n γ^{n-1} w_n E_n + γ^K w_tail tail)
 
-    Nothing but the tail bootstraps on itself. Discount, number of horizons used and their weights may change at any time
-    without training anew; only the tail's target depends on γ.
+    a_k is the gradient of window k's loss with respect to its first state s_k, J_k = ∂s_{k+1}/∂s_k, c is the trainer's
+    `synthetic_scale` and γ its `discount`. Only the tail bootstraps on itself. γ, c and the weights may change at any time
+    without retraining the heads E_1..E_K; only the tail's target depends on γ.
 
     Args:
-        heads: `predict(trigger, context)` gives E_1..E_K and the tail, a list of messages.
+        heads: module whose `predict(trigger, context)` returns the messages E_1..E_K, then the tail.
         horizons: K.
-        tail: whether a last head stands for all windows behind the K-th.
-        draw: train one head, drawn at random, a window: one vector-Jacobian product instead of K. Heads that learn as they
-            predict do so at every window all the same.
+        tail: whether a last head predicts the gradient of all windows after the K-th.
+        draw: train only one head per window, drawn at random. This costs one vector-Jacobian product instead of K.
+            Self-supervised heads ignore it and train at every window.
 
     Attributes:
-        weights: w, one number a head, the tail's last; 1 at first. Set it, or single entries, at any time.
+        horizons: K.
+        tail: the argument.
+        draw: the argument.
+        heads: the argument.
+        weights: w, a list with one number for each head, the tail's last. All start at 1 and may be set at any
+            time; 0 skips a head's injection. They are not part of the state dict.
+        self_supervised: whether the heads train on their context, so that targets only measure them.
+        draws: int64 buffer, 0-d, number of regressions so far; it seeds the next draw.
 
     Raises:
         ValueError: `horizons` is not positive.
@@ -67,42 +75,62 @@ class Horizons(nn.Module):
         self.register_buffer("draws", torch.zeros((), dtype=torch.int64))
 
     def predict(self, trigger: State, context: Any) -> list[State]:
-        """E_1..E_K and the tail, raw."""
+        """Returns the raw messages E_1..E_K, then the tail if there is one, each in the trigger's structure."""
         return predict(self.heads, trigger, context)
 
     def predict_and_train(self, trigger: State, context: Any) -> tuple[list[State], Tensor]:
-        """The same from heads that learn as they predict, and their loss; see `synthesizers.predict_and_train`."""
+        """Predicts with self-supervised heads and adds the gradients of their own loss to their parameters.
+
+        Returns:
+            The messages as `predict` returns them, and the loss, 0-d.
+        """
         return predict_and_train(self.heads, trigger, context)
 
     def forward(self, trigger: State, context: Any = None) -> State:
-        """The raw gradient of all the windows predicted, undiscounted: Σ_n w_n E_n + w_tail tail."""
+        """Returns the undiscounted sum of all raw messages, Σ_n w_n E_n + w_tail tail."""
         messages = self.predict(trigger, context)
         return states.with_floating(trigger, combine(messages, self.target_rule(1.0, 1.0).injection))
 
     def regress(self, trigger: State, context: Any, targets: list[State | None]) -> Regression:
-        """One regression step of the heads that have a target."""
+        """Computes one regression of the heads towards their targets, and counts it in `draws`.
+
+        Args:
+            trigger: the state at which the targets were computed.
+            context: the context that belongs to the trigger.
+            targets: one raw target for each head, None for a head that is not trained.
+
+        Raises:
+            ValueError: a target and its message differ in the number of tensors, a shape or a dtype.
+        """
         self.draws += 1
         return regress(self.heads, trigger, context, targets)
 
     def target_rule(self, scale: float, discount: float) -> TargetRule:
-        """The rule above, for one window."""
+        """Returns the coefficients of the equations above for one window; `scale` is c and `discount` is γ.
+
+        If `draw` is set and the heads are not self-supervised, only the drawn head is active.
+        """
         rule = increments(scale, discount, self.weights, self.tail)._replace(self_supervised=self.self_supervised)
-        if not self.draw or self.self_supervised:  # there a target measures, which all heads learn without
+        if not self.draw or self.self_supervised:  # self-supervised heads need no targets
             return rule
         chosen = drawn(len(self.weights), int(self.draws))
         return rule._replace(active=[i == chosen for i in range(len(self.weights))])
 
 
 class MultiHorizonSynthesizer(Horizons):
-    """`Horizons` by one network that sees the whole state, and what it has ahead, and has a head for each of them.
+    """Predicts the gradients of the next K windows with one network: `Horizons` on `StateHeads`.
+
+    The network sees the whole state of a lane and the encoded lookahead, and has one head for each horizon.
 
     Args:
-        example: a state of the model.
-        horizons, tail, draw: see `Horizons`.
-        cells, hidden, batch_dim, encoder, future, decay, limit: see `StateHeads`.
+        example: a state of the model, such as `model.initial_state(1)`.
+        horizons: K.
+        tail: whether a last head predicts the gradient of all windows after the K-th.
+        draw: train only one head per window, drawn at random; see `Horizons`.
+        **settings: `cells`, `decay`, `limit`, `hidden`, `batch_dim`, `encoder` and `future`; see `StateHeads`.
 
     Raises:
-        ValueError: `horizons` is not positive.
+        ValueError: `horizons` or `limit` is not positive.
     """
 
     def __init__(

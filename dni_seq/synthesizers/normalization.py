@@ -1,4 +1,4 @@
-"""Synthesizers in units of their targets: running root mean squares, bounded LSTM cells, limited messages.
+"""Wrappers for synthesizers: Normalized regresses in units of a running root mean square, GatedCells bounds LSTM cells.
 
 Legend: B = lanes, H = hidden units, L = layers.
 """
@@ -15,18 +15,23 @@ from dni_seq.core.states import State
 from dni_seq.synthesizers.base import Collective, Regression, mean_squared, predict
 
 LSTM_CELLS = (False, True)
-"""`cells` for the state (h, c) of `torch.nn.LSTM` and `torch.nn.LSTMCell`."""
+"""The value of `cells` for the state (h, c) of `torch.nn.LSTM` and `torch.nn.LSTMCell`: only c is a cell state."""
 
 
 class GatedCells(nn.Module):
-    """Keep an LSTM's cell state in range: the synthesizer sees tanh(c), and its c-message is multiplied by 1 - tanh²(c).
+    """Wraps a synthesizer for LSTM states: it sees tanh(c), and its message for c is multiplied by 1 - tanh²(c).
 
-    The true gradient of a saturated cell vanishes. A predicted one does not by itself, and an RNN that follows it lets its
-    cell state grow without bound (docs/synthetic-gradients.md).
+    The true gradient of a saturated cell vanishes, but a predicted one does not, and an RNN that follows the prediction lets
+    its cell state grow without bound (docs/synthetic-gradients.md).
 
     Args:
         synthesizer: the module to wrap.
-        cells: which leaves of the trigger are cell states: a nest of bools shaped like the state, such as `LSTM_CELLS`.
+        cells: which leaves of the trigger are cell states: one bool, or a nest of bools with the state's structure, such as
+            `LSTM_CELLS`.
+
+    Attributes:
+        synthesizer: the wrapped module.
+        cells: the argument.
     """
 
     def __init__(self, synthesizer: nn.Module, cells: Any = LSTM_CELLS) -> None:
@@ -35,7 +40,11 @@ class GatedCells(nn.Module):
         self.cells = cells
 
     def predict(self, trigger: State, context: Any) -> list[State]:
-        """One message a horizon, gated."""
+        """Returns one gated message for each horizon, in the trigger's structure.
+
+        Raises:
+            ValueError: `cells` is a nest whose structure differs from the trigger's.
+        """
         marks = states.broadcast_to_leaves(self.cells, trigger, "cells")
         leaves = states.flatten(trigger)
         bounded = [leaf.tanh() if mark else leaf for leaf, mark in zip(leaves, marks, strict=True)]
@@ -47,20 +56,23 @@ class GatedCells(nn.Module):
         return gated
 
     def forward(self, trigger: State, context: Any = None) -> State:
-        """The gated message of a synthesizer of one horizon."""
+        """Returns the gated message of a synthesizer with one horizon."""
         (message,) = self.predict(trigger, context)
         return message
 
 
 class RunningRMS(nn.Module):
-    """A running root mean square of every target: of each horizon, leaf and layer.
+    """Tracks the running root mean square of the targets of each horizon, leaf and layer.
 
-    A leaf [L, B, H] has one for each layer, any other leaf has one in all. The mean is over all targets seen, until these
-    are 1 / (1 - decay); from there on it forgets exponentially. Statistics are buffers, made at the first update or when a
-    state dict is loaded.
+    A leaf [L, B, H] has one value for each layer; any other leaf has one value. The mean square is a plain mean over the
+    first 1 / (1 - decay) updates and decays exponentially afterwards. The statistics are buffers, which are created at the
+    first update or when a state dict is loaded.
 
     Args:
-        decay: share of the statistics that an update keeps, in the long run.
+        decay: share of the mean square that an update keeps, after the first 1 / (1 - decay) updates.
+
+    Attributes:
+        across_ranks: a `Collective` that averages the statistics over all ranks, or None.
     """
 
     def __init__(self, decay: float = 0.99) -> None:
@@ -69,7 +81,12 @@ class RunningRMS(nn.Module):
         self.across_ranks: Collective | None = None
 
     def update(self, like: list[Tensor], targets: list[Tensor | None]) -> None:
-        """Take `targets` into the mean, one tensor or None for every leaf of every horizon; `like` gives their shapes."""
+        """Adds targets to the running mean squares.
+
+        Args:
+            like: one tensor of the target's shape for each leaf of each horizon.
+            targets: one tensor for each leaf of each horizon, None if it has no target.
+        """
         with torch.no_grad():
             fresh = [None if target is None else _mean_square(target) for target in targets]
             if self.across_ranks is not None:
@@ -84,7 +101,7 @@ class RunningRMS(nn.Module):
                     mean.lerp_(square, torch.clamp(1 / count, min=1 - self.decay))
 
     def scales(self) -> list[Tensor] | None:
-        """The root mean square of every leaf of every horizon, broadcasting over it; None before the first update."""
+        """Returns the root mean square of each leaf of each horizon, broadcastable to it; None before the first update."""
         count = len(self._buffers) // 2
         return [self.get_buffer(f"mean_square_{i}").sqrt() for i in range(count)] or None
 
@@ -96,29 +113,35 @@ class RunningRMS(nn.Module):
             if key.startswith((prefix + "mean_square_", prefix + "count_")) and name not in self._buffers:
                 self.register_buffer(name, torch.zeros_like(value))
         for name in [name for name in self._buffers if strict and prefix + name not in state_dict]:
-            del self._buffers[name]  # saved before there was a target
+            del self._buffers[name]  # the state dict was saved before the first target
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, *others)
 
 
 def _mean_square(leaf: Tensor) -> Tensor:
-    """The mean square of a leaf: [L, 1, 1] for [L, B, H], a scalar for any other rank."""
+    """Returns the mean square of a leaf: [L, 1, 1] for a leaf [L, B, H], 0-d for any other rank."""
     if leaf.dim() == 3:
         return leaf.square().mean(dim=(1, 2), keepdim=True)
     return leaf.square().mean()
 
 
 class Normalized(nn.Module):
-    """A synthesizer that regresses in units of its targets' running root mean square.
+    """Wraps a synthesizer so that it regresses in units of its targets' running root mean square.
 
-    Raw gradients of a state are 1e-5 to 1e-2 a unit and drift tenfold in a run, too small for an optimizer's epsilon and
-    dependent on the number of lanes. Outside of this module messages stay raw: targets are divided by the running root mean
-    square, messages are multiplied by it.
+    Targets are divided by the running root mean square and messages are multiplied by it, so messages and targets are raw
+    gradients outside of this module. Raw gradients of a state are 1e-5 to 1e-2 per unit and drift tenfold in a run. They are
+    too small for an optimizer's epsilon, and they depend on the number of lanes.
 
     Args:
-        synthesizer: the module to wrap.
-        decay: how much of the statistics an update keeps.
-        limit: the largest number in a message, in units of the running root mean square of what it predicts; larger ones
-            are cut to it. None for no limit.
+        synthesizer: the module to wrap. Its messages are in normalised units.
+        decay: share of the running mean square that an update keeps, after the first 1 / (1 - decay) updates.
+        limit: the largest absolute value in a message, in units of the running root mean square of its targets; larger
+            values are clamped. None for no limit.
+
+    Attributes:
+        synthesizer: the wrapped module.
+        rms: the `RunningRMS` of the targets.
+        limit: the argument.
+        tiny: the smallest root mean square by which a target is divided, 1e-30.
 
     Raises:
         ValueError: `limit` is not positive.
@@ -133,7 +156,7 @@ class Normalized(nn.Module):
         self.limit = checked_limit(limit)
 
     def predict(self, trigger: State, context: Any) -> list[State]:
-        """One message a horizon, raw; exactly zero before the first regression."""
+        """Returns one raw message for each horizon; messages are exactly zero before the first regression."""
         messages = predict(self.synthesizer, trigger, context)
         scales = self.rms.scales()
         if scales is None:
@@ -142,12 +165,21 @@ class Normalized(nn.Module):
         return [states.map_floating(lambda leaf: limited(leaf, self.limit) * next(source), message) for message in messages]
 
     def forward(self, trigger: State, context: Any = None) -> State:
-        """The raw message of a synthesizer of one horizon."""
+        """Returns the raw message of a synthesizer with one horizon."""
         (message,) = self.predict(trigger, context)
         return message
 
     def regress(self, trigger: State, context: Any, targets: list[State | None]) -> Regression:
-        """Mean squared error in normalised units; takes the targets into the statistics first."""
+        """Computes the mean squared error in normalised units, and adds the targets to the statistics first.
+
+        Args:
+            trigger: the state.
+            context: its context.
+            targets: one raw target for each horizon, None for a horizon without a target.
+
+        Raises:
+            ValueError: a target and its message differ in the number of tensors, a shape or a dtype.
+        """
         messages = predict(self.synthesizer, trigger, context)
         like = [leaf for message in messages for leaf in states.floating(message)]
         width = len(like) // len(messages)
@@ -162,14 +194,14 @@ class Normalized(nn.Module):
 
 
 def checked_limit(limit: float | None) -> float | None:
-    """A limit of messages, or a ValueError where it is not positive."""
+    """Returns `limit`; raises a ValueError if it is not positive."""
     if limit is not None and not limit > 0:
         raise ValueError(f"limit must be positive, or None for no limit, got {limit}")
     return limit
 
 
 def limited(message: Tensor, limit: float | None) -> Tensor:
-    """`message`, in normalised units, with its numbers cut to what `limit` allows."""
+    """Returns `message`, in normalised units, clamped to [-limit, limit]; unchanged if `limit` is None."""
     return message if limit is None else message.clamp(-limit, limit)
 
 

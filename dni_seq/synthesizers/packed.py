@@ -1,4 +1,4 @@
-"""PackedSynthesizer: what synthesizers on packed states share.
+"""PackedSynthesizer: base class of synthesizers on packed states.
 
 Legend: B = lanes, S = numbers in one lane's state, N = horizons.
 """
@@ -23,12 +23,12 @@ from dni_seq.synthesizers.state_mlp import StateTrunk
 
 
 class Outputs(NamedTuple):
-    """What a `PackedSynthesizer` computes of packed states.
+    """The result of `PackedSynthesizer.outputs`.
 
     Attributes:
-        messages: [B, N, S], in units of the targets' root mean square, gated.
-        features: what `learn` needs of the features, None for nothing.
-        loss: 0-d, of a model of what is ahead, None where there is none.
+        messages: [B, N, S], gated. Normalised, except for `FutureGradient`, whose messages are raw.
+        features: the features that `learn` needs, or None.
+        loss: 0-d, the loss of a future model that provides features, or None.
     """
 
     messages: Tensor
@@ -37,18 +37,30 @@ class Outputs(NamedTuple):
 
 
 class PackedSynthesizer(nn.Module):
-    """What synthesizers on packed states share: bounded cells, normalised targets, limited messages.
+    """Base class of synthesizers on packed states, with bounded cells, normalised targets and limited messages.
 
-    A subclass gives the network, and its outputs in normalised units. What is computed is what
-    `Normalized(GatedCells(network))` computes, in a third as many of the small operations that a short window's step is
-    made of.
+    A subclass provides the network and its outputs. The result equals that of `Normalized(GatedCells(network))`, with a
+    third of the small operations, which dominate the time of a short window's step.
 
     Args:
         network: the trunk, with or without heads.
-        example: a state of the model, such as `model.initial_state(1)`.
-        cells: which leaves are LSTM cells, such as `LSTM_CELLS`; False for none.
-        decay: share of the running mean square that an update keeps, in the long run.
-        limit: the largest number in a message, in units of its segment's running root mean square; None for no limit.
+        example: a state of the model, such as `model.initial_state(1)`. Its values and its number of lanes do not matter.
+        cells: which leaves are LSTM cell states, such as `LSTM_CELLS`. False for none.
+        decay: share of the running mean square that an update keeps, after the first 1 / (1 - decay) updates.
+        limit: the largest absolute value in a message, in units of its segment's running root mean square. None for no
+            limit.
+
+    Attributes:
+        network: the argument.
+        decay: the argument.
+        limit: the argument.
+        cells: the slices of the packed state that hold LSTM cells.
+        across_ranks: a `Collective` that reduces the statistics over all ranks, or None.
+        mean_square: buffer [N, G], the running mean square of the targets of each segment (see `Packing`).
+        counts: buffer [N, 1], number of updates of each horizon.
+
+    Raises:
+        ValueError: `limit` is not positive.
     """
 
     mean_square: Tensor
@@ -61,47 +73,64 @@ class PackedSynthesizer(nn.Module):
         self.decay = decay
         self.across_ranks: Collective | None = None
         self.cells = self.packing.spans(cells, example, "cells")
-        zeros = states.to_float32(states.floating(example)[0]).new_zeros  # as states arrive
+        zeros = states.to_float32(states.floating(example)[0]).new_zeros  # the dtype in which states arrive
         self.register_buffer("mean_square", zeros(network.horizons, len(self.packing.lengths)))
         self.register_buffer("counts", zeros(network.horizons, 1))
 
     @property
     def packing(self) -> Packing:
-        """How states lie side by side."""
+        """The `Packing` that turns states into vectors [B, S] and back."""
         packing: Packing = self.network.packing
         return packing
 
     def outputs(self, bounded: Tensor, gate: Tensor, context: Any) -> Outputs:
-        """Messages in units of the targets' root mean square, gated, and what goes with them.
+        """Computes gated messages in normalised units; every subclass implements it.
 
         Args:
-            bounded: [B, S], the packed state with tanh of its cells.
-            gate: [B, S], 1 - tanh² of the cells, 1 elsewhere.
-            context: for the encoder.
+            bounded: [B, S], the packed state with tanh applied to its cells.
+            gate: [B, S], 1 - tanh² at the cells, 1 elsewhere.
+            context: the synthesizer's context.
         """
         raise NotImplementedError
 
     def learn(self, trained: list[int], features: Tensor | None, gate: Tensor, wanted: Tensor) -> None:
-        """Take in normalised targets [B, n, S] of the horizons `trained`, beside the gradients of the regression."""
+        """Learns from targets without gradients, in addition to the regression; does nothing by default.
+
+        Args:
+            trained: the n horizons that have a target.
+            features: the features that `outputs` returned.
+            gate: [B, S], as for `outputs`.
+            wanted: [B, n, S], the normalised targets.
+        """
 
     def predict(self, trigger: State, context: Any) -> list[State]:
-        """One message a horizon, raw; exactly zero before the first regression."""
+        """Returns one raw message for each horizon; messages are exactly zero before the first regression.
+
+        Args:
+            trigger: the state.
+            context: a `Lookahead` if the synthesizer has an encoder or a future model, else None.
+        """
         found = self.outputs(*self._bounded(trigger), context).messages
         messages = limited(found, self.limit) * self._scales()
         return [self.packing.unpack(message, trigger) for message in messages.unbind(1)]
 
     def forward(self, trigger: State, context: Any = None) -> State:
-        """The raw message of one horizon."""
+        """Returns the raw message of a synthesizer with one horizon."""
         (message,) = self.predict(trigger, context)
         return message
 
     def regress(self, trigger: State, context: Any, targets: list[State | None]) -> Regression:
-        """Mean squared error in normalised units, and the loss of a model of what is ahead, where there is one.
+        """Computes the mean squared error in normalised units, plus the loss of a future model if there is one.
 
-        Takes the targets into the statistics first.
+        The targets are added to the statistics first.
+
+        Args:
+            trigger: the state at which the targets were computed.
+            context: the context that belongs to the trigger.
+            targets: one raw target for each horizon, None for a horizon without a target. At least one is not None.
 
         Raises:
-            ValueError: a target has not the shape of its message.
+            ValueError: a target differs from the trigger in the number of tensors, a shape or a dtype.
         """
         trained = [i for i, target in enumerate(targets) if target is not None]
         wanted = self._wanted(trigger, targets, trained)
@@ -116,7 +145,7 @@ class PackedSynthesizer(nn.Module):
         return Regression(loss, *rows)
 
     def _wanted(self, trigger: State, targets: list[State | None], trained: list[int]) -> Tensor:
-        """The targets that are there, [B, n, S], in units of the running root mean square that takes them in first."""
+        """Returns the n targets that are not None, [B, n, S], normalised; adds them to the running mean square first."""
         like = states.floating(trigger)
         for target in targets:
             if target is not None:
@@ -130,7 +159,7 @@ class PackedSynthesizer(nn.Module):
     def _measured(
         error: Tensor, found: Tensor, wanted: Tensor, trained: list[int], horizons: int
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Mean squared error, the targets' mean square, and the cosine, [N] each, NaN where nothing is `trained`."""
+        """Returns mean squared error, the targets' mean square and cosine, [N] each; NaN for horizons not in `trained`."""
         power = wanted.square().mean((0, 2))
         norms = (found.square().mean((0, 2)) * power).sqrt()
         cosine = (found * wanted).mean((0, 2)) / norms.clamp_min(Normalized.tiny)
@@ -140,8 +169,8 @@ class PackedSynthesizer(nn.Module):
         return errors, powers, cosines
 
     def _bounded(self, trigger: State) -> tuple[Tensor, Tensor]:
-        """[B, S] each: the packed state with tanh of its cells, and the gate of what is said of them."""
-        bounded = self.packing.pack(states.floating(states.detach(trigger)))  # a copy, since no state is its packed form
+        """Returns the packed state with tanh applied to its cells, and the gate of the messages, [B, S] each."""
+        bounded = self.packing.pack(states.floating(states.detach(trigger)))  # a copy, because `pack` concatenates
         gate = torch.ones_like(bounded)
         for span in self.cells:
             cells = bounded[:, span].tanh_()
@@ -149,12 +178,12 @@ class PackedSynthesizer(nn.Module):
         return bounded, gate
 
     def _scales(self) -> Tensor:
-        """[N, S], the root mean square of every number's segment; zero before the first update."""
+        """Returns the root mean square of each number's segment, [N, S]; zero before the first update."""
         return self.mean_square.sqrt()[:, self.packing.segment]
 
     @torch.no_grad()
     def _update(self, trained: list[int], wanted: Tensor) -> None:
-        """Take targets [B, n, S] of the horizons `trained` into the mean squares, as `RunningRMS` does."""
+        """Adds targets [B, n, S] of the horizons `trained` to the running mean squares, as `RunningRMS` does."""
         counts = self.counts[trained] + 1
         weight = (1 / counts).clamp_min(1 - self.decay)
         fresh = self.packing.segment_means(wanted.square().mean(0))

@@ -1,6 +1,6 @@
-"""Packing: a nested recurrent state as one vector a lane, and back.
+"""Packing: converts a nested recurrent state to one vector per lane, and back.
 
-Legend: B = lanes, H = hidden units, L = layers, S = numbers in one lane's state, G = segments of it.
+Legend: B = lanes, H = hidden units, L = layers, S = numbers in one lane's state, G = segments.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from dni_seq.core.states import State
 
 
 class Packing(nn.Module):
-    """How a state's leaves lie side by side in one vector a lane.
+    """Converts a state's floating-point leaves to one vector per lane, and back.
 
-    A segment is what shares one scale: a layer of a leaf [L, B, H], or a whole leaf of any other rank.
+    A segment is a part of the vector that shares one scale: a layer of a leaf [L, B, H], or a whole leaf of any other rank.
 
     Args:
-        example: a state; leaves [L, B, H] or [B, H], shapes but for B are taken from it.
-        batch_dim: where the lanes lie in the state's leaves, an int or a nest.
+        example: a state with leaves [L, B, H] or [B, H]; only structure and shapes are used, except B.
+        batch_dim: dimension of the lanes in the state's leaves, an int or a nest.
 
     Attributes:
         size: S.
-        segment: [S], the segment of each number, 0 to G - 1.
-        lengths: [G], how many numbers a segment has.
+        segment: buffer [S], the segment of each number, 0 to G - 1.
+        lengths: buffer [G], the number of elements of each segment.
     """
 
     segment: Tensor
@@ -50,17 +50,17 @@ class Packing(nn.Module):
         self.register_buffer("segment", numbers, persistent=False)
 
     def pack(self, leaves: Sequence[Tensor]) -> Tensor:
-        """[B, S] of a state's floating-point leaves."""
+        """Returns a state's floating-point leaves concatenated, [B, S]."""
         flat = [leaf.movedim(d, 0).flatten(1) for leaf, d in zip(leaves, self._dims, strict=True)]
         return torch.cat(flat, dim=1)
 
     def unpack(self, packed: Tensor, like: State) -> State:
-        """The nest of `like` that holds `packed` [B, S]; contiguous leaves, since what follows reads them several times."""
+        """Returns `packed` [B, S] in the structure of `like`; leaves are contiguous, because they are read several times."""
         pieces = zip(packed.split(self._sizes, dim=1), self._shapes, self._dims, strict=True)
         return states.with_floating(like, [p.view(len(packed), *shape).movedim(0, d).contiguous() for p, shape, d in pieces])
 
     def spans(self, setting: Any, example: State, name: str) -> list[slice]:
-        """Where the leaves lie that `setting`, one bool or a nest of them, marks."""
+        """Returns the slices of the packed vector of the leaves that `setting`, one bool or a nest of bools, marks."""
         values = states.broadcast_to_leaves(setting, example, name)
         chosen = [bool(v) for v, leaf in zip(values, states.flatten(example), strict=True) if states.is_floating(leaf)]
         ends = list(itertools.accumulate(self._sizes))
@@ -68,6 +68,6 @@ class Packing(nn.Module):
         return [slice(end - size, end) for mark, size, end in pieces if mark]
 
     def segment_means(self, values: Tensor) -> Tensor:
-        """[N, G], the mean of `values` [N, S] over each segment."""
+        """Returns the mean of `values` [N, S] over each segment, [N, G]."""
         sums = values.new_zeros(len(values), len(self.lengths)).index_add_(1, self.segment, values)
         return sums / self.lengths

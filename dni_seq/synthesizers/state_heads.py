@@ -1,4 +1,4 @@
-"""Heads on a shared perceptron that regress messages for recurrent states.
+"""StateHeads and StateSynthesizer: regress messages for recurrent states by gradient descent.
 
 Legend: B = lanes, S = numbers in one lane's state, N = horizons.
 """
@@ -15,13 +15,25 @@ from dni_seq.synthesizers.state_mlp import StateNetwork
 
 
 class StateHeads(PackedSynthesizer):
-    """Messages by horizon for a recurrent state, learned by gradient descent: a `StateNetwork`, bounded and normalised.
+    """Predicts one message for each horizon of a recurrent state, trained by gradient descent on normalised targets.
+
+    The network is a perceptron over the whole state of a lane (`StateNetwork`) with one linear head for each horizon. LSTM
+    cells are bounded by tanh, and targets are divided by a running root mean square.
 
     Args:
-        example: a state of the model, such as `model.initial_state(1)`.
+        example: a state of the model, such as `model.initial_state(1)`. Its values and its number of lanes do not matter.
         horizons: N, number of messages.
-        cells, decay, limit: see `PackedSynthesizer`.
-        hidden, batch_dim, encoder, future: see `StateTrunk`.
+        cells: which leaves are LSTM cell states, such as `LSTM_CELLS`. False for none.
+        decay: share of the running mean square that an update keeps, after the first 1 / (1 - decay) updates.
+        limit: the largest absolute value in a message, in units of the running root mean square of its targets. None for
+            no limit.
+        hidden: sizes of the hidden layers. Default: (256,).
+        batch_dim: dimension of the lanes in the state's leaves, an int or a nest. Default: 1.
+        encoder: module that encodes the context, such as `LookaheadEncoder`. Default: None, for no context.
+        future: function that makes a `FutureModel` from S, whose features are added to the trunk's. Default: None.
+
+    Raises:
+        ValueError: `horizons` or `limit` is not positive.
     """
 
     def __init__(
@@ -37,16 +49,23 @@ class StateHeads(PackedSynthesizer):
         super().__init__(StateNetwork(example, horizons, **network), example, cells, decay, limit)
 
     def outputs(self, bounded: Tensor, gate: Tensor, context: Any) -> Outputs:
-        """Those of the network's heads."""
+        """Returns the gated outputs of the heads, [B, N, S], and the loss of the future model; see `PackedSynthesizer`."""
         found, loss = self.network.packed(bounded, context)
         return Outputs(found * gate[:, None], None, loss)
 
 
 class StateSynthesizer(StateHeads):
-    """One synthesizer for a recurrent state, its target bootstrapped: a_k + γ J_kᵀ M(s_{k+1}).
+    """Predicts one message for a recurrent state: the gradient of all later losses, with a bootstrapped target.
+
+    The target at s_k is a_k + γ J_kᵀ M(s_{k+1}), where a_k is the gradient of window k's loss with respect to s_k,
+    J_k = ∂s_{k+1}/∂s_k and γ is the trainer's `discount`.
 
     Args:
-        example, cells, hidden, batch_dim, encoder, future, decay, limit: see `StateHeads`.
+        example: a state of the model, such as `model.initial_state(1)`.
+        **settings: `cells`, `decay`, `limit`, `hidden`, `batch_dim`, `encoder` and `future`; see `StateHeads`.
+
+    Raises:
+        ValueError: `limit` is not positive.
     """
 
     def __init__(self, example: State, **settings: Any) -> None:

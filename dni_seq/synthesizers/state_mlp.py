@@ -1,4 +1,4 @@
-"""Perceptrons on packed states: features, and messages from them.
+"""Perceptrons on packed states: StateTrunk computes features, StateNetwork adds heads that compute messages.
 
 Legend: B = lanes, S = numbers in one lane's state, N = horizons.
 """
@@ -21,21 +21,25 @@ from dni_seq.synthesizers.packing import Packing
 
 
 class StateTrunk(nn.Module):
-    """Hidden layers that see the whole state of a lane, every tensor and layer at once, and what it has ahead.
+    """Computes features of a lane's whole state (all tensors and layers at once) and of its encoded context.
 
     Args:
-        example: a state; leaves [L, B, H] or [B, H], shapes but for B are taken from it.
+        example: a state with leaves [L, B, H] or [B, H]; only structure and shapes are used, except B.
         horizons: N, number of messages.
-        hidden: sizes of the hidden layers.
-        batch_dim: where the lanes lie in the state's leaves, an int or a nest.
-        encoder: context encoder with an attribute `features`, None for a synthesizer without context.
-        future: makes a model of what is ahead from S, whose features join those of the hidden layers; None for none.
+        hidden: sizes of the hidden layers, with GELU after each. Empty for none.
+        batch_dim: dimension of the lanes in the state's leaves, an int or a nest.
+        encoder: module from a context to [B, E] with an attribute `features` = E. None for no encoded context.
+        future: function that makes a `FutureModel` from S; its features are concatenated to those of the hidden layers.
+            None for no future model.
 
     Attributes:
-        width: of what the hidden layers give (that of their inputs where there are none), and of the future's features.
+        packing: the `Packing` of the state.
+        horizons: N.
+        future: the `FutureModel`, or None.
+        width: number of features: the last hidden size (S + E if `hidden` is empty) plus those of the future model.
 
     Raises:
-        ValueError: `horizons` is not positive; at a call, a context is given that no encoder would read.
+        ValueError: `horizons` is not positive.
     """
 
     def __init__(
@@ -61,9 +65,13 @@ class StateTrunk(nn.Module):
         self.width = widths[-1] + (0 if self.future is None else self.future.features)
 
     def features(self, flat: Tensor, context: Any) -> tuple[Tensor, Tensor | None]:
-        """[B, width] of packed states [B, S], and the loss, 0-d, of the model of what is ahead, where there is one."""
+        """Returns the features [B, width] of packed states [B, S], and the future model's loss, 0-d (None without a model).
+
+        Raises:
+            ValueError: a context is given, but there is neither an encoder nor a future model to read it.
+        """
         if self.encoder is None and self.future is None and context is not None:
-            raise ValueError("a context is given; build the synthesizer with an encoder (LookaheadEncoder) to use it")
+            raise ValueError("a context is given; build the synthesizer with an encoder, e.g. LookaheadEncoder, to use it")
         found = flat if self.encoder is None else torch.cat([flat, self.encoder(context)], dim=1)
         for layer in self.trunk:
             found = F.gelu(layer(found))
@@ -74,9 +82,15 @@ class StateTrunk(nn.Module):
 
 
 class StateNetwork(StateTrunk):
-    """A trunk, and for each tensor of each layer of each horizon a head of its own, so that a layer needs no index.
+    """Predicts messages with a `StateTrunk` and a linear head for each horizon.
 
-    Heads start at zero. Arguments are those of `StateTrunk`.
+    Each tensor and each layer of the state has its own rows of the head, so the network needs no layer index. The heads
+    start at zero.
+
+    Args:
+        example: see `StateTrunk`.
+        horizons: see `StateTrunk`.
+        **settings: `hidden`, `batch_dim`, `encoder` and `future`; see `StateTrunk`.
     """
 
     def __init__(self, example: State, horizons: int = 1, **settings: Any) -> None:
@@ -85,16 +99,16 @@ class StateNetwork(StateTrunk):
         zero_(self.heads)
 
     def packed(self, flat: Tensor, context: Any) -> tuple[Tensor, Tensor | None]:
-        """[B, N, S] of packed states [B, S], in the unit that this network is trained in, and the loss of `features`."""
+        """Returns the messages [B, N, S] for packed states [B, S] in the unit of training, and the loss of `features`."""
         features, loss = self.features(flat, context)
         return self.heads(features).unflatten(1, (self.horizons, self.packing.size)), loss
 
     def predict(self, trigger: State, context: Any) -> list[State]:
-        """One message for each horizon, in the unit that this network is trained in."""
+        """Returns one message for each horizon, in the unit in which the network is trained."""
         messages, _ = self.packed(self.packing.pack(states.floating(trigger)), context)
         return [self.packing.unpack(message, trigger) for message in messages.unbind(1)]
 
     def forward(self, trigger: State, context: Any = None) -> State:
-        """The message of a network of one horizon."""
+        """Returns the message of a network with one horizon."""
         (message,) = self.predict(trigger, context)
         return message

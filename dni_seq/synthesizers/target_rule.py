@@ -1,4 +1,4 @@
-"""What a synthesizer is trained towards, as a linear rule over its horizons.
+"""TargetRule: the linear rule that gives a synthesizer's targets and the gradient that is injected.
 
 Window k runs from state s_k to s_{k+1}; a_k is the gradient of its loss with respect to s_k, J_k = ∂s_{k+1}/∂s_k, and
 M_j(s) is the message of horizon j. Every rule of this library has one form:
@@ -6,10 +6,10 @@ M_j(s) is the message of horizon j. Every rule of this library has one form:
     target of horizon i at s_k   =  local_i · a_k  +  J_kᵀ Σ_j bootstrap_ij · M_j(s_{k+1})
     injected at s_{k+1}          =  Σ_j injection_j · M_j(s_{k+1})
 
-so that each target costs at most one vector-Jacobian product to the state.
+Each target costs at most one vector-Jacobian product to the state.
 
-Source: the bootstrapped target is that of Jaderberg et al. 2017, arXiv 1608.05343, section 2.1. There the injected share and
-the discount are one number; here they are two.
+Source: the bootstrapped target is from Jaderberg et al. 2017, arXiv 1608.05343, section 2.1. In the paper the injected share
+and the discount are one number; here they are two.
 """
 
 from __future__ import annotations
@@ -25,16 +25,22 @@ from dni_seq.core.states import State
 
 
 class TargetRule(NamedTuple):
-    """Coefficients of the targets of N horizons and of their injection.
+    """Holds the coefficients of the targets of N horizons and of the injected gradient.
+
+        target of horizon i at s_k   =  local_i · a_k  +  J_kᵀ Σ_j bootstrap_ij · M_j(s_{k+1})
+        injected at s_{k+1}          =  Σ_j injection_j · M_j(s_{k+1})
+
+    s_k is the first state of window k and s_{k+1} its last, a_k is the gradient of the window's loss with respect to s_k,
+    J_k = ∂s_{k+1}/∂s_k, and M_j(s) is the message of horizon j.
 
     Attributes:
-        local: [N], the share of the window's own gradient a_k in each target.
-        bootstrap: [N][N], the share of each following message in each target.
-        injection: [N], the share of each message in what is injected.
-        active: [N], the horizons to train at this window; the others' targets are not computed.
+        local: [N], the coefficient of a_k in each target.
+        bootstrap: [N][N]; `bootstrap[i][j]` is the coefficient of the message of horizon j in the target of horizon i.
+        injection: [N], the coefficient of each message in the injected gradient.
+        active: [N], whether each horizon is trained at this window. Targets of the others are not computed.
         skip_injection: whether injection is skipped at this window. The gradient that arrives at the state is then the
             target, at no extra cost.
-        self_supervised: whether the synthesizer learns from its context, at windows without targets too.
+        self_supervised: whether the synthesizer trains on its context, also at windows without targets.
     """
 
     local: Sequence[float]
@@ -46,14 +52,20 @@ class TargetRule(NamedTuple):
 
 
 def bootstrapped(scale: float, discount: float) -> TargetRule:
-    """One horizon without end: target a_k + discount · J_kᵀ M(s_{k+1}), of which `scale` is injected."""
+    """Returns the rule of one message for all later windows: target a_k + discount · J_kᵀ M(s_{k+1}), injected scale · M."""
     return TargetRule(local=[1.0], bootstrap=[[discount]], injection=[scale], active=[True])
 
 
 def increments(scale: float, discount: float, shares: Sequence[float], tail: bool) -> TargetRule:
-    """One horizon for each window ahead, and a last one for all that is behind them where `tail` is set.
+    """Returns the rule of one horizon for each of the next windows, with a last one for all later windows if `tail` is set.
 
-    Partial sums of exact messages are exact gradients of as many windows. `shares` weighs the horizons beside the discount.
+    The sum of the first n exact messages is the exact gradient of the next n windows' losses.
+
+    Args:
+        scale: c, the share of the messages that is injected.
+        discount: γ; horizon n is injected with γ^(n-1), and the tail's target holds γ times its own next message.
+        shares: [N], a further weight of each horizon in the injected gradient.
+        tail: whether the last horizon is a tail.
     """
     count = len(shares)
     following = [[1.0 if j == i - 1 else 0.0 for j in range(count)] for i in range(count)]
@@ -68,13 +80,13 @@ def increments(scale: float, discount: float, shares: Sequence[float], tail: boo
 
 
 def rule_of(synthesizer: nn.Module, scale: float, discount: float) -> TargetRule:
-    """The rule of a synthesizer that brings its own as `target_rule(scale, discount)`, else the bootstrapped one."""
+    """Returns `synthesizer.target_rule(scale, discount)` if the synthesizer has this method, else the bootstrapped rule."""
     own_rule: Callable[[float, float], TargetRule] | None = getattr(synthesizer, "target_rule", None)
     return bootstrapped(scale, discount) if own_rule is None else own_rule(scale, discount)
 
 
 def combine(messages: list[State], weights: Sequence[float]) -> list[Tensor]:
-    """Σ_j injection_j · messages_j, leaf by leaf, over the floating-point leaves."""
+    """Computes the weighted sum of the messages, Σ_j weights_j · messages_j, for each floating-point leaf."""
     columns = zip(*(states.floating(message) for message in messages), strict=True)
     return [_weighted_sum(list(column), weights) for column in columns]
 
@@ -85,5 +97,5 @@ def _weighted_sum(leaves: list[Tensor], weights: Sequence[float]) -> Tensor:
 
 
 def drawn(choices: int, count: int) -> int:
-    """A number from 0 to `choices` - 1, drawn by a counter: it can be saved, and leaves the global random state alone."""
+    """Returns a pseudo-random number from 0 to `choices` - 1, seeded by `count`; the global random state is not used."""
     return int(torch.randint(choices, (), generator=torch.Generator().manual_seed(count)))

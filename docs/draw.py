@@ -1,0 +1,55 @@
+"""Draws public docstrings at random, to be read without the code: python docs/draw.py --seed 1
+
+Whoever reads them counts those that need a second reading. Public are the names of `dni_seq.__all__` with their public methods
+and properties, and what `dni_seq.streams` exports.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import random
+from types import ModuleType
+
+import dni_seq
+from dni_seq import streams
+
+
+def public(module: ModuleType) -> dict[str, str]:
+    """Signature and docstring of every public name of a module, of its own public methods and properties too."""
+    found = {}
+    for name in module.__all__:
+        thing = getattr(module, name)
+        if not (inspect.isclass(thing) or inspect.isfunction(thing)):
+            continue
+        found[f"{module.__name__}.{name}"] = described(name, thing)
+        if inspect.isclass(thing):
+            for member, value in vars(thing).items():
+                function = value.fget if isinstance(value, property) else value
+                if not member.startswith("_") and inspect.isfunction(function) and function.__doc__:
+                    found[f"{module.__name__}.{name}.{member}"] = described(f"{name}.{member}", function)
+    return found
+
+
+def described(name: str, thing: object) -> str:
+    """Signature and docstring."""
+    try:
+        signature = str(inspect.signature(thing))  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        signature = ""
+    return f"{name}{signature}\n{inspect.getdoc(thing)}"
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seed", type=int, required=True)
+    parser.add_argument("--count", type=int, default=15)
+    options = parser.parse_args()
+    every = public(dni_seq) | public(streams)
+    for i, name in enumerate(random.Random(options.seed).sample(sorted(every), options.count), start=1):
+        print(f"--- {i} of {options.count}, {len(every)} in all: {name}\n{every[name]}\n")
+
+
+if __name__ == "__main__":
+    main()
