@@ -1,7 +1,7 @@
-"""dni_seq: train recurrent networks on long streams with synthetic-gradient truncated BPTT.
+"""Trains recurrent networks on long streams with truncated BPTT and synthetic gradients.
 
-Three levels of use: the command `python scripts/train_lm.py`, `SequenceTrainer` in a loop of one's own, and the bare
-interfaces. `import dni_seq` needs torch alone.
+There are three levels of use: the command `python scripts/train_lm.py`, `SequenceTrainer` in your own training loop, and
+the interfaces such as `BackwardInterface`. `import dni_seq` needs only torch.
 """
 
 from dni_seq.core.deferred_backward import GradientAccumulator, backward, defer_backward

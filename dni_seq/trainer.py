@@ -43,7 +43,7 @@ class SequenceTrainer:
 
     Args:
         model: `model(inputs, state) -> (outputs, state)`. A state is a tensor or any nest of tuples, lists and dicts of
-            tensors. It is None at the start of a stream if nobody gives an initial state.
+            tensors. It is None at the start of a stream without an initial state.
         optimizer: of the model's parameters.
         loss_fn: `loss_fn(outputs, targets)`, a scalar or unreduced losses [T, B].
         synthesizer: predicts the gradient of all later losses with respect to a window's last state. None for plain
@@ -133,11 +133,11 @@ class SequenceTrainer:
         if reduction not in REDUCTIONS:
             raise ValueError(f'reduction must be "mean", "lane-mean" or "sum", got {reduction!r}')
         if auxiliary is not None and synthesizer is None:
-            raise ValueError("the auxiliary task predicts synthetic gradients: give a synthesizer too")
+            raise ValueError("auxiliary predicts the messages of a synthesizer: give a synthesizer too")
         if not 0 <= auxiliary_weight < float("inf"):
             raise ValueError(f"auxiliary_weight must be 0 or more, got {auxiliary_weight}")
         if isinstance(model, nn.parallel.DistributedDataParallel):
-            raise ValueError("SequenceTrainer reduces gradients itself: give it the bare model, and parallel=")
+            raise ValueError("SequenceTrainer reduces gradients itself: pass the bare model, not DDP, and parallel=")
         self.parallel = parallel
         self.auxiliary = auxiliary
         self.auxiliary_weight = auxiliary_weight
@@ -163,16 +163,19 @@ class SequenceTrainer:
         self._stepped = False
         self._buffers = TensorSnapshot(buffers_of([model]))
         self._alone = ReentrancyGuard(
-            "step was called while a step of this trainer is under way: each thread needs its own trainer"
+            "step was called while another step of this trainer is running: use one trainer per thread"
         )
 
     @property
     def skipped(self) -> int:
-        """Windows left out so far for a NaN or an infinity; this waits for a GPU."""
+        """Number of windows skipped so far because of a NaN or an infinity. Reading it synchronises with the GPU."""
         return self.nonfinite.total
 
     def skip_counts(self) -> dict[str, float]:
-        """What was left out so far, by TensorBoard key: steps, and the synthesizer's part of steps; this waits for a GPU."""
+        """Returns the numbers of skipped windows by TensorBoard key; synchronises with the GPU.
+
+        "train/skipped" counts steps; "synthetic/skipped" counts windows whose message or regression was skipped.
+        """
         counts: dict[str, float] = {"train/skipped": self.skipped}
         if self.credit is not None:
             counts["synthetic/skipped"] = self.credit.skipped
@@ -187,24 +190,24 @@ class SequenceTrainer:
         mask: Tensor | None = None,
         lookahead: Lookahead | None = None,
     ) -> StepResult:
-        """Train on one window and carry the hidden state on.
+        """Trains on one window and carries the hidden state to the next window.
 
-        A step happens whole or not at all. After an exception, of the user's code or of this one, parameters, optimizers,
-        buffers, hidden state, random state and counters are as before it, and gradients are cleared. A NaN or an infinity in
-        the loss or the gradient leaves the step out: only `steps` goes up and `ends` is obeyed.
+        A step is atomic. If it raises an exception, parameters, optimizers, buffers, hidden state, random state and counters
+        are restored, and gradients are cleared. If the loss or the gradient holds a NaN or an infinity, the step is skipped:
+        the model and its optimizer do not change, `steps` goes up, and `ends` takes effect.
 
         Args:
             inputs: [T, B, ...], the model's inputs.
             targets: [T, B, ...], passed to `loss_fn`.
-            ends: [B] bool, lanes whose sequence ends with this window: nothing is injected there, and the next window of
-                the lane starts from the initial state.
-            mask: [T, B] bool, steps that count in the loss; `loss_fn` must then return unreduced losses.
-            lookahead: the steps behind the window, for a synthesizer that looks ahead (`dni_seq.with_lookahead`).
+            ends: [B] bool, True for lanes whose sequence ends with this window. Nothing is injected there, and the next
+                window of the lane starts from the initial state.
+            mask: [T, B] bool, True for steps that count in the loss; `loss_fn` must then return unreduced losses.
+            lookahead: the steps after the window, for a synthesizer that needs them (`dni_seq.with_lookahead`).
 
         Raises:
-            ValueError: shapes do not agree; nothing has changed then.
-            NonFiniteError: `skip_limit` windows in a row had to be left out; the text says where it began.
-            RuntimeError: another step of this trainer is under way.
+            ValueError: shapes do not agree. Nothing has changed then.
+            NonFiniteError: `skip_limit` windows in a row were skipped. The message names the first NaN or infinity.
+            RuntimeError: another step of this trainer is running.
         """
         self.runner.check_window(inputs, targets, ends)
         with self._alone:
@@ -213,7 +216,7 @@ class SequenceTrainer:
             self._buffers.keep()
             if self.credit is not None:
                 self.credit.keep()
-            # What an optimizer cannot do shows at its first step: LBFGS, sparse gradients, memory for the moments.
+            # An optimizer that cannot step (LBFGS, sparse gradients, memory for moments) fails at its first step: copy all.
             whole = None if self._stepped else self._whole()
             try:
                 result = self._step(RecordedWindow(inputs, targets, mask, ends, start, None), lookahead)
@@ -229,7 +232,7 @@ class SequenceTrainer:
             return result
 
     def _step(self, window: RecordedWindow, lookahead: Lookahead | None) -> StepResult:
-        """One step from a checked window, `window.start` its first state."""
+        """Performs one step on a checked window whose first state is `window.start`."""
         inputs, targets, mask, ends, start, _ = window
         credit = self.credit
         context = None
@@ -249,7 +252,7 @@ class SequenceTrainer:
             if self.auxiliary is not None and credit is not None and exchange is not None and not credit.disabled:
                 share = self.auxiliary_weight if self.parallel is None else self.auxiliary_weight / self.parallel.ranks.size
                 backward(share * self.auxiliary(early, exchange.injected[0]))
-        # Joined before it is judged: a NaN on one rank leaves the step out on all of them.
+        # Ranks sum before the check, so that a NaN on one rank skips the step on all ranks.
         measured = loss.detach() if self.parallel is None else self._join(self.parallel, loss.detach(), exchange)
         norm = gradient_norm(self.optimizer)
         good = both_finite(measured, norm)
@@ -257,7 +260,7 @@ class SequenceTrainer:
         if self._decided_here(good, start) and not good:
             return self._skip_step(window, result)
         last = states.detach_clone(last)
-        # All that may fail comes before the optimizers, whose steps cannot be taken back.
+        # Everything that may fail runs before the optimizers' steps, which cannot be undone.
         following = self.runner.reset(last if self._decided_here(good, start) else select_where(good, last, start), ends)
         synthetic = None
         if credit is not None and exchange is not None:
@@ -272,14 +275,14 @@ class SequenceTrainer:
         return result._replace(synthetic=synthetic, events=self._events(window, result))
 
     def _decided_here(self, good: Tensor, start: State | None) -> bool:
-        """Whether to read `good` at once: where that is free, and where no device could do without."""
+        """Returns whether to read `good` on the host: if that is free, or if no device can skip the step."""
         return nonfinite.readable_without_sync(good) or start is None or not supports_found_inf(self.optimizer)
 
     def _skip_step(self, window: RecordedWindow, result: StepResult) -> StepResult:
-        """Leave the step out; lanes whose state is broken start anew.
+        """Skips the step, and resets lanes whose state holds a NaN or an infinity.
 
         Raises:
-            NonFiniteError: it is one too many.
+            NonFiniteError: `skip_limit` windows in a row were skipped.
         """
         where = self._diagnose(window, result)
         following = window.start
@@ -292,28 +295,28 @@ class SequenceTrainer:
         self.state = following
         self.steps += 1
         self.nonfinite.count_skipped(result.skipped, self.steps, where)
-        events = [f"step {self.steps} left out, the first NaN or infinity: {where}"]
+        events = [f"step {self.steps} skipped; first NaN or infinity in {where}"]
         return result._replace(events=(*events, *self._credit_events()))
 
     def _whole(self) -> TrainingSnapshot:
-        """A copy of all parameters, buffers and moments."""
+        """Returns a copy of all parameters, buffers and optimizer states."""
         modules = [self.model, *(self.credit.modules if self.credit is not None else ())]
         return TrainingSnapshot(
             modules, [part for part in self._parts().values() if isinstance(part, torch.optim.Optimizer)]
         )
 
     def _undo(self) -> None:
-        """Put back what a step has changed before its optimizers ran."""
+        """Undoes what a step has changed before its optimizers run."""
         self._buffers.restore()
         if self.credit is not None:
             self.credit.undo()
         self._zero_gradients()
 
     def _events(self, window: RecordedWindow, result: StepResult) -> tuple[str, ...]:
-        """What there is to say of a step that was not left out here; now and then what a GPU has counted.
+        """Returns the messages for an accepted step. On CUDA, skip counts are read only every `skip_limit` steps.
 
         Raises:
-            NonFiniteError: a GPU has left out too many.
+            NonFiniteError: `skip_limit` windows in a row were skipped on the device.
         """
         events = self._credit_events()
         if nonfinite.readable_without_sync(result.skipped):
@@ -327,14 +330,14 @@ class SequenceTrainer:
         return () if self.credit is None else self.credit.take_events(self.steps)
 
     def _auxiliary_broken(self, result: StepResult) -> bool:
-        """Whether the auxiliary task's own parameters are to blame for a window that is left out."""
+        """Returns whether the auxiliary task's own tensors hold a NaN or an infinity although the loss is finite."""
         if self.auxiliary is None or not result.loss.isfinite():
             return False
         tensors = (*self.auxiliary.parameters(), *self.auxiliary.buffers())
         return not all(bool(tensor.isfinite().all()) for tensor in tensors)
 
     def reset(self) -> None:
-        """Start all lanes anew: the next window begins in the initial state, and follows none of those before it."""
+        """Resets all lanes: the next window starts from the initial state and does not continue an earlier window."""
         self.state = None
         if self._saved is not None:
             credit = self._saved["credit"]
@@ -343,7 +346,10 @@ class SequenceTrainer:
             self.credit.break_chain()
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything needed to go on exactly, as nests of dicts and lists of tensors and numbers."""
+        """Returns everything needed to resume training, as nested dicts and lists of tensors and numbers.
+
+        The global random state is not included. With `parallel` this is a collective call and the result holds all lanes.
+        """
         parts = {name: part.state_dict() for name, part in self._parts().items()}
         streaming = self._saved
         if streaming is None:
@@ -354,20 +360,20 @@ class SequenceTrainer:
         return {**parts, **streaming, "steps": self.steps, "skipped": self.nonfinite.state_dict()}
 
     def load_state_dict(self, saved: dict[str, Any], lanes: int | None = None) -> None:
-        """Take over what `state_dict` gave; the hidden state's nest comes from the initial state.
+        """Restores what `state_dict` returned; the nesting of the hidden state comes from the initial state.
 
         Args:
-            saved: what `state_dict` gave. Counts of windows that were left out are missing in what older versions saved.
-            lanes: B of all ranks, for a trainer that has an initial state, to take the hidden state over and check it now;
-                None to do so at the next step.
+            saved: what `state_dict` returned. Skip counts may be missing, as in states that older versions saved.
+            lanes: B over all ranks, to restore and check the hidden state now, which needs an initial state. With None the
+                hidden state is restored at the next step.
 
         Raises:
-            ValueError: it was saved by a trainer of other parts, with or without a synthesizer, say.
+            ValueError: the saved trainer has other parts (a synthesizer, for example), or with `lanes` another hidden state.
         """
         parts = self._parts()
         expected = {*parts, "state", "credit", "steps"}
         if set(saved) - {"skipped"} != expected:
-            raise ValueError(f"the saved trainer has parts {sorted(saved)}, this one {sorted(expected)}")
+            raise ValueError(f"the saved trainer has the parts {sorted(saved)}, this trainer needs {sorted(expected)}")
         for name, part in parts.items():
             part.load_state_dict(saved[name])
         self.state = None
@@ -389,20 +395,20 @@ class SequenceTrainer:
         return parts
 
     def initial_state(self, lanes: int) -> State | None:
-        """The state in which `lanes` sequences start, None where the model is to choose it."""
+        """Returns the state in which `lanes` sequences start, or None if the model chooses it."""
         return self.runner.initial_state(lanes)
 
     def _start(self, inputs: Tensor, lanes: int) -> State | None:
-        """The state that the window starts from; what was loaded takes its nest here."""
+        """Returns the state that the window starts from; restores a loaded state first."""
         if self._saved is not None:
             self._take_saved(self.runner.state_template(inputs, lanes))
         return self.initial_state(lanes) if self.state is None else self.state
 
     def _take_saved(self, nest: State) -> None:
-        """Fill a state's nest with what was loaded.
+        """Restores the loaded hidden state, in the nesting and shapes of `nest`.
 
         Raises:
-            ValueError: a leaf has not the shape of the nest's.
+            ValueError: a leaf does not have the shape of its leaf in `nest`.
         """
         if self._saved is None:
             return
@@ -423,7 +429,7 @@ class SequenceTrainer:
         return state if self.parallel is None else states.map_lanes(self.parallel.own, state, self.runner.state_batch_dim)
 
     def _join(self, parallel: DataParallel, loss: Tensor, exchange: ScopeExchange | None) -> Tensor:
-        """Sum all gradients over the ranks, and the losses that are measured, in one all-reduce; the whole window's loss."""
+        """Sums gradients, the loss and the regressions over the ranks by one all-reduce; returns the loss of all lanes."""
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         numbers = [loss.clone()]
         if self.auxiliary is not None:

@@ -161,7 +161,7 @@ def test_the_diagnosis_names_the_first_place(place):
     PLACES[place](one.model)
     (result,) = run(one, [windows(1)[0]._replace(inputs=one.model.inputs)])
     assert result.skipped
-    assert result.events[0].startswith(f"step 1 left out, the first NaN or infinity: {place} (")
+    assert result.events[0].startswith(f"step 1 skipped; first NaN or infinity in {place} (")
 
 
 def test_too_many_in_a_row_stop_with_a_diagnosis(decides):
@@ -173,7 +173,9 @@ def test_too_many_in_a_row_stop_with_a_diagnosis(decides):
     run(one, some[:2])
     before = copy.deepcopy(one.state_dict()["model"])
     loss.value = float("nan")
-    with pytest.raises(NonFiniteError, match=r"windows in a row were left out, from step 3 on.*appeared first in the loss"):
+    with pytest.raises(
+        NonFiniteError, match=r"windows in a row were skipped, from step 3 on; first NaN or infinity in the loss"
+    ):
         run(one, some[2:])
     assert_same(one.state_dict()["model"], before)
     assert one.skipped >= 3
@@ -181,7 +183,7 @@ def test_too_many_in_a_row_stop_with_a_diagnosis(decides):
     if decides == "here":
         again = make(loss_fn=loss, skip_limit=4)
         again.load_state_dict(copy.deepcopy(one.state_dict()))
-        with pytest.raises(NonFiniteError, match="4 windows in a row were left out, from step 3 on"):
+        with pytest.raises(NonFiniteError, match="4 windows in a row were skipped, from step 3 on"):
             run(again, some[5:])
     loss.value = None
     assert not run(one, [some[11]])[0].skipped
@@ -255,8 +257,8 @@ def test_a_synthesizer_that_diverges_begins_anew_and_is_switched_off_at_last():
             resets.append(one.steps)
     assert resets == [3, 6, 9, 12]
     assert (one.credit.resets, one.credit.disabled) == (3, True)
-    assert events[-1] == "step 12: the synthesizer has diverged and is switched off"
-    assert "step 3: the synthesizer has diverged and begins anew, 1 of 3 times" in events
+    assert events[-1] == "step 12: the synthesizer has diverged and was disabled"
+    assert "step 3: the synthesizer has diverged and was reset, 1 of 3 times" in events
     assert_same(dict(synthesizer.state_dict()), dict(fresh))
     saved = one.state_dict()
     again = make("gru", Synthesizer(), synthetic_scale=0.5)

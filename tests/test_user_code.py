@@ -332,7 +332,7 @@ def test_frozen_and_unused_parameters(kind):
 def test_a_wholly_frozen_model_is_refused_in_words():
     model = Model()
     model.requires_grad_(False)
-    with pytest.raises(RuntimeError, match="needs no gradient"):
+    with pytest.raises(RuntimeError, match="does not require a gradient"):
         run(make("none", model=model), windows(1))
     # A synthesizer can learn beside a frozen model.
     one = make(model=model, optimizer=torch.optim.SGD([nn.Parameter(torch.zeros(1))], 0.1))
@@ -342,7 +342,7 @@ def test_a_wholly_frozen_model_is_refused_in_words():
 def test_a_detached_loss_and_no_grad_are_refused_in_words():
     one = make(loss_fn=lambda outputs, targets: problems.mean(outputs, targets).detach())
     before = everything(one)
-    with pytest.raises(RuntimeError, match="needs no gradient"):
+    with pytest.raises(RuntimeError, match="does not require a gradient"):
         run(one, windows(1))
     with torch.no_grad(), pytest.raises(ValueError, match="call it outside of"):
         run(one, windows(1))
@@ -362,7 +362,7 @@ def test_a_step_within_a_step_is_refused():
     run(one, windows(2))
     before = everything(one)
     nested.append(True)
-    with pytest.raises(RuntimeError, match="step of this trainer is under way"):
+    with pytest.raises(RuntimeError, match="another step of this trainer is running"):
         run(one, windows(1))
     assert_same(everything(one), before)
     nested.clear()
@@ -381,7 +381,7 @@ def test_two_threads_on_one_trainer_are_refused_and_two_trainers_are_not():
     thread = threading.Thread(target=run, args=(one, windows(1)))
     thread.start()
     assert inside.wait(60)
-    with pytest.raises(RuntimeError, match="each thread needs its own trainer"):
+    with pytest.raises(RuntimeError, match="use one trainer per thread"):
         run(one, windows(1))
     other = make()
     assert run(other, windows(1))[0].loss.isfinite()

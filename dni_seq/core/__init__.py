@@ -1,1 +1,1 @@
-"""What everything stands on: states, windows, one deferred backward pass, atomic steps. Needs torch alone."""
+"""The base of the package: states, windows, the deferred backward pass and atomic steps. Needs only torch."""

@@ -1,10 +1,10 @@
-"""Deferred backpropagation: collect tensors and their gradients, then run ONE backward pass.
+"""Deferred backpropagation: collects tensors and their gradients, then runs one backward pass.
 
-The loss of a window and the synthetic gradient of its last state flow through the same graph. PyTorch frees a graph when
-it is backpropagated, so both have to enter it together. A scope collects them and delivers them at its end.
+The loss of a window and the synthetic gradient of its last state flow through the same graph. PyTorch frees a graph after
+its backward pass, so both must be backpropagated together. A scope collects them and backpropagates them at its end.
 
-Scopes nest, each delivering what was collected in it at its own end, and belong to the thread (or asyncio task) that opened
-them. A scope that an exception leaves delivers nothing and forgets what it had.
+Scopes nest. Each scope backpropagates what it has collected when it ends, and belongs to the thread (or asyncio task) that
+opened it. If an exception leaves the scope, nothing is backpropagated and the collected tensors are dropped.
 """
 
 from __future__ import annotations
@@ -21,50 +21,54 @@ _scopes: ContextVar[tuple[GradientAccumulator, ...]] = ContextVar("dni_seq_scope
 
 
 class Participant(Protocol):
-    """What takes part in the delivery of a scope, as an interface does that wants gradients intercepted."""
+    """An object with hooks around the backward pass of a scope, such as an interface's `ScopeExchange`."""
 
     def before_backward(self) -> None:
-        """Called while the graph is whole: the place for vector-Jacobian products."""
+        """Runs before the backward pass, while the graph still exists. Vector-Jacobian products are computed here."""
 
     def after_backward(self) -> None:
-        """Called when the one backward pass is through."""
+        """Runs after the backward pass."""
 
 
 ParticipantT = TypeVar("ParticipantT", bound=Participant)
 
 
 class Deferred(NamedTuple):
-    """A tensor to backpropagate and the gradient with respect to it; None stands for that of a scalar, 1."""
+    """A tensor to backpropagate, and the gradient with respect to it; None means 1, for a scalar."""
 
     tensor: Tensor
     gradient: Tensor | None
 
 
 class GradientAccumulator:
-    """Tensors with the gradients to backpropagate from them, delivered in one backward pass."""
+    """Collects tensors with their gradients, and backpropagates all of them in one backward pass."""
 
     def __init__(self) -> None:
         self._entries: list[Deferred] = []
         self._participants: dict[Hashable, Participant] = {}
 
     def add(self, tensor: Tensor, gradient: Tensor | None = None) -> None:
-        """Collect `tensor` with the gradient of the objective with respect to it (same shape; None: a scalar's 1).
+        """Collects `tensor` with the gradient of the objective with respect to it.
+
+        Args:
+            tensor: a tensor that requires a gradient.
+            gradient: of the tensor's shape; None means 1, for a tensor of one element.
 
         Raises:
-            RuntimeError: the tensor needs no gradient.
-            ValueError: no gradient is given for a tensor of more than one element, or one of another shape.
+            RuntimeError: the tensor does not require a gradient.
+            ValueError: the gradient has another shape, or is None for a tensor of more than one element.
         """
         _check(tensor, gradient)
         self._entries.append(Deferred(tensor, gradient))
 
     def participant(self, key: Hashable, make: Callable[[], ParticipantT]) -> ParticipantT:
-        """The participant known by `key`, made by `make` at its first mention."""
+        """Returns the participant registered under `key`; calls `make` to create it at the first request."""
         if key not in self._participants:
             self._participants[key] = make()
         return self._participants[key]  # type: ignore[return-value]
 
     def deliver(self) -> None:
-        """Run the one backward pass, with the participants' parts before and after it, and forget them all."""
+        """Runs the backward pass, with the participants' hooks before and after it, and clears the accumulator."""
         participants, self._participants = list(self._participants.values()), {}
         for participant in participants:
             participant.before_backward()
@@ -76,7 +80,7 @@ class GradientAccumulator:
             participant.after_backward()
 
     def clear(self) -> None:
-        """Drop what has been collected, and with it the graphs, without delivering it."""
+        """Drops the collected tensors, and with them their graphs, without a backward pass."""
         self._entries, self._participants = [], {}
 
 
@@ -84,23 +88,23 @@ FunctionT = TypeVar("FunctionT", bound=Callable[..., Any])
 
 
 def uncompiled(function: FunctionT) -> FunctionT:
-    """Keep `torch.compile` out of `function`, which leaves a graph break there: its work on the graph cannot be traced."""
-    # The private name does what the public one does, but imports the compiler at the first call instead of here.
+    """Excludes `function` from `torch.compile`, which breaks the graph there: its autograd calls cannot be traced."""
+    # The private function does the same as the public one, but imports the compiler at the first call instead of here.
     disable: Callable[[FunctionT], FunctionT] = getattr(torch, "_disable_dynamo", torch.compiler.disable)
     return disable(function)
 
 
 def current_scope() -> GradientAccumulator | None:
-    """The innermost open scope of this thread, None outside of any."""
+    """Returns the innermost open scope of this thread, or None outside of scopes."""
     scopes = _scopes.get()
     return scopes[-1] if scopes else None
 
 
 @contextmanager
 def defer_backward() -> Iterator[GradientAccumulator]:
-    """Collect everything passed to `backward` in the block and backpropagate it in one pass at the block's end.
+    """Collects everything passed to `backward` in the block, and backpropagates it in one pass at the block's end.
 
-    An exception in the block delivers nothing.
+    If the block raises an exception, nothing is backpropagated. Blocks may be nested: the innermost one collects.
     """
     scope = GradientAccumulator()
     token = _scopes.set((*_scopes.get(), scope))
@@ -116,15 +120,15 @@ def defer_backward() -> Iterator[GradientAccumulator]:
 
 @uncompiled
 def backward(tensor: Tensor, gradient: Tensor | None = None) -> None:
-    """Backpropagate from `tensor`: at the end of the innermost `defer_backward` scope, or at once where there is none.
+    """Backpropagates from `tensor` at the end of the innermost `defer_backward` block, or at once outside of such a block.
 
     Args:
         tensor: a scalar such as a loss, or any tensor with its `gradient`.
-        gradient: the gradient of the objective with respect to `tensor`, of the same shape.
+        gradient: the gradient of the objective with respect to `tensor`, of the same shape; None means 1, for a scalar.
 
     Raises:
-        RuntimeError: the tensor needs no gradient, or its graph has been freed by an earlier backward pass.
-        ValueError: no gradient for a tensor of more than one element, or one of another shape.
+        RuntimeError: the tensor does not require a gradient, or an earlier backward pass has freed its graph.
+        ValueError: the gradient has another shape, or is None for a tensor of more than one element.
     """
     scope = current_scope()
     if scope is not None:
@@ -137,9 +141,9 @@ def backward(tensor: Tensor, gradient: Tensor | None = None) -> None:
 
 def _check(tensor: Tensor, gradient: Tensor | None) -> None:
     if not tensor.requires_grad:
-        raise RuntimeError("backward: the tensor needs no gradient; nothing it was computed from has requires_grad=True")
+        raise RuntimeError("backward: the tensor does not require a gradient; its inputs need requires_grad=True")
     if gradient is None and tensor.numel() != 1:
-        raise ValueError(f"backward: a tensor of shape {tuple(tensor.shape)} is no scalar; pass its gradient too")
+        raise ValueError(f"backward: a tensor of shape {tuple(tensor.shape)} is not a scalar; pass its gradient too")
     if gradient is not None and gradient.shape != tensor.shape:
         raise ValueError(
             f"backward: the gradient has shape {tuple(gradient.shape)}, the tensor {tuple(tensor.shape)}; they must agree"
@@ -148,7 +152,7 @@ def _check(tensor: Tensor, gradient: Tensor | None) -> None:
 
 @contextmanager
 def _explained() -> Iterator[None]:
-    """Say what to do where PyTorch reports a graph that is already freed."""
+    """Adds what to do to PyTorch's error about a graph that is already freed."""
     try:
         yield
     except RuntimeError as error:

@@ -1,6 +1,6 @@
-"""An optimizer's step with its gradients clipped, in as few passes over the gradients as the optimizer allows.
+"""Clips gradients and steps an optimizer, in as few passes over the gradients as the optimizer allows.
 
-And one optimizer made of two, for embeddings whose gradients are row-sparse.
+`JoinedOptimizer` makes one optimizer of several, for embeddings with row-sparse gradients.
 """
 
 from __future__ import annotations
@@ -15,16 +15,17 @@ from dni_seq.core import nonfinite
 
 
 class JoinedOptimizer(torch.optim.Optimizer):
-    """Several optimizers of parameters of their own that step as one; learning rates are set in any of its groups.
+    """Steps several optimizers, each with its own parameters, as one optimizer.
 
-    Made for `nn.Embedding(sparse=True)`: its gradient holds the rows that were read, which `torch.optim.SparseAdam` alone
-    updates, while a fused Adam steps all the other parameters.
+    `param_groups` holds the groups of all parts, so that learning rates can be set there. It serves
+    `nn.Embedding(sparse=True)`: `torch.optim.SparseAdam` updates only the rows that were read, and a fused Adam steps all
+    other parameters.
 
     Args:
         parts: the optimizers.
 
     Raises:
-        ValueError: a parameter is in more than one of them.
+        ValueError: a parameter is in more than one part.
     """
 
     def __init__(self, parts: Sequence[torch.optim.Optimizer]) -> None:
@@ -33,7 +34,7 @@ class JoinedOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step of each; `closure`, as everywhere, computes loss and gradients first."""
+        """Steps every part; `closure`, if given, computes the loss and the gradients first. Returns the loss."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -43,14 +44,14 @@ class JoinedOptimizer(torch.optim.Optimizer):
         return loss
 
     def state_dict(self) -> dict[str, Any]:
-        """Those of the parts."""
+        """Returns the state dicts of the parts."""
         return {"parts": [part.state_dict() for part in self.parts]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over what `state_dict` gave.
+        """Restores what `state_dict` returned.
 
         Raises:
-            ValueError: it is that of another optimizer.
+            ValueError: the number of parts differs, or a part's parameter groups do.
         """
         saved = state_dict.get("parts", [])
         if len(saved) != len(self.parts):
@@ -61,16 +62,16 @@ class JoinedOptimizer(torch.optim.Optimizer):
 
 
 def gradient_norm(optimizer: torch.optim.Optimizer) -> Tensor:
-    """The norm of the gradients of `optimizer`'s parameters together, 0-d; 0 where none has a gradient."""
+    """Returns the norm of all gradients of `optimizer`'s parameters, 0-d; 0 if no parameter has a gradient."""
     return total_norm([_numbers(p, p.grad) for p in _parameters(optimizer) if p.grad is not None])
 
 
 @torch.no_grad()
 def total_norm(tensors: Sequence[Tensor]) -> Tensor:
-    """The norm of `tensors` together, 0-d; 0 for none.
+    """Returns the norm of all `tensors` together, 0-d; 0 for an empty list.
 
-    It is that of `torch.nn.utils.get_total_norm`, which sorts tensors by device and type first; on the CPU, where there is
-    one of each and no launch to save, that takes longer than a short window can spare.
+    The result is that of `torch.nn.utils.get_total_norm`, which groups tensors by device and dtype first. On the CPU the
+    grouping saves no kernel launches and costs too much at short windows, so it is skipped there.
     """
     if not tensors or any(tensor.device.type != "cpu" for tensor in tensors):
         return nn.utils.get_total_norm(tensors)
@@ -79,17 +80,23 @@ def total_norm(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def clipped_step(optimizer: torch.optim.Optimizer, limit: float | None, norm: Tensor, good: Tensor) -> None:
-    """The step of `optimizer`, or of each of the parts that it is joined of; see `_clipped_step`."""
+    """Clips and steps `optimizer`, or each part of a `JoinedOptimizer`; see `_clipped_step`."""
     for part in optimizer.parts if isinstance(optimizer, JoinedOptimizer) else [optimizer]:
         _clipped_step(part, limit, norm, good)
 
 
 def _clipped_step(optimizer: torch.optim.Optimizer, limit: float | None, norm: Tensor, good: Tensor) -> None:
-    """Scale gradients of that `norm` down to `limit`, None for no limit, and take the optimizer's step, where `good` holds.
+    """Clips the gradients to `limit` and steps the optimizer if `good` (0-d bool) is true.
 
-    A fused optimizer divides by the factor as it reads the gradients, the others after one more pass over them: the numbers
-    are those of `torch.nn.utils.clip_grad_norm_` and a step, up to rounding. A fused optimizer on a GPU leaves a step out by
-    itself, so that nobody waits to read `good`, 0-d bool.
+    The result is that of `torch.nn.utils.clip_grad_norm_` and a step, up to rounding. A fused optimizer divides by the
+    clipping factor as it reads the gradients; other optimizers need one more pass. A fused optimizer on a GPU skips the step
+    on the device, so that the host does not wait for `good`.
+
+    Args:
+        optimizer: the optimizer.
+        limit: largest norm of the gradients, None for no limit.
+        norm: their norm, 0-d.
+        good: 0-d bool, whether to step.
     """
     handed: dict[str, Tensor] = {}
     if nonfinite.readable_without_sync(good) or not supports_found_inf(optimizer):
@@ -97,13 +104,13 @@ def _clipped_step(optimizer: torch.optim.Optimizer, limit: float | None, norm: T
             return
     else:
         handed["found_inf"] = (~good).to(torch.float32)
-    # Divided by 1 the numbers stay, but the kernel would write them all anew: a fifth of its time.
+    # Dividing by 1 changes nothing, but the kernel would write all gradients again, which costs a fifth of its time.
     if limit is not None and not (nonfinite.readable_without_sync(norm) and norm + 1e-6 <= limit):
         if norm.dtype == torch.float32 and supports_found_inf(optimizer):  # the kernels read a float32 factor
             handed["grad_scale"] = ((norm + 1e-6) / limit).clamp_min(1.0)
         else:
             nn.utils.clip_grads_with_norm_(_parameters(optimizer), limit, norm)
-    # The attributes by which torch.amp.GradScaler hands its scale and its finding to the same kernels.
+    # torch.amp.GradScaler passes its scale and found_inf to the same kernels by these attributes.
     for name, value in handed.items():
         setattr(optimizer, name, value)
     try:
@@ -114,18 +121,18 @@ def _clipped_step(optimizer: torch.optim.Optimizer, limit: float | None, norm: T
 
 
 def clear_optimizer_state(optimizer: torch.optim.Optimizer) -> None:
-    """Drop the moments of `optimizer`, or of each of the parts that it is joined of."""
+    """Clears the state (moments) of `optimizer`, or of each part of a `JoinedOptimizer`."""
     for part in optimizer.parts if isinstance(optimizer, JoinedOptimizer) else [optimizer]:
         part.state.clear()
 
 
 def supports_found_inf(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether the optimizer's kernels take a factor and can leave a step out on the device: fused ones."""
+    """Returns whether the optimizer is fused: its kernels then scale gradients and can skip a step on the device."""
     return all(group.get("fused") for group in optimizer.param_groups) and hasattr(optimizer, "_step_supports_amp_scaling")
 
 
 def _numbers(parameter: Tensor, gradient: Tensor) -> Tensor:
-    """The numbers of a parameter's gradient; a row-sparse one is coalesced, since the same row may be there twice."""
+    """Returns the values of a parameter's gradient. A row-sparse gradient is coalesced: it may hold a row twice."""
     if not gradient.is_sparse:
         return gradient
     parameter.grad = gradient.coalesce()
@@ -143,5 +150,5 @@ def check_disjoint(optimizer: torch.optim.Optimizer, other: torch.optim.Optimize
     shared = {id(parameter) for parameter in _parameters(optimizer)} & {id(parameter) for parameter in _parameters(other)}
     if shared:
         raise ValueError(
-            f"{len(shared)} parameters are in both optimizers: give the model's to one and the synthesizer's to the other"
+            f"{len(shared)} parameters are in both optimizers: give the model's to one, the synthesizer's to the other"
         )

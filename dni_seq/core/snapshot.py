@@ -1,4 +1,4 @@
-"""Snapshots that make a training step atomic: what a step may change, and how it is put back."""
+"""Makes a training step atomic: snapshots of tensors, optimizers and random state for rollback."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 LARGE = 1 << 16
-"""Elements of a buffer above which it is copied only when its version has changed; `.data` writes there go unseen."""
+"""Number of elements above which a tensor is copied only if its version has changed. Writes through `.data` are missed."""
 
 
 class _Entry(NamedTuple):
-    """A tensor of a module, its version, and a copy of what it held."""
+    """A tensor of a module, its version, and a copy of its values."""
 
     tensor: Tensor
     version: int
@@ -24,10 +24,10 @@ class _Entry(NamedTuple):
 
 
 class TensorSnapshot:
-    """Tensors of modules as they were at the latest `keep`, to be put back in their places.
+    """Copies the tensors of modules at each `keep`, and restores them in place.
 
     Args:
-        tables: the modules' own dicts of tensors: see `buffers_of`, `parameters_of`. Entries may come and go.
+        tables: the modules' own dicts of tensors; see `buffers_of` and `parameters_of`. Entries may be added and removed.
     """
 
     def __init__(self, tables: Sequence[dict[str, Tensor | None]]) -> None:
@@ -35,7 +35,7 @@ class TensorSnapshot:
         self._entries: list[dict[str, _Entry | None]] = [{} for _ in tables]
 
     def keep(self) -> TensorSnapshot:
-        """Copy what the tensors hold now."""
+        """Copies the current values; returns self."""
         for i, table in enumerate(self._tables):
             if table or self._entries[i]:
                 before = self._entries[i]
@@ -44,7 +44,7 @@ class TensorSnapshot:
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Put back what was kept; entries that came since go, those that went come back."""
+        """Restores the kept values; removes entries added since, and brings back entries removed since."""
         for table, entries in zip(self._tables, self._entries, strict=True):
             for name in table.keys() - entries.keys():
                 del table[name]
@@ -53,7 +53,7 @@ class TensorSnapshot:
 
     @torch.no_grad()
     def restore_unless(self, good: Tensor) -> None:
-        """The same where `good` (0-d bool) does not hold, on the device; entries that came since become zeros."""
+        """Restores the kept values on the device if `good` (0-d bool) is false; entries added since become zeros."""
         for table, entries in zip(self._tables, self._entries, strict=True):
             for name, tensor in table.items():
                 if tensor is not None:
@@ -71,15 +71,15 @@ def _entry(tensor: Tensor | None, before: _Entry | None) -> _Entry | None:
 
 
 def buffers_of(modules: Iterable[nn.Module | None]) -> list[dict[str, Tensor | None]]:
-    """The dicts of buffers of modules and all that is in them."""
+    """Returns the dicts of buffers of all modules and their submodules."""
     return [part._buffers for module in modules if module is not None for part in module.modules()]
 
 
 @contextmanager
 def buffers_apart(model: nn.Module) -> Iterator[None]:
-    """In the block the model has copies of its buffers, which are dropped behind it: those of training stay as they are.
+    """Gives the model copies of its buffers in the block, and puts the originals back after it.
 
-    The originals are not written to, since a graph of training may still read them.
+    The originals are not written to, because a graph of training may still read them.
     """
     tables = buffers_of([model])
     kept = [dict(table) for table in tables]
@@ -97,7 +97,7 @@ def buffers_apart(model: nn.Module) -> Iterator[None]:
 
 
 def parameters_of(modules: Iterable[nn.Module | None]) -> list[dict[str, Tensor | None]]:
-    """The dicts of parameters of modules and all that is in them."""
+    """Returns the dicts of parameters of all modules and their submodules."""
     return [
         part._parameters  # type: ignore[misc]
         for module in modules
@@ -107,11 +107,11 @@ def parameters_of(modules: Iterable[nn.Module | None]) -> list[dict[str, Tensor 
 
 
 class TrainingSnapshot:
-    """Modules and their optimizers, to be put back after steps of the optimizers: a copy of everything.
+    """Copies modules and their optimizers in full, so that optimizer steps can be undone.
 
     Args:
-        modules: whose parameters and buffers to keep.
-        optimizers: whose state to keep.
+        modules: their parameters and buffers are copied.
+        optimizers: their states are copied.
     """
 
     def __init__(self, modules: Sequence[nn.Module | None], optimizers: Iterable[torch.optim.Optimizer | None]) -> None:
@@ -119,14 +119,14 @@ class TrainingSnapshot:
         self._optimizers = [(each, copy.deepcopy(each.state_dict())) for each in optimizers if each is not None]
 
     def restore(self) -> None:
-        """Put everything back."""
+        """Restores all parameters, buffers and optimizer states."""
         self._tensors.restore()
         for optimizer, state in self._optimizers:
             optimizer.load_state_dict(state)
 
 
 class RNGState(NamedTuple):
-    """torch's random state: of the CPU, and of one GPU where `device` is one."""
+    """The random state of torch on the CPU, and on `device` if that is a GPU."""
 
     device: torch.device
     cpu: Tensor
@@ -134,21 +134,21 @@ class RNGState(NamedTuple):
 
     @classmethod
     def now(cls, device: torch.device) -> RNGState:
-        """As it is."""
+        """Returns the current random state."""
         return cls(device, torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None)
 
     def restore(self) -> None:
-        """As it was."""
+        """Restores the random state."""
         torch.set_rng_state(self.cpu)
         if self.gpu is not None:
             torch.cuda.set_rng_state(self.gpu, self.device)
 
 
 class ReentrancyGuard:
-    """A context that only one caller is in at a time.
+    """A context manager that raises a RuntimeError if it is entered while it is active.
 
     Args:
-        message: of the RuntimeError for a second one.
+        message: the text of the RuntimeError.
     """
 
     def __init__(self, message: str) -> None:

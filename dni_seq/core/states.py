@@ -1,6 +1,6 @@
 """Nested recurrent states: a tensor, or any nest of tuples, NamedTuples, lists and dicts of tensors.
 
-Leaves that are not floating-point tensors (step counters, say) are carried along and never receive gradients.
+Leaves that are not floating-point tensors, such as step counters, are kept as they are and never receive gradients.
 
 Legend: B = lanes, H = hidden units, L = layers.
 """
@@ -14,27 +14,27 @@ import torch
 from torch import Tensor
 
 State = Any
-"""A nest of tensors; the type system cannot say more about it."""
+"""A nest of tensors, which Python's type system cannot describe more exactly."""
 
 
 def flatten(state: State) -> list[Any]:
-    """The leaves of `state` in a fixed order: that of positions, and of insertion in dicts."""
+    """Returns the leaves of `state` in a fixed order: by position, and by insertion in dicts."""
     if isinstance(state, dict):
         state = state.values()
     elif not isinstance(state, (tuple, list)):
         return [state]
     leaves: list[Any] = []
     for value in state:
-        # A call for every tensor, several times a step, would be felt: most states are a tuple of two.
+        # Tensors need no recursive call, whose cost is noticeable several times a step.
         leaves += [value] if isinstance(value, Tensor) else flatten(value)
     return leaves
 
 
 def unflatten(like: State, leaves: Sequence[Any]) -> State:
-    """A nest of the shape of `like` that holds `leaves`.
+    """Returns a nest shaped like `like` that holds `leaves`.
 
     Raises:
-        ValueError: the number of leaves is not that of `like`.
+        ValueError: `like` has another number of leaves.
     """
     expected = len(flatten(like))
     if len(leaves) != expected:
@@ -44,7 +44,7 @@ def unflatten(like: State, leaves: Sequence[Any]) -> State:
 
 
 def _mapped(function: Callable[[Any], Any], state: State) -> State:
-    """`state` with `function` applied to every leaf, in the order of `flatten`."""
+    """Returns `state` with `function` applied to every leaf, in the order of `flatten`."""
     if isinstance(state, Tensor):
         return function(state)
     if isinstance(state, dict):
@@ -56,29 +56,29 @@ def _mapped(function: Callable[[Any], Any], state: State) -> State:
 
 
 HALF = (torch.float16, torch.bfloat16)
-"""What synthesizers do not compute in: interfaces hand it to them in float32."""
+"""Half-precision dtypes. Interfaces convert them to float32 for synthesizers."""
 
 
 def to_float32(leaf: Tensor) -> Tensor:
-    """`leaf`, in float32 where it is in half precision."""
+    """Returns `leaf`, converted to float32 if it has half precision."""
     return leaf.float() if leaf.dtype in HALF else leaf
 
 
 def is_floating(leaf: Any) -> bool:
-    """Whether `leaf` is a tensor that can receive a gradient."""
+    """Returns whether `leaf` is a floating-point tensor, which can receive a gradient."""
     return isinstance(leaf, Tensor) and leaf.is_floating_point()
 
 
 def floating(state: State) -> list[Tensor]:
-    """The floating-point leaves of `state`, in the order of `flatten`."""
+    """Returns the floating-point leaves of `state`, in the order of `flatten`."""
     return [leaf for leaf in flatten(state) if is_floating(leaf)]
 
 
 def with_floating(state: State, tensors: Sequence[Tensor]) -> State:
-    """`state` with its floating-point leaves replaced by `tensors`.
+    """Returns `state` with its floating-point leaves replaced by `tensors`.
 
     Raises:
-        ValueError: the number of tensors is not that of the floating-point leaves.
+        ValueError: the state has another number of floating-point leaves.
     """
     expected = len(floating(state))
     if len(tensors) != expected:
@@ -88,22 +88,22 @@ def with_floating(state: State, tensors: Sequence[Tensor]) -> State:
 
 
 def map_floating(function: Callable[[Tensor], Tensor], state: State) -> State:
-    """`state` with `function` applied to its floating-point leaves."""
+    """Returns `state` with `function` applied to its floating-point leaves."""
     return _mapped(lambda leaf: function(leaf) if is_floating(leaf) else leaf, state)
 
 
 def detach(state: State) -> State:
-    """`state` cut from its graph; leaves share memory with those of `state`."""
+    """Returns `state` detached from its graph; the leaves share memory with those of `state`."""
     return _map_tensors(Tensor.detach, state)
 
 
 def clone(state: State) -> State:
-    """`state` with every tensor copied, into memory of its own; gradients flow through the copies."""
+    """Returns `state` with every tensor copied to new memory; gradients flow through the copies."""
     return _map_tensors(Tensor.clone, state)
 
 
 def detach_clone(state: State) -> State:
-    """`state` cut from its graph, in memory of its own."""
+    """Returns `state` detached from its graph and copied to new memory."""
     return _map_tensors(lambda leaf: leaf.detach().clone(), state)
 
 
@@ -112,10 +112,10 @@ def _map_tensors(function: Callable[[Tensor], Tensor], state: State) -> State:
 
 
 def broadcast_to_leaves(setting: Any, state: State, name: str) -> list[Any]:
-    """One value of `setting` for every leaf of `state`: a single value for all, or a nest shaped like the state.
+    """Returns one value of `setting` for every leaf of `state`; `setting` is one value, or a nest shaped like the state.
 
     Raises:
-        ValueError: `setting` is a nest whose shape is not that of the state.
+        ValueError: `setting` is a nest with another number of leaves than the state.
     """
     count = len(flatten(state))
     if not isinstance(setting, (tuple, list, dict)):
@@ -127,10 +127,10 @@ def broadcast_to_leaves(setting: Any, state: State, name: str) -> list[Any]:
 
 
 def lane_mask(keep: Tensor, leaf: Tensor, batch_dim: int) -> Tensor:
-    """`keep` [B] in a shape that broadcasts over `leaf`, whose lanes lie along `batch_dim`.
+    """Returns `keep` [B] in a shape that broadcasts over `leaf`, whose lanes lie along `batch_dim`.
 
     Raises:
-        ValueError: the leaf has no such dimension, or not as many lanes as `keep`.
+        ValueError: the leaf has no dimension `batch_dim`, or not as many lanes as `keep`.
     """
     if leaf.dim() == 0 or not -leaf.dim() <= batch_dim < leaf.dim():
         raise ValueError(f"a state of shape {tuple(leaf.shape)} has no dimension {batch_dim}: set state_batch_dim")
@@ -145,12 +145,12 @@ def lane_mask(keep: Tensor, leaf: Tensor, batch_dim: int) -> Tensor:
 
 
 def reset_lanes(state: State, ends: Tensor, initial: State | None, batch_dim: Any = 1) -> State:
-    """`state` with the lanes that `ends` [B] marks set to `initial`, or to zeros where `initial` is None.
+    """Returns `state` with the lanes that `ends` [B] marks set to `initial`, or to zeros if `initial` is None.
 
-    Other lanes are unchanged to the bit. `batch_dim` is an int, or a nest of ints shaped like the state.
+    Other lanes are bit-identical. `batch_dim` is an int, or a nest of ints shaped like the state.
 
     Raises:
-        ValueError: `initial` or `batch_dim` does not have the nest of `state`.
+        ValueError: `initial` or `batch_dim` is not nested like `state`.
     """
     leaves = flatten(state)
     starts = [None] * len(leaves) if initial is None else flatten(initial)
@@ -167,7 +167,7 @@ def reset_lanes(state: State, ends: Tensor, initial: State | None, batch_dim: An
 
 
 def map_lanes(function: Callable[[Tensor, int], Tensor], state: State, batch_dim: Any) -> State:
-    """`function(leaf, dim)` for every tensor of a state and the dimension of its lanes, in the same nest."""
+    """Returns `state` with `function(leaf, dim)` applied to every tensor; `dim` is the dimension of its lanes."""
     dims = broadcast_to_leaves(batch_dim, state, "state_batch_dim")
     pairs = zip(flatten(state), dims, strict=True)
     return unflatten(state, [function(leaf, dim) if isinstance(leaf, Tensor) else leaf for leaf, dim in pairs])

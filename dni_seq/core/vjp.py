@@ -1,4 +1,4 @@
-"""Vector-Jacobian products to the state alone."""
+"""Vector-Jacobian products with respect to the state only."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from dni_seq.core.snapshot import buffers_apart
 
 @contextmanager
 def without_parameter_gradients(model: nn.Module) -> Iterator[None]:
-    """Keep the model's parameters out of the graphs made in the block; buffers and the random state stay as they were."""
+    """Excludes the model's parameters from graphs made in the block.
+
+    Changes of buffers and of the random state are undone after the block.
+    """
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
     with torch.random.fork_rng(devices=sorted({p.get_device() for p in learning if p.is_cuda})), buffers_apart(model):
         for parameter in learning:

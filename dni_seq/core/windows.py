@@ -1,7 +1,7 @@
-"""What a stream hands to the trainer: windows of T steps of B lanes, and a look at the steps behind them.
+"""Windows of T steps of B lanes, which a stream passes to the trainer, and the lookahead at the steps after them.
 
-A window is time-major: `inputs` [T, B, ...], `targets` [T, B, ...]. Its lookahead holds the first m steps that follow the
-window in each lane; it is context for the synthesizer of the window's last state, never input of the model.
+A window is time-major: `inputs` [T, B, ...], `targets` [T, B, ...]. Its lookahead holds the m steps after the window in each
+lane. The lookahead is context for the synthesizer at the window's last state; the model never reads it.
 
 Legend: T = window length in steps, B = lanes, m = lookahead in steps.
 """
@@ -16,20 +16,20 @@ import torch
 from torch import Tensor
 
 Reduction = Literal["mean", "lane-mean", "sum"]
-"""How a window's losses become one number; see `trainer.window_loss`."""
+"""How a window's losses become one number; see `window_runner.window_loss`."""
 
 REDUCTIONS: tuple[Reduction, ...] = get_args(Reduction)
 
 
 class Lookahead(NamedTuple):
-    """The m steps that follow a state, lane by lane.
+    """The m steps after a state in each lane: the context of a synthesizer that sees the future.
 
     Attributes:
         inputs: [m, B, ...], the model's inputs.
-        targets: [m, B, ...], the loss's targets.
-        valid: [m, B] bool, False behind the end of the lane's sequence or of the stream; what `inputs` and `targets`
-            hold there is without meaning.
-        mask: [m, B] bool, the steps that count in the loss, or None where all valid ones do.
+        targets: [m, B, ...], the targets of the loss.
+        valid: [m, B] bool, False after the end of the lane's sequence or of the stream. The values of `inputs` and
+            `targets` are undefined there.
+        mask: [m, B] bool, True for steps that count in the loss; None if all valid steps count.
     """
 
     inputs: Tensor
@@ -39,41 +39,41 @@ class Lookahead(NamedTuple):
 
     @property
     def counts(self) -> Tensor:
-        """[m, B] bool: the steps that are there and count in the loss."""
+        """[m, B] bool, True for valid steps that count in the loss."""
         return self.valid if self.mask is None else self.valid & self.mask
 
     def span(self, start: int, stop: int | None) -> Lookahead:
-        """The steps from `start` to before `stop`, as slices do."""
+        """Returns the steps `start:stop`, as a slice does."""
         mask = None if self.mask is None else self.mask[start:stop]
         return Lookahead(self.inputs[start:stop], self.targets[start:stop], self.valid[start:stop], mask)
 
 
 def next_steps(context: Any, steps: int) -> Lookahead:
-    """The first `steps` steps of a synthesizer's context.
+    """Returns the first `steps` steps of a synthesizer's context.
 
     Raises:
-        ValueError: it is no `Lookahead` of as many.
+        ValueError: the context is not a `Lookahead` of at least that many steps.
     """
     if not isinstance(context, Lookahead) or len(context.inputs) < steps:
         seen = f"{len(context.inputs)} steps" if isinstance(context, Lookahead) else type(context).__name__
         raise ValueError(
-            f"the synthesizer looks {steps} steps ahead, its context is {seen}: pass windows through "
-            f"dni_seq.with_lookahead(windows, {steps}), and lookahead=window.lookahead to the trainer"
+            f"the synthesizer looks {steps} steps ahead, but its context is {seen}: pass windows through "
+            f"dni_seq.with_lookahead(windows, {steps}) and pass lookahead=window.lookahead to the trainer"
         )
     return context if len(context.inputs) == steps else context.span(0, steps)
 
 
 def check_unreduced(losses: Tensor, ahead: Lookahead) -> None:
-    """ValueError where `losses` are not those of the single steps and lanes of `ahead`, [m, B]."""
+    """Raises a ValueError if `losses` are not unreduced, one for each step and lane of `ahead`, [m, B]."""
     if losses.shape != ahead.valid.shape:
         raise ValueError(f"loss_fn must return unreduced losses {list(ahead.valid.shape)}, got {list(losses.shape)}")
 
 
 def step_weight(reduction: Reduction, window: int, lanes: int) -> float:
-    """What one step of one lane weighs in the loss of a full window of `window` steps and `lanes` lanes.
+    """Returns the weight of one step of one lane in the loss of a full window of `window` steps and `lanes` lanes.
 
     Raises:
-        ValueError: `window` is not positive, or the reduction is none.
+        ValueError: `window` is not positive, or `reduction` is not one of `REDUCTIONS`.
     """
     if window < 1 or reduction not in REDUCTIONS:
         raise ValueError(f"window must be positive and reduction one of {REDUCTIONS}, got {window} and {reduction!r}")
@@ -81,14 +81,14 @@ def step_weight(reduction: Reduction, window: int, lanes: int) -> float:
 
 
 class Window(NamedTuple):
-    """T steps of B lanes.
+    """A window of a stream: T steps of B lanes, time-major.
 
     Attributes:
-        inputs: [T, B, ...].
-        targets: [T, B, ...].
-        mask: [T, B] bool, the steps that count in the loss, or None for all.
-        ends: [B] bool, True where the lane's sequence ends with this window, or None for nowhere.
-        lookahead: the steps behind the window, or None.
+        inputs: [T, B, ...], the model's inputs.
+        targets: [T, B, ...], the targets of the loss.
+        mask: [T, B] bool, True for steps that count in the loss; None if all count.
+        ends: [B] bool, True for lanes whose sequence ends with this window; None if no sequence ends.
+        lookahead: the steps after the window, or None.
     """
 
     inputs: Tensor
@@ -99,17 +99,21 @@ class Window(NamedTuple):
 
 
 def counted(window: Window) -> Tensor:
-    """[T, B] bool: the steps of `window` that count in the loss."""
+    """Returns which steps of `window` count in the loss, [T, B] bool."""
     if window.mask is not None:
         return window.mask
     return torch.ones(window.inputs.shape[:2], dtype=torch.bool, device=window.inputs.device)
 
 
 def with_lookahead(windows: Iterable[Window], steps: int) -> Iterator[Window]:
-    """Add to each window the first `steps` steps that follow it, across as many windows as that takes.
+    """Yields each window with a lookahead at the `steps` steps after it, read from the next windows.
 
-    A lane whose sequence ends sees nothing behind that end. The iterator reads at most as many windows ahead as the
+    After the end of a lane's sequence the lookahead is not valid. The iterator reads only as many windows in advance as the
     lookahead spans. All windows must have the same B.
+
+    Args:
+        windows: consecutive windows of a stream.
+        steps: m, the number of steps in each lookahead.
 
     Raises:
         ValueError: `steps` is negative.
@@ -131,7 +135,7 @@ def with_lookahead(windows: Iterable[Window], steps: int) -> Iterator[Window]:
 
 
 def _attach(ahead: deque[Window], steps: int) -> Window:
-    """The first window of `ahead` with its lookahead cut from the ones behind it."""
+    """Returns the first window of `ahead`, with its lookahead read from the windows after it."""
     first, *behind = ahead
     lanes = first.inputs.shape[1]
     alive = ~first.ends if first.ends is not None else torch.ones(lanes, dtype=torch.bool)
@@ -153,7 +157,7 @@ def _attach(ahead: deque[Window], steps: int) -> Window:
 
 
 def _first_steps(pieces: list[Tensor], steps: int, like: Tensor) -> Tensor:
-    """The first `steps` steps of `pieces` joined along time, with zeros where they are fewer; [steps, B, ...]."""
+    """Returns the first `steps` steps of the concatenated `pieces`, padded with zeros, [steps, B, ...]."""
     joined = torch.cat(pieces)[:steps] if pieces else like[:0]
     missing = steps - len(joined)
     if missing == 0:

@@ -1,1 +1,1 @@
-"""What a trainer does with a synthesizer: inject, train, measure, filter, scale."""
+"""Synthetic gradients in training: injects, filters and scales messages, and trains and measures synthesizers."""

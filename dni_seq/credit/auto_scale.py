@@ -1,4 +1,4 @@
-"""How far a synthesizer is trusted: what comparisons with exact gradients say of each horizon, and running R².
+"""AutoScale and RunningFidelity: estimates of how good a synthesizer's messages are, for each horizon.
 
 Legend: N = horizons.
 """
@@ -11,32 +11,34 @@ import torch
 from torch import Tensor
 
 DECAY = 0.9
-"""Share of the evidence on a horizon that a new comparison keeps."""
+"""Weight of the earlier comparisons in the running mean at each new one."""
 
 CONFIDENCE_STD_ERRORS = 2.0
-"""Standard errors that are taken off the share of a message that comparisons find right."""
+"""Number of standard errors that are subtracted from the estimated share."""
 
 LEAST_COMPARISONS = 3
-"""Comparisons before the first share that is not zero: fewer say nothing of their own error."""
+"""Number of comparisons before the first share above zero; fewer give no estimate of the standard error."""
 
 LEAST_EXPLAINED = 0.01
-"""Share of the exact gradient's power below which a message is not sent, however sure the little is that it tells. It would
-bring nothing, and what is left of a synthesizer that tells nothing is alike in all lanes and windows, so that an optimizer
-makes much of it."""
+"""Smallest squared cosine between messages and exact gradients at which messages are injected.
+
+A message below it gains nothing, even if the standard error is small. The output of an uninformative synthesizer is similar
+in all lanes and windows, so that an optimizer would amplify it."""
 
 COLUMNS = 6
-"""Numbers that are kept of a horizon."""
+"""Number of running means for each horizon."""
 
 
 class AutoScale:
-    """The share of each horizon's message to inject, from 0 to 1, as comparisons with exact gradients find it.
+    """Estimates the share of each horizon's message to inject, from 0 to 1, by comparisons with exact gradients.
 
-    A horizon's overlap with the exact gradient, divided by the message's power, is the share with which its messages come
-    nearest to the exact gradients. `CONFIDENCE_STD_ERRORS` standard errors are subtracted, because messages without
-    information have an estimate above zero as often as below. Below `LEAST_EXPLAINED` the share is 0.
+    The estimate is overlap / power, the share with which the messages come closest to the exact gradients.
+    `CONFIDENCE_STD_ERRORS` standard errors are subtracted, because messages without information have an estimate above zero
+    as often as below. The share is 0 before `LEAST_COMPARISONS` comparisons, and if the squared cosine is below
+    `LEAST_EXPLAINED`. It is multiplied by 1 - DECAY ** comparisons, which grows from 0 to 1.
 
     Attributes:
-        shares: one number a horizon, None before the first comparison.
+        shares: one number for each horizon, None before the first comparison.
     """
 
     def __init__(self) -> None:
@@ -45,12 +47,13 @@ class AutoScale:
         self.shares: list[float] | None = None
 
     def update(self, found: Tensor) -> None:
-        """Take in a comparison: overlap, power, and the exact gradient's, of each horizon, [N, 3] float64.
+        """Adds one comparison; a comparison that is not finite is ignored.
 
-        Where one is not finite it is not taken in.
+        Sums are pooled before the division. States whose exact gradient is zero, such as those before the first scored step
+        of a task, therefore do not count against the synthesizer.
 
-        Sums are pooled before they are divided, so that states whose exact gradient is zero, as in a task that is not scored
-        yet, do not count as failures of the synthesizer.
+        Args:
+            found: [N, 3] float64, for each horizon: overlap, power of the message, power of the exact gradient.
         """
         overlap, power, _ = found.unbind(1)
         squares = torch.stack([overlap * overlap, overlap * power, power * power], dim=1)
@@ -71,21 +74,21 @@ class AutoScale:
         overlap, power, exact, *products = (self._evidence / certainty).unbind(1)
         share = torch.where(power > 0, overlap / power, torch.zeros_like(power))
         residual = products[0] - 2 * share * products[1] + share.square() * products[2]
-        # Where comparisons agree it is rounding, whose root would be far more than rounding.
+        # If comparisons agree, the residual is rounding error, and its root would be much larger than rounding error.
         residual = torch.where(residual > 1e-12 * products[0], residual, 0)
         squared_weights = (1 - DECAY) / (1 + DECAY) * (1 - DECAY ** (2 * self._comparisons))
-        number = certainty**2 / squared_weights  # of comparisons of equal weight that would say as much
+        number = certainty**2 / squared_weights  # of comparisons of equal weight with the same information
         error = torch.where(power > 0, (residual / number).sqrt() / power, torch.zeros_like(power))
         tells = overlap.square() >= LEAST_EXPLAINED * power * exact
         found = torch.where(tells, (share - CONFIDENCE_STD_ERRORS * error).clamp(0, 1), 0)
         return [certainty * value for value in found.tolist()]
 
     def state_dict(self) -> dict[str, Any]:
-        """The evidence, and the number of comparisons."""
+        """Returns the running means and the number of comparisons."""
         return {"evidence": self._evidence, "comparisons": self._comparisons}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """Take over what `state_dict` gave."""
+        """Restores what `state_dict` returned."""
         self._evidence, self._comparisons = saved["evidence"], saved["comparisons"]
         if self._evidence is not None and self._evidence.shape[1] != COLUMNS:  # older versions kept fewer numbers
             self._evidence, self._comparisons = None, 0
@@ -93,7 +96,7 @@ class AutoScale:
 
 
 class RunningFidelity:
-    """R² by horizon over running sums, since that of a single window is noise."""
+    """Computes R² of each horizon from running means; R² of a single window is mostly noise."""
 
     decay = 0.98
 
@@ -102,7 +105,7 @@ class RunningFidelity:
         self._power: Tensor | None = None
 
     def update(self, error: Tensor, power: Tensor) -> None:
-        """Take in the squared error and the squared target of each horizon, [N] each; what is not finite is left out."""
+        """Adds the mean squared error and target of each horizon, [N] each; ignores horizons that are not finite."""
         if self._error is None or self._power is None:
             self._error, self._power = torch.zeros_like(error), torch.zeros_like(power)
         known = error.isfinite() & power.isfinite()
@@ -110,15 +113,15 @@ class RunningFidelity:
         self._power = torch.where(known, torch.lerp(power, self._power, self.decay), self._power)
 
     def r2(self, horizons: int) -> Tensor:
-        """[N]: 1 - squared error / squared target; NaN for each of the `horizons` before there was a target."""
+        """Returns 1 - squared error / squared target, [N]; before the first update NaN for each of the `horizons`."""
         if self._error is None or self._power is None:
             return torch.full((horizons,), float("nan"))
         return 1 - self._error / self._power
 
     def state_dict(self) -> dict[str, Any]:
-        """The running sums."""
+        """Returns the running means."""
         return {"error": self._error, "power": self._power}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """Take over what `state_dict` gave."""
+        """Restores what `state_dict` returned."""
         self._error, self._power = saved["error"], saved["power"]

@@ -1,4 +1,4 @@
-"""How synthetic gradients are used in training."""
+"""CreditSettings: the settings of synthetic gradients in training."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 
 
 class CreditSettings(NamedTuple):
-    """How synthetic gradients are used; see `SequenceTrainer` for their meaning and ranges."""
+    """Settings of synthetic gradients; `SequenceTrainer` describes each of them and its range."""
 
     scale: float | Literal["auto"] = 0.1
     discount: float = 0.9
@@ -20,12 +20,12 @@ class CreditSettings(NamedTuple):
     fidelity_every: int = 0
 
     def check(self) -> None:
-        """Raise a ValueError for a setting that is out of its range."""
+        """Raises a ValueError if a setting is out of its range."""
         if self.scale != "auto" and not (isinstance(self.scale, (int, float)) and 0 <= self.scale < math.inf):
             raise ValueError(f'synthetic_scale must be 0 or more, or "auto", got {self.scale!r}')
         for name, value in (("discount", self.discount), ("lam", self.lam)):
             if not 0 <= value <= 1:
-                raise ValueError(f"{name} must lie between 0 and 1, got {value}")
+                raise ValueError(f"{name} must be between 0 and 1, got {value}")
         if self.clip is not None and not self.clip > 0:
             raise ValueError(f"synthesizer_clip must be positive, or None for no limit, got {self.clip}")
         if self.targets not in ("bootstrap", "lambda"):
@@ -37,4 +37,4 @@ class CreditSettings(NamedTuple):
             if count < 0:
                 raise ValueError(f"{name} must be 0 (off) or more windows, got {count}")
         if self.scale == "auto" and self.fidelity_every == 0:
-            raise ValueError('synthetic_scale="auto" measures reliability every fidelity_every windows: set it, to 50 say')
+            raise ValueError('synthetic_scale="auto" needs comparisons with exact gradients: set fidelity_every, e.g. to 50')

@@ -1,7 +1,7 @@
-"""How true synthetic gradients are: against exact gradients of the next windows, and of BPTT over many.
+"""Compares synthetic gradients with the exact gradients of the next windows, and updates with those of long BPTT.
 
-A synthesizer's own regression compares with its target, which is bootstrapped and may be wrong itself: a synthesizer can
-read R² = 0.5 there and still point the wrong way. The measurements here replay the windows that followed.
+A synthesizer's regression compares messages with bootstrapped targets, which may be wrong themselves: R² = 0.5 there does
+not exclude a wrong direction. The functions here replay the windows after the state and compute exact gradients.
 
 Legend: B = lanes, N = horizons, H = hidden units.
 """
@@ -22,17 +22,19 @@ from dni_seq.credit.window_runner import WindowRunner
 
 
 class Fidelity(NamedTuple):
-    """How a prediction compares with the exact gradient; 0-d tensors.
+    """Comparison of a prediction with the exact gradient; 0-d tensors.
+
+    `r2`, `norm_ratio` and `bias` are not finite if the exact gradient is zero.
 
     Attributes:
-        cosine: between the two, over all elements; 0 where one of them is zero.
+        cosine: cosine between the two over all elements; 0 if either is zero.
         r2: 1 - squared error / squared exact gradient; 0 for a zero prediction.
-        norm_ratio: norm of the prediction over that of the exact gradient.
-        bias: norm of the mean error over the lanes, over the root mean square norm of a lane's exact gradient.
+        norm_ratio: norm of the prediction / norm of the exact gradient.
+        bias: norm of the mean error over lanes / root mean square over lanes of the norm of the exact gradient.
         overlap: <exact, prediction>.
         power: <prediction, prediction>.
         exact_power: <exact, exact>.
-        slope: overlap / power, the factor that makes the prediction best; 0 for a zero one.
+        slope: overlap / power, the factor that minimises the squared error of the prediction; 0 for a zero prediction.
     """
 
     cosine: Tensor
@@ -46,7 +48,13 @@ class Fidelity(NamedTuple):
 
 
 def compare(prediction: Sequence[Tensor], exact: Sequence[Tensor], lane_dims: Sequence[int]) -> Fidelity:
-    """The fidelity of a prediction, tensors of a state or a part of it, each with its lanes along its `lane_dims`."""
+    """Compares a prediction with the exact gradient.
+
+    Args:
+        prediction: tensors, such as the leaves of a state.
+        exact: tensors of the same shapes.
+        lane_dims: the dimension of the lanes in each tensor.
+    """
     p = torch.cat([t.movedim(d, 0).flatten(1) for t, d in zip(prediction, lane_dims, strict=True)], dim=1).double()
     e = torch.cat([t.movedim(d, 0).flatten(1) for t, d in zip(exact, lane_dims, strict=True)], dim=1).double()  # [B, S]
     dot, pp, ee = (p * e).sum(), p.square().sum(), e.square().sum()
@@ -67,9 +75,9 @@ class StateFidelity(NamedTuple):
     """Fidelity of the messages at one state.
 
     Attributes:
-        horizons: [N], each message against the exact gradient that it stands for.
-        total: the discounted sum of all messages against that of all exact gradients.
-        parts: by (leaf, layer), the total's; leaf and layer are indices, a leaf that is not stacked has layer 0.
+        horizons: [N], each message against the exact gradient that it predicts.
+        total: the discounted sum of the messages against the discounted sum of the exact gradients.
+        parts: fidelity of the total by (leaf index, layer index). A leaf without a dimension of layers has layer 0.
     """
 
     horizons: list[Fidelity]
@@ -85,20 +93,26 @@ def fidelity(
     *,
     bootstrapped: bool = False,
 ) -> StateFidelity:
-    """Compare the messages predicted at the first state of `windows[0]` with exact gradients over `windows`.
+    """Compares messages predicted at the first state of `windows[0]` with the exact gradients of the windows' losses.
+
+    Gradients of parameters, buffers and the random state do not change.
 
     Args:
-        runner: runs the model; training is not touched, nor are the model's buffers.
-        windows: those that followed the state, as many as there are horizons or more.
-        messages: raw, one a horizon.
-        discount: γ, the weight of each further window in the total.
-        bootstrapped: the last message, a tail's or the only one, stands for all windows from its own on, discounted.
+        runner: runs the model.
+        windows: the consecutive windows after the state, at least one for each horizon.
+        messages: raw messages, one for each horizon.
+        discount: γ; the n-th horizon, counted from 0, has the weight γ ** n in the total.
+        bootstrapped: whether the last message predicts the discounted sum over its own and all later windows, as a tail
+            or a single bootstrapped message does. Otherwise it predicts one window.
+
+    Returns:
+        The fidelity of each horizon, of the total, and of the total's parts.
 
     Raises:
         ValueError: there are fewer windows than horizons.
     """
     if len(windows) < len(messages):
-        raise ValueError(f"{len(messages)} horizons need as many windows to compare with, got {len(windows)}")
+        raise ValueError(f"{len(messages)} horizons need at least as many windows, got {len(windows)}")
     all_dims = states.broadcast_to_leaves(runner.state_batch_dim, windows[0].start, "state_batch_dim")
     dims = [d for d, leaf in zip(all_dims, states.flatten(windows[0].start), strict=True) if states.is_floating(leaf)]
     heads = [states.floating(message) for message in messages]
@@ -131,7 +145,7 @@ def _parts(total: list[Tensor], exact: list[Tensor], dims: list[int]) -> dict[tu
 
 
 def cosine(first: Sequence[Tensor], second: Sequence[Tensor]) -> Tensor:
-    """The cosine between two lists of tensors, such as the parameters' gradients of two methods; 0 where one is zero."""
+    """Returns the cosine between two lists of tensors, such as parameter gradients of two methods; 0 if either is zero."""
     a = torch.cat([t.detach().reshape(-1) for t in first]).double()
     b = torch.cat([t.detach().reshape(-1) for t in second]).double()
     norms = a.norm() * b.norm()
@@ -139,10 +153,10 @@ def cosine(first: Sequence[Tensor], second: Sequence[Tensor]) -> Tensor:
 
 
 def bptt_gradients(runner: WindowRunner, windows: Sequence[RecordedWindow]) -> list[Tensor]:
-    """The parameters' gradients of the first window's loss and, through its last state, of all later windows' losses.
+    """Returns the parameter gradients of the first window's loss plus, through its last state, all later windows' losses.
 
-    It is what the update of the first window would be if credit reached back over all of `windows`: the reference for
-    `cosine` with the trainer's own gradients. Parameters' `.grad` is not touched.
+    This is the first window's update under BPTT over all of `windows`, the reference to compare the trainer's gradients with
+    (`cosine`). Parameters' `.grad` does not change.
     """
     parameters = [parameter for parameter in runner.model.parameters() if parameter.requires_grad]
     with torch.random.fork_rng(), buffers_apart(runner.model), torch.enable_grad():
@@ -163,7 +177,7 @@ def bptt_gradients(runner: WindowRunner, windows: Sequence[RecordedWindow]) -> l
 
 
 class FidelityProbe:
-    """Messages predicted at a state, and the windows that have followed it so far."""
+    """Holds the messages predicted at a state, and the windows after it so far."""
 
     def __init__(self, messages: list[State] | None = None, windows: Sequence[RecordedWindow] = ()) -> None:
         self.messages = messages

@@ -1,7 +1,6 @@
-"""Messages that can be credit: finite, and not far larger than any gradient seen.
+"""FilteredInterface: rejects messages that are not finite, or far larger than any gradient observed.
 
-A synthesizer that diverges says things that would spoil the RNN, or an optimizer's moments for a thousand steps. They are
-not sent.
+Messages of a diverging synthesizer could destroy the RNN, or an optimizer's moments for a thousand steps.
 
 Legend: N = horizons.
 """
@@ -22,26 +21,27 @@ from dni_seq.interfaces.backward import BackwardInterface
 from dni_seq.synthesizers.target_rule import TargetRule
 
 LARGEST_MESSAGE = 100.0
-"""Times the largest gradient that a window's own loss has sent to its first state: no credit is as large as that."""
+"""Limit on the norm of an injected gradient, in units of the largest gradient of a window's own loss at its first state."""
 
 OBSERVED_FIRST, OBSERVED_EVERY = 100, 200
-"""Windows at the start, and then every so many, whose own gradient is observed, at the price of a product to the state."""
+"""The first windows and then every n-th are observed. Each costs one vector-Jacobian product to the state."""
 
 
 class FilteredInterface(BackwardInterface):
-    """An interface that sends zeros in the place of a message that is not finite, or far too large to be credit.
+    """Injects zeros in place of a message that is not finite or is too large.
 
-    The size is held to that of windows' own gradients, by themselves: a target that holds a message grows with it. Messages
-    that are not learned, as exact ones, have no limit.
+    The limit is `LARGEST_MESSAGE` times the largest gradient of a window's own loss. It is not taken from targets, because a
+    target that holds a message grows with the message. Messages of a synthesizer without trainable parameters, such as exact
+    ones, have no limit.
 
     Args:
         synthesizer: the module that predicts.
-        parallel: this rank's part where the lanes are spread over several: all of them send a message, or none does.
+        parallel: this rank's part if the lanes are spread over several ranks. All ranks inject, or none does.
 
     Attributes:
-        sound: 0-d bool, whether what was injected last is what the synthesizer said.
-        norm: 0-d, the norm of what it said, weighted; of this rank's lanes.
-        largest: the largest gradient observed; 0 before there is one.
+        valid: 0-d bool, whether the last message was injected; False if it was rejected.
+        norm: 0-d, norm of the last weighted sum of messages, before the filter, over this rank's lanes.
+        largest: the largest gradient observed; 0 before the first one.
     """
 
     def __init__(self, synthesizer: nn.Module, parallel: DataParallel | None = None) -> None:
@@ -52,7 +52,7 @@ class FilteredInterface(BackwardInterface):
         self.largest: float | Tensor = 0.0
 
     def injection(self, messages: list[State], rule: TargetRule) -> list[Tensor]:
-        """The weighted sum of the messages where it is sound, else zeros."""
+        """Returns the weighted sum of the messages if it is valid, else zeros; sets `norm` and `valid`."""
         injected = super().injection(messages, rule)
         self.norm = total_norm(injected)
         norm = self._of_all_ranks(self.norm)
@@ -64,16 +64,16 @@ class FilteredInterface(BackwardInterface):
         return injected if self.valid else [torch.zeros_like(leaf) for leaf in injected]
 
     def observes(self, windows: int) -> bool:
-        """Whether the window behind as many others is one to observe."""
+        """Returns whether to observe the gradient of the window after `windows` others."""
         return (windows < OBSERVED_FIRST or windows % OBSERVED_EVERY == 0) and self.learns
 
     def observe(self, loss: Tensor, scope: GradientAccumulator, windows: int) -> None:
-        """Take in the gradient that a window's `loss` alone sends to its trigger, where the window is one to observe.
+        """Updates `largest` with the gradient that a window's loss sends to its trigger, if the window is to be observed.
 
         Args:
-            loss: 0-d, with its graph.
-            scope: that the window's trigger was made in.
-            windows: before this one.
+            loss: the window's loss without messages, 0-d, with its graph.
+            scope: the scope in which the window's trigger was made.
+            windows: the number of windows before this one.
         """
         leaves = self.exchange(scope).inputs()
         if not leaves or not self.observes(windows):

@@ -13,7 +13,7 @@ from dni_seq.distributed.data_parallel import DataParallel
 
 
 class NonFinitePolicy:
-    """Counts skipped windows, and raises after too many in a row.
+    """Counts skipped windows, and raises a NonFiniteError after too many in a row.
 
     Args:
         limit: windows in a row that may be skipped before an error.
@@ -31,33 +31,33 @@ class NonFinitePolicy:
 
     @property
     def total(self) -> int:
-        """Windows skipped so far; waits for a GPU."""
+        """Number of windows skipped so far; reading it waits for a GPU."""
         return self._counter.total
 
     def count(self, good: Tensor) -> None:
-        """Counts one window, where `good` (0-d bool) is; nothing waits for a GPU."""
+        """Counts one window on the device of `good` (0-d bool), without waiting for a GPU."""
         self._counter.add(good)
 
     def count_skipped(self, skipped: Tensor, steps: int, where: str) -> None:
-        """Counts a window that was skipped here.
+        """Counts a window that the host has skipped.
 
         Args:
             skipped: 0-d bool.
-            steps: windows so far, this one included.
+            steps: number of windows so far, this one included.
             where: the diagnosis.
 
         Raises:
-            NonFiniteError: it is one too many.
+            NonFiniteError: `limit` windows in a row were skipped.
         """
         self._counter.add(~skipped)
         self._reported = self._counter.total
         self._check_row(steps, where)
 
     def read_counts(self, steps: int, diagnose: Callable[[], str]) -> tuple[str, ...]:
-        """Reads every `limit` windows what a GPU has counted; returns what to tell the user.
+        """Reads the counts from the GPU every `limit` windows; returns messages for the user.
 
         Raises:
-            NonFiniteError: too many windows in a row were skipped.
+            NonFiniteError: at least `limit` windows in a row were skipped.
         """
         if steps % self.limit:
             return ()
@@ -66,18 +66,18 @@ class NonFinitePolicy:
         if self._counter.total <= self._reported:
             return ()
         count, self._reported = self._counter.total - self._reported, self._counter.total
-        return (f"{count} of the last {self.limit} steps left out for a NaN or an infinity",)
+        return (f"{count} of the last {self.limit} steps skipped because of a NaN or an infinity",)
 
     def _check_row(self, steps: int, where: str) -> None:
         row = self._counter.in_a_row
         if row >= self.limit:
             raise NonFiniteError(
-                f"{row} windows in a row were left out, from step {steps - row + 1} on, for a NaN or an infinity; it "
-                f"appeared first in {where}. Parameters are those before that step; a smaller learning rate or clip may help"
+                f"{row} windows in a row were skipped, from step {steps - row + 1} on; first NaN or infinity in {where}. "
+                "The parameters are those before that step: try a smaller learning rate or clip"
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """The counts."""
+        """Returns the counts."""
         return self._counter.state_dict()
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
@@ -94,7 +94,7 @@ def diagnose(
     loss: Tensor,
     parallel: DataParallel | None,
 ) -> str:
-    """Returns where the first NaN or infinity of a window is, in the order of computation, and on which of several ranks."""
+    """Returns a text that names the first NaN or infinity of a window, in the order of computation, and its rank."""
     parts = [(name, module) for name, module in (("", model), ("auxiliary.", auxiliary)) if module is not None]
     named: list[tuple[str, Any]] = [
         ("the inputs", window.inputs),
@@ -112,5 +112,5 @@ def diagnose(
 
 
 def dense(gradient: Tensor | None) -> Tensor | None:
-    """Returns the same gradient, a row-sparse one with all its rows."""
+    """Returns the gradient, converted to a dense tensor if it is sparse."""
     return gradient.to_dense() if gradient is not None and gradient.is_sparse else gradient

@@ -1,12 +1,12 @@
-"""Windows that were trained on, run once more: exact gradients of several windows, and λ-targets.
+"""Replays recorded windows: computes exact gradients over several windows, and λ-targets.
 
-A replay holds inputs and first states, never graphs; it runs the model with its present parameters, leaves their gradients,
-the model's buffers and the random state alone, and has one graph alive at a time (λ-targets) or one over the windows it is
-asked for (exact).
+A recorded window holds inputs and its first state, never a graph. A replay runs the model with its current parameters, and
+does not change their gradients, the model's buffers or the random state. λ-targets keep the graph of one window at a time,
+exact gradients keep one graph over all their windows.
 
 Source of λ-targets: Pemberton and Costa 2024, "BP(λ): Online Learning via Synthetic Gradients", arXiv 2401.07044. We
-compute the forward view that their eligibility traces equal, sweeping a ring of windows backwards, since a trace would hold
-B times D times the number of the synthesizer's parameters.
+compute the forward view, which equals their eligibility traces for frozen parameters, by one backward sweep over the
+recorded windows. A trace would hold B times D times the number of the synthesizer's parameters, D the size of a state.
 
 Legend: B = lanes, N = horizons, K = windows.
 """
@@ -29,15 +29,15 @@ from dni_seq.synthesizers.target_rule import TargetRule, combine
 
 
 class RecordedWindow(NamedTuple):
-    """A window as it was trained on.
+    """A recorded window of training, with its first state, so that it can be replayed.
 
     Attributes:
-        inputs: [T, B, ...].
-        targets: [T, B, ...].
-        mask: [T, B] bool, or None.
-        ends: [B] bool, or None.
-        start: the state that it started from, cut from its graph.
-        context: what the synthesizer was given with that state.
+        inputs: [T, B, ...], the model's inputs.
+        targets: [T, B, ...], the targets of the loss.
+        mask: [T, B] bool, True for steps that count in the loss; None if all count.
+        ends: [B] bool, True for lanes whose sequence ends with this window; None if no sequence ends.
+        start: the state that the window started from, detached from its graph.
+        context: the synthesizer's context at that state, or None.
     """
 
     inputs: Tensor
@@ -51,19 +51,20 @@ class RecordedWindow(NamedTuple):
 def exact_gradients(
     runner: WindowRunner, windows: Sequence[RecordedWindow], horizons: int | None = None, discount: float = 1.0
 ) -> list[list[Tensor]]:
-    """The gradient of each window's loss with respect to the first state of the first one.
+    """Returns the gradients of the windows' losses with respect to the first state of the first window.
 
-    A lane's gradient is zero behind the end of its sequence. One graph runs over all windows, one backward pass starts
-    at each.
+    A lane's gradient is zero for windows after the end of its sequence. One graph runs over all windows, and each gradient
+    needs one backward pass.
 
     Args:
-        runner: how training runs them; the parameters of its model are kept out of graphs.
-        windows: consecutive ones.
-        horizons: as many gradients are found; the last is that of all windows from its own on, each weighed by
-            `discount` once more than the one before it. None for one a window.
+        runner: runs the model, whose parameters are excluded from the graph.
+        windows: consecutive windows.
+        horizons: number of gradients, or None for one gradient for each window. The last gradient is that of all remaining
+            windows, whose losses have the weights 1, γ, γ², ...
+        discount: γ, used with `horizons`.
 
     Returns:
-        For each, the state's floating-point leaves, raw.
+        One list for each gradient: raw gradients of the state's floating-point leaves.
     """
     alone = len(windows) if horizons is None else horizons - 1
     with _unrolled(runner, windows) as (leaves, losses):
@@ -77,7 +78,7 @@ def exact_gradients(
 
 @contextmanager
 def _unrolled(runner: WindowRunner, windows: Sequence[RecordedWindow]) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
-    """The leaves of the first state, and the losses of all windows run from it in one graph."""
+    """Yields the leaves of the first state, and the losses of all windows, computed from it in one graph."""
     losses = []
     with without_parameter_gradients(runner.model), torch.enable_grad():
         start = states.map_floating(lambda leaf: leaf.detach().requires_grad_(), windows[0].start)
@@ -97,18 +98,18 @@ def lambda_targets(
     predict: Callable[[RecordedWindow], list[State]],
     lam: float,
 ) -> list[list[State]]:
-    """The λ-targets of every window's first state, by one sweep backwards.
+    """Returns the λ-targets at the first state of every window, computed by one backward sweep.
 
-    G_i(s_k) = local_i a_k + J_kᵀ Σ_j bootstrap_ij [(1 - λ) M_j(s_{k+1}) + λ G_j(s_{k+1})], where G
-    stands for M after the last window.
+    G_i(s_k) = local_i a_k + J_kᵀ Σ_j bootstrap_ij [(1 - λ) M_j(s_{k+1}) + λ G_j(s_{k+1})], where G = M after the last
+    window.
 
     Args:
-        runner: how training runs them.
-        windows: K consecutive ones, oldest first.
-        last_messages: the synthesizer's messages at the state behind the last window, zero in lanes that ended.
-        rule: the coefficients.
-        predict: the messages at a window's first state.
-        lam: λ; 0 is the bootstrapped target, 1 that of BPTT over the ring.
+        runner: runs the model.
+        windows: K consecutive windows, oldest first.
+        last_messages: the synthesizer's messages at the last state of the last window, zero in lanes that ended.
+        rule: the coefficients of targets.
+        predict: returns the messages at a window's first state.
+        lam: λ: 0 is the bootstrapped target, 1 that of BPTT over the K windows.
 
     Returns:
         For each window, oldest first, one target for each of the N horizons.
@@ -126,7 +127,7 @@ def lambda_targets(
 
 
 def _targets(runner: WindowRunner, window: RecordedWindow, following: list[State], rule: TargetRule) -> list[State]:
-    """One target for each horizon at one window's first state; its graph is gone afterwards."""
+    """Returns one target for each horizon at one window's first state; the window's graph is freed afterwards."""
     targets = []
     with without_parameter_gradients(runner.model), torch.enable_grad():
         start = states.map_floating(lambda leaf: leaf.detach().requires_grad_(), window.start)
@@ -144,7 +145,7 @@ def _targets(runner: WindowRunner, window: RecordedWindow, following: list[State
 
 
 def map_recorded(function: Callable[[Tensor, int], Tensor], window: RecordedWindow, runner: WindowRunner) -> RecordedWindow:
-    """`function(tensor, dim)` for all tensors of a window and the dimension of their lanes."""
+    """Returns the window with `function(tensor, dim)` applied to all tensors; `dim` is the dimension of the lanes."""
     mask, ends, context = window.mask, window.ends, window.context
     if isinstance(context, Lookahead):
         context = Lookahead(*(None if field is None else function(field, 1) for field in context))  # type: ignore[arg-type]
@@ -184,7 +185,7 @@ def _gradient(roots: list[Tensor], leaves: list[Tensor], gradients: list[Tensor 
 
 
 def pack(window: RecordedWindow) -> dict[str, Any]:
-    """A window as a dict of lists of tensors, which `torch.load(weights_only=True)` takes."""
+    """Returns a window as a dict of tensors and lists of tensors, which `torch.load(weights_only=True)` can load."""
     context = window.context
     return {
         **{name: getattr(window, name) for name in ("inputs", "targets", "mask", "ends")},
@@ -194,6 +195,6 @@ def pack(window: RecordedWindow) -> dict[str, Any]:
 
 
 def unpack(saved: dict[str, Any], like: State) -> RecordedWindow:
-    """The window that `pack` took apart; `like` gives its state's nest."""
+    """Returns the window that `pack` converted; its state is nested like `like`."""
     context = None if saved["context"] is None else Lookahead(*saved["context"])
     return RecordedWindow(**{**saved, "start": states.unflatten(like, saved["start"]), "context": context})

@@ -1,4 +1,4 @@
-"""What a training step reports.
+"""StepResult and Synthetic: the results of a training step.
 
 Legend: N = horizons.
 """
@@ -13,18 +13,21 @@ from dni_seq.credit.fidelity import StateFidelity
 
 
 class Synthetic(NamedTuple):
-    """What the synthesizer did in one step; tensors without a graph, N horizons.
+    """Measurements of the synthesizer in one step; tensors without a graph.
+
+    At a window without a regression, `loss` and `cosine` are NaN and `cosine` has one element.
 
     Attributes:
-        loss: 0-d, the regression's loss, in normalised units where the synthesizer is `Normalized`; the mean loss of its
-            own model where it learns ahead.
+        loss: 0-d, the synthesizer's training loss: of the regression, in normalised units if the synthesizer is
+            `Normalized`, or of its own model if it is self-supervised.
         gradient_norm: 0-d, norm of the synthesizer's gradient before clipping.
-        injected_ratio: 0-d, c‖M‖ / ‖a‖: the norm of what was injected into the last state, or would have been at a quiet
-            window, over that of the target of the first horizon at the first state; NaN where that horizon was not trained.
-        cosine: [N], between message and target; NaN where nothing was regressed.
-        r2: [N], 1 - squared error / squared target, over running sums of the latest windows.
-        scale: [N], the share of each message that is injected: c times discount and reliability.
-        fidelity: the latest comparison with exact gradients where this step made one, else None.
+        injected_ratio: 0-d, c‖M‖ / ‖a‖: norm of the injected gradient at the last state / norm of the first horizon's target
+            at the first state. At a window that skips injection it is the norm that would have been injected. 0 if the
+            message was rejected, NaN if the first horizon has no target at this window.
+        cosine: [N], cosine between message and target; NaN for a horizon without a target.
+        r2: [N], 1 - squared error / squared target, from running means over the latest windows.
+        scale: [N], the injected share of each message: c times discount, weight of the horizon and automatic scale.
+        fidelity: the comparison with exact gradients that this step made, or None.
     """
 
     loss: Tensor
@@ -37,16 +40,17 @@ class Synthetic(NamedTuple):
 
 
 class StepResult(NamedTuple):
-    """What one call of `SequenceTrainer.step` returns; tensors without a graph.
+    """The result of one `SequenceTrainer.step`; its tensors have no graph.
 
     Attributes:
         loss: 0-d, the window's loss in the unit of `loss_fn` (nats for cross-entropy).
         outputs: the model's outputs.
         gradient_norm: 0-d, norm of the model's gradient before clipping, the synthetic part included.
-        synthetic: what the synthesizer did; None without a synthesizer and at skipped steps.
+        synthetic: measurements of the synthesizer; None without a synthesizer, and at a step that the host skipped. A step
+            that a GPU skipped still has them.
         skipped: 0-d bool, True if the step was skipped because the loss or the gradient held a NaN or an infinity.
-        events: messages for the user: that the step was skipped and where the first NaN was, or that the synthesizer was
-            reset. On CUDA they arrive at a later step, when the counts are read.
+        events: messages for the user: that the step was skipped, with the place of the first NaN, or that the synthesizer
+            was reset. On CUDA they arrive at a later step, when the counts are read.
     """
 
     loss: Tensor

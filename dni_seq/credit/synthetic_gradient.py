@@ -1,10 +1,10 @@
-"""The synthesizer's side of training: what it injects, what it learns from, and how far it is trusted.
+"""SyntheticCredit: injects, trains and measures a synthesizer beside the RNN.
 
-`SequenceTrainer` steps the RNN; a `SyntheticCredit` predicts the gradient behind each window, trains the synthesizer towards
-its targets, bootstrapped at once or λ-targets by replay, and now and then replays a few windows to compare messages with
-exact gradients. With `scale="auto"` each horizon is injected in proportion to what that comparison says of it.
+`SequenceTrainer` steps the RNN. `SyntheticCredit` predicts the gradient after each window and trains the synthesizer towards
+its targets: bootstrapped ones at every window, or λ-targets by replay. Every `fidelity_every` windows it replays a few
+windows to compare messages with exact gradients; with `scale="auto"` these comparisons set the share of each horizon.
 
-Legend: B = lanes, N = horizons, K = windows in the ring.
+Legend: B = lanes, N = horizons, K = windows in the replay buffer.
 """
 
 from __future__ import annotations
@@ -39,33 +39,31 @@ from dni_seq.synthesizers.exact_future import ExactFuture
 from dni_seq.synthesizers.target_rule import TargetRule, drawn, rule_of
 
 BAD_WINDOWS = 3
-"""Windows in a row with a message or a regression that is not sound, after which a synthesizer begins anew."""
-
+"""Number of windows in a row with a rejected message or regression after which the synthesizer is reset."""
 
 READ_EVERY = 20
-"""Windows between two looks at what a GPU has counted."""
-
+"""Number of windows between two reads of the GPU's counts."""
 
 RESETS = 3
-"""How often a synthesizer begins anew before it is switched off."""
+"""Number of resets after which the next divergence disables the synthesizer."""
 
 
 class SyntheticCredit:
-    """Synthetic gradients for one trainer.
+    """Manages the synthetic gradients of one trainer.
 
     Args:
         synthesizer: the module that predicts.
-        optimizer: of its parameters, None where it has none to train.
-        runner: runs windows once more.
-        settings: how messages are used.
-        auxiliary: a module that shares the optimizer, and begins anew with the synthesizer.
-        parallel: this rank's part where the lanes are spread over several; the synthesizer's running statistics, its
-            comparisons, and whether it is sound then count all of them, what `Synthetic` tells of injection and fidelity
-            this rank's lanes alone.
+        optimizer: of the synthesizer's parameters, None if it has none to train.
+        runner: replays windows.
+        settings: the settings of injection and targets.
+        auxiliary: a module that shares the optimizer and is reset with the synthesizer.
+        parallel: this rank's part if the lanes are spread over several ranks. The synthesizer's running statistics,
+            comparisons and validity then cover the lanes of all ranks; `Synthetic.injected_ratio` and `fidelity` cover
+            this rank's lanes.
 
     Attributes:
-        resets: how often the synthesizer has diverged and begun anew.
-        disabled: whether it has diverged once more, and nothing is injected or learned any longer.
+        resets: number of times that the synthesizer has diverged and was reset.
+        disabled: whether it has diverged once more, so that nothing is injected or trained any longer.
     """
 
     def __init__(
@@ -84,7 +82,7 @@ class SyntheticCredit:
         self.optimizer = optimizer
         self.runner = runner
         self.interface = FilteredInterface(synthesizer, parallel)
-        # The RNN, which an exact future holds, is nothing to copy.
+        # `ExactFuture` holds the RNN, which must not be copied.
         memo = {id(runner.model): runner.model}
         self._target_network = copy.deepcopy(synthesizer, memo) if settings.target_network else None
         self._running = RunningFidelity()
@@ -105,19 +103,17 @@ class SyntheticCredit:
         self._before = self._remember()
         self.rule = self._rule()
         if settings.scale == "auto" and isinstance(synthesizer, ExactFuture):
-            raise ValueError(
-                'synthetic_scale="auto" asks what of a message is true, and all of an exact one is: give a number'
-            )
+            raise ValueError('ExactFuture rejects synthetic_scale="auto": give a number')
         if settings.targets == "lambda" and not self.interface.learns:
-            raise ValueError('targets="lambda" trains a synthesizer, this one has nothing to train: use "bootstrap"')
+            raise ValueError('targets="lambda" needs a synthesizer with trainable parameters: use "bootstrap"')
         if self.rule.self_supervised and settings.targets == "lambda":
-            raise ValueError('targets="lambda" trains towards targets, this synthesizer learns without any: use "bootstrap"')
+            raise ValueError('targets="lambda" does not apply to a self-supervised synthesizer: use "bootstrap"')
 
     def _rule(self) -> TargetRule:
-        """The coefficients of targets and injection at the coming window."""
+        """Returns the coefficients of targets and injection at the next window."""
         scale = 1.0 if self.settings.scale == "auto" else self.settings.scale
         rule = rule_of(self.synthesizer, scale, self.settings.discount)
-        # Drawn, since every second window, say, would be the same windows of short sequences each time.
+        # Drawn at random: with a fixed period, short sequences would train at the same windows each time.
         if self.settings.targets == "lambda" or drawn(self.settings.regress_every, self._steps):
             rule = rule._replace(active=[False] * len(rule.local))
         elif self._can_skip_injection(rule):
@@ -132,24 +128,24 @@ class SyntheticCredit:
         return rule
 
     def _can_skip_injection(self, rule: TargetRule) -> bool:
-        """Whether this window trains the synthesizer and may go without a message, which makes its target free."""
+        """Returns whether to skip injection at this window, which trains: its target then needs no extra product."""
         if self.settings.regress_every == 1 or rule.self_supervised or not (any(rule.active) and self.interface.learns):
             return False
         return self._auxiliary is None and not any(map(any, rule.bootstrap))
 
     @property
     def modules(self) -> list[nn.Module]:
-        """All whose tensors a step may change."""
+        """The modules whose tensors a step may change."""
         return [module for module in (*self._modules, self._target_network) if module is not None]
 
     @property
     def looks_back(self) -> bool:
-        """Whether the coming window's first state may be shown to the synthesizer once the window has run."""
+        """Whether the synthesizer may be evaluated at the next window's first state after the window has run."""
         settings = self.settings
         return any(self.rule.active) or settings.targets == "lambda" or settings.fidelity_every > 0
 
     def make_trigger(self, start: State, context: Lookahead | None) -> State:
-        """The window's first state, as a target for the synthesizer."""
+        """Returns the window's first state, detached; its gradient becomes a target of the synthesizer."""
         watched = any(self.rule.active) or self.interface.observes(self._steps)
         with synthesizer_context(context):
             return self.interface.make_trigger(start, watched=watched)
@@ -157,7 +153,7 @@ class SyntheticCredit:
     def inject(
         self, scope: GradientAccumulator, loss: Tensor, last: State, ends: Tensor | None, context: Lookahead | None
     ) -> ScopeExchange:
-        """Send the synthetic gradient of what is to come into the window's last state."""
+        """Injects the synthetic gradient of the future losses into the window's last state."""
         if not self.disabled:
             self.interface.observe(loss, scope, self._steps)
         with synthesizer_context(context):
@@ -173,13 +169,13 @@ class SyntheticCredit:
     def learn(
         self, exchange: ScopeExchange, window: RecordedWindow | None, last: State, last_context: Lookahead | None
     ) -> Synthetic:
-        """Train the synthesizer on what a window has taught; returns what it did.
+        """Trains the synthesizer after a window; returns its measurements.
 
         Args:
-            exchange: the window's, delivered.
-            window: the window, its first state included; None where the model chose that state itself.
-            last: its last state, without a graph.
-            last_context: what the synthesizer has ahead of it there.
+            exchange: the exchange of the window's scope, after the backward pass.
+            window: the window with its first state; None if the model chose that state itself.
+            last: the window's last state, without a graph.
+            last_context: the synthesizer's context at that state.
         """
         self._steps += 1
         if self.disabled:
@@ -192,12 +188,12 @@ class SyntheticCredit:
         else:
             regression, norm, valid = None, torch.zeros(()), self.interface.valid
             if self._auxiliary is not None and not self.disabled:
-                # Its own gradients alone: the synthesizer's parameters have none here.
+                # Only the auxiliary task's parameters have gradients here.
                 norm, valid = self._step_optimizer(torch.zeros(()), valid, self._buffers)
         if self.settings.targets == "lambda" and window is not None:
             regression, norm, valid = self._replay(window, last, last_context, valid)
         measured = None if window is None else self._measure(window)
-        # Last, since everything before it may fail and be undone.
+        # After everything that may fail and be undone.
         if self._target_network is not None and self._steps % self.settings.target_network == 0:
             self._target_network.load_state_dict(self.synthesizer.state_dict())
         self._check_divergence(valid)
@@ -219,7 +215,7 @@ class SyntheticCredit:
         )
 
     def _runs_again(self) -> bool:
-        """Whether windows are to be run again after this one, by code that may fail when the synthesizer has learned."""
+        """Returns whether windows are replayed after this one: that may fail after the synthesizer has been stepped."""
         every = self.settings.fidelity_every
         due = self._probe.messages is not None or (every > 0 and self._steps % every == 0)
         return due or (self.settings.targets == "lambda" and len(self._replay_buffer) + 1 >= self.settings.replay_windows)
@@ -227,11 +223,11 @@ class SyntheticCredit:
     def _replay(
         self, window: RecordedWindow, last: State, last_context: Lookahead | None, valid: Tensor
     ) -> tuple[Regression | None, Tensor, Tensor]:
-        """Every K windows: λ-targets for the ring by one sweep backwards, then one regression step for each window.
+        """Every K windows, computes λ-targets by one backward sweep and steps the synthesizer for each window.
 
-        Returns the last regression, the norm of its gradient, and whether these were `valid` too, 0-d bool.
+        Returns the last regression, the norm of its gradient, and whether all regressions and `valid` are valid, 0-d bool.
         """
-        if not self.interface.learns:  # frozen since: a ring would only grow
+        if not self.interface.learns:  # frozen meanwhile: the buffer would only grow
             self._replay_buffer.clear()
             return None, torch.zeros(()), valid
         self._replay_buffer.append(states.clone(window))
@@ -265,15 +261,16 @@ class SyntheticCredit:
         return regression, norm, valid
 
     def divided(self, regression: Regression) -> Regression:
-        """This rank's share of a regression: its gradients, in place, and its numbers, for the sum over the ranks."""
+        """Divides a regression and, in place, its gradients by the number of ranks, for the sum over ranks."""
         assert self.parallel is not None
         self.parallel.divide_gradients(self.synthesizer.parameters())
         return Regression(*(number / self.parallel.size for number in regression))
 
     def _step_optimizer(self, loss: Tensor, valid: Tensor, kept: TensorSnapshot) -> tuple[Tensor, Tensor]:
-        """One step for the gradients of a regression; their norm, and whether it, the loss and `valid` are, 0-d bool.
+        """Steps the synthesizer's optimizer if `valid` is true and the loss and the gradient norm are finite.
 
-        Where they are not, parameters and moments stay as they are, and normalisers are as they were `kept`.
+        Otherwise parameters and moments do not change, and buffers are restored from `kept`.
+        Returns the gradient norm, and whether the step was valid, 0-d bool.
         """
         if self.optimizer is None:
             return torch.zeros(()), valid & torch.isfinite(loss)
@@ -287,7 +284,7 @@ class SyntheticCredit:
         return norm, valid
 
     def _check_divergence(self, valid: Tensor) -> None:
-        """Count a window whose message or regression was not sound; after too many in a row begin anew."""
+        """Counts windows with a rejected message or regression; resets the synthesizer after too many in a row."""
         if self.disabled:
             return
         self._bad.add(valid)
@@ -295,16 +292,16 @@ class SyntheticCredit:
             return
         row = self._bad.in_a_row
         if row:
-            self._events.append(f"a message or regression of the synthesizer was not finite or too large, {row} in a row")
+            self._events.append(f"skipped a synthetic message or regression, not finite or too large ({row} in a row)")
         if row >= BAD_WINDOWS and self.interface.learns:
             self._reset_synthesizer()
 
     def _reset_synthesizer(self) -> None:
-        """Give the synthesizer its first parameters again; the one time too many, switch it off."""
+        """Restores the synthesizer's initial parameters; disables it if it was reset `RESETS` times before."""
         self.disabled = self.resets == RESETS
         self.resets += not self.disabled
-        then = "is switched off" if self.disabled else f"begins anew, {self.resets} of {RESETS} times"
-        self._events.append(f"the synthesizer has diverged and {then}")
+        then = "disabled" if self.disabled else f"reset, {self.resets} of {RESETS} times"
+        self._events.append(f"the synthesizer has diverged and was {then}")
         self._fresh.restore()
         if self.optimizer is not None:
             clear_optimizer_state(self.optimizer)
@@ -316,12 +313,12 @@ class SyntheticCredit:
         self.break_chain()
 
     def break_chain(self) -> None:
-        """Forget the windows that were to be run again, since the next one does not follow them."""
+        """Clears the recorded windows, because the next window does not follow them."""
         self._replay_buffer.clear()
         self._probe = FidelityProbe()
 
     def keep(self) -> None:
-        """Before a window: settle its rule, and remember what a step that fails must leave as it is."""
+        """Prepares a window: sets its rule, and records what `undo` restores."""
         self.rule = self._rule()
         self._buffers.keep()
         self._whole = None
@@ -329,7 +326,7 @@ class SyntheticCredit:
         self._largest = self.interface.largest
 
     def _remember(self) -> dict[str, Any]:
-        """What changes in a step beside tensors of modules: by attribute, containers copied."""
+        """Returns the attributes that a step changes, apart from module tensors; containers are copied."""
         return {
             "_bad": copy.copy(self._bad),
             "_events": list(self._events),
@@ -343,7 +340,7 @@ class SyntheticCredit:
         }
 
     def undo(self) -> None:
-        """Put everything back that has changed since `keep`, but for one step of the optimizer outside of replays."""
+        """Restores everything that has changed since `keep`, except one optimizer step outside of replays."""
         if self._whole is not None:
             self._whole.restore()
         self._buffers.restore()
@@ -351,7 +348,7 @@ class SyntheticCredit:
         self.interface.largest = self._largest
 
     def skip_step(self, *, broken_auxiliary: bool) -> None:
-        """A window was left out, and `undo` called: the next one does not follow the ones before it."""
+        """Counts a skipped window, after `undo`, and clears the recorded windows, which the next one does not follow."""
         self._steps += 1
         self.break_chain()
         if broken_auxiliary:
@@ -359,18 +356,18 @@ class SyntheticCredit:
 
     @property
     def skipped(self) -> int:
-        """Windows so far whose message or regression was left out; this waits for a GPU."""
+        """Number of windows so far whose message or regression was skipped; reading it waits for a GPU."""
         return self._bad.total
 
     def take_events(self, step: int) -> tuple[str, ...]:
-        """What has happened since the last call, as texts for the user."""
+        """Returns the messages for the user since the last call."""
         if not self._events:
             return ()
         events, self._events = tuple(f"step {step}: {event}" for event in self._events), []
         return events
 
     def _measure(self, window: RecordedWindow) -> StateFidelity | None:
-        """Compare messages with exact gradients where a comparison is due; update the reliabilities."""
+        """Compares messages with exact gradients if a comparison is due, and updates the automatic scale."""
         every = self.settings.fidelity_every
         if not every:
             return None
@@ -380,7 +377,7 @@ class SyntheticCredit:
             return None
         self._probe.windows.append(states.clone(window))
         horizons = len(self._probe.messages)
-        # A tail, or the only message, that is its own target stands for all windows from there on.
+        # A last message that bootstraps on itself (a tail, or the only one) predicts all later windows.
         bootstrapped = bool(self.rule.bootstrap[-1][-1])
         needed = horizons - 1 + self.settings.replay_windows if bootstrapped else horizons
         if len(self._probe.windows) < needed:
@@ -392,13 +389,13 @@ class SyntheticCredit:
         return found
 
     def _trust(self, found: StateFidelity) -> None:
-        """Take a comparison into the reliabilities, with the lanes of all ranks."""
+        """Adds a comparison, summed over ranks, to the automatic scale."""
         rows = [[float(number) for number in (h.overlap, h.power, h.exact_power)] for h in found.horizons]
         sums = torch.tensor(rows, dtype=torch.float64)
         self._reliability.update(sums if self.parallel is None else self.parallel.sum(sums))
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything but the synthesizer and its optimizer: running sums, reliabilities, ring, probe, target network."""
+        """Returns all state but the synthesizer's and its optimizer's; a collective call on several ranks."""
         messages = self._probe.messages
         if self.parallel is not None and messages is not None:
             messages = [self._leaves(self.parallel.all, message) for message in messages]
@@ -417,7 +414,7 @@ class SyntheticCredit:
         }
 
     def load_state_dict(self, saved: dict[str, Any], like: State) -> None:
-        """Take over what `state_dict` gave; `like` gives the hidden state's nest."""
+        """Restores what `state_dict` returned; hidden states are nested like `like`."""
         self._running.load_state_dict(saved["running"])
         self._reliability.load_state_dict(saved)
         messages = saved["probe_messages"]
@@ -430,7 +427,7 @@ class SyntheticCredit:
             messages, [own_lanes(unpack(window, like), self.runner) for window in saved["probe_windows"]]
         )
         if self._target_network is not None:
-            # Saved without one, it begins as a copy.
+            # If none was saved, it starts as a copy of the synthesizer.
             self._target_network.load_state_dict(saved["target_network"] or self.synthesizer.state_dict())
         self._steps = saved["steps"]
         if "bad" in saved:  # missing in what older versions saved
@@ -443,5 +440,5 @@ class SyntheticCredit:
 
 
 def without_chain(saved: dict[str, Any]) -> dict[str, Any]:
-    """What `SyntheticCredit.state_dict` gave, without the windows that were to be run again."""
+    """Returns the result of `SyntheticCredit.state_dict` without the recorded windows."""
     return {**saved, "ring": [], "probe_windows": [], "probe_messages": None}

@@ -1,4 +1,4 @@
-"""WindowRunner: how a window is run and scored, in training and in replays alike.
+"""WindowRunner: runs a model on a window and computes its loss, in training and in replays.
 
 Legend: T = window length in steps, B = lanes.
 """
@@ -53,14 +53,14 @@ class WindowRunner:
         return None if of_model is None else of_model(lanes)
 
     def run(self, inputs: Tensor, state: State | None) -> tuple[Any, State]:
-        """Runs the model on a copy of `state`, so that a model that writes into its state changes nobody else's."""
+        """Runs the model; returns outputs and last state. The model gets a copy of `state`, so it may write to it."""
         state = None if state is None else states.clone(state)
         with self._autocast(inputs):
             result: tuple[Any, State] = self.model(inputs, state)
         return result
 
     def run_in_two_parts(self, inputs: Tensor, state: State | None) -> tuple[Any, State, State]:
-        """Runs the first step and then the others; returns outputs, the state after the first step, and the last state."""
+        """Runs the first step, then the others; returns the outputs, the state after the first step, and the last state."""
         if len(inputs) == 1:
             outputs, last = self.run(inputs, state)
             return outputs, last, last
@@ -69,7 +69,11 @@ class WindowRunner:
         return torch.cat([first, rest]), early, last
 
     def loss(self, outputs: Any, targets: Tensor, mask: Tensor | None) -> Tensor:
-        """Returns the window's loss, 0-d: on several ranks this rank's contribution to the loss of all lanes."""
+        """Returns the window's loss, 0-d; with `parallel` this rank's contribution to the loss of all lanes.
+
+        Raises:
+            ValueError: `mask` or the reduction does not fit the losses that `loss_fn` returns.
+        """
         with self._autocast(targets):
             losses = self.loss_fn(outputs, targets)
             loss = window_loss(losses, mask, self.reduction)
@@ -85,7 +89,7 @@ class WindowRunner:
 
     @torch.no_grad()
     def state_template(self, inputs: Tensor, lanes: int) -> State:
-        """Returns a state whose nest saved leaves can fill; runs the model once if nobody gives an initial state."""
+        """Returns a state nested like the model's; runs the model once if there is no initial state."""
         initial = self.initial_state(lanes)
         if initial is None:
             with torch.random.fork_rng():
@@ -93,7 +97,7 @@ class WindowRunner:
         return initial
 
     def check_saved(self, leaves: list[Any], template: State) -> None:
-        """Raises a ValueError if a saved leaf, which has the lanes of all ranks, does not fit the template's."""
+        """Raises a ValueError if the shape of a saved leaf, with the lanes of all ranks, does not fit `template`."""
         dims = states.broadcast_to_leaves(self.state_batch_dim, template, "state_batch_dim")
         for leaf, like, dim in zip(leaves, states.flatten(template), dims, strict=True):
             if not isinstance(like, Tensor):
@@ -103,7 +107,7 @@ class WindowRunner:
                 expected[dim] *= self.parallel.ranks.size
             found = list(leaf.shape) if isinstance(leaf, Tensor) else type(leaf).__name__
             if found != expected:
-                raise ValueError(f"the saved hidden state has a leaf {found}, this model's is {expected}")
+                raise ValueError(f"the saved hidden state has a leaf {found}, this model's has {expected}")
 
     def _autocast(self, like: Tensor) -> contextlib.AbstractContextManager[Any]:
         if self.autocast is None:
@@ -111,31 +115,31 @@ class WindowRunner:
         return torch.autocast(like.device.type, dtype=self.autocast)
 
     def check_window(self, inputs: Tensor, targets: Tensor, ends: Tensor | None) -> None:
-        """Raises a ValueError if the shapes of a window do not agree, or if gradients are off."""
+        """Raises a ValueError if the shapes of a window do not agree, or if gradients are disabled."""
         if not torch.is_grad_enabled():
-            raise ValueError("step trains: call it outside of torch.no_grad() and torch.inference_mode()")
+            raise ValueError("step needs gradients: call it outside of torch.no_grad() and torch.inference_mode()")
         for name, tensor in (("inputs", inputs), ("targets", targets)):
             if tensor.dim() <= self.batch_dim:
-                raise ValueError(f"{name} has shape {tuple(tensor.shape)}, without dimension batch_dim={self.batch_dim}")
+                raise ValueError(f"{name} has shape {tuple(tensor.shape)}, and no dimension batch_dim={self.batch_dim}")
             if tensor.shape[0] == 0:
-                raise ValueError(f"{name} has no steps: a window needs one at least")
+                raise ValueError(f"{name} has no steps: a window needs at least one")
         lanes = inputs.shape[self.batch_dim]
         if targets.shape[self.batch_dim] != lanes:
-            raise ValueError(f"inputs have {lanes} lanes, targets {targets.shape[self.batch_dim]}")
+            raise ValueError(f"inputs have {lanes} lanes, targets {targets.shape[self.batch_dim]}: they must agree")
         if ends is not None and (ends.shape != (lanes,) or ends.dtype != torch.bool):
             raise ValueError(f"ends must be a bool tensor [{lanes}], got {ends.dtype} {list(ends.shape)}")
 
 
 def window_loss(losses: Tensor, mask: Tensor | None, reduction: Reduction) -> Tensor:
-    """One scalar of a scalar or of unreduced losses [T, B].
+    """Returns the loss of a window, 0-d, from a scalar or from unreduced losses [T, B].
 
     Args:
-        losses: what `loss_fn` returned.
-        mask: [T, B] bool, the steps that count, or None for all.
+        losses: the result of `loss_fn`; a scalar is returned unchanged.
+        mask: [T, B] bool, True for steps that count; None if all count.
         reduction: "mean" over the steps that count, "lane-mean" for the sum over time and mean over lanes, or "sum".
 
     Raises:
-        ValueError: a mask is given for a scalar, or has not the shape of the losses.
+        ValueError: a mask is given for a scalar or has another shape than the losses, or "lane-mean" has no [T, B] losses.
     """
     if losses.dim() == 0:
         if mask is not None:
@@ -143,7 +147,7 @@ def window_loss(losses: Tensor, mask: Tensor | None, reduction: Reduction) -> Te
         return losses
     if mask is not None:
         if mask.shape != losses.shape:
-            raise ValueError(f"mask has shape {tuple(mask.shape)}, the unreduced loss {tuple(losses.shape)}")
+            raise ValueError(f"mask has shape {tuple(mask.shape)}, unreduced losses {tuple(losses.shape)}: they must agree")
         losses = torch.where(mask, losses, 0)
     if reduction == "lane-mean" and losses.dim() < 2:
         raise ValueError(f'"lane-mean" needs unreduced losses [T, B], this loss_fn returned shape {list(losses.shape)}')
@@ -153,7 +157,7 @@ def window_loss(losses: Tensor, mask: Tensor | None, reduction: Reduction) -> Te
 
 
 def ahead_of_window(inputs: Tensor, targets: Tensor, mask: Tensor | None, lookahead: Lookahead) -> Lookahead:
-    """What the window's first state has ahead: the first m steps of the window and, behind it, of its lookahead."""
+    """Returns the lookahead at the window's first state: the next m steps, in the window and in its own lookahead."""
     steps = len(lookahead.inputs)
     counts = torch.ones_like(lookahead.valid[:1]).expand(len(inputs), -1) if mask is None else mask
     behind = lookahead.valid if lookahead.mask is None else lookahead.mask

@@ -1,1 +1,1 @@
-"""Several processes: how they meet, share lanes and gradients, or train in decoupled parts."""
+"""Training in several processes: process groups, data parallelism and decoupled parts."""

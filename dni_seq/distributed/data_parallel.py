@@ -1,8 +1,8 @@
-"""Data-parallel training: the B lanes of one run over several ranks, with the numbers of one process.
+"""Data-parallel training: splits the B lanes of one run over several ranks, with the updates of one process.
 
-Every rank reads the same text into the same B lanes and trains on its slice of them. What it backpropagates is its share of
-the one loss of the window, so that gradients are *summed*, and raw messages of a synthesizer keep the unit that they have
-in one process: a run may go on with another number of ranks.
+Every rank reads the same text into the same B lanes and trains on its slice of them. It backpropagates its share of the
+window's loss, so that gradients are summed over ranks, not averaged. Raw messages of a synthesizer thus have the same unit
+as in one process, and a run may be resumed with another number of ranks.
 
 Legend: T = window length in steps, B = lanes of the run, W = ranks.
 """
@@ -20,10 +20,12 @@ from dni_seq.distributed.process_group import Ranks
 
 
 class DataParallel:
-    """This rank's part in training on B lanes; give it to `SequenceTrainer(parallel=...)`, or use its parts in a loop.
+    """Splits B lanes over several ranks and sums gradients, for `SequenceTrainer(parallel=...)` or your own training loop.
+
+    Methods that communicate are collective calls: all ranks make them in the same order.
 
     Args:
-        ranks: those that share the lanes.
+        ranks: the ranks that share the lanes.
 
     Attributes:
         ranks: the same.
@@ -36,10 +38,10 @@ class DataParallel:
         return self
 
     def lanes(self, total: int) -> slice:
-        """This rank's slice of `total` lanes.
+        """Returns this rank's slice of `total` lanes.
 
         Raises:
-            ValueError: the ranks cannot have equally many lanes.
+            ValueError: `total` is not a multiple of the number of ranks.
         """
         size, rank = self.ranks.size, self.ranks.rank
         if total % size:
@@ -48,7 +50,11 @@ class DataParallel:
         return slice(rank * each, (rank + 1) * each)
 
     def window(self, window: Window) -> Window:
-        """This rank's lanes of a window of all B."""
+        """Returns this rank's lanes of a window with all B lanes.
+
+        Raises:
+            ValueError: B is not a multiple of the number of ranks.
+        """
         mine = self.lanes(window.inputs.shape[1])
         ahead = window.lookahead
         if ahead is not None:
@@ -63,50 +69,55 @@ class DataParallel:
         )
 
     def own(self, leaf: Tensor, dim: int) -> Tensor:
-        """This rank's lanes of a tensor with all B along `dim`."""
+        """Returns this rank's lanes of a tensor that has all B lanes along `dim`."""
         mine = self.lanes(leaf.shape[dim])
         return leaf.narrow(dim, mine.start, mine.stop - mine.start)
 
     def all(self, leaf: Tensor, dim: int) -> Tensor:
-        """The B lanes of all ranks, of a tensor with this rank's along `dim`; a collective."""
+        """Returns all B lanes of a tensor that has this rank's lanes along `dim`; a collective call."""
         return self.ranks.all_gather_cat(leaf, dim)
 
     @property
     def size(self) -> int:
-        """W."""
+        """W, the number of ranks."""
         return self.ranks.size
 
     def share(self, loss_fn: Callable[[Any, Tensor], Tensor]) -> Callable[[Any, Tensor], Tensor]:
-        """`loss_fn` divided by W: a mean over this rank's lanes then is its share of the mean over all.
+        """Returns `loss_fn` divided by W: a mean over this rank's lanes becomes its share of the mean over all lanes.
 
-        For `ExactFuture` beside a trainer with the reduction "mean" or "lane-mean".
+        Use it for the loss of `ExactFuture` if the trainer's reduction is "mean" or "lane-mean".
         """
         size = self.ranks.size
         return lambda outputs, targets: loss_fn(outputs, targets) / size
 
     def share_of_mean(self, loss: Tensor, mask: Tensor | None) -> Tensor:
-        """This rank's share of the mean over all lanes, from the mean over its own; a mask [T, B / W] counts its steps."""
+        """Scales a mean loss over this rank's lanes to its share of the mean over all lanes.
+
+        Args:
+            loss: 0-d, the mean over this rank's lanes, or with a mask over the steps that count.
+            mask: [T, B / W] bool, True for steps that count, or None. With a mask this is a collective call.
+        """
         if mask is None:
             return loss / self.ranks.size
         own = mask.sum().to(loss.dtype)
         return loss * own / self.ranks.sum_(own.clone()).clamp_min(1)
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """The sum of `tensor` over all ranks."""
+        """Returns the sum of `tensor` over all ranks; a collective call."""
         return self.ranks.sum_(tensor.detach().clone())
 
     def norm(self, own: Tensor) -> Tensor:
-        """The norm over the lanes of all ranks, of something whose norm over this rank's is `own`, 0-d."""
+        """Returns the norm over all lanes, given the norm `own` over this rank's lanes, 0-d; a collective call."""
         return self.sum(own.double().square()).sqrt().to(own.dtype)
 
     def sums(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Each tensor's sum over all ranks, by one all-reduce."""
+        """Returns each tensor's sum over all ranks, by one all-reduce."""
         flat = self.ranks.sum_(torch.cat([tensor.detach().reshape(-1) for tensor in tensors]))
         pieces = flat.split([tensor.numel() for tensor in tensors])
         return [piece.view_as(tensor) for piece, tensor in zip(pieces, tensors, strict=True)]
 
     def mean(self, tensors: Sequence[Any]) -> list[Any]:
-        """Each tensor's mean over all ranks, by one all-reduce; None where it is None, on all ranks alike."""
+        """Returns each tensor's mean over all ranks, by one all-reduce. None stays None and must be None on all ranks."""
         there = [tensor for tensor in tensors if tensor is not None]
         if not there:
             return list(tensors)
@@ -114,33 +125,37 @@ class DataParallel:
         return [None if tensor is None else next(sums) / self.size for tensor in tensors]
 
     def synchronize(self, module: nn.Module) -> None:
-        """Let the running statistics in `module` count the lanes of all ranks from now on, before they are used."""
+        """Makes the running statistics in `module` cover the lanes of all ranks; call it before the first use."""
         for part in module.modules():
             if hasattr(part, "across_ranks"):
                 part.across_ranks = self  # type: ignore[assignment]
 
     def first(self, place: int, text: str) -> str:
-        """The text of the rank with the lowest place, and its number; a collective."""
+        """Returns the text of the rank with the lowest `place`, with the rank's number; a collective call."""
         found = self.ranks.gather((place, text))
         rank = min(range(self.size), key=lambda i: found[i][0])
         return f"{found[rank][1]} on rank {rank}"
 
     def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Average gradients over all ranks, by one all-reduce: those of a regression, whose loss is a mean over lanes."""
+        """Averages gradients over all ranks, by one all-reduce; for a regression, whose loss is a mean over lanes."""
         learning = list(parameters)
         self.divide_gradients(learning)
         self.sum_gradients(learning)
 
     def divide_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Divide gradients by W, so that their sum over the ranks is a mean."""
+        """Divides gradients by W in place, so that their sum over ranks is a mean."""
         for parameter in parameters:
             if parameter.grad is not None:
                 parameter.grad /= self.ranks.size
 
     def sum_gradients(self, parameters: Iterable[nn.Parameter], numbers: Sequence[Tensor] = ()) -> None:
-        """Sum gradients over all ranks, and `numbers` in place, by one flattened all-reduce.
+        """Sums gradients, and `numbers` in place, over all ranks by one flattened all-reduce.
 
-        A parameter without a gradient anywhere keeps none; without one on some ranks it counts as zero there.
+        A gradient that is missing on some ranks counts as zero there; one that is missing on all ranks stays None.
+
+        Args:
+            parameters: the parameters whose gradients to sum, in the same order on all ranks.
+            numbers: further tensors to sum.
         """
         learning = [parameter for parameter in parameters if parameter.requires_grad]
         there = [parameter.grad is not None for parameter in learning]
@@ -149,7 +164,7 @@ class DataParallel:
             return
         dtype = pieces[0].dtype
         flags = torch.tensor(there, dtype=dtype, device=pieces[0].device)
-        # The flags keep the buffer as long on every rank as on the others.
+        # Zeros for missing gradients give the buffer the same length on all ranks; the flags count who has a gradient.
         flat = self.ranks.sum_(torch.cat([piece.reshape(-1).to(dtype) for piece in [*pieces, flags]]))
         *sums, counts = flat.split([*(piece.numel() for piece in pieces), len(flags)])
         for parameter, total, count in zip(learning, sums, counts.tolist(), strict=False):

@@ -1,11 +1,12 @@
-"""Two parts of a network in two processes that never wait for each other.
+"""Trains two parts of a network in two processes that never wait for each other.
 
-A `BidirectionalInterface` stands between them, and both hold a copy of it. Part A calls `send` on its copy, which trains the
-synthetic input and learns from a synthetic gradient. Part B calls `receive` on its own, which gives it a synthetic input and
-trains the synthetic gradient. So each part trains one of the two synthesizers and uses the other. What travels, now and then
-and by a thread beside the training loop, are its parameters, and where part A wants it a real message with them.
+A `BidirectionalInterface` connects the parts, and each process holds a copy of it. Part A calls `send` on its copy, which
+trains the synthetic input and backpropagates a synthetic gradient. Part B calls `receive` on its copy, which returns a
+synthetic input and trains the synthetic gradient. Each part thus trains one of the two synthesizers and uses the other one.
+Every few updates a thread beside the training loop sends the parameters of a part's own synthesizer to the other part, and
+with them an optional real message.
 
-Source: the complete unlock of Jaderberg et al. 2017, arXiv 1608.05343, section 2.2, where it runs in one process.
+Source: the complete unlock of Jaderberg et al. 2017, arXiv 1608.05343, section 2.2. There it runs in one process.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ from dni_seq.distributed.process_group import RankError, Ranks, translate_dist_e
 
 
 class Outbox:
-    """Hands the newest of what is put into it to another rank, by a thread; older ones not yet on their way are dropped.
+    """Sends the newest content to another rank by a thread; older content that is not yet being sent is dropped.
 
     Args:
-        group: a process group of its own, since its messages pair up with those of an `Inbox` in order.
+        group: a process group for this pair only, because its messages are matched in order with those of an `Inbox`.
         to: the other rank.
     """
 
@@ -41,10 +42,10 @@ class Outbox:
         self._thread.start()
 
     def put(self, content: Mapping[str, Any]) -> None:
-        """Hand over `content`, plain values and tensors, which are copied here.
+        """Queues `content`, a nest of dicts of plain values and tensors; tensors are copied.
 
         Raises:
-            RankError: an earlier one could not be handed over.
+            RankError: earlier content could not be sent.
         """
         copied = _copied(content)
         with self._changed:
@@ -54,10 +55,10 @@ class Outbox:
             self._changed.notify()
 
     def close(self) -> None:
-        """Hand over what is waiting, and say that nothing more comes; this waits for the other rank's thread.
+        """Sends the queued content and an end marker; waits for the other rank's thread.
 
         Raises:
-            RankError: the other rank does not take it.
+            RankError: the other rank does not receive it.
         """
         with self._changed:
             self._closed = True
@@ -92,10 +93,10 @@ class Outbox:
 
 
 class Inbox:
-    """Holds the newest of what an `Outbox` of another rank has handed over, received by a thread.
+    """Receives content from the `Outbox` of another rank by a thread, and holds the newest.
 
     Args:
-        group: that of the outbox.
+        group: the process group of the outbox.
         source: the other rank.
     """
 
@@ -108,10 +109,10 @@ class Inbox:
         self._thread.start()
 
     def take(self) -> dict[str, Any] | None:
-        """What has come since the last call, the newest alone; None where nothing has.
+        """Returns the newest content since the last call, or None if there is none.
 
         Raises:
-            RankError: the other rank has ended without a word, or has not sent anything for the group's timeout.
+            RankError: the other rank has ended without an end marker, or has sent nothing within the group's timeout.
         """
         with self._lock:
             if self._error is not None:
@@ -120,7 +121,7 @@ class Inbox:
         return content
 
     def close(self) -> None:
-        """Wait until the other rank says that nothing more comes."""
+        """Waits for the end marker of the other rank."""
         self._thread.join()
 
     def _collect(self) -> None:
@@ -145,20 +146,23 @@ class Inbox:
 
 
 class RemoteEnd:
-    """One part's end of an interface whose other end is in another process.
+    """One end of an interface whose other end is in another process.
 
-    Part A's own synthesizer is `interface.forward_interface.synthesizer`, the other's that of `backward_interface`; for part
-    B it is the other way round.
+    Part A trains `interface.forward_interface.synthesizer` and uses `interface.backward_interface.synthesizer`. Part B
+    trains and uses them the other way round.
 
     Args:
         own: the synthesizer that this part trains.
-        other: the one that the other part trains, and this one uses.
-        outbox, inbox: to and from the other part.
-        every: updates between two messages.
+        other: the synthesizer that the other part trains and this part uses.
+        outbox, inbox: the connections to and from the other part.
+        every: number of updates between two messages.
 
     Attributes:
-        updates: of this part so far.
-        heard: updates that the other part had done when it sent the newest message here.
+        updates: number of this part's updates so far.
+        heard: number of the other part's updates at the time of its newest message received here.
+
+    Raises:
+        ValueError: `every` is below 1.
     """
 
     def __init__(self, own: nn.Module, other: nn.Module, outbox: Outbox, inbox: Inbox, every: int) -> None:
@@ -170,16 +174,16 @@ class RemoteEnd:
         self.heard = 0
 
     def exchange(self, message: Mapping[str, Tensor] | None = None) -> dict[str, Tensor] | None:
-        """Count an update of this part, send what is due, and take what has come; never waits for the other part.
+        """Counts an update, sends every `every` updates, and takes what has arrived; never waits for the other part.
 
         Args:
-            message: a real message and what belongs to it, to go to the other part if it is time for one.
+            message: a real message and the tensors that belong to it; sent with the synthesizer.
 
         Returns:
-            What the other part has sent so, where something new has come.
+            The other part's `message` if new content has arrived, else None.
 
         Raises:
-            RankError: the other part has died.
+            RankError: the other part has ended or does not answer.
         """
         self.updates += 1
         if self.updates % self.every == 0:
@@ -187,11 +191,11 @@ class RemoteEnd:
         return self.take()
 
     def send(self, message: Mapping[str, Tensor] | None = None) -> None:
-        """Hand the part's own synthesizer to the other part."""
+        """Queues this part's own synthesizer, and `message`, for the other part."""
         self.outbox.put({"updates": self.updates, "synthesizer": self.own.state_dict(), "message": message})
 
     def take(self) -> dict[str, Tensor] | None:
-        """Take over what has come."""
+        """Loads the newest synthesizer of the other part; returns its `message`, or None if nothing has arrived."""
         news = self.inbox.take()
         if news is None:
             return None
@@ -202,16 +206,16 @@ class RemoteEnd:
 
 @contextmanager
 def remote_end(ranks: Ranks, own: nn.Module, other: nn.Module, every: int) -> Iterator[RemoteEnd]:
-    """The end of an interface between rank 0, part A, and rank 1, part B; a collective.
+    """Yields this rank's end of an interface between part A (rank 0) and part B (rank 1); a collective call.
 
-    At the block's end the last message of each part is on its way, and the threads have ended: parts wait for each other
-    there, since a process that ended would take its connections with it.
+    At the end of the block the parts exchange a last message and wait for each other, because the connections of a process
+    close when it ends.
 
     Raises:
-        ValueError: there are not two ranks.
+        ValueError: the number of ranks is not 2.
     """
     if ranks.size != 2:
-        raise ValueError(f"an interface has two ends, there are {ranks.size} ranks: start two, torchrun --nproc-per-node 2")
+        raise ValueError(f"training in two parts needs 2 ranks, got {ranks.size}: use torchrun --nproc-per-node 2")
     to_b, to_a = (ranks.new_group() for _ in range(2))
     peer = 1 - ranks.rank
     outgoing, incoming = (to_b, to_a) if ranks.first else (to_a, to_b)

@@ -1,7 +1,7 @@
-"""The processes of one run, its ranks: how they find each other, agree, and fail within a bounded time.
+"""The ranks of a run: initialises torch.distributed, provides collectives, and reports failures within a bounded time.
 
-The engine is `torch.distributed`: `torchrun` starts the processes, gloo carries what lies on CPUs and NCCL what lies on
-GPUs. A rank that dies closes its connections, which the others notice at once; one that hangs is noticed after `timeout`.
+`torchrun` starts the processes; gloo transfers CPU tensors and NCCL transfers GPU tensors. If a rank dies, its connections
+close and the other ranks fail at once. If a rank hangs, the others fail after `timeout`.
 """
 
 from __future__ import annotations
@@ -20,27 +20,28 @@ from torch import Tensor
 from torch import distributed as dist
 
 TIMEOUT = 300.0
-"""Seconds that a rank waits for the others, unless told otherwise."""
+"""Default number of seconds that a rank waits for the others."""
 
 Result = TypeVar("Result")
 
 
 class RankError(RuntimeError):
-    """Another rank has ended, or does not answer; the text is one line."""
+    """Raised if another rank has ended or does not answer; the message is one line."""
 
 
 class Ranks:
-    """The ranks of a process group; one process alone is a group of one, which talks to nobody.
+    """The ranks of a process group, with collectives; a single process is a group of one and never communicates.
 
-    Every method is a collective: all ranks call it, in the same order.
-
-    Attributes:
-        rank: of this process, from 0.
-        size: number of ranks.
+    Every method is a collective call: all ranks call it in the same order.
 
     Args:
-        group: the process group, None for the default one, or for a process alone where there is none.
-        timeout: seconds that the ranks wait for each other in groups that are made later.
+        group: the process group. None for the default group, or for a single process if torch.distributed is not
+            initialised.
+        timeout: seconds that ranks wait for each other in groups made by `new_group`.
+
+    Attributes:
+        rank: the rank of this process, from 0.
+        size: number of ranks.
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None, timeout: float = TIMEOUT) -> None:
@@ -51,7 +52,7 @@ class Ranks:
         self.size = dist.get_world_size(group) if there else 1
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Ranks:
-        """The connections of a process are its own: copies of what holds them share them."""
+        """Returns self: copies share the connections of the process."""
         return self
 
     @property
@@ -60,15 +61,15 @@ class Ranks:
         return self.rank == 0
 
     def new_group(self) -> dist.ProcessGroup:
-        """Another group of all ranks, whose messages pair up among themselves."""
+        """Returns another process group of all ranks, whose messages do not mix with those of other groups."""
         with translate_dist_errors():
             return dist.new_group(timeout=timedelta(seconds=self._timeout))
 
     def sum_(self, tensor: Tensor) -> Tensor:
-        """Add `tensor` up over all ranks, in place.
+        """Sums `tensor` over all ranks in place, and returns it.
 
         Raises:
-            RankError: another rank has ended, or does not answer; so for all methods.
+            RankError: another rank has ended or does not answer. All methods that communicate raise it.
         """
         if self.size > 1:
             with translate_dist_errors():
@@ -76,7 +77,7 @@ class Ranks:
         return tensor
 
     def all_reduce_max(self, *numbers: int) -> list[int]:
-        """The largest of each number over all ranks."""
+        """Returns the maximum of each number over all ranks."""
         if self.size == 1:
             return list(numbers)
         found = torch.tensor(numbers)
@@ -85,7 +86,7 @@ class Ranks:
         return found.tolist()
 
     def all_gather_cat(self, tensor: Tensor, dim: int) -> Tensor:
-        """The ranks' tensors, all of one shape, one behind the other along `dim`."""
+        """Returns the ranks' tensors, which have equal shapes, concatenated along `dim`."""
         if self.size == 1:
             return tensor
         own = tensor.to(torch.uint8 if tensor.dtype == torch.bool else tensor.dtype).contiguous()  # gloo has no bool
@@ -95,7 +96,7 @@ class Ranks:
         return torch.cat(pieces, dim).to(tensor.dtype)
 
     def gather(self, value: Any) -> list[Any]:
-        """Every rank's `value`, anything that can be pickled, by rank."""
+        """Returns the `value` of every rank, by rank; it must be picklable."""
         values = [value]
         if self.size > 1:
             values = [None] * self.size
@@ -104,20 +105,20 @@ class Ranks:
         return values
 
     def run_on_all(self, work: Callable[[], Result]) -> Result:
-        """Do `work` on every rank, and fail on all of them where it fails on one.
+        """Runs `work` on every rank and returns its result; if it fails on one rank, raises on all ranks.
 
         Raises:
-            ValueError: `work` has raised a ValueError or OSError somewhere; the text is that of the first such rank.
+            ValueError: `work` has raised a ValueError or OSError on some rank; the message is that of the first such rank.
         """
         result, failure = _attempted(work)
         self._raise_first(self.gather(failure))
         return result  # type: ignore[return-value]
 
     def broadcast_from_rank0(self, work: Callable[[], Result]) -> Result:
-        """What `work` gives on rank 0, on every rank; it must be something that can be pickled.
+        """Runs `work` on rank 0 and returns its result, which must be picklable, on every rank.
 
         Raises:
-            ValueError: as in `run_on_all`.
+            ValueError: `work` has raised a ValueError or OSError.
         """
         outcome = _attempted(work) if self.first else None
         if self.size > 1:
@@ -130,17 +131,17 @@ class Ranks:
         return outcome[0]  # type: ignore[return-value]
 
     def check_same(self, facts: Mapping[str, Any]) -> None:
-        """Hold all ranks to the same facts.
+        """Checks that `facts` are equal on all ranks.
 
         Raises:
-            ValueError: a rank has others than rank 0; the text names it, and the first fact that differs.
+            ValueError: a rank differs from rank 0; the message names that rank and the first fact that differs.
         """
         first, *others = self.gather(dict(facts))
         for rank, found in enumerate(others, start=1):
             for name in facts:
                 if found.get(name) != first.get(name):
                     raise ValueError(
-                        f"rank {rank} has another {name} than rank 0 ({_short(found.get(name))} there, "
+                        f"rank {rank} has a different {name} than rank 0 ({_short(found.get(name))} there, "
                         f"{_short(first.get(name))} on rank 0): start all ranks with the same program, data and options"
                     )
 
@@ -164,7 +165,7 @@ def _short(value: Any) -> str:
 
 @contextmanager
 def translate_dist_errors() -> Iterator[None]:
-    """Say in one line what it means that a rank's connection is gone, or that time is up."""
+    """Converts a RuntimeError of torch.distributed, such as a closed connection or a timeout, to a one-line RankError."""
     try:
         yield
     except RuntimeError as error:
@@ -174,29 +175,31 @@ def translate_dist_errors() -> Iterator[None]:
 
 @contextmanager
 def init_distributed(timeout: float = TIMEOUT) -> Iterator[Ranks]:
-    """The ranks of the run that this process was started for by `torchrun`; alone where it was not.
+    """Initialises torch.distributed if `torchrun` has started this process, and yields the ranks of the run.
 
-    `torchrun` says where through RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT; other launchers may set them too.
+    The environment variables RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT must be set, by `torchrun` or another launcher.
+    If WORLD_SIZE is missing or 1, the process is the only rank.
 
     Args:
-        timeout: seconds to wait for the others to come, and later to answer.
+        timeout: seconds to wait for the other ranks, at the start and in each later collective call.
 
     Raises:
-        ValueError: the variables are wrong, the port is in use, or the others have not come in time.
+        ValueError: a variable is missing, the port is in use, or the other ranks have not started in time.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield Ranks()
         return
     _meet(timeout)
     yield Ranks(timeout=timeout)
-    # After a failure the connections close with the process: others may wait in them, and taking them down would too.
+    # Not after an exception: destroying the group could wait for the other ranks. Connections close with the process.
     dist.destroy_process_group()
 
 
 def leave(status: int) -> NoReturn:
-    """End this process with `status`, at once where its group still stands, as after another rank's end.
+    """Ends this process with `status`; skips the interpreter's shutdown if the process group still exists.
 
-    The group's threads may be waiting for the rank that is gone; an interpreter that takes them down at its end may abort.
+    It exists after a failure of another rank. Its threads may be waiting for that rank, and ending them at shutdown can
+    abort the process.
     """
     sys.stdout.flush()
     sys.stderr.flush()
@@ -206,9 +209,9 @@ def leave(status: int) -> NoReturn:
 
 
 def _meet(timeout: float) -> None:
-    """Initialise the default process group."""
-    # Imported later, by torch's optimizers say, its functions would hold this group as the default of an argument for ever.
-    # Its threads then outlive it, and one that lets go of a message while Python ends aborts the process.
+    """Initialises the default process group."""
+    # If this module is first imported later, for example by torch's optimizers, its functions keep the group as a default
+    # argument. The group's threads then outlive it, and a thread that frees a message during shutdown aborts the process.
     import torch.distributed.nn.functional
 
     missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
@@ -223,18 +226,18 @@ def _meet(timeout: float) -> None:
             raise ValueError(f"the port of {where} is in use: give torchrun another one with --master-port") from error
         raise ValueError(
             f"the {os.environ['WORLD_SIZE']} ranks have not met at {where} within {timeout:g} s "
-            f"({(str(error).splitlines() or [''])[0]}): start them all, and see that they can reach that address"
+            f"({(str(error).splitlines() or [''])[0]}): start all ranks, and check that they can reach this address"
         ) from error
 
 
 def local_device() -> str | None:
-    """The GPU of this rank, by LOCAL_RANK, where the machine has them; None elsewhere."""
+    """Returns the GPU of this rank by LOCAL_RANK, such as "cuda:0"; None without LOCAL_RANK or without GPUs."""
     local = os.environ.get("LOCAL_RANK")
     return None if local is None or not torch.cuda.is_available() else f"cuda:{local}"
 
 
 def program() -> dict[str, Any]:
-    """What ranks must have in common to be one run: torch, and this library's own source."""
+    """Returns what all ranks of a run must share: the version of torch, and a checksum of this library's source."""
     source = 0
     package = Path(__file__).parents[1]
     for path in sorted(package.rglob("*.py")):

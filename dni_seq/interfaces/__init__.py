@@ -1,1 +1,1 @@
-"""Where a network is cut, and synthetic messages replace real ones."""
+"""Interfaces that cut a network in two parts and replace real messages between them with synthetic ones."""

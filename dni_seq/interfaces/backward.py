@@ -1,10 +1,10 @@
-"""Interfaces: where a network is cut, and synthetic messages stand in for real ones.
+"""BackwardInterface: cuts a network in two parts and sends a synthetic gradient to the first part.
 
 Source: Jaderberg et al. 2017, "Decoupled Neural Interfaces using Synthetic Gradients", arXiv 1608.05343, section 2. Names,
-arguments and meaning are those of dni-pytorch. Beyond it, triggers may be nested states, contexts are captured where a
-trigger is made, and scopes nest and survive exceptions.
+arguments and semantics are those of dni-pytorch. We differ in three points: triggers may be nested states, a context is
+captured when its trigger is made, and scopes nest and survive exceptions.
 
-docs/interfaces.md teaches them by example.
+docs/interfaces.md has examples.
 """
 
 from __future__ import annotations
@@ -26,22 +26,26 @@ from dni_seq.synthesizers.target_rule import TargetRule, combine, rule_of
 
 
 class BackwardInterface(Interface):
-    """Synthetic gradients: part A learns from a prediction of the gradient that part B would send back.
+    """Trains part A of a network with a prediction of the gradient that part B would send back.
 
-    Called as a module between two parts of a network, it backpropagates the synthetic gradient into the part before it at
-    once, hands the activation on, and trains the synthesizer on the real gradient when that arrives. In an unrolled RNN
-    `make_trigger` takes the first state of a window and `backward` the last one, inside of `defer_backward`.
+    Called as a module between the two parts, it backpropagates the synthetic gradient into part A, returns the activation
+    for part B, and trains the synthesizer on the true gradient when part B's backward pass has computed it. In an unrolled
+    RNN, call `make_trigger` on the first state of a window and `backward` on the last one, inside `defer_backward`.
 
-    In `eval()` it passes its input through.
+    Training the synthesizer adds gradients to its parameters; the caller steps its optimizer. In `eval()` the interface
+    returns its input.
 
     Args:
-        synthesizer: any module with `forward(trigger, context)` that returns a message of the trigger's shape: the gradient,
-            with respect to the trigger, of the scalar that the user backpropagates.
+        synthesizer: any module with `forward(trigger, context)` that returns a message of the trigger's shape. The message
+            is the gradient, with respect to the trigger, of the scalar that the user backpropagates.
+
+    Attributes:
+        synthesizer: the same.
     """
 
     @uncompiled
     def forward(self, trigger: State) -> State:
-        """Decouple: learn from a synthetic gradient on this side, hand on a trigger that collects the real one."""
+        """Backpropagates the synthetic gradient into `trigger`; returns a detached trigger that receives the true one."""
         if not self.training or not torch.is_grad_enabled():
             return trigger
         if any(leaf.requires_grad for leaf in states.floating(trigger)):
@@ -50,12 +54,16 @@ class BackwardInterface(Interface):
 
     @uncompiled
     def make_trigger(self, trigger: State, *, watched: bool = True) -> State:
-        """Cut `trigger` from what came before; the gradient that arrives at the returned copy trains the synthesizer.
+        """Returns `trigger` detached from its graph; the gradient that arrives at the result trains the synthesizer.
 
-        In a scope whose window has no target for it, `watched=False` spares the backward pass that gradient.
+        The synthesizer is trained with the `synthesizer_context` of this call. In a `defer_backward` scope it is trained at
+        the scope's end, elsewhere when a backward pass has brought the gradient of every leaf. In `eval()` and under
+        `torch.no_grad()` the trigger is returned unchanged.
 
-        The context of the moment is the one that the synthesizer is trained with. In a `defer_backward` scope the gradient
-        is taken at the scope's end; elsewhere when a backward pass brings it, for a nest when it has come for every leaf.
+        Args:
+            trigger: a tensor or nest, such as the state that a window starts from.
+            watched: False if the scope has no target for this trigger, so that its gradient need not be computed. It has no
+                effect outside of a scope.
 
         Raises:
             ValueError: the trigger holds no floating-point tensor.
@@ -84,26 +92,28 @@ class BackwardInterface(Interface):
         rule: TargetRule | None = None,
         bootstrap: nn.Module | None = None,
     ) -> None:
-        """Predict the gradient with respect to `trigger` and backpropagate it, at the scope's end where there is one.
+        """Predicts the gradient with respect to `trigger` and backpropagates it, in a `defer_backward` scope at its end.
+
+        In `eval()` and under `torch.no_grad()` nothing happens.
 
         Args:
             trigger: a tensor or nest that was computed with a graph.
             factor: the share of the message that is injected, and its share in the targets of the scope's triggers.
-            ends: [B] bool, lanes whose sequence ends here: their message is zero.
-            batch_dim: where the lanes lie in the trigger's leaves, used with `ends`.
-            rule: the coefficients of injection and targets, apart; it takes the place of `factor`.
-            bootstrap: a synthesizer whose messages, instead of this interface's own, go into the targets.
+            ends: [B] bool, True for lanes whose sequence ends here: their message is zero.
+            batch_dim: the dimension of the lanes in the trigger's leaves, an int or a nest; used with `ends`.
+            rule: separate coefficients of injection and targets; replaces `factor`.
+            bootstrap: a synthesizer whose messages go into the targets, in place of this interface's own messages.
 
         Raises:
-            ValueError: the trigger needs no gradient, or was given before in this scope, or the synthesizer's message does
-                not have its shape and dtype.
+            ValueError: the trigger does not require a gradient, or was given before in this scope, or the synthesizer's
+                message has another shape or dtype.
         """
         if not self.training or not torch.is_grad_enabled():
             return
         leaves = states.floating(trigger)
         if not any(leaf.requires_grad for leaf in leaves):
             raise ValueError(
-                "backward: the trigger needs no gradient, so a synthetic one has nowhere to go; pass the tensor that part A "
+                "backward: the trigger does not require a gradient, so nothing can be injected; pass the tensor that part A "
                 "computed, before any detach() (make_trigger is for the state that a window starts from)"
             )
         if rule is None:
@@ -125,24 +135,27 @@ class BackwardInterface(Interface):
                 others = self._checked(self.messages(trigger, context, bootstrap), trigger, ends, batch_dim)
             self.exchange(scope).add_end(InjectionPoint(leaves, injected, others or messages, rule, others is None))
         else:
-            alone = GradientAccumulator()  # the leaves of a nest share a graph, which one pass frees
+            alone = GradientAccumulator()  # the leaves of a nest share a graph, which the first backward pass frees
             for leaf, gradient in with_gradients_wanted(leaves, injected):
                 alone.add(leaf, gradient)
             alone.deliver()
 
     def injection(self, messages: list[State], rule: TargetRule) -> list[Tensor]:
-        """What is sent for the messages of the horizons, leaf by leaf: their weighted sum."""
+        """Returns the gradient to inject, leaf by leaf: the weighted sum of the messages of all horizons."""
         return combine(messages, rule.injection)
 
     @uncompiled
     def send(self, message: State, trigger: State) -> Regression | None:
-        """Train the synthesizer to give `message`, a real gradient, for `trigger`; its optimizer's step is the caller's.
+        """Trains the synthesizer to predict `message`, a true gradient, at `trigger`; the caller steps its optimizer.
 
-        Returns the regression's loss and fidelity, None in `eval()` or under `torch.no_grad()`, where nothing is trained.
-        Gradients go to the synthesizer alone.
+        Gradients are added to the synthesizer's parameters only.
+
+        Returns:
+            The regression's loss, errors and cosines. None if nothing is trained: in `eval()`, under `torch.no_grad()`, or
+            if the synthesizer has no trainable parameter.
 
         Raises:
-            ValueError: the message has not the trigger's shape and dtype.
+            ValueError: the message does not have the trigger's shape and dtype.
         """
         check_like(states.floating(message), states.floating(trigger), "message")
         if not self.training or not torch.is_grad_enabled() or not self.learns:
@@ -151,29 +164,33 @@ class BackwardInterface(Interface):
 
     @uncompiled
     def receive(self, trigger: State) -> State:
-        """The synthetic gradient for `trigger`, without a graph: the weighted sum of all horizons."""
+        """Returns the synthetic gradient at `trigger`, without a graph: the weighted sum over all horizons.
+
+        Raises:
+            ValueError: the message does not have the trigger's shape and dtype.
+        """
         messages = self._checked(self.messages(trigger, current_context()), trigger, None, None)
         return states.with_floating(trigger, combine(messages, rule_of(self.synthesizer, 1.0, 1.0).injection))
 
     def _checked(self, messages: list[State], trigger: State, ends: Tensor | None, batch_dim: Any) -> list[State]:
-        """The messages, zero in lanes that end.
+        """Returns the messages, with zeros in lanes that end.
 
         Raises:
-            ValueError: one has not the trigger's shape and dtype.
+            ValueError: a message does not have the trigger's shape and dtype.
         """
         for message in messages:
             check_like(states.floating(message), states.floating(trigger), "message")
         return messages if ends is None else [zero_ended_lanes(message, ends, batch_dim) for message in messages]
 
     def exchange(self, scope: GradientAccumulator) -> ScopeExchange:
-        """What this interface has going in `scope`."""
+        """Returns the triggers and last states of this interface in `scope`."""
         return scope.participant(id(self), lambda: ScopeExchange(self, scope))
 
     def _intercept(self, state: State, context: Any) -> None:
-        """Regress when a backward pass outside of any scope has brought the gradient of every leaf of `state`."""
+        """Trains the synthesizer when a backward pass outside of scopes has brought every gradient of `state`."""
         leaves = states.floating(state)
         trigger = states.detach(state)
-        # The hook lives on the leaf: a strong reference back to it would keep both until the next garbage collection.
+        # A leaf holds its hook. A strong reference from the hook to the leaf would keep both until garbage collection.
         references = [weakref.ref(leaf) for leaf in leaves]
 
         def arrived(_: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""What interfaces in both directions share: a synthesizer, predicted with and regressed towards messages."""
+"""Interface: the base class of interfaces in both directions."""
 
 from __future__ import annotations
 
@@ -15,7 +15,11 @@ from dni_seq.synthesizers.base import Regression, predict, predict_and_train, re
 
 
 class Interface(nn.Module):
-    """What both directions share: a synthesizer, predicted with and regressed towards messages."""
+    """Predicts messages with a synthesizer and trains it by regression; the base class of interfaces in both directions.
+
+    Args:
+        synthesizer: the module that predicts.
+    """
 
     def __init__(self, synthesizer: nn.Module) -> None:
         super().__init__()
@@ -23,26 +27,26 @@ class Interface(nn.Module):
 
     @property
     def learns(self) -> bool:
-        """Whether the synthesizer has anything to train."""
+        """Whether the synthesizer has a trainable parameter."""
         return any(parameter.requires_grad for parameter in self.synthesizer.parameters())
 
     @torch.no_grad()
     def messages(self, trigger: State, context: Any, synthesizer: nn.Module | None = None) -> list[State]:
-        """The messages by horizon at `trigger`, of the interface's synthesizer or another, without a graph."""
+        """Returns the messages at `trigger` by horizon, without a graph, of `synthesizer` or the interface's own."""
         with _full_precision(trigger) as cast:
             messages = predict(synthesizer or self.synthesizer, cast(states.detach(trigger)), cast(context))
         return [_like(message, trigger) for message in messages]
 
     def _predict_and_train(self, trigger: State, context: Any) -> tuple[list[State], Tensor]:
-        """The messages of a synthesizer that learns ahead, without a graph, and its loss, which it has learned from."""
+        """Returns the messages of a self-supervised synthesizer, without a graph, and its loss, already backpropagated."""
         with _full_precision(trigger) as cast:
             messages, loss = predict_and_train(self.synthesizer, cast(states.detach(trigger)), cast(context))
         return [_like(message, trigger) for message in messages], loss
 
     def measure(self, trigger: State, context: Any, targets: list[State | None]) -> Regression:
-        """What a regression would say of the synthesizer's messages; its statistics take the targets in, nothing learns.
+        """Returns the regression of the synthesizer's messages towards `targets`, without a backward pass.
 
-        With a graph where one is recorded.
+        Running statistics of the synthesizer are updated. The loss has a graph if gradients are enabled.
         """
         with _full_precision(trigger) as cast:
             numeric = [None if target is None else cast(target) for target in targets]
@@ -50,13 +54,17 @@ class Interface(nn.Module):
             return regress(self.synthesizer, trigger, context, numeric)
 
     def regress(self, trigger: State, context: Any, targets: list[State | None]) -> Regression:
-        """One regression step: the gradients of its loss are added to the synthesizer's parameters, to no others."""
+        """Adds the gradients of a regression's loss to the synthesizer's parameters; returns the regression.
+
+        Raises:
+            RuntimeError: the synthesizer's message does not depend on its trainable parameters.
+        """
         with torch.enable_grad():
             regression = self.measure(trigger, context, targets)
         if not regression.loss.requires_grad:
             raise RuntimeError(
                 "the synthesizer has trainable parameters, but its message does not depend on them: its forward must not "
-                "detach, or run under torch.no_grad()"
+                "call detach() or run under torch.no_grad()"
             )
         regression.loss.backward()
         return regression._replace(loss=regression.loss.detach())
@@ -64,7 +72,7 @@ class Interface(nn.Module):
 
 @contextmanager
 def _full_precision(trigger: State) -> Iterator[Any]:
-    """Synthesizers work outside of autocast; half-precision triggers and contexts are handed to them in float32."""
+    """Disables autocast in the block; yields a function that converts half-precision leaves of a nest to float32."""
     leaves = states.floating(trigger)
     device = leaves[0].device.type if leaves else "cpu"
 
@@ -76,9 +84,10 @@ def _full_precision(trigger: State) -> Iterator[Any]:
 
 
 def _like(message: State, trigger: State) -> State:
-    """`message` in the half precision of its trigger, leaf by leaf where they correspond, else by the first leaf.
+    """Returns `message` converted to the half precision of its trigger.
 
-    A trigger without numbers, such as tokens, asks for none.
+    Dtypes are those of the corresponding leaves, or that of the first leaf if the numbers of leaves differ. Without a
+    half-precision leaf in the trigger, as for tokens, the message is returned unchanged.
     """
     leaves, dtypes = states.floating(message), [leaf.dtype for leaf in states.floating(trigger)]
     if not any(dtype in states.HALF for dtype in dtypes):

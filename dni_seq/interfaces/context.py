@@ -1,4 +1,4 @@
-"""synthesizer_context: what synthesizers see beside their trigger."""
+"""synthesizer_context: a second input of synthesizers, beside the trigger."""
 
 from __future__ import annotations
 
@@ -12,10 +12,13 @@ _contexts: ContextVar[tuple[Any, ...]] = ContextVar("dni_seq_contexts", default=
 
 @contextmanager
 def synthesizer_context(context: Any) -> Iterator[None]:
-    """Give `context` to the synthesizers of all interfaces that are called in the block; blocks nest, the innermost counts.
+    """Passes `context` to the synthesizers of all interfaces that are called in the block.
+
+    Blocks may be nested: the innermost context counts.
 
     Args:
-        context: what the synthesizers expect: for `BasicSynthesizer`, a tensor [..., context_dim], such as one-hot labels.
+        context: the input that the synthesizers need; for `BasicSynthesizer` a tensor [..., context_dim], such as one-hot
+            labels.
     """
     token = _contexts.set((*_contexts.get(), context))
     try:
@@ -25,6 +28,6 @@ def synthesizer_context(context: Any) -> Iterator[None]:
 
 
 def current_context() -> Any:
-    """The context of the innermost `synthesizer_context` block of this thread, None outside of any."""
+    """Returns the context of the innermost `synthesizer_context` block of this thread, or None outside of such blocks."""
     contexts = _contexts.get()
     return contexts[-1] if contexts else None

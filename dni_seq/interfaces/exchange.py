@@ -1,4 +1,4 @@
-"""Exchange: the vector-Jacobian products and targets of one deferred backward pass."""
+"""ScopeExchange: computes the targets of synthesizers around one deferred backward pass."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from dni_seq.synthesizers.target_rule import TargetRule, combine, rule_of
 
 
 def zero_ended_lanes(message: State, ends: Tensor, batch_dim: Any) -> State:
-    """`message` with exact zeros in the lanes that `ends` [B] marks: a state that nothing follows has no gradient."""
+    """Returns `message` with exact zeros in the lanes that `ends` [B] marks, where no later loss exists."""
     return states.reset_lanes(message, ends, None, batch_dim)
 
 
 def pop_grad(leaf: Tensor) -> Tensor:
-    """The gradient that has arrived at a trigger's leaf, zeros where none has; the leaf's `.grad` is cleared."""
+    """Returns the gradient that has arrived at a trigger's leaf, or zeros if none has, and clears the leaf's `.grad`."""
     gradient, leaf.grad = leaf.grad, None
     return torch.zeros_like(leaf) if gradient is None else gradient
 
@@ -32,14 +32,14 @@ def with_gradients_wanted(leaves: list[Tensor], gradients: list[Tensor]) -> list
 
 
 class InjectionPoint(NamedTuple):
-    """A last state in a scope.
+    """A last state in a scope, with the gradient injected there.
 
     Attributes:
-        leaves: its floating-point leaves.
-        injected: the gradient that is injected there, leaf by leaf.
-        messages: by horizon, those that go into targets.
-        rule: the coefficients.
-        same: whether it is these messages that were injected.
+        leaves: the state's floating-point leaves.
+        injected: the injected gradient, leaf by leaf.
+        messages: the messages that go into targets, by horizon.
+        rule: the coefficients of targets and injection.
+        same: whether `injected` was computed from `messages`.
     """
 
     leaves: list[Tensor]
@@ -50,15 +50,15 @@ class InjectionPoint(NamedTuple):
 
 
 class ScopeExchange:
-    """The triggers and last states of one interface in one scope, until the scope's one backward pass has joined them.
+    """Collects the triggers and last states of one interface in one scope, and trains the synthesizer at the scope's end.
 
     Attributes:
-        regressions: one for every trigger, in the order they were made, once the scope is delivered; of a synthesizer that
-            has learned ahead one at least, with the mean loss at the last states.
-        learned: the losses, 0-d, of a synthesizer that learns ahead, one for every last state.
-        own_gradients: the target of the first horizon of every trigger, raw: its floating-point leaves; None where that
-            horizon was not trained.
-        injected: the injected messages, raw, floating-point leaves of every last state.
+        regressions: one for each trigger, in the order of `add_trigger`; filled after the backward pass. A self-supervised
+            synthesizer has at least one, whose loss is its mean loss at the last states.
+        learned: the losses of a self-supervised synthesizer, 0-d, one for each last state.
+        own_gradients: the raw target of the first horizon at each trigger, floating-point leaves; None for a trigger at
+            which that horizon was not trained.
+        injected: the raw injected gradients, floating-point leaves of each last state.
     """
 
     def __init__(self, interface: Interface, scope: GradientAccumulator) -> None:
@@ -74,14 +74,14 @@ class ScopeExchange:
         self.injected: list[list[Tensor]] = []
 
     def add_trigger(self, state: State, context: Any) -> None:
-        """Take the gradient of `state` as a target at the scope's end."""
+        """Registers a trigger, whose gradient becomes a target at the scope's end."""
         self._triggers.append((state, context))
 
     def add_end(self, end: InjectionPoint) -> None:
-        """Inject into a last state.
+        """Registers a last state, and adds its injected gradient to the scope.
 
         Raises:
-            ValueError: the same state was given before in this scope.
+            ValueError: the same state was added before in this scope.
         """
         if any(leaf is other for leaf in end.leaves for before in self._ends for other in before.leaves):
             raise ValueError("backward: this trigger was already given a synthetic gradient in this defer_backward scope")
@@ -91,11 +91,11 @@ class ScopeExchange:
         self.injected.append(end.injected)
 
     def before_backward(self) -> None:
-        """The vector-Jacobian products for the targets, while the graph is whole.
+        """Computes the vector-Jacobian products for the targets before the backward pass frees the graph.
 
-        What arrives at a trigger in the one backward pass is S = a + Jᵀ Σ weights · M. So own · a + Jᵀ Σ following · M
-        is own · S + Jᵀ Σ (following - own · weights) · M: a product that starts at the last states and never runs through
-        the losses, and none at all where the coefficients vanish, as they do for one factor that is both c and γ.
+        The gradient that arrives at a trigger is S = a + Jᵀ Σ injection · M. The target local · a + Jᵀ Σ bootstrap · M is
+        therefore local · S + Jᵀ Σ (bootstrap - local · injection) · M. The second term is a product that starts at the last
+        states and does not run through the losses. It is skipped if its coefficients are zero, as with c = γ.
         """
         if not self._triggers:
             return
@@ -112,7 +112,7 @@ class ScopeExchange:
                 self._products[i] = list(found)
 
     def after_backward(self) -> None:
-        """Regress at every trigger towards its targets, or measure there what has learned already."""
+        """Trains the synthesizer at each trigger towards its targets; a self-supervised synthesizer is only measured."""
         if self._rule is not None:
             self._regress(self._rule, [pop_grad(leaf) for leaf in self.inputs()])
         for leaf in self.inputs():
@@ -140,19 +140,19 @@ class ScopeExchange:
             self.regressions.append(regression)
 
     def _row(self, i: int, arrived: list[Tensor]) -> list[Tensor]:
-        """The target of horizon i at every trigger."""
+        """Returns the target of horizon i, for the leaves of all triggers."""
         own = self._rule.local[i] if self._rule is not None else 0.0
         shares = arrived if own == 1 else [own * leaf for leaf in arrived]
         products = self._products.get(i, [None] * len(shares))
         return [leaf if product is None else leaf + product for leaf, product in zip(shares, products, strict=True)]
 
     def inputs(self) -> list[Tensor]:
-        """The floating-point leaves of all triggers."""
+        """Returns the floating-point leaves of all triggers."""
         return [leaf for state, _ in self._triggers for leaf in states.floating(state)]
 
 
 def _difference(end: InjectionPoint, i: int) -> list[tuple[Tensor, Tensor]]:
-    """Where target i has other messages behind a last state than were injected: its leaves with that difference."""
+    """Returns a last state's leaves with the difference between the messages in target i and the injected gradient."""
     own, following, weights = end.rule.local[i], end.rule.bootstrap[i], end.rule.injection
     if end.same:
         coefficients = [f - own * w for f, w in zip(following, weights, strict=True)]

@@ -1,4 +1,4 @@
-"""Interfaces for activations: ForwardInterface, and BidirectionalInterface for both directions.
+"""ForwardInterface predicts activations; BidirectionalInterface predicts activations and gradients.
 
 Source: Jaderberg et al. 2017, "Decoupled Neural Interfaces using Synthetic Gradients", arXiv 1608.05343, section 2.
 """
@@ -18,17 +18,21 @@ from dni_seq.synthesizers.base import Regression
 
 
 class ForwardInterface(Interface):
-    """Synthetic inputs: part B computes with a prediction of the activation that part A would hand on.
+    """Gives part B of a network a prediction of the activation that part A would send (a synthetic input).
 
-    In `eval()` it passes its input through.
+    Training the synthesizer adds gradients to its parameters; the caller steps its optimizer. In `eval()` a call returns the
+    real activation.
 
     Args:
         synthesizer: any module with `forward(trigger, context)` that returns a message of the activation's shape.
+
+    Attributes:
+        synthesizer: the same.
     """
 
     @uncompiled
     def forward(self, message: State, trigger: State) -> State:
-        """Train on the real activation `message`, hand on the synthetic one made from `trigger`."""
+        """Trains the synthesizer on the real activation `message`; returns the synthetic one predicted from `trigger`."""
         if not self.training:
             return message
         self.send(message, trigger)
@@ -36,10 +40,16 @@ class ForwardInterface(Interface):
 
     @uncompiled
     def send(self, message: State, trigger: State) -> Regression | None:
-        """Train the synthesizer to give `message`, a real activation, for `trigger`; its optimizer's step is the caller's.
+        """Trains the synthesizer to predict `message`, a real activation, at `trigger`; the caller steps its optimizer.
 
-        Returns the regression's loss and fidelity, None in `eval()` or under `torch.no_grad()`, where nothing is trained.
-        Gradients go to the synthesizer alone.
+        Gradients are added to the synthesizer's parameters only.
+
+        Returns:
+            The regression's loss, errors and cosines. None if nothing is trained: in `eval()`, under `torch.no_grad()`, or
+            if the synthesizer has no trainable parameter.
+
+        Raises:
+            ValueError: the synthesizer's message does not have the shape and dtype of `message`.
         """
         if not self.training or not torch.is_grad_enabled() or not self.learns:
             return None
@@ -47,19 +57,23 @@ class ForwardInterface(Interface):
 
     @uncompiled
     def receive(self, trigger: State) -> State:
-        """The synthetic activation for `trigger`, without a graph."""
+        """Returns the synthetic activation for `trigger`, without a graph."""
         (message,) = self.messages(trigger, current_context())
         return message
 
 
 class BidirectionalInterface(nn.Module):
-    """Synthetic inputs one way, synthetic gradients the other: neither part waits for the other.
+    """Sends synthetic inputs to part B and synthetic gradients to part A, so that neither part waits for the other.
 
-    In `eval()` a call passes its input through, and `receive` gives the synthetic input.
+    In `eval()` a call returns the real activation, and `receive` returns the synthetic input.
 
     Args:
         forward_synthesizer: predicts part A's activation from a trigger that both parts know, such as the network's input.
         backward_synthesizer: predicts the gradient with respect to that activation.
+
+    Attributes:
+        forward_interface: the `ForwardInterface` of the synthetic input.
+        backward_interface: the `BackwardInterface` of the synthetic gradient.
     """
 
     def __init__(self, forward_synthesizer: nn.Module, backward_synthesizer: nn.Module) -> None:
@@ -69,7 +83,7 @@ class BidirectionalInterface(nn.Module):
 
     @uncompiled
     def forward(self, message: State, trigger: State) -> State:
-        """Both ends in one process: `send`, then `receive`."""
+        """Runs both ends in one process: `send`, then `receive`; returns the synthetic input."""
         if not self.training:
             return message
         self.send(message, trigger)
@@ -77,9 +91,13 @@ class BidirectionalInterface(nn.Module):
 
     @uncompiled
     def send(self, message: State, trigger: State) -> Regression | None:
-        """Part A's end: learn from the synthetic gradient at `message`, train the synthetic input towards it.
+        """Runs part A's end: trains the synthetic input on `message`, and backpropagates a synthetic gradient from it.
 
-        Returns the synthetic input's regression, as `ForwardInterface.send` does.
+        Returns:
+            The regression of the synthetic input, as `ForwardInterface.send` returns it.
+
+        Raises:
+            ValueError: `message` does not require a gradient, or a synthesizer's message does not have its shape and dtype.
         """
         regression = self.forward_interface.send(message, trigger)
         self.backward_interface.backward(message)
@@ -87,5 +105,5 @@ class BidirectionalInterface(nn.Module):
 
     @uncompiled
     def receive(self, trigger: State) -> State:
-        """Part B's end: the synthetic input for `trigger`, which trains the synthetic gradient when the real one arrives."""
+        """Runs part B's end: returns the synthetic input for `trigger`; its true gradient trains the synthetic gradient."""
         return self.backward_interface.make_trigger(self.forward_interface.receive(trigger))

@@ -1,1 +1,1 @@
-"""Reference networks: a recurrent language model."""
+"""Reference networks: a language model, a vector RNN, feed-forward classifiers, and networks in several parts."""

@@ -1,9 +1,9 @@
 """Feed-forward classifiers of digits with interfaces between their layers: a perceptron and a convolutional network.
 
-Source: Jaderberg et al. 2017, arXiv 1608.05343, section 3.3 and appendix: fully connected layers of 256 units, each with
-batch normalisation and ReLU; synthesizers that see the activation, and for cDNI the label; convolutional ones for a
-convolutional network. We differ in sizes, which are arguments here, in synthesizers without batch normalisation, and in
-`dni.Normalized`, which keeps synthesizers in the scale of their targets.
+Source: Jaderberg et al. 2017, arXiv 1608.05343, section 3.3 and appendix. There, layers have 256 units, batch normalisation
+and ReLU. Synthesizers see the activation and, for cDNI, the label; those of a convolutional network are convolutional.
+We differ in three points: sizes are arguments, synthesizers have no batch normalisation, and `Normalized` scales gradient
+synthesizers to their targets.
 
 Legend: B = images, H = hidden units or filters, K = classes.
 """
@@ -31,11 +31,11 @@ DECOUPLINGS = ("last", "every")
 
 
 class SynthesizerSettings(NamedTuple):
-    """Size of the synthesizers of a network.
+    """Settings of the synthesizers of a network.
 
     Attributes:
         layers: number of hidden layers; 0 for a linear map.
-        hidden: units of a hidden layer, or filters.
+        hidden: number of units, or filters, in a hidden layer.
         context: whether synthetic gradients are conditioned on the label (cDNI).
     """
 
@@ -45,16 +45,22 @@ class SynthesizerSettings(NamedTuple):
 
 
 class FeedForward(nn.Module):
-    """A chain of parts, decoupled from each other where an interface stands between them.
+    """A feed-forward classifier of digits, made of parts that interfaces decouple from each other.
 
     Args:
-        parts: the parts, in the order of the forward pass; the last one gives the logits.
-        interfaces: one between each part and the next, all of a kind.
-        input_shape: the shape in which the first part takes an image.
+        parts: the parts, in the order of the forward pass; the last one returns logits [B, K].
+        interfaces: one interface between each part and the next; all of the same class. Empty for plain backpropagation.
+        input_shape: shape of an image at the first part, without the batch dimension.
         context: whether the synthesizers are conditioned on the label.
 
+    Attributes:
+        parts: the parts as an nn.ModuleList.
+        interfaces: the interfaces as an nn.ModuleList.
+        input_shape: see Args.
+        context: see Args.
+
     Raises:
-        ValueError: there is not one interface between each part and the next.
+        ValueError: the number of interfaces is not one less than the number of parts.
     """
 
     def __init__(
@@ -67,16 +73,23 @@ class FeedForward(nn.Module):
     ) -> None:
         super().__init__()
         if len(interfaces) != len(parts) - 1:
-            raise ValueError(f"{len(parts)} parts have {len(parts) - 1} places for interfaces, got {len(interfaces)}")
+            raise ValueError(
+                f"{len(parts)} parts have {len(parts) - 1} places for interfaces, got {len(interfaces)}: "
+                "give one interface between each part and the next"
+            )
         self.parts = nn.ModuleList(parts)
         self.interfaces = nn.ModuleList(interfaces)
         self.input_shape = input_shape
         self.context = context
 
     def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Logits [B, K] of `images` [B, 1, 28, 28]; `labels` [B] condition the synthesizers of a network in training.
+        """Returns logits [B, K] for images [B, 1, 28, 28].
 
-        In training, synthetic gradients are backpropagated on the way, so `zero_grad` goes before it.
+        In `train()` mode the interfaces backpropagate synthetic gradients during this call, so call `zero_grad` before it.
+
+        Args:
+            images: float [B, 1, 28, 28], or any shape [B, ...] with the size of `input_shape`.
+            labels: int64 [B], the context of the synthesizers. Used only if the network has `context`.
         """
         inputs = self.shaped(images)
         with synthesizer_context(self.label_context(labels)):
@@ -86,26 +99,26 @@ class FeedForward(nn.Module):
         return x
 
     def shaped(self, images: Tensor) -> Tensor:
-        """The images as the first part takes them."""
+        """Returns the images in the shape of the first part's input, [B, *input_shape]."""
         return images.reshape(len(images), *self.input_shape)
 
     def label_context(self, labels: Tensor | None) -> Tensor | None:
-        """The labels as the synthesizers' context, one-hot [B, K]; None for a network whose synthesizers take none."""
+        """Returns the labels one-hot, float32 [B, K], as the synthesizers' context; None without labels or context."""
         return F.one_hot(labels, CLASSES).float() if self.context and labels is not None else None
 
     def synthesizer_parameters(self) -> list[nn.Parameter]:
-        """The parameters of all synthesizers; the others are the network's."""
+        """Returns the parameters of all synthesizers; all other parameters belong to the network."""
         return list(self.interfaces.parameters())
 
 
 class ConvSynthesizer(nn.Module):
-    """A convolutional synthesizer; its last layer starts at zero, so that messages do.
+    """A convolutional synthesizer. Its last layer is zero-initialised, so messages start at zero.
 
     Args:
-        channels: of the trigger.
-        output_channels: of the message.
-        settings: number of hidden layers, their filters, and whether a label [B, K] is the context.
-        size: height and width of the message; that of the trigger where it is None.
+        channels: number of channels of the trigger.
+        output_channels: number of channels of the message.
+        settings: number of hidden layers, number of their filters, and whether a one-hot label [B, K] is the context.
+        size: height and width of the message; None for those of the trigger.
     """
 
     def __init__(self, channels: int, output_channels: int, settings: SynthesizerSettings, size: int | None = None) -> None:
@@ -121,13 +134,13 @@ class ConvSynthesizer(nn.Module):
             zero_(self.label)
 
     def forward(self, trigger: Tensor, context: Tensor | None = None) -> Tensor:
-        """The message [B, output_channels, h, w] for `trigger` [B, channels, h', w'].
+        """Returns the message [B, output_channels, h, w] for a trigger [B, channels, h', w'].
 
         Raises:
-            ValueError: a context is given to a synthesizer without one, or missing.
+            ValueError: a context is given to a synthesizer without context, or is missing.
         """
         if (self.label is None) != (context is None):
-            raise ValueError("ConvSynthesizer: give a context, the one-hot labels, if and only if it is built with one")
+            raise ValueError("ConvSynthesizer: give a context (one-hot labels) if and only if settings.context is True")
         x = trigger if self.size is None else F.adaptive_avg_pool2d(trigger, self.size)
         x = self.layers[0](x)
         if self.label is not None:
@@ -138,14 +151,14 @@ class ConvSynthesizer(nn.Module):
 
 
 class WithoutContext(nn.Module):
-    """A synthesizer that does not look at the context: a synthetic input must not know the label that it is to predict."""
+    """Wraps a synthesizer and ignores the context, because a synthetic input must not depend on the label."""
 
     def __init__(self, synthesizer: nn.Module) -> None:
         super().__init__()
         self.synthesizer = synthesizer
 
     def forward(self, trigger: Tensor, context: Tensor | None = None) -> Tensor:
-        """The message for `trigger` alone."""
+        """Returns the message for `trigger`; ignores `context`."""
         return self.synthesizer(trigger, None)
 
 
@@ -157,14 +170,14 @@ def mlp(
     decouple: str = "every",
     synthesizer: SynthesizerSettings = SynthesizerSettings(),  # noqa: B008 - immutable
 ) -> FeedForward:
-    """A perceptron: `layers` - 1 hidden layers with batch normalisation and ReLU, and a linear one to the logits.
+    """Returns a perceptron: `layers` - 1 hidden layers with batch normalisation and ReLU, and a linear output layer.
 
     Args:
         layers: number of layers with weights.
-        hidden: units of a hidden layer.
+        hidden: number of units in a hidden layer.
         unlock: "none" for plain backpropagation, "backward" for synthetic gradients, "full" for synthetic inputs too.
-        decouple: "last", between the last hidden layer and the output, or "every", behind each hidden layer.
-        synthesizer: the synthesizers' size.
+        decouple: where the interfaces are: "last", before the output layer only, or "every", after each hidden layer.
+        synthesizer: settings of the synthesizers.
 
     Raises:
         ValueError: a setting is unknown or out of its range.
@@ -197,14 +210,15 @@ def cnn(
     decouple: str = "every",
     synthesizer: SynthesizerSettings = SynthesizerSettings(),  # noqa: B008 - immutable
 ) -> FeedForward:
-    """A convolutional network: `layers` - 1 layers of 5x5 filters with batch normalisation and ReLU, and a linear one.
+    """Returns a convolutional network: `layers` - 1 layers of 5x5 filters, and a linear output layer.
 
-    Behind each of the first two convolutions the image is pooled to half its side. Arguments and errors are those of `mlp`;
-    `hidden` is the number of filters, the synthesizers are convolutional networks.
+    Each convolution has batch normalisation and ReLU. After each of the first two convolutions, max pooling halves the side
+    of the image. Arguments and errors are those of `mlp`, except that `hidden` is the number of filters. The synthesizers
+    are convolutional networks.
     """
     check_network(layers, hidden, unlock, decouple)
     blocks: list[nn.Module] = []
-    sizes: list[int] = []  # of the image behind each block
+    sizes: list[int] = []  # side of the image after each block
     size = SIDE
     for i in range(layers - 1):
         convolution = nn.Conv2d(1 if i == 0 else hidden, hidden, 5, padding=2, bias=False)
@@ -228,7 +242,7 @@ def cnn(
 
 
 def check_network(layers: int, hidden: int, unlock: str, decouple: str) -> None:
-    """Raise a ValueError that says which setting of a network to change."""
+    """Raises a ValueError if a setting of a network is unknown or out of its range."""
     if layers < 2:
         raise ValueError(f"layers must be 2 or more, got {layers}")
     if hidden < 1:
@@ -239,7 +253,7 @@ def check_network(layers: int, hidden: int, unlock: str, decouple: str) -> None:
 
 
 def grouped(blocks: list[nn.Module], unlock: str, decouple: str) -> list[nn.Module]:
-    """The layers as parts between which interfaces go: all in one, all but the last in one, or each on its own."""
+    """Groups layers into parts: all in one for "none", else the last one apart for "last", or each one for "every"."""
     if unlock == "none":
         return [nn.Sequential(*blocks)]
     if decouple == "last":

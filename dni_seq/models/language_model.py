@@ -1,7 +1,7 @@
 """A recurrent language model: embedding, LSTM or GRU, and a projection to the vocabulary.
 
-The layout and the uniform initialisation are those of PyTorch's `word_language_model` example (Zaremba et al. 2014,
-arXiv 1409.2329: dropout on the non-recurrent connections only); weight tying is Press & Wolf 2017, arXiv 1608.05859.
+The layout and the uniform initialisation are those of PyTorch's `word_language_model` example. As in Zaremba et al. 2014,
+arXiv 1409.2329, dropout is on the non-recurrent connections only. Weight tying is from Press & Wolf 2017, arXiv 1608.05859.
 
 Legend: T = window length, B = lanes, V = vocabulary size, E = embedding size, H = hidden units, L = layers.
 """
@@ -15,31 +15,36 @@ from torch.nn import functional
 from dni_seq.models.lstm_kernels import native_up_to, run_rnn
 
 CELLS = ("lstm", "gru")
-_INITIAL_RANGE = 0.1  # of the embedding's and the projection's weights, as in the example
+_INITIAL_RANGE = 0.1  # weights of embedding and projection are uniform in [-0.1, 0.1], as in PyTorch's example
 
 LSTMState = tuple[Tensor, Tensor]
 """(h, c), each [L, B, H]."""
 
 
 class LanguageModel(nn.Module):
-    """Predict each next token of B lanes of text: `model(tokens, state) -> (logits, state)`.
+    """Predicts the next token at each step of B lanes of text: `model(tokens, state) -> (logits, state)`.
 
     Args:
         vocabulary_size: V, the number of token ids.
         cell: "lstm", whose state is (h, c), each [L, B, H], or "gru", whose state is h [L, B, H].
-        embed: E, the embedding's size.
-        hidden: H, hidden units a layer.
-        layers: L.
+        embed: E, the size of the embedding.
+        hidden: H, the number of hidden units in a layer.
+        layers: L, the number of recurrent layers.
         dropout: share of activations zeroed after the embedding, between layers and before the projection.
-        tied: the projection uses the embedding's weights.
-        sparse_embedding: the embedding's gradient holds the rows that were read; see `optimization.JoinedOptimizer`.
+        tied: whether the projection uses the weights of the embedding.
+        sparse_embedding: whether the gradient of the embedding is a sparse tensor of the rows that were read. The embedding
+            then needs an optimizer for sparse gradients, see `core.optimizer_step.JoinedOptimizer`.
 
     Attributes:
-        native_steps: the longest window that PyTorch's native LSTM kernel runs on the CPU; see `kernels.native_up_to`.
+        embedding: nn.Embedding(V, E).
+        rnn: the nn.LSTM or nn.GRU.
+        projection: nn.Linear(H, V).
+        native_steps: longest window, in steps, that runs on PyTorch's native LSTM kernel on the CPU; see
+            `lstm_kernels.native_up_to`.
 
     Raises:
-        ValueError: unknown cell, sizes below 1, dropout outside [0, 1), tied weights with embed != hidden or a
-            sparse embedding.
+        ValueError: the cell is unknown, a size is below 1, dropout is outside [0, 1), or tied weights are combined with
+            embed != hidden or with a sparse embedding.
     """
 
     def __init__(
@@ -60,7 +65,7 @@ class LanguageModel(nn.Module):
         self.cell, self.hidden, self.layers = cell, hidden, layers
         self.dropout = nn.Dropout(dropout)
         self.embedding = nn.Embedding(vocabulary_size, embed, sparse=sparse_embedding)
-        # nn.LSTM warns of dropout where there is no second layer to apply it to.
+        # nn.LSTM applies dropout between layers, and warns if there is only one layer.
         between = dropout if layers > 1 else 0.0
         kind = nn.LSTM if cell == "lstm" else nn.GRU
         self.rnn = kind(embed, hidden, layers, dropout=between)
@@ -73,29 +78,31 @@ class LanguageModel(nn.Module):
             self.projection.weight = self.embedding.weight
 
     def forward(self, tokens: Tensor, state: Tensor | LSTMState | None = None) -> tuple[Tensor, Tensor | LSTMState]:
-        """Read tokens [T, B] int64 from `state` on; return logits [T, B, V] and the state behind the last token.
+        """Returns logits [T, B, V] and the state after the last token.
 
-        `state` None means the initial one, zeros.
+        Args:
+            tokens: int64 [T, B].
+            state: state before the first token; None for zeros.
         """
         embedded = self.dropout(self.embedding(tokens))  # [T, B, E]
         outputs, state = run_rnn(self.rnn, embedded, state, self.native_steps)  # [T, B, H]
         return self.projection(self.dropout(outputs)), state
 
     def initial_state(self, lanes: int) -> Tensor | LSTMState:
-        """Zeros for `lanes` lanes, in the parameters' dtype and on their device."""
+        """Returns a zero state for `lanes` lanes, with the dtype and the device of the parameters."""
         shape = (self.layers, lanes, self.hidden)
         hidden = self.projection.weight.new_zeros(shape)
         return hidden if self.cell == "gru" else (hidden, torch.zeros_like(hidden))
 
 
 def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy [T, B] in nats of logits [T, B, V] against targets [T, B]; half precision is summed in float32."""
+    """Returns the cross-entropy [T, B] in nats for logits [T, B, V] and targets [T, B], in float32 or higher precision."""
     precise = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return functional.cross_entropy(precise.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
 
 
 def _check_settings(sizes: dict[str, int], cell: str, dropout: float, tied: bool, sparse: bool) -> None:
-    """Raise a ValueError that says which setting to change."""
+    """Raises a ValueError if a setting is unknown or out of its range."""
     for name, size in sizes.items():
         if size < 1:
             raise ValueError(f"{name} must be 1 or more, got {size}")
@@ -107,5 +114,6 @@ def _check_settings(sizes: dict[str, int], cell: str, dropout: float, tied: bool
         raise ValueError(f"tied weights need embed equal to hidden, got embed {sizes['embed']} and hidden {sizes['hidden']}")
     if tied and sparse:
         raise ValueError(
-            "the projection's gradient is not sparse, so tied weights and a sparse embedding exclude each other"
+            "tied weights and a sparse embedding exclude each other, because the projection's gradient is dense: "
+            "turn one of them off"
         )

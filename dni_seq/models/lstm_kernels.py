@@ -1,9 +1,10 @@
-"""Which of PyTorch's LSTM kernels runs a window on the CPU.
+"""Chooses between PyTorch's two LSTM kernels on the CPU, by the length of the window.
 
-PyTorch runs a float32 `nn.LSTM` through oneDNN, whose kernel is made for long sequences and computes the weights' gradients
-with every vector-Jacobian product, one that goes to the state alone too. The native kernel is quicker in short windows,
-and in longer ones where such products are many. The lengths below are measured (docs/performance.md): a choice made by
-timing at run time would make the last bits of a run depend on what else the machine was doing.
+By default PyTorch runs a float32 `nn.LSTM` through oneDNN. That kernel is made for long sequences, and it computes the
+gradients of the weights in every vector-Jacobian product, even in a product with respect to the state only. The native
+kernel is faster in short windows, and also in longer windows with many such products. The lengths below are measured
+(docs/performance.md). They are fixed, because a choice by timing at run time would make results depend on the machine's
+load.
 
 Legend: T = window length, B = lanes, E = input size, H = hidden units.
 """
@@ -19,17 +20,21 @@ from torch import Tensor, nn
 
 
 def native_up_to(products: float) -> int:
-    """The longest window, in steps, for which the native kernel is at least as quick.
+    """Returns the longest window, in steps, for which the native kernel is at least as fast as oneDNN's.
 
     Args:
-        products: vector-Jacobian products to the state alone that a window takes on average, beside the one backward pass.
+        products: average number of vector-Jacobian products with respect to the state only in a window, in addition to the
+            backward pass.
     """
     return 2 if products < 0.5 else 4 if products < 2 else 16
 
 
 def run_rnn(rnn: nn.Module, inputs: Tensor, state: Any, native: int) -> tuple[Tensor, Any]:
-    """`rnn(inputs, state)` for inputs [T, B, E], through the native kernel where T is at most `native`."""
-    # float64 never runs through oneDNN, and under autocast oneDNN's kernel is the one that knows bfloat16.
+    """Returns `rnn(inputs, state)` for inputs [T, B, E].
+
+    The native kernel runs if T is at most `native` and `rnn` is a float32 `nn.LSTM` on the CPU without autocast.
+    """
+    # float64 never runs through oneDNN, and under autocast only oneDNN's kernel supports bfloat16.
     short = len(inputs) <= native and isinstance(rnn, nn.LSTM) and inputs.dtype == torch.float32
     native_wins = short and inputs.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
     with _native_kernels() if native_wins else nullcontext():
@@ -39,8 +44,8 @@ def run_rnn(rnn: nn.Module, inputs: Tensor, state: Any, native: int) -> tuple[Te
 
 @contextmanager
 def _native_kernels() -> Iterator[None]:
-    """PyTorch's native CPU kernels inside; a backward pass uses the kernels of its forward pass wherever it runs."""
-    # The public context manager, torch.backends.mkldnn.flags, warns of settings that it is not given to change.
+    """Context manager that selects PyTorch's native CPU kernels; a backward pass uses the kernels of its forward pass."""
+    # The public context manager, torch.backends.mkldnn.flags, warns about settings that it does not change.
     enabled = torch.backends.mkldnn.enabled
     torch.backends.mkldnn.enabled = False  # type: ignore[assignment]
     try:

@@ -1,9 +1,10 @@
-"""Two recurrent networks at two time scales: a fast one at every step, a slow one that ticks every T steps.
+"""Two recurrent networks at two time scales: a fast network runs at every step, a slow one ticks every T steps.
 
-Source: Jaderberg et al. 2017, arXiv 1608.05343, section 3.2. The slow network reads the fast one's state at each of its
-ticks. The gradient of its loss there is known only when its own window of K ticks is over, K T steps later, while the fast
-network is updated every T steps: a synthetic gradient stands in for it. We differ in the task, in that no message goes back
-from the slow network to the fast one, and in that the synthesizer is given what the last T steps held as its context.
+Source: Jaderberg et al. 2017, arXiv 1608.05343, section 3.2. At each tick the slow network reads the fast network's last
+output. The gradient of the slow network's loss with respect to that output is known only at the end of its window of K
+ticks. The fast network is updated every T steps, so it uses a synthetic gradient instead. We differ in three points: the
+task; no message goes from the slow network to the fast one; the context of the synthesizer is the symbol counts of the last
+T steps.
 
 Legend: T = steps of a tick, K = ticks of the slow network's window, B = lanes, S = symbols, H = hidden units.
 """
@@ -28,13 +29,13 @@ JOINTS = ("synthetic", "message", "none")
 
 
 class Block(NamedTuple):
-    """T steps between two ticks, with what is to be told at their end.
+    """The T steps between two ticks, with the targets at their end.
 
     Attributes:
-        symbols: [T, B], drawn at random.
-        fast: [B], how many of them are `FAST_SYMBOL`, over T, less what is expected.
-        slow: [B], how many of the last K T are `SLOW_SYMBOL`, over T, less what is expected.
-        counts: [B, S], how often each came in the T steps, over T.
+        symbols: int64 [T, B], uniformly random.
+        fast: float32 [B], the number of `FAST_SYMBOL` in these T steps, divided by T, minus its expectation.
+        slow: float32 [B], the number of `SLOW_SYMBOL` in the last K T steps, divided by T, minus its expectation.
+        counts: float32 [B, S], the number of each symbol in these T steps, divided by T.
     """
 
     symbols: Tensor
@@ -44,7 +45,16 @@ class Block(NamedTuple):
 
 
 class Counting:
-    """Random symbols; the fast network has to count one kind over T steps, the slow one another over K T steps."""
+    """Generates random symbols for a counting task.
+
+    The fast network must count one symbol over T steps, the slow network another symbol over K T steps.
+
+    Args:
+        steps: T, the number of steps in a tick.
+        ticks: K, the number of ticks over which the slow network counts.
+        lanes: B, the batch size.
+        seed: seed of the symbols.
+    """
 
     def __init__(self, steps: int, ticks: int, lanes: int, seed: int) -> None:
         self.steps, self.ticks, self.lanes = steps, ticks, lanes
@@ -52,7 +62,7 @@ class Counting:
         self._past = [torch.full((lanes,), 1 / SYMBOLS)] * ticks
 
     def block(self) -> Block:
-        """The next T steps."""
+        """Returns the next T steps."""
         symbols = torch.randint(SYMBOLS, (self.steps, self.lanes), generator=self._generator)
         counts = F.one_hot(symbols, SYMBOLS).float().mean(0)
         self._past = [*self._past[1:], counts[:, SLOW_SYMBOL]]
@@ -61,17 +71,23 @@ class Counting:
 
 
 class MultiTimescale:
-    """The two networks and their training.
+    """Trains a fast and a slow LSTM on a counting task, with synthetic gradients from the slow one to the fast one.
 
     Args:
-        hidden: H, of both.
-        ticks: K.
-        joint: what joins them: "synthetic" for messages, and synthetic gradients back; "message" for messages without a
-            gradient; "none" for the fast network alone, which is trained on both counts, by truncated BPTT over T steps.
+        hidden: H, the number of hidden units of each network.
+        ticks: K, the number of ticks in a window of the slow network.
+        joint: the connection of the networks. "synthetic": the fast network sends messages and gets synthetic gradients.
+            "message": it sends messages and gets no gradient. "none": only the fast network is trained, on both counts,
+            by truncated BPTT over T steps.
         lr: learning rate of Adam.
 
+    Attributes:
+        fast, fast_readout: the fast nn.LSTM, and its linear readout of both counts.
+        slow, slow_readout: the slow nn.LSTM, and its linear readout of its count.
+        interface: the `BackwardInterface` that predicts the slow network's gradient.
+
     Raises:
-        ValueError: the joint is unknown.
+        ValueError: `joint` is unknown.
     """
 
     def __init__(self, hidden: int, ticks: int, joint: str, lr: float) -> None:
@@ -79,7 +95,7 @@ class MultiTimescale:
             raise ValueError(f"joint must be one of {', '.join(JOINTS)}, got {joint!r}")
         self.ticks, self.joint = ticks, joint
         self.fast = nn.LSTM(SYMBOLS, hidden)
-        self.fast_readout = nn.Linear(hidden, 2)  # its own count, and alone the other one
+        self.fast_readout = nn.Linear(hidden, 2)  # its own count; with joint "none" also the slow network's count
         self.slow = nn.LSTM(hidden, hidden)
         self.slow_readout = nn.Linear(hidden, 1)
         gradient = Normalized(BasicSynthesizer(hidden, 1, hidden, context_dim=SYMBOLS))
@@ -93,9 +109,11 @@ class MultiTimescale:
         self._window: list[tuple[Tensor, Tensor]] = []
 
     def step(self, block: Block) -> dict[str, Tensor]:
-        """One update of the fast network, and every K ticks one of the slow network.
+        """Updates the fast network, and every K ticks the slow network.
 
-        Returns the squared errors of this block's counts by network, those of the slow one when it has been updated.
+        Returns:
+            Mean squared errors, scalars without a graph: "fast" of this block; "slow" of the last K blocks if the slow
+            network was updated, or, with joint "none", of this block.
         """
         self._fast_optimizer.zero_grad()
         with defer_backward():
@@ -116,14 +134,14 @@ class MultiTimescale:
         found = {"fast": loss.detach()}
         if self.joint == "none":
             return {**found, "slow": slow_loss.detach()}
-        with synthesizer_context(block.counts):  # what the synthesizer is trained with when the gradient arrives
+        with synthesizer_context(block.counts):  # the synthesizer is trained with this context when the gradient arrives
             self._window.append((self.interface.make_trigger(message), block.slow))
         if len(self._window) == self.ticks:
             found["slow"] = self._update_slow()
         return found
 
     def _update_slow(self) -> Tensor:
-        """The slow network's window of K ticks: its gradients at the messages train the synthesizer."""
+        """Updates the slow network on its window of K ticks; its gradients at the messages train the synthesizer."""
         messages, targets = zip(*self._window, strict=True)
         self._window = []
         self._slow_optimizer.zero_grad()

@@ -17,16 +17,17 @@ from dni_seq.synthesizers.mlp import BasicSynthesizer, zero_
 from dni_seq.synthesizers.normalization import Normalized
 
 SEEN = 8
-"""Tokens, the present one included, from which the synthetic input of a language model's second layer is made."""
+"""Number of recent tokens, the current one included, that a language model's synthetic input depends on."""
 
 
 class TwoPartNetwork(NamedTuple):
-    """A network in two parts.
+    """A network in two parts, A and B, with a bidirectional interface between them.
 
     Attributes:
-        a: from inputs and a state (None where the part has none, or at first) to the message and the state.
-        b: from the message and a state to logits and the state.
-        interface: between them; the trigger of the synthetic message is what part A reads.
+        a: part A, `a(inputs, state) -> (message, state)`. The state is None at first, and always None for a feed-forward
+            part.
+        b: part B, `b(message, state) -> (logits, state)`, with a state like that of part A.
+        interface: the interface between the parts; the trigger of its synthetic message is the input of part A.
     """
 
     a: nn.Module
@@ -35,32 +36,32 @@ class TwoPartNetwork(NamedTuple):
 
 
 class Stateless(nn.Module):
-    """A feed-forward part in the place of a recurrent one."""
+    """A feed-forward part with the interface of a recurrent one: it takes and returns a state, which is None."""
 
     def __init__(self, *layers: nn.Module) -> None:
         super().__init__()
         self.layers = nn.Sequential(*layers)
 
     def forward(self, inputs: Tensor, state: None = None) -> tuple[Tensor, None]:
-        """The layers' output, and no state."""
+        """Returns the output of the layers, and None as the state."""
         return self.layers(inputs), None
 
 
 class Recurrent(nn.Module):
-    """An LSTM layer with what is before and behind it."""
+    """An LSTM with a module before it and a module after it."""
 
     def __init__(self, before: nn.Module, rnn: nn.LSTM, behind: nn.Module) -> None:
         super().__init__()
         self.before, self.rnn, self.behind = before, rnn, behind
 
     def forward(self, inputs: Tensor, state: Any = None) -> tuple[Tensor, Any]:
-        """Run T steps from `state`, None for zeros; the state is cut from the graph."""
+        """Runs T steps from `state` (None for zeros); returns the output, and the state detached from the graph."""
         outputs, state = self.rnn(self.before(inputs), state)
         return self.behind(outputs), tuple(leaf.detach() for leaf in state)
 
 
 class RecentTokens(nn.Module):
-    """A synthetic activation [T B, H] from tokens [T, B]: each step sees the last `SEEN` tokens of its window."""
+    """Predicts an activation [T B, H] from tokens [T, B]; each step sees the last `SEEN` tokens of its window."""
 
     def __init__(self, vocabulary_size: int, hidden: int, embed: int = 32) -> None:
         super().__init__()
@@ -70,14 +71,14 @@ class RecentTokens(nn.Module):
         zero_(self.output)
 
     def forward(self, tokens: Tensor, context: Any = None) -> Tensor:
-        """The message; the context, which holds the targets, must not be seen here."""
+        """Returns the message for `tokens`; ignores the context, because it holds the targets."""
         steps = self.embedding(tokens).permute(1, 2, 0)  # [B, E, T]
         recent = F.relu(self.recent(F.pad(steps, (SEEN - 1, 0))))
         return self.output(recent.permute(2, 0, 1).flatten(0, 1))
 
 
 class TargetGradient(nn.Module):
-    """A synthetic gradient for an activation [T B, H], given the targets [T, B] of its steps as the context."""
+    """Predicts the gradient for an activation [T B, H]; the context is the targets [T, B] of its steps."""
 
     def __init__(self, vocabulary_size: int, hidden: int, embed: int = 32) -> None:
         super().__init__()
@@ -87,13 +88,13 @@ class TargetGradient(nn.Module):
         zero_(self.output)
 
     def forward(self, activation: Tensor, targets: Tensor) -> Tensor:
-        """The message, of the activation's shape."""
+        """Returns the message, in the shape of the activation."""
         seen = torch.cat([activation, self.embedding(targets.flatten())], dim=-1)
         return self.output(F.relu(self.hidden(seen)))
 
 
 def two_part_digits(hidden: int) -> TwoPartNetwork:
-    """A perceptron for images [N, 784]: a hidden layer in each part; the context is the label, one-hot."""
+    """Returns a perceptron for images [N, 784] with a hidden layer in each part; the context is the one-hot label."""
     pixels = SIDE * SIDE
     synthetic_input = WithoutContext(BasicSynthesizer(hidden, 1, hidden, trigger_dim=pixels))
     gradient = Normalized(BasicSynthesizer(hidden, 1, hidden, context_dim=CLASSES))
@@ -105,10 +106,11 @@ def two_part_digits(hidden: int) -> TwoPartNetwork:
 
 
 def two_part_language_model(vocabulary_size: int, hidden: int, lanes: int) -> TwoPartNetwork:
-    """A stacked LSTM for tokens [T, B]: embedding and first layer, second layer and projection; the context is targets.
+    """Returns a stacked LSTM for tokens [T, B]; the context is the targets [T, B].
 
-    The message is [T B, H]: of a tensor of three dimensions `Normalized` would take the first for layers, and the last
-    window of an epoch has fewer steps.
+    Part A is the embedding and the first LSTM layer, part B the second LSTM layer and the projection. The message is
+    flattened to [T B, H], because `Normalized` keeps one statistic for each index of the first dimension of a
+    three-dimensional tensor, and the last window of an epoch has fewer steps.
     """
     gradient = Normalized(TargetGradient(vocabulary_size, hidden))
     return TwoPartNetwork(

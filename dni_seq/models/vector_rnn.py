@@ -1,4 +1,4 @@
-"""A recurrent network from vectors to vectors: LSTM or GRU, and a linear readout.
+"""A recurrent network that maps vectors to vectors: LSTM or GRU, and a linear readout.
 
 Legend: T = window length, B = lanes, D = inputs, O = outputs, H = hidden units, L = layers.
 """
@@ -13,20 +13,23 @@ from dni_seq.models.lstm_kernels import native_up_to, run_rnn
 
 
 class VectorRNN(nn.Module):
-    """Map B lanes of vectors step by step: `model(inputs, state) -> (outputs, state)`.
+    """Maps a vector to a vector at each step of B lanes: `model(inputs, state) -> (outputs, state)`.
 
     Args:
-        input_size: D.
-        output_size: O.
+        input_size: D, the size of an input vector.
+        output_size: O, the size of an output vector.
         cell: "lstm", whose state is (h, c), each [L, B, H], or "gru", whose state is h [L, B, H].
-        hidden: H, hidden units a layer.
-        layers: L.
+        hidden: H, the number of hidden units in a layer.
+        layers: L, the number of recurrent layers.
 
     Attributes:
-        native_steps: the longest window that PyTorch's native LSTM kernel runs on the CPU; see `kernels.native_up_to`.
+        rnn: the nn.LSTM or nn.GRU.
+        readout: nn.Linear(H, O).
+        native_steps: longest window, in steps, that runs on PyTorch's native LSTM kernel on the CPU; see
+            `lstm_kernels.native_up_to`.
 
     Raises:
-        ValueError: unknown cell, or a size below 1.
+        ValueError: the cell is unknown, or a size is below 1.
     """
 
     def __init__(self, input_size: int, output_size: int, *, cell: str = "lstm", hidden: int = 256, layers: int = 1):
@@ -44,11 +47,16 @@ class VectorRNN(nn.Module):
         self.readout = nn.Linear(hidden, output_size)
 
     def forward(self, inputs: Tensor, state: Tensor | LSTMState | None = None) -> tuple[Tensor, Tensor | LSTMState]:
-        """Read inputs [T, B, D] from `state` on, None for zeros; return outputs [T, B, O] and the last state."""
+        """Returns outputs [T, B, O] and the state after the last step.
+
+        Args:
+            inputs: [T, B, D].
+            state: state before the first step; None for zeros.
+        """
         outputs, state = run_rnn(self.rnn, inputs, state, self.native_steps)  # [T, B, H]
         return self.readout(outputs), state
 
     def initial_state(self, lanes: int) -> Tensor | LSTMState:
-        """Zeros for `lanes` lanes, in the parameters' dtype and on their device."""
+        """Returns a zero state for `lanes` lanes, with the dtype and the device of the parameters."""
         hidden = self.readout.weight.new_zeros((self.layers, lanes, self.hidden))
         return hidden if self.cell == "gru" else (hidden, torch.zeros_like(hidden))

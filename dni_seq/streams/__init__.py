@@ -1,4 +1,4 @@
-"""Text to windows: documents, tokens, lanes, windows."""
+"""Turns text into windows: reads documents, tokenizes them, and cuts the tokens into lanes and windows."""
 
 from dni_seq.streams.corpus import Corpus, DataError, Documents, known_datasets, open_corpus
 from dni_seq.streams.shuffle import ShuffledDocuments

@@ -1,18 +1,17 @@
 """Copy, repeat copy and the adding problem: generated sequences in windows, and a curriculum that makes them longer.
 
 Sources: copy and repeat copy are those of Graves et al. 2014, arXiv 1410.5401, sections 4.1 and 4.2, trained with a
-curriculum as in Jaderberg et al. 2017, arXiv 1608.05343, section 3.1; we give the number of repeats beside the go flag,
-divided by 10. The adding problem is that of Hochreiter and Schmidhuber 1997, with the markers in the two halves of the
+curriculum as in Jaderberg et al. 2017, arXiv 1608.05343, section 3.1. We give the number of repeats together with the go
+flag, divided by 10. The adding problem is that of Hochreiter and Schmidhuber 1997, with one marker in each half of the
 sequence.
 
-All lanes run in lockstep: one fresh sequence after another, of the same length in every lane, so all lanes end together. A
-sequence begins with a window and is cut every T steps; its last window is as short as what is left of it, which costs no
-steps for nothing and leaves a sum over time what it is.
+Every lane gets one fresh sequence after another. All lanes have the same length, so they end together. A sequence starts
+at the start of a window and is cut every T steps. Its last window holds only the remaining steps, without padding.
 
-The error of a task is 1 where nothing is known of the answer and 0 where all of it is. For copy and repeat copy it is in
-bits a bit: the mean cross-entropy, base 2, of the target's single bits over all steps that count. For the adding problem it
-is the share of the variance: the mean squared error over that of always answering 1, which is 1/6; knowing one of the two
-numbers gives 1/2. A length is solved when the mean error over 1,000 fresh sequences is below 0.15.
+The error of a task is 1 for a network that knows nothing about the answer and 0 for a perfect network. For copy and repeat
+copy the error is the mean cross-entropy, in bits per target bit, over all steps that count. For the adding problem the
+error is the mean squared error divided by 1/6, the error of always answering 1; a network that knows one of the two numbers
+has error 1/2. A length is solved when the mean error over 1,000 fresh sequences is below 0.15.
 
 Legend: S = steps of a sequence, T = window length, B = lanes, D = inputs, O = outputs, N = vectors, R = repeats.
 """
@@ -33,27 +32,27 @@ from torch.nn import functional
 from dni_seq.core.windows import Window, with_lookahead
 
 BITS = 8
-"""Size of a vector to copy."""
+"""Bits in a vector to copy."""
 
 SOLVED_BELOW = 0.15
-"""Largest mean error with which a length counts as solved (Jaderberg et al.)."""
+"""A length is solved if the mean error is below this value (Jaderberg et al. 2017)."""
 
 FRESH_SEQUENCES = 1000
-"""Sequences that decide whether a length is solved."""
+"""Number of fresh sequences on which a length is checked."""
 
 RECENT_SEQUENCES = 20
-"""Training sequences, of all lanes, whose mean error says whether that check is worth running."""
+"""Number of recent training sequences whose mean error triggers a check; each covers all lanes."""
 
 EVALUATION_LANES = 250
-"""Sequences evaluated side by side: enough to be quick, few enough not to decide a run's peak memory."""
+"""Sequences evaluated in one batch: enough to be fast, few enough not to raise a run's peak memory."""
 
 
 class Stage(NamedTuple):
-    """How hard the sequences are.
+    """Difficulty of the sequences.
 
     Attributes:
-        size: N, the vectors to copy, or the steps of an adding problem.
-        repeats: R, how often they are to be repeated; 1 where a task knows no repeats.
+        size: N, the number of vectors to copy, or of steps in an adding problem.
+        repeats: R, how often the vectors are repeated; 1 for a task without repeats.
     """
 
     size: int
@@ -61,17 +60,17 @@ class Stage(NamedTuple):
 
     @property
     def length(self) -> int:
-        """What the curve of the length solved shows: N, N · R, or the steps of an adding problem."""
+        """Length of the answer or the sequence: N for copy, N · R for repeat copy, the steps of an adding problem."""
         return self.size * self.repeats
 
 
 class Sequences(NamedTuple):
-    """One sequence in every lane.
+    """A batch of sequences, one in each lane.
 
     Attributes:
         inputs: [S, B, D] float32.
-        targets: [S, B, O] float32, zeros at steps that do not count.
-        mask: [S, B] bool, the steps that count.
+        targets: [S, B, O] float32, zero at steps that do not count.
+        mask: [S, B] bool, True at steps that count in the loss.
     """
 
     inputs: Tensor
@@ -80,15 +79,15 @@ class Sequences(NamedTuple):
 
 
 class Task(ABC):
-    """A family of sequences of growing length.
+    """A generated task whose sequences can be made longer stage by stage.
 
     Attributes:
-        input_size: D.
-        target_size: O.
-        first: the stage at which a curriculum begins by itself.
+        input_size: D, the size of an input vector.
+        target_size: O, the size of a target vector.
+        first: the stage at which a curriculum starts by default.
         least: the smallest size of a stage.
-        error_of_loss: the error over the loss of a step, see above.
-        error_name: "error_bits" for an error in bits a bit, else "error".
+        error_of_loss: factor from the mean loss of a step to the task's error.
+        error_name: "error_bits" for an error in bits per bit, else "error".
     """
 
     input_size: int
@@ -100,28 +99,29 @@ class Task(ABC):
 
     @abstractmethod
     def generate(self, stage: Stage, lanes: int, generator: torch.Generator) -> Sequences:
-        """Fresh random sequences, on the CPU."""
+        """Returns fresh random sequences on the CPU, one for each of `lanes` lanes."""
 
     def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """[T, B] of outputs [T, B, O]: binary cross-entropy of the outputs as logits, nats, mean over the bits."""
+        """Returns losses [T, B] in nats: the binary cross-entropy of logits [T, B, O], averaged over the O bits."""
         return functional.binary_cross_entropy_with_logits(outputs, targets, reduction="none").mean(-1)
 
     def harder(self, stage: Stage) -> Stage:
-        """The stage behind `stage`: one vector more."""
+        """Returns the stage after `stage`, which has one more vector."""
         return stage._replace(size=stage.size + 1)
 
 
 class Copy(Task):
-    """A start flag, N vectors of 8 bits, a go flag; then the network gives the vectors back, its inputs zeros.
+    """The copy task: after N vectors of 8 bits the network outputs the same vectors.
 
-    S = 2 N + 2; D = 10: the bits, start, go.
+    The inputs are a start flag, the vectors, a go flag, and zeros during the answer. S = 2 N + 2; D = 10: 8 bits, start, go;
+    O = 8.
     """
 
     input_size = BITS + 2
     target_size = BITS
 
     def generate(self, stage: Stage, lanes: int, generator: torch.Generator) -> Sequences:
-        """Random bits, each 1 with probability 1/2."""
+        """Returns sequences of random bits, each 1 with probability 1/2."""
         vectors = _random_bits(stage.size, lanes, generator)
         inputs = _presented(vectors, self.input_size, answer=stage.size)
         targets = torch.zeros(len(inputs), lanes, self.target_size)
@@ -130,17 +130,18 @@ class Copy(Task):
 
 
 class RepeatCopy(Task):
-    """A start flag, N vectors of 8 bits, a go flag and R / 10; then the network gives the vectors R times and an end flag.
+    """The repeat copy task: after N vectors of 8 bits the network outputs them R times, and then an end flag.
 
-    S = N + N R + 3; D = 11: the bits, start, go, R / 10; O = 9: the bits, end. The end flag is a target at every step of the
-    answer, so that the network has to count.
+    The inputs are a start flag, the vectors, a go flag together with R / 10, and zeros during the answer. S = N + N R + 3;
+    D = 11: 8 bits, start, go, R / 10; O = 9: 8 bits, end. The end flag is a target at every step of the answer, so the
+    network must count.
     """
 
     input_size = BITS + 3
     target_size = BITS + 1
 
     def generate(self, stage: Stage, lanes: int, generator: torch.Generator) -> Sequences:
-        """Random bits, each 1 with probability 1/2."""
+        """Returns sequences of random bits, each 1 with probability 1/2."""
         vectors = _random_bits(stage.size, lanes, generator)
         answer = stage.length + 1
         inputs = _presented(vectors, self.input_size, answer)
@@ -151,27 +152,28 @@ class RepeatCopy(Task):
         return Sequences(inputs, targets, _last_steps(len(inputs), lanes, answer))
 
     def harder(self, stage: Stage) -> Stage:
-        """N and R are raised in turn: the smaller one, N where they are equal."""
+        """Returns the next stage: raises R by 1 if R < N, else raises N by 1."""
         if stage.repeats < stage.size:
             return stage._replace(repeats=stage.repeats + 1)
         return stage._replace(size=stage.size + 1)
 
 
 class Adding(Task):
-    """Numbers between 0 and 1, two of them marked, one in each half; at the last step the network gives their sum.
+    """The adding problem: the network outputs the sum of two marked numbers at the last step.
 
-    S = N, the length; D = 2: number, marker; O = 1.
+    All numbers are uniform in [0, 1). One number in each half of the sequence is marked. S = N, the length; D = 2: number,
+    marker; O = 1.
     """
 
     input_size = 2
     target_size = 1
     first = Stage(4)
     least = 2
-    error_of_loss = 6.0  # over 1/6, the variance of the sum
+    error_of_loss = 6.0  # 1 / (1/6), where 1/6 is the variance of the sum
     error_name = "error"
 
     def generate(self, stage: Stage, lanes: int, generator: torch.Generator) -> Sequences:
-        """Numbers and places of the markers are uniform."""
+        """Returns sequences of uniform numbers, with uniform marker positions in each half."""
         steps, half = stage.size, stage.size // 2
         inputs = torch.zeros(steps, lanes, self.input_size)
         inputs[..., 0] = torch.rand(steps, lanes, generator=generator)
@@ -182,16 +184,16 @@ class Adding(Task):
         return Sequences(inputs, targets, _last_steps(steps, lanes, 1))
 
     def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """[T, B] of outputs [T, B, 1]: squared error."""
+        """Returns the squared errors [T, B] of outputs [T, B, 1]."""
         return (outputs - targets).square().mean(-1)
 
     def harder(self, stage: Stage) -> Stage:
-        """A tenth more steps, one at least."""
+        """Returns the next stage, which has a tenth more steps, at least one more."""
         return stage._replace(size=stage.size + max(1, stage.size // 10))
 
 
 TASKS: Mapping[str, Task] = MappingProxyType({"copy": Copy(), "repeat-copy": RepeatCopy(), "adding": Adding()})
-"""Every task by the name that commands know it by."""
+"""The tasks, keyed by the value of the option `--task`."""
 
 
 def _random_bits(size: int, lanes: int, generator: torch.Generator) -> Tensor:
@@ -199,7 +201,7 @@ def _random_bits(size: int, lanes: int, generator: torch.Generator) -> Tensor:
 
 
 def _presented(vectors: Tensor, input_size: int, answer: int) -> Tensor:
-    """[S, B, D]: start flag, vectors [N, B, 8], go flag, and `answer` steps of zeros."""
+    """Returns inputs [S, B, D]: start flag, vectors [N, B, 8], go flag, and `answer` steps of zeros."""
     size, lanes, _ = vectors.shape
     inputs = torch.zeros(size + 2 + answer, lanes, input_size)
     inputs[0, :, BITS] = 1
@@ -209,12 +211,12 @@ def _presented(vectors: Tensor, input_size: int, answer: int) -> Tensor:
 
 
 def _last_steps(steps: int, lanes: int, count: int) -> Tensor:
-    """[S, B] bool: the last `count` steps."""
+    """Returns a mask [S, B] bool that is True at the last `count` steps."""
     return (torch.arange(steps) >= steps - count)[:, None].repeat(1, lanes)
 
 
 def cut(sequences: Sequences, bptt: int) -> Iterator[Window]:
-    """Windows of `bptt` steps, the last one of what is left; all lanes end with it."""
+    """Cuts sequences into windows of `bptt` steps; the last window holds the rest, and all lanes end with it."""
     steps, lanes = sequences.mask.shape
     for start in range(0, steps, bptt):
         inputs, targets, mask = (part[start : start + bptt] for part in sequences)
@@ -222,19 +224,19 @@ def cut(sequences: Sequences, bptt: int) -> Iterator[Window]:
 
 
 class TaskStream:
-    """Windows of one fresh sequence after another, without end.
+    """An endless stream of windows over freshly generated sequences; its position can be saved and restored.
 
     Args:
-        task: what the sequences are.
-        lanes: B.
-        bptt: T.
-        lookahead: m, the steps behind each window that are attached to it; 0 for no lookahead. It sees nothing behind the
-            end of the sequence.
-        seed: of the stream's own generator.
-        stage: of the first sequence, None for the task's first one.
+        task: generates the sequences.
+        lanes: B, the batch size.
+        bptt: T, the window length.
+        lookahead: m, the number of steps after each window that are attached to it; 0 for no lookahead. Steps after the
+            end of the sequence are not valid.
+        seed: seed of the stream's own generator.
+        stage: stage of the first sequence; None for `task.first`.
 
     Attributes:
-        stage: of the sequences to come; set it at any time, the sequence under way stays as it is.
+        stage: stage of the next sequences. It may be set at any time; the current sequence does not change.
 
     Raises:
         ValueError: a number is out of its range, or the stage is too small for the task.
@@ -249,12 +251,12 @@ class TaskStream:
         self.task, self.lanes, self.bptt, self.lookahead = task, lanes, bptt, lookahead
         self.stage = check_stage(task, stage or task.first)
         self._generator = torch.Generator().manual_seed(seed)
-        self._before: tuple[Tensor, Stage] | None = None  # the generator's state and the stage that the sequence came of
+        self._before: tuple[Tensor, Stage] | None = None  # generator state and stage from which the sequence was drawn
         self._windows: list[Window] = []
         self._position = 0
 
     def __iter__(self) -> Iterator[Window]:
-        """Go on from the current position; `ends` is True in all lanes at a sequence's last window."""
+        """Yields windows from the current position; `ends` is True in all lanes at a sequence's last window."""
         while True:
             if self._position == len(self._windows):
                 self._draw(self._generator.get_state(), self.stage)
@@ -262,16 +264,16 @@ class TaskStream:
             yield self._windows[self._position - 1]
 
     def _draw(self, state: Tensor, stage: Stage) -> None:
-        """Take the sequence that the generator gives from `state` on."""
+        """Draws a sequence from generator state `state` and cuts it into windows."""
         self._before = (state, stage)
         self._generator.set_state(state)
-        # Looking ahead one sequence at a time, the stream never draws a sequence before its stage is known.
+        # The lookahead stops at the sequence's end, so the stream never draws a sequence before its stage is known.
         windows = cut(self.task.generate(stage, self.lanes, self._generator), self.bptt)
         self._windows = list(with_lookahead(windows, self.lookahead) if self.lookahead else windows)
         self._position = 0
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the next window is: the generator before the current sequence, the stages, and the windows given."""
+        """Returns the position: generator state before the current sequence, stages, and number of windows yielded."""
         generator, drawn = self._before or (self._generator.get_state(), None)
         return {
             "generator": generator.clone(),
@@ -281,7 +283,7 @@ class TaskStream:
         }
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
-        """Take over what `state_dict` gave: the next windows are the same, bit for bit."""
+        """Restores a position from `state_dict`; the next windows are bit-identical."""
         self.stage = Stage(*saved["stage"])
         self._before, self._windows, self._position = None, [], 0
         self._generator.set_state(saved["generator"])
@@ -291,20 +293,20 @@ class TaskStream:
 
 
 class Curriculum:
-    """Raise the length when it is solved.
+    """A curriculum that moves to the next stage when the current one is solved.
 
-    Training sequences cost nothing more to score, so their mean error says when the check on fresh ones is worth running;
-    that check alone decides.
+    The mean error of recent training sequences decides when to check the stage on fresh sequences. Only the error on fresh
+    sequences decides whether the stage is solved.
 
     Args:
-        task: what is learned.
-        start: the first stage, None for the task's own.
-        threshold: the largest mean error that counts as solved.
-        patience: training sequences, each of all lanes, between two checks at least.
+        task: the task to train on.
+        start: the first stage; None for `task.first`.
+        threshold: a stage is solved if its mean error is below this value.
+        patience: the smallest number of training sequences between two checks; a sequence of all lanes counts as one.
 
     Attributes:
-        stage: to train on.
-        solved: the length solved, 0 before the first.
+        stage: the stage to train on.
+        solved: the length of the last solved stage, 0 if none is solved yet.
 
     Raises:
         ValueError: a setting is out of its range, or the stage is too small for the task.
@@ -327,12 +329,12 @@ class Curriculum:
         self._recent: deque[float] = deque(maxlen=patience)
 
     def observe(self, error: float) -> bool:
-        """Take in the mean error of a training sequence; whether the check on fresh sequences is worth running."""
+        """Records the mean error of a training sequence; returns True if the stage should be checked on fresh sequences."""
         self._recent.append(error)
         return len(self._recent) == self._recent.maxlen and sum(self._recent) / len(self._recent) < self.threshold
 
     def conclude(self, error: float) -> bool:
-        """Take in the mean error on fresh sequences of this stage, and raise the stage if it is solved; whether it is."""
+        """Returns True and moves to the next stage if `error`, the mean on fresh sequences, is below the threshold."""
         self._recent.clear()
         if not error < self.threshold:
             return False
@@ -341,21 +343,22 @@ class Curriculum:
         return True
 
     def state_dict(self) -> dict[str, Any]:
-        """Stage, length solved and recent errors."""
+        """Returns the stage, the solved length and the recent training errors."""
         return {"stage": list(self.stage), "solved": self.solved, "recent": list(self._recent)}
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
-        """Take over what `state_dict` gave."""
+        """Restores a state from `state_dict`."""
         self.stage = Stage(*saved["stage"])
         self.solved = saved["solved"]
         self._recent = deque(saved["recent"], maxlen=self._recent.maxlen)
 
 
 def check_stage(task: Task, stage: Stage) -> Stage:
-    """The stage, or a ValueError where it is too small for the task."""
+    """Returns `stage`; raises a ValueError if it is too small for the task."""
     if stage.size < task.least or stage.repeats < 1:
         raise ValueError(
-            f"the task's sequences begin at size {task.least} and 1 repeat, got size {stage.size} and {stage.repeats}"
+            f"the task's stages begin at size {task.least} and 1 repeat, got size {stage.size} and {stage.repeats} repeats: "
+            "raise the stage (--start)"
         )
     return stage
 
@@ -364,14 +367,15 @@ def check_stage(task: Task, stage: Stage) -> Stage:
 def mean_error(
     model: nn.Module, task: Task, stage: Stage, generator: torch.Generator, sequences: int = FRESH_SEQUENCES
 ) -> float:
-    """The mean error of `model` on fresh sequences, in the unit of the task.
+    """Returns the mean error of `model` on fresh sequences, in the unit of the task.
 
     Args:
-        model: `model(inputs, state) -> (outputs, state)` with `initial_state(B)`; run in `eval()`, then put back.
-        task: what the sequences are.
-        stage: how hard.
-        generator: that draws them, on the CPU.
-        sequences: how many.
+        model: `model(inputs, state) -> (outputs, state)` with `initial_state(B)`. It runs in `eval()`; its mode is then
+            restored.
+        task: generates the sequences.
+        stage: difficulty of the sequences.
+        generator: CPU generator that draws the sequences.
+        sequences: number of sequences.
     """
     device = next(model.parameters()).device
     training = model.training

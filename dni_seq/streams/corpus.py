@@ -1,6 +1,6 @@
-"""Where text comes from: a named data set, any other one on the Hub, the user's own files, or the embedded corpus.
+"""Opens a text: a named data set, any other data set on the Hub, local files, or the embedded corpus.
 
-What is on the Hub is read through `datasets` with streaming=True. No text but the embedded one is ever held as a whole.
+Data sets on the Hub are read through `datasets` with streaming=True. Only the embedded corpus is held in memory as text.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ class Corpus:
     """A text in three splits.
 
     Attributes:
-        name: the data set's name, or the file's.
-        train: documents to train on.
-        valid: documents to choose by.
-        test: documents for the final score.
-        level: the tokenizer that suits the text, "word", "char" or "sentencepiece".
+        name: name of the data set, or the file name or pattern that was given.
+        train: documents for training.
+        valid: documents for validation.
+        test: documents for the final test.
+        level: the default tokenizer for this text: "word", "char" or "sentencepiece".
     """
 
     name: str
@@ -42,12 +42,12 @@ class Corpus:
 
 
 def known_datasets() -> list[str]:
-    """The names `open_corpus` knows."""
+    """Returns the names of the data sets that `open_corpus` opens without an "owner/name"."""
     return [*CORPORA, EMBEDDED]
 
 
 def default_data_dir() -> Path:
-    """Where data sets are looked for first: the environment variable DNI_SEQ_DATA, else `data`."""
+    """Returns the directory in which data sets are looked up first: $DNI_SEQ_DATA if it is set, else `data`."""
     return Path(os.environ.get("DNI_SEQ_DATA") or "data")
 
 
@@ -63,39 +63,45 @@ def open_corpus(
     revision: str | None = None,
     invalid_utf8: str = "error",
 ) -> Corpus:
-    """Find a text and check that it can be read.
+    """Opens a text as a `Corpus` with training, validation and test documents.
 
     Args:
-        dataset: one of `known_datasets()`, or any "owner/name" on the Hub, or None for `data_file`, or for the embedded
-            corpus where that is None too.
-        data_dir: looked in before the Hub, as `DIR/NAME/NAME.{train,valid,test}.txt`; None for `default_data_dir()`.
-        data_file: the user's own text instead of `dataset`: a file, or a pattern for several, of lines of UTF-8, or of
-            JSON (.jsonl), or of Parquet (.parquet); text and JSON also compressed (.gz, .xz, .bz2, .zst).
-        valid_file: its validation text; held out of `data_file` where None, as `load_own_files` tells.
-        test_file: its test text; likewise.
-        text_column: the column, or field, that holds the text; None for "text".
-        config: the data set's configuration on the Hub, where it is not the usual one.
-        revision: its branch on the Hub.
-        invalid_utf8: "error", or "replace" for U+FFFD in the place of bytes that are not UTF-8.
+        dataset: one of `known_datasets()`, or "owner/name" for any data set on the Hub. None for `data_file`, or for the
+            embedded corpus if `data_file` is None too.
+        data_dir: directory that is searched before the Hub, for `DIR/NAME/NAME.{train,valid,test}.txt` (text8 and enwik8:
+            also `DIR/NAME/NAME`), also compressed. It is skipped if `config` or `revision` is given. None for
+            `default_data_dir()`.
+        data_file: a local file, or a pattern for several files, instead of `dataset`: lines of UTF-8, JSON lines (.jsonl,
+            .ndjson, .json) or Parquet (.parquet). Text and JSON may be compressed (.gz, .xz, .bz2, .zst).
+        valid_file: validation text for `data_file`. None to hold out a part of `data_file`, see `load_own_files`.
+        test_file: test text for `data_file`. None to hold out a part of `data_file`.
+        text_column: column (Parquet, Hub) or field (JSON) that holds the text. None for "text"; for a data set on the Hub,
+            None is the known column of a named data set, else "text" or the only column of strings.
+        config: configuration of the data set on the Hub; None for the default.
+        revision: branch of the data set on the Hub; None for the default.
+        invalid_utf8: "error" to raise at bytes that are not UTF-8, "replace" to read them as U+FFFD.
+
+    Returns:
+        The corpus. Documents are read when they are iterated, so later reads may raise a DataError too.
 
     Raises:
-        DataError: the name is unknown, the options contradict each other, a file cannot be used, or the Hub cannot be
-            reached (within 10 seconds).
+        DataError: the name is unknown, the options contradict each other, a file cannot be used, or the Hub does not
+            answer (within 5 seconds).
     """
     form = FileFormat(column=text_column or "text", errors={"error": "strict", "replace": "replace"}[invalid_utf8])
     if data_file is not None:
         if dataset is not None:
-            raise DataError("--dataset and --data-file exclude each other: leave one out")
+            raise DataError(f"--dataset {dataset} and --data-file {data_file} exclude each other: remove one of them")
         if config is not None or revision is not None:
-            raise DataError("--dataset-config and --dataset-revision go with a --dataset on the Hub: leave them out")
+            raise DataError("--dataset-config and --dataset-revision cannot be used with --data-file: remove them")
         return _corpus(str(data_file), load_own_files(data_file, valid_file, test_file, form), "char")
     if valid_file is not None or test_file is not None:
-        raise DataError("--valid-file and --test-file go with --data-file: give --data-file too")
+        raise DataError("--valid-file and --test-file need a --data-file for training: give --data-file too")
     if dataset is None or dataset == EMBEDDED:
         if config is not None or revision is not None or text_column is not None:
             raise DataError(
-                f"--dataset-config, --dataset-revision and --text-column are for a --dataset on the Hub or a --data-file, "
-                f"not for {EMBEDDED}: leave them out"
+                "--dataset-config, --dataset-revision and --text-column cannot be used with the embedded corpus "
+                f"{EMBEDDED}: remove them, or give a --dataset on the Hub"
             )
         return _corpus(EMBEDDED, load_pydoc(), "char")
     corpus = find_corpus(dataset, config, revision, text_column)
@@ -107,12 +113,12 @@ def open_corpus(
 
 
 def _unknown(name: str) -> DataError:
-    """The error for a name that is none."""
+    """Returns the error for an unknown data set, with the closest known name as a hint."""
     close = difflib.get_close_matches(name.lower(), known_datasets(), n=1)
-    hint = f"did you mean {close[0]}? " if close else ""
-    return DataError(f"unknown data set {name!r}: {hint}known are {', '.join(known_datasets())}, and OWNER/NAME on the Hub")
+    hint = f" (did you mean {close[0]}?)" if close else ""
+    return DataError(f"unknown data set {name!r}{hint}: use one of {', '.join(known_datasets())}, or OWNER/NAME on the Hub")
 
 
 def _corpus(name: str, splits: Mapping[str, Documents], level: str) -> Corpus:
-    """The corpus of three splits."""
+    """Returns the corpus made of three splits."""
     return Corpus(name, splits["train"], splits["valid"], splits["test"], level)

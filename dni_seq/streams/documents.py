@@ -1,7 +1,7 @@
 """Text as documents that are read in order, from any position.
 
-A document is a piece of text that ends with a newline, so that joining documents never joins two words. A long document
-is read in several pieces, so that one of any length takes little memory.
+A document is a piece of text that ends with a newline, so joining documents never joins two words. A long document is read
+in several pieces, so memory stays small.
 """
 
 from __future__ import annotations
@@ -12,22 +12,22 @@ from itertools import islice
 from typing import Any, NamedTuple
 
 Position = dict[str, Any]
-"""Where a reader stands: a nest of dicts, lists, strings and integers that JSON can hold."""
+"""The position of a reader: a nest of dicts, lists, strings and integers that JSON can hold."""
 
 LONGEST_PIECE = 1 << 17
-"""Characters of a document after which it is cut, before a blank or line end where there is one."""
+"""Largest number of characters in a piece of a document; the cut is before a space or newline if there is one."""
 
 
 class DataError(ValueError):
-    """Text that cannot be found, read or used; its message is one line that says what to change."""
+    """Raised if a text cannot be found, read or used; the message is one line that says what to change."""
 
 
 class Piece(NamedTuple):
-    """A part of a document, mostly the whole of it.
+    """A part of a document, usually the whole document.
 
     Attributes:
-        text: where `ends`, its last character is a newline.
-        ends: whether the document ends with it.
+        text: the characters; the last one is a newline if `ends` is True.
+        ends: whether the document ends with this piece.
     """
 
     text: str
@@ -35,30 +35,32 @@ class Piece(NamedTuple):
 
 
 class Reader(ABC):
-    """An iterator over the pieces of documents that knows where it stands."""
+    """An iterator over the pieces of documents whose position can be saved."""
 
     def __iter__(self) -> Iterator[Piece]:
         return self
 
     @abstractmethod
     def __next__(self) -> Piece:
-        """The next piece.
+        """Returns the next piece.
 
         Raises:
-            DataError: the source failed.
+            DataError: the source cannot be read.
         """
 
     @abstractmethod
     def position(self) -> Position:
-        """The position of the next piece, to be given to `Documents.read`."""
+        """Returns the position of the next piece; `Documents.read` resumes there."""
 
 
 class Documents(ABC):
-    """The documents of one split; every reader is independent of the others. Iterating yields the pieces' texts.
+    """The documents of one split. Iterating yields the text of each piece.
+
+    Readers are independent of each other.
 
     Attributes:
-        name: what messages call them, such as "ptb/train".
-        small: whether they are finite and their token ids may be held in memory.
+        name: name of the split in messages, such as "ptb/train".
+        small: whether the text is finite and its token ids may be held in memory.
     """
 
     def __init__(self, name: str, *, small: bool) -> None:
@@ -70,15 +72,15 @@ class Documents(ABC):
 
     @abstractmethod
     def read(self, position: Position | None = None) -> Reader:
-        """A reader that starts at `position`, or at the first document."""
+        """Returns a reader that starts at `position`, or at the first document if it is None."""
 
     def in_epoch(self, epoch: int) -> Documents:
-        """The documents in the order of an epoch, counted from 0; the same order in all of them unless shuffled."""
+        """Returns the documents in the order of an epoch, counted from 0; the order changes only if they are shuffled."""
         return self
 
 
 class WholeReader(Reader):
-    """A reader over a source of whole documents, which it cuts where they are long."""
+    """A reader over a source of whole documents; it cuts long documents into pieces."""
 
     def __init__(self, offset: int) -> None:
         self._offset = offset
@@ -87,11 +89,11 @@ class WholeReader(Reader):
 
     @abstractmethod
     def next_text(self) -> str:
-        """The next document; StopIteration behind the last one."""
+        """Returns the next document; raises StopIteration after the last one."""
 
     @abstractmethod
     def here(self) -> Position:
-        """The position of the next document, without an entry "offset"."""
+        """Returns the position of the next document, without the entry "offset"."""
 
     def __next__(self) -> Piece:
         if self._text is None:
@@ -106,12 +108,12 @@ class WholeReader(Reader):
         return Piece(text[start:] if start else text, True)
 
     def position(self) -> Position:
-        """That of the document, and the characters passed in it."""
+        """Returns the position of the current document and the number of characters read in it."""
         return {**(self.here() if self._text is None else self._before), "offset": self._offset}
 
 
 def _cut(text: str, start: int) -> int:
-    """Where the piece from `start` on ends: at a blank or newline, so that the next piece begins with it."""
+    """Returns the end of the piece that starts at `start`: before a space or newline, which begins the next piece."""
     limit = start + LONGEST_PIECE
     if limit >= len(text):
         return len(text)
@@ -120,19 +122,19 @@ def _cut(text: str, start: int) -> int:
 
 
 class ListedDocuments(Documents):
-    """Documents that are at hand anyway, such as the embedded corpus."""
+    """Documents that are held in memory, such as the embedded corpus."""
 
     def __init__(self, name: str, texts: Sequence[str]) -> None:
         super().__init__(name, small=True)
         self._texts = texts
 
     def read(self, position: Position | None = None) -> Reader:
-        """A reader whose position is the index of the next document, and the characters passed in it."""
+        """Returns a reader; its position is the index of the next document and the characters read in it."""
         return _ListReader(self._texts, **(position or {"index": 0, "offset": 0}))
 
 
 class _ListReader(WholeReader):
-    """Reads a list from an index on."""
+    """Reads a list of documents from an index."""
 
     def __init__(self, texts: Sequence[str], index: int, offset: int) -> None:
         super().__init__(offset)
@@ -149,14 +151,14 @@ class _ListReader(WholeReader):
 
 
 class PartOfDocuments(Documents):
-    """A run of documents out of others.
+    """A contiguous part of other documents.
 
     Args:
-        name: what messages call it.
-        whole: the others.
-        start: position in `whole` at which the run begins, None for its start.
-        skip: documents to pass behind `start`.
-        count: how many documents the run has, None for all that follow.
+        name: name of the part in messages.
+        whole: the documents to take the part from.
+        start: position in `whole` at which counting starts; None for the first document.
+        skip: number of documents to skip after `start`.
+        count: number of documents in the part; None for all that follow.
         small: as in `Documents`.
     """
 
@@ -167,7 +169,7 @@ class PartOfDocuments(Documents):
         self._whole, self._start, self._skip, self._count = whole, start, skip, count
 
     def read(self, position: Position | None = None) -> Reader:
-        """A reader over the part."""
+        """Returns a reader over the part."""
         if position is not None:
             return _PartReader(self._whole.read(position["whole"]), position["left"])
         reader = self._whole.read(self._start)
@@ -177,7 +179,7 @@ class PartOfDocuments(Documents):
 
 
 class _PartReader(Reader):
-    """Reads a number of documents."""
+    """Reads a given number of documents."""
 
     def __init__(self, reader: Reader, left: int | None) -> None:
         self._reader, self._left = reader, left
@@ -195,9 +197,10 @@ class _PartReader(Reader):
 
 
 class BytesOfDocuments(Documents):
-    """The bytes [start, stop) of a text as UTF-8, as text8 and enwik8 are split; what is before them is read and dropped.
+    """The bytes [start, stop) of a text in UTF-8, which is how text8 and enwik8 are split.
 
-    A character that a border cuts belongs to neither side. The text ends with a newline of its own.
+    Bytes before `start` are read and dropped. A character that a border cuts belongs to neither side. A newline is added at
+    the end if there is none.
     """
 
     def __init__(self, name: str, whole: Documents, *, start: int, stop: int, small: bool) -> None:
@@ -205,14 +208,14 @@ class BytesOfDocuments(Documents):
         self._whole, self.start, self.stop = whole, start, stop
 
     def read(self, position: Position | None = None) -> Reader:
-        """A reader over the range."""
+        """Returns a reader over the range."""
         if position is None:
             return _BytesReader(self._whole.read(), 0, self.start, self.stop)
         return _BytesReader(self._whole.read(position["whole"]), position["passed"], self.start, self.stop)
 
 
 class _BytesReader(Reader):
-    """Counts the bytes of pieces, and shows those of a range."""
+    """Counts the bytes of pieces and returns those in a range."""
 
     def __init__(self, reader: Reader, passed: int, start: int, stop: int) -> None:
         self._reader, self._passed, self._start, self._stop = reader, passed, start, stop
@@ -235,16 +238,16 @@ class _BytesReader(Reader):
 
 
 def as_it_is(text: str) -> str:
-    """The text, with the newline that ends a document."""
+    """Returns the text, with a newline at its end."""
     return text if text.endswith("\n") else text + "\n"
 
 
 def stripped_line(text: str) -> str:
-    """One line without the blanks around it, with its newline."""
+    """Returns a line without the whitespace around it, with a newline at its end."""
     return text.strip() + "\n"
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its kind where it has none."""
+    """Returns the first line of an error's message, or the name of its class if the message is empty."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__

@@ -1,9 +1,9 @@
-"""The embedded corpus: the English text of Python's own documentation, found on every CPython.
+"""The embedded corpus: the English text of Python's own documentation, which CPython ships.
 
-`pydoc_data.topics` holds about 0.5 MB in some 80 topics. Many topics are passages of longer ones; such a topic is left
-out, so that no held-out text is trained on. Of every ten topics that stay, ordered by length, the eighth is validation
-text and the ninth is test text, which makes either about a twentieth of the whole. The text differs between Python
-versions.
+`pydoc_data.topics` holds about 0.5 MB in some 80 topics. Many topics repeat passages of longer topics. Such topics are
+skipped, so that no held-out text is in the training text. The remaining topics are ordered by length. Of every ten topics,
+the eighth is validation text and the ninth is test text; each split is about a twentieth of the corpus. The text differs
+between Python versions.
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ from collections.abc import Mapping
 from dni_seq.streams.documents import DataError, ListedDocuments
 
 SHORT = 40
-"""Paragraphs of fewer characters are too common to tell whether one topic repeats another."""
+"""Shorter paragraphs, in characters, are too common to show that one topic repeats another."""
 
 
 def load_pydoc() -> dict[str, ListedDocuments]:
-    """The embedded corpus's splits, keyed "train", "valid" and "test".
+    """Returns the splits of the embedded corpus, keyed "train", "valid" and "test".
 
     Raises:
-        DataError: this Python comes without its documentation.
+        DataError: this Python has no module `pydoc_data.topics`.
     """
     try:
         from pydoc_data.topics import topics
     except ImportError as error:
-        raise DataError("this Python has no pydoc_data, the embedded corpus: give --data-file or --dataset") from error
+        raise DataError("this Python lacks pydoc_data, the embedded corpus: give --dataset or --data-file") from error
     splits: dict[str, list[str]] = {"train": [], "valid": [], "test": []}
     for rank, text in enumerate(distinct_topics(topics)):
         splits[{7: "valid", 8: "test"}.get(rank % 10, "train")].append(text)
@@ -33,7 +33,7 @@ def load_pydoc() -> dict[str, ListedDocuments]:
 
 
 def distinct_topics(topics: Mapping[str, str]) -> list[str]:
-    """The topics, longest first, without those that mostly repeat longer ones."""
+    """Returns the topics, longest first, without those that mostly repeat longer topics."""
     seen: set[str] = set()
     kept = []
     for name in sorted(topics, key=lambda name: (-len(topics[name]), name)):

@@ -1,4 +1,4 @@
-"""Text in local files: one file, several, or all that a pattern matches."""
+"""Text in local files: one file, several files, or all files that match a pattern."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from dni_seq.streams.documents import DataError, Documents, PartOfDocuments, Pie
 from dni_seq.streams.formats import COMPRESSIONS, FileFormat, read_file
 
 IN_MEMORY_BYTES = 1 << 25
-"""Files up to this size in all are held in memory as token ids; larger ones are streamed in constant memory."""
+"""Files of up to this total size are held in memory as token ids; larger ones are streamed in constant memory."""
 
 PACKED = 4
-"""How much larger a compressed file is taken to be when it is unpacked."""
+"""Assumed ratio of the uncompressed size to the size of a compressed file."""
 
 HELD_OUT = 20
-"""One document in this many is held out for each split that has no file of its own."""
+"""One document in this many is held out for each split without a file."""
 
 MARKS = 4096
-"""Positions noted at most on the way through files whose documents are counted."""
+"""Largest number of positions that are kept while documents are counted."""
 
 
 class FileDocuments(Documents):
-    """The documents of files, one file after the other.
+    """The documents of several files, one file after the other.
 
     Raises:
-        DataError: a file is missing, is no regular file, or is empty.
+        DataError: a file is missing, empty, unreadable, or not a regular file.
     """
 
     def __init__(self, name: str, paths: Sequence[Path], form: FileFormat) -> None:
@@ -41,10 +41,10 @@ class FileDocuments(Documents):
         self._checksum = zlib.crc32(repr([*self._sizes.values()]).encode())
 
     def read(self, position: Position | None = None) -> Reader:
-        """A reader; a position is the file's number, the position in it, and a checksum of all files' sizes.
+        """Returns a reader; a position is a file's index, the position in it, and a checksum of the sizes of all files.
 
         Raises:
-            DataError: the position is one in other files, or in files that have grown since; the splits would be others.
+            DataError: the sizes or the number of the files differ from those of the position, so the splits would differ.
         """
         position = position or {"sizes": self._checksum, "file": 0, "inner": None}
         if position["sizes"] != self._checksum:
@@ -78,11 +78,11 @@ class _FilesReader(Reader):
 def load_own_files(
     data_file: str | Path, valid_file: str | Path | None, test_file: str | Path | None, form: FileFormat
 ) -> dict[str, Documents]:
-    """A user's own text, keyed "train", "valid" and "test"; each a file, or a pattern for several.
+    """Returns the documents of local files, keyed "train", "valid" and "test"; each argument is a file or a pattern.
 
-    A split without a file is held out of `data_file`: its last twentieth, in documents, is the test text and the twentieth
-    before it the validation text (the last one, where only that is missing). At least one document goes to each. The
-    documents are counted for that, which takes a pass through the files.
+    A split without a file is held out of `data_file`. The last twentieth of its documents is the test text, and the
+    twentieth before it is the validation text. If only the validation text is missing, it is the last twentieth. Each
+    split gets at least one document. Holding out needs one pass through the files to count the documents.
 
     Raises:
         DataError: a file cannot be used, or has too few documents to hold some out.
@@ -98,7 +98,7 @@ def load_own_files(
 
 
 def hold_out(whole: Documents, missing: Sequence[str]) -> dict[str, Documents]:
-    """The training text and the `missing` splits out of one text, as `load_own_files` tells.
+    """Splits one text into the training text and the `missing` splits; see `load_own_files`.
 
     Raises:
         DataError: there are too few documents.
@@ -108,7 +108,7 @@ def hold_out(whole: Documents, missing: Sequence[str]) -> dict[str, Documents]:
     kept = total - share * len(missing)
     if kept < 1:
         raise DataError(
-            f"{whole.name} has {total} document{'s' * (total != 1)} (lines, or rows), too few to hold out text for "
+            f"{whole.name} has {total} document{'s' * (total != 1)} (lines or rows), too few to hold out text for "
             f"{' and '.join(missing)}: give {' and '.join(f'--{split}-file' for split in missing)}"
         )
     splits: dict[str, Documents] = {"train": PartOfDocuments(whole.name, whole, start=None, count=kept, small=whole.small)}
@@ -122,7 +122,7 @@ def hold_out(whole: Documents, missing: Sequence[str]) -> dict[str, Documents]:
 
 
 def _count(documents: Documents) -> tuple[int, Mapping[int, Position]]:
-    """The number of documents, and the positions of some of them by their index, 0 among them."""
+    """Returns the number of documents, and the positions of some documents keyed by index; index 0 is always there."""
     reader = documents.read()
     marks, every, count = {0: reader.position()}, 1, 0
     for piece in reader:
@@ -136,7 +136,7 @@ def _count(documents: Documents) -> tuple[int, Mapping[int, Position]]:
 
 
 def load_lines(paths: Mapping[str, Path], form: FileFormat, names: Mapping[str, str]) -> dict[str, Documents]:
-    """The documents of each split's file.
+    """Returns the documents of each split's file.
 
     Raises:
         DataError: a file cannot be used.
@@ -145,23 +145,23 @@ def load_lines(paths: Mapping[str, Path], form: FileFormat, names: Mapping[str, 
 
 
 def matching(name: str | Path) -> list[Path]:
-    """The file of that name, or else all files that it matches as a pattern (`**` for any folders), in their order.
+    """Returns the file `name`, or else all files that match it as a pattern (`**` for any folders), sorted by name.
 
     Raises:
-        DataError: there is none.
+        DataError: there is no such file.
     """
     if Path(name).exists():
         return [Path(name)]
     paths = [Path(found) for found in sorted(glob.glob(str(name), recursive=True)) if Path(found).is_file()]
     if not paths:
-        raise DataError(f"no such file: {name}")
+        raise DataError(f"no such file: {name}; give a file that exists, or a pattern that matches files")
     return paths
 
 
 def _size(path: Path) -> int:
-    """The bytes of a file that can be read."""
+    """Returns the size of a file in bytes; raises a DataError if the file cannot be read or is empty."""
     if not path.exists():
-        raise DataError(f"no such file: {path}")
+        raise DataError(f"no such file: {path}; put it there, or give other files")
     if not path.is_file():
         kind = "a directory" if path.is_dir() else "not a regular file"
         raise DataError(f"{path} is {kind}: give a text file, or a pattern such as 'DIR/*.txt'")
@@ -169,7 +169,7 @@ def _size(path: Path) -> int:
         with path.open("rb") as file:
             first = file.read(1)
     except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}") from error
+        raise DataError(f"{path} cannot be read ({error.strerror}): make it readable, or give another file") from error
     if not first:
         raise DataError(f"{path} is empty: give a file with text")
     return path.stat().st_size

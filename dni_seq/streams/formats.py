@@ -1,7 +1,8 @@
-"""Readers of single local files: plain text by lines, JSON by lines, Parquet; the first two may be compressed.
+"""Readers of single local files: lines of text, lines of JSON, and Parquet; text and JSON may be compressed.
 
-Memory is bounded: that of `CHUNK` bytes of text, whatever the length of its lines; of one line of JSON; of one row group's
-batch of Parquet. Positions are byte offsets of the uncompressed text, so that resuming in a plain file is immediate.
+Memory is bounded: for text by `CHUNK` bytes, whatever the length of the lines; for JSON by one line; for Parquet by a batch
+of `ROWS` rows. Positions in text and JSON are byte offsets of the uncompressed text, so resuming in an uncompressed file is
+immediate.
 """
 
 from __future__ import annotations
@@ -24,23 +25,23 @@ from typing import IO, Any
 from dni_seq.streams.documents import DataError, Piece, Position, Reader, WholeReader, as_it_is, first_line
 
 CHUNK = 1 << 20
-"""Bytes of text read at once; a longer line is cut, before a blank where there is one."""
+"""Bytes of text read at once; a longer line is cut, before a space if there is one."""
 
 ROWS = 64
 """Rows of Parquet read at once."""
 
 DAMAGED: tuple[type[Exception], ...] = (OSError, EOFError, zlib.error, lzma.LZMAError)
-"""What reading a compressed file raises; zstandard's own error joins them where it is installed."""
+"""Errors of reading a compressed file, without zstandard's own error; see `_zstandard_errors`."""
 
 
 @dataclass(frozen=True)
 class FileFormat:
-    """How to make text of a file's content.
+    """Settings for reading text from a file.
 
     Attributes:
-        column: the field or column that holds the text, in JSON and Parquet.
-        errors: "strict" or "replace": what happens with bytes that are not UTF-8.
-        render: makes a document of a line, or of a column's text.
+        column: the JSON field or Parquet column that holds the text.
+        errors: "strict" to raise at bytes that are not UTF-8, "replace" to read them as U+FFFD.
+        render: turns a line, or a column's text, into a document.
     """
 
     column: str = "text"
@@ -49,14 +50,14 @@ class FileFormat:
 
 
 def read_file(path: Path, size: int, form: FileFormat, position: Position | None) -> Reader:
-    """A reader of a file by its name's ending, from a position on.
+    """Returns a reader of a file, chosen by the file's suffix, that starts at a position.
 
     Args:
         path: the file.
-        size: its bytes when it was first looked at; a plain file that has grown is read so far, one that is shorter is an
-            error, and so is any other that has changed its size.
-        form: how to read it.
-        position: None for the start.
+        size: its size in bytes when it was opened first. An uncompressed text or JSON file that has grown since is read up
+            to this size. If it has shrunk, or if another file has changed its size, reading raises a DataError.
+        form: settings for reading.
+        position: where to start; None for the start of the file.
     """
     kind = Path(path.stem) if path.suffix in COMPRESSIONS else path
     if kind.suffix in (".jsonl", ".ndjson", ".json"):
@@ -67,10 +68,11 @@ def read_file(path: Path, size: int, form: FileFormat, position: Position | None
 
 
 class _LineReader(Reader):
-    r"""Lines of a text file, ended by \n, \r\n or \r, each a document.
+    r"""Reads the lines of a text file, ended by \n, \r\n or \r, as documents.
 
-    A chunk is what ends before the last line end within `CHUNK` bytes of its start; where there is none, before the last
-    blank; else all of them. So a position, the chunk's start and the lines passed in it, leads to the same pieces again.
+    A chunk has at most `CHUNK` bytes and ends after its last line end. Without a line end it ends before its last space, and
+    without a space it has `CHUNK` bytes. So a position, which is the start of a chunk and a number of lines in it, always
+    leads to the same pieces.
     """
 
     def __init__(self, path: Path, size: int, errors: str, render: Callable[[str], str], byte: int, line: int) -> None:
@@ -97,15 +99,15 @@ class _LineReader(Reader):
         return {"byte": self._start, "line": self._line}
 
     def _read_chunk(self) -> None:
-        """Read the next chunk's lines; StopIteration at the file's end."""
+        """Reads the lines of the next chunk; raises StopIteration at the end of the file."""
         data, last = self._fill()
         usable = len(data) if last else _usable(data)
         try:
             text, used = codecs.utf_8_decode(data[:usable], self._errors, last)
         except UnicodeDecodeError as error:
             raise DataError(
-                f"{self._path} is not UTF-8 at byte {self._next + error.start}: convert it, for example with iconv, "
-                "or take --invalid-utf8 replace"
+                f"{self._path} is not UTF-8 at byte {self._next + error.start}: convert it to UTF-8, for example with "
+                "iconv, or use --invalid-utf8 replace"
             ) from error
         if not data:
             raise StopIteration
@@ -119,16 +121,16 @@ class _LineReader(Reader):
         self._line, self._skip = self._skip, 0
 
     def _fill(self) -> tuple[bytes, bool]:
-        """CHUNK bytes and one more from the chunk's start on, or fewer where the file ends with them; whether it does."""
+        """Returns up to CHUNK + 1 bytes from the start of the chunk, and whether the file ends with them."""
         try:
             if self._file is None:
                 self._file = _open(self._path)
                 weakref.finalize(self, self._file.close)
                 _pass(self._file, self._next)
-            # One byte more tells whether the file goes on.
+            # The additional byte shows whether the file continues.
             data = self._rest + self._file.read(CHUNK + 1 - len(self._rest))
         except (*DAMAGED, *_zstandard_errors()) as error:
-            raise DataError(f"{self._path}: reading stopped: {_reason(error)}") from error
+            raise DataError(f"{self._path}: reading failed ({_reason(error)}): check that the file is intact") from error
         if self._path.suffix not in COMPRESSIONS and self._next + len(data) >= self._size:
             data = data[: max(0, self._size - self._next)]
             if self._next + len(data) < self._size:
@@ -141,7 +143,7 @@ class _LineReader(Reader):
 
 
 def _usable(data: bytes) -> int:
-    """How many of the first CHUNK bytes to take."""
+    """Returns how many of the first CHUNK bytes belong to the chunk."""
     # The last byte may be the first half of \r\n.
     line = max(data.rfind(b"\n", 0, CHUNK), data.rfind(b"\r", 0, CHUNK - 1)) + 1
     if line:
@@ -153,11 +155,11 @@ def _usable(data: bytes) -> int:
 
 
 _HALVES = re.compile("[\ud800-\udfff]")
-"""What JSON can escape and UTF-8 cannot hold."""
+"""Surrogates, which JSON can escape and UTF-8 cannot hold."""
 
 
 class _JsonReader(WholeReader):
-    """Objects of JSON, one a line; a document is the text in one of their fields."""
+    """Reads JSON objects, one per line; a document is the text in one field."""
 
     def __init__(self, path: Path, size: int, form: FileFormat, lines: Position | None, offset: int) -> None:
         super().__init__(offset)
@@ -181,26 +183,28 @@ class _JsonReader(WholeReader):
         return {"lines": self._lines.position()}
 
     def _text_of(self, line: str) -> str:
-        """The text in a line."""
+        """Returns the text in a line of JSON."""
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise DataError(f"{self._path}: a line is not JSON ({first_line(error)}): {_shortened(line)}") from error
+            raise DataError(
+                f"{self._path}: a line is not JSON ({first_line(error)}), give one JSON object per line: {_shortened(line)}"
+            ) from error
         if not isinstance(row, dict):
-            raise DataError(f"{self._path}: a line is not a JSON object: {_shortened(line)}")
+            raise DataError(f"{self._path}: a line is not a JSON object, give one JSON object per line: {_shortened(line)}")
         text = text_in(row, self._form.column, str(self._path))
         if text.isascii() or not _HALVES.search(text):
             return text
         if self._form.errors == "strict":
             raise DataError(
-                f"{self._path}: a line escapes half of a surrogate pair, which is no character: mend it, "
-                f"or take --invalid-utf8 replace: {_shortened(line)}"
+                f"{self._path}: a line has half of a surrogate pair, which is not a character: correct the line, "
+                f"or use --invalid-utf8 replace: {_shortened(line)}"
             )
         return _HALVES.sub("\ufffd", text)
 
 
 class _ParquetReader(WholeReader):
-    """Rows of a Parquet file; a document is the text in one of their columns."""
+    """Reads the rows of a Parquet file; a document is the text in one column."""
 
     def __init__(self, path: Path, size: int, form: FileFormat, group: int, row: int, offset: int) -> None:
         super().__init__(offset)
@@ -215,7 +219,7 @@ class _ParquetReader(WholeReader):
         try:
             text = self._next_value()
         except (OSError, pyarrow.ArrowException) as error:
-            raise DataError(f"{self._path}: reading stopped: {_reason(error)}") from error
+            raise DataError(f"{self._path}: reading failed ({_reason(error)}): check that the file is intact") from error
         if not isinstance(text, str):
             raise DataError(_no_text(str(self._path), self._form.column))
         return self._form.render(text)
@@ -237,7 +241,7 @@ class _ParquetReader(WholeReader):
         raise StopIteration
 
     def _values(self, group: int, row: int) -> Iterator[Any]:
-        """A column's values in a row group, from a row on."""
+        """Yields the column's values in a row group, starting at a row."""
         passed = 0
         for batch in self._file.iter_batches(ROWS, row_groups=[group], columns=[self._form.column]):
             if passed + len(batch) > row:
@@ -246,20 +250,20 @@ class _ParquetReader(WholeReader):
             passed += len(batch)
 
     def _decoded(self, value: Any) -> Any:
-        """What an Arrow scalar holds; Parquet does not see to it that text is UTF-8."""
+        """Returns the value of an Arrow scalar; Parquet does not check that text is UTF-8."""
         try:
             return value.as_py()
         except UnicodeDecodeError as error:
             if self._form.errors == "strict":
                 where = f"byte {error.start} of row {self._row} of row group {self._group}"
                 raise DataError(
-                    f"{self._path} is not UTF-8 at {where}, counted from 0: convert it, or take --invalid-utf8 replace"
+                    f"{self._path} is not UTF-8 at {where} (counted from 0): correct the row, or use --invalid-utf8 replace"
                 ) from error
             return value.as_buffer().to_pybytes().decode("utf-8", self._form.errors)
 
 
 def _open_parquet(path: Path, size: int, column: str) -> Any:
-    """A Parquet file that has the column."""
+    """Opens a Parquet file; raises a DataError if it lacks the column or has changed its size."""
     import pyarrow.parquet
 
     check_size(path, size)
@@ -270,10 +274,10 @@ def _open_parquet(path: Path, size: int, column: str) -> Any:
 
 
 def text_in(row: Mapping[str, Any], column: str, where: str) -> str:
-    """The text in a row's column.
+    """Returns the text in a row's column.
 
     Raises:
-        DataError: there is no such column, or it holds no text.
+        DataError: the row has no such column, or its value is not a string.
     """
     if column not in row:
         raise DataError(_no_column(where, column, [*row]))
@@ -283,35 +287,35 @@ def text_in(row: Mapping[str, Any], column: str, where: str) -> str:
 
 
 def _no_column(where: str, column: str, columns: list[str]) -> str:
-    return f"{where} has no column {column!r} but {', '.join(map(repr, columns))}: name the text's with --text-column"
+    return f"{where} has no column {column!r} (columns: {', '.join(map(repr, columns))}): choose one with --text-column"
 
 
 def _no_text(where: str, column: str) -> str:
-    return f"{where}: a row has no text in column {column!r}"
+    return f"{where}: a row has no text in column {column!r}: remove the row, or choose another column with --text-column"
 
 
 def check_size(path: Path, size: int) -> None:
-    """Raise a DataError where a file has no longer the size that it had when it was first looked at."""
+    """Raises a DataError if the size of a file differs from `size`."""
     try:
         now = path.stat().st_size
     except OSError as error:
-        raise DataError(f"{path}: reading stopped: {_reason(error)}") from error
+        raise DataError(f"{path}: reading failed ({_reason(error)}): check that the file is intact") from error
     if now != size:
         raise DataError(_changed(path))
 
 
 def _changed(path: Path) -> str:
-    return f"{path} has changed while it was read: start again with a file that stays"
+    return f"{path} has changed while it was read: start again with a file that does not change"
 
 
 def _open(path: Path) -> IO[bytes]:
-    """A file's bytes, uncompressed."""
+    """Opens a file for reading its uncompressed bytes."""
     file: IO[bytes] = COMPRESSIONS.get(path.suffix, _plain)(path)
     return file
 
 
 def _pass(file: IO[bytes], count: int) -> None:
-    """Go to byte `count` of a file just opened; a packed one is unpacked up to there."""
+    """Moves to byte `count` of a file just opened; a file that cannot seek is read up to there."""
     if file.seekable():
         file.seek(count)
         return
@@ -324,17 +328,17 @@ def _plain(path: Path) -> IO[bytes]:
 
 
 def _open_zstandard(path: Path) -> IO[bytes]:
-    """The bytes of a .zst file; Python has no reader of its own before 3.14."""
+    """Opens a .zst file for reading its uncompressed bytes; Python has no reader of its own before 3.14."""
     try:
         import zstandard
     except ImportError as error:
-        raise DataError(f"{path} needs the package zstandard: pip install zstandard, or unpack the file") from error
+        raise DataError(f"{path} needs the package zstandard: pip install zstandard, or decompress the file") from error
     raw = zstandard.ZstdDecompressor().stream_reader(path.open("rb"), read_across_frames=True, closefd=True)
     return io.BufferedReader(raw, CHUNK)
 
 
 def _zstandard_errors() -> tuple[type[Exception], ...]:
-    """What zstandard raises, where it is installed."""
+    """Returns zstandard's error class, or an empty tuple if it is not installed."""
     try:
         import zstandard
     except ImportError:
@@ -343,12 +347,12 @@ def _zstandard_errors() -> tuple[type[Exception], ...]:
 
 
 def _reason(error: BaseException) -> str:
-    """Why reading failed, in one line."""
+    """Returns the reason of a failed read in one line."""
     return getattr(error, "strerror", None) or first_line(error)
 
 
 def _shortened(line: str) -> str:
-    """The start of a line."""
+    """Returns the quoted start of a line."""
     return repr(line[:60])
 
 
@@ -360,4 +364,4 @@ COMPRESSIONS: Mapping[str, Callable[[Path], Any]] = MappingProxyType(
         ".zst": _open_zstandard,
     }
 )
-"""How to open a file by the last ending of its name."""
+"""Functions that open compressed files, keyed by suffix."""

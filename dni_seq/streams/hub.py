@@ -1,6 +1,6 @@
-"""Text on the Hugging Face Hub, streamed through `datasets`.
+"""Text on the Hugging Face Hub, streamed through `datasets`, and the table of known corpora.
 
-The table of known corpora is here. A corpus found in the data directory (`local_corpus`) is read from there instead.
+If a corpus is found in the data directory (`local_corpus`), it is read from there instead.
 """
 
 from __future__ import annotations
@@ -30,38 +30,38 @@ from dni_seq.streams.formats import COMPRESSIONS, FileFormat
 from dni_seq.streams.hub_rows import RowDocuments, leave_retrying_to_us, source_errors
 
 SPLITS = MappingProxyType({"train": ("train",), "valid": ("validation", "valid", "val", "dev"), "test": ("test",)})
-"""Our names of the splits, and the names that data sets on the Hub have for them."""
+"""Our names of the splits, and the names that data sets on the Hub use for them."""
 
 PREFLIGHT_SECONDS = 5.0
-"""How long the Hub may take to answer at all."""
+"""Longest time to wait for the Hub's first answer."""
 
 HELD_OUT_OF = 2000
-"""Where a data set on the Hub lacks splits, they come out of its first documents, so many of them at most."""
+"""If a data set on the Hub lacks splits, they are held out of at most this many of its first documents."""
 
 HELD_OUT = 20
-"""One in so many of those documents is held out for each split that is lacking."""
+"""One in this many of those documents is held out for each missing split."""
 
-INSTEAD = "put the files in --data-dir, give --data-file, or leave --dataset out for the embedded corpus"
+INSTEAD = "put the files in --data-dir, give --data-file, or remove --dataset to use the embedded corpus"
 
 TEXT8_SPLITS = MappingProxyType(
     {"train": (0, 90_000_000), "valid": (90_000_000, 95_000_000), "test": (95_000_000, 100_000_000)}
 )
-"""The bytes of text8's and enwik8's splits, as published results have them."""
+"""Byte ranges of the splits of text8 and enwik8, as in published results."""
 
 
 @dataclass(frozen=True)
 class HubCorpus:
-    """A corpus on the Hub; a row of the table.
+    """A corpus on the Hub; one row of the table of known corpora.
 
     Attributes:
         hub_id: the repository, "owner/name", or a text file, "hf://datasets/owner/name/file".
-        config: the configuration's name, or None where there is one alone.
-        revision: the branch, or None for the main one.
-        level: the tokenizer that suits the text.
-        render: makes a document of a row's text.
-        small: whether its token ids may be held in memory.
-        column: the column that holds the text; None for "text", or the only one that holds strings.
-        single: whether a copy on disk is one file, split by `TEXT8_SPLITS`.
+        config: name of the configuration; None for the default one.
+        revision: the branch; None for the main branch.
+        level: the default tokenizer for the text.
+        render: turns a row's text into a document.
+        small: whether the token ids may be held in memory.
+        column: the column that holds the text; None for "text", or for the only column of strings if there is no "text".
+        single: whether a local copy may be one file, which is split by `TEXT8_SPLITS`.
     """
 
     hub_id: str
@@ -76,7 +76,7 @@ class HubCorpus:
 
 CORPORA: Mapping[str, HubCorpus] = MappingProxyType(
     {
-        # PTB's files have a blank around each line, its Hub rows have none: stripped, both are the same text.
+        # PTB's files have a space around each line, its Hub rows have none. Stripped lines are the same in both.
         "ptb": HubCorpus(
             "ptb-text-only/ptb_text_only",
             revision="refs/convert/parquet",
@@ -100,7 +100,7 @@ CORPORA: Mapping[str, HubCorpus] = MappingProxyType(
 def find_corpus(
     name: str, config: str | None = None, revision: str | None = None, column: str | None = None
 ) -> HubCorpus | None:
-    """The corpus of the table, or any "owner/name" on the Hub, with what is given over it; None for another name."""
+    """Returns a known corpus or any "owner/name" on the Hub, with the given settings; None for any other name."""
     corpus = CORPORA.get(name)
     if corpus is None and name.count("/") == 1:
         corpus = HubCorpus(name, column=None)
@@ -115,12 +115,12 @@ def find_corpus(
 
 
 def local_corpus(name: str, corpus: HubCorpus, data_dir: Path, form: FileFormat) -> dict[str, Documents] | None:
-    """The corpus out of `data_dir`, None where it is not there.
+    """Returns the splits of the corpus in `data_dir`, or None if it is not there.
 
-    Its files are NAME/NAME.{train,valid,test}.txt, or, of text8 and enwik8, NAME/NAME; each may be compressed.
+    The files are NAME/NAME.{train,valid,test}.txt; for text8 and enwik8 also one file NAME/NAME. Each may be compressed.
 
     Raises:
-        DataError: there are some of its files, not all, or they cannot be used.
+        DataError: some of the files are missing, or a file cannot be used.
     """
     form = replace(form, render=corpus.render)
     names = {split: f"{name}/{split}" for split in SPLITS}
@@ -134,13 +134,16 @@ def local_corpus(name: str, corpus: HubCorpus, data_dir: Path, form: FileFormat)
 
 
 def _packed(path: Path) -> Path:
-    """The path, or that of the compressed file where there is one instead."""
+    """Returns the path, or the path of a compressed file if only that exists."""
     packed = (path.with_name(path.name + ending) for ending in COMPRESSIONS)
     return path if path.exists() else next((other for other in packed if other.exists()), path)
 
 
 def _split_by_bytes(names: Mapping[str, str], whole: Documents) -> dict[str, Documents]:
-    """The splits of `TEXT8_SPLITS`; the held-out ones are held in memory, or each pass would read what is before them."""
+    """Returns the splits of `TEXT8_SPLITS`.
+
+    The held-out splits are held in memory, because each pass over them would read all bytes before them again.
+    """
     return {
         split: BytesOfDocuments(names[split], whole, start=start, stop=stop, small=split != "train")
         for split, (start, stop) in TEXT8_SPLITS.items()
@@ -148,10 +151,10 @@ def _split_by_bytes(names: Mapping[str, str], whole: Documents) -> dict[str, Doc
 
 
 def hub_corpus(name: str, corpus: HubCorpus) -> dict[str, Documents]:
-    """The splits of `corpus`, streamed.
+    """Returns the splits of a corpus on the Hub, streamed.
 
-    Where it lacks "valid" or "test", each is one twentieth of the first `HELD_OUT_OF` documents of "train", which then
-    begins behind them.
+    If the corpus lacks "valid" or "test", each is one twentieth of the first `HELD_OUT_OF` documents of "train", and "train"
+    then starts after them.
 
     Raises:
         DataError: the Hub cannot be reached, or does not have the corpus in this form.
@@ -161,7 +164,7 @@ def hub_corpus(name: str, corpus: HubCorpus) -> dict[str, Documents]:
     loaded = _load(name, corpus)
     theirs = {split: next((each for each in options if each in loaded), None) for split, options in SPLITS.items()}
     if theirs["train"] is None:
-        raise DataError(f"{corpus.hub_id} on the Hub has no split train but {', '.join(loaded)}: {INSTEAD}")
+        raise DataError(f"{corpus.hub_id} on the Hub has no split train (splits: {', '.join(loaded)}): {INSTEAD}")
     splits: dict[str, Documents] = {}
     for split, their in theirs.items():
         if their is not None:
@@ -175,7 +178,7 @@ def hub_corpus(name: str, corpus: HubCorpus) -> dict[str, Documents]:
 
 
 def _load(name: str, corpus: HubCorpus) -> Any:
-    """The data set, split by split."""
+    """Loads the data set as a dict of streaming splits; raises a DataError with advice if that fails."""
     import datasets
 
     leave_retrying_to_us()
@@ -188,7 +191,7 @@ def _load(name: str, corpus: HubCorpus) -> Any:
     except errors as error:
         advice = INSTEAD
         if "script" in str(error):
-            advice = f"--dataset {corpus.hub_id} --dataset-revision refs/convert/parquet may have the text; else {INSTEAD}"
+            advice = f"try --dataset {corpus.hub_id} --dataset-revision refs/convert/parquet; otherwise {INSTEAD}"
         elif "Config name is missing" in str(error):
             configs = [line.strip(" -") for line in str(error).splitlines() if "available" in line]
             advice = f"choose one with --dataset-config ({' '.join(configs)})"
@@ -196,7 +199,7 @@ def _load(name: str, corpus: HubCorpus) -> Any:
 
 
 def _text_column(hub_id: str, rows: Any) -> str:
-    """The column "text", or the only one of strings."""
+    """Returns "text" if the data set has that column, else its only column of strings; raises a DataError otherwise."""
     try:
         features = rows.features or rows._resolve_features().features
     except source_errors() as error:
@@ -207,12 +210,12 @@ def _text_column(hub_id: str, rows: Any) -> str:
     if len(columns) == 1:
         return columns[0]
     raise DataError(
-        f"{hub_id} has no column 'text' but {', '.join(map(repr, features))}: name the text's with --text-column"
+        f"{hub_id} has no column 'text' (columns: {', '.join(map(repr, features))}): choose one with --text-column"
     )
 
 
 def hold_out_first(whole: Documents, names: Mapping[str, str], missing: Sequence[str]) -> dict[str, Documents]:
-    """The training text and the `missing` splits, held out of its first documents.
+    """Returns the training text and the `missing` splits, which are held out of its first documents.
 
     Raises:
         DataError: there are too few documents, or they cannot be read.
@@ -238,10 +241,10 @@ def hold_out_first(whole: Documents, names: Mapping[str, str], missing: Sequence
 
 
 def check_reachable(name: str) -> None:
-    """Ask the Hub for a sign of life, because `datasets` waits for minutes where there is none.
+    """Raises a DataError if the Hub does not answer; `datasets` itself would wait for minutes.
 
     Raises:
-        DataError: no answer within `PREFLIGHT_SECONDS`, or the Hub is switched off by HF_HUB_OFFLINE.
+        DataError: the Hub does not answer within `PREFLIGHT_SECONDS`, or HF_HUB_OFFLINE is set.
     """
     endpoint = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
     failure = [f"no answer within {PREFLIGHT_SECONDS:g} s"]
@@ -251,17 +254,19 @@ def check_reachable(name: str) -> None:
             request = urllib.request.Request(endpoint, method="HEAD")
             urllib.request.urlopen(request, timeout=PREFLIGHT_SECONDS).close()
         except urllib.error.HTTPError:
-            pass  # Any status at all is a sign of life.
+            pass  # Any HTTP status shows that the Hub answers.
         except (OSError, ValueError) as error:
             failure[:] = [first_line(error)]
             return
         failure.clear()
 
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}:
-        raise DataError(f"{name} is on the Hub and HF_HUB_OFFLINE is set: {INSTEAD}")
+        raise DataError(f"{name} needs the Hub, but HF_HUB_OFFLINE is set: unset it, {INSTEAD}")
     # A thread, because the timeout covers neither name resolution nor a server that answers byte by byte.
     asking = threading.Thread(target=ask, daemon=True)
     asking.start()
     asking.join(PREFLIGHT_SECONDS)
     if failure:
-        raise DataError(f"{name} is not here and the Hub at {endpoint} cannot be reached ({failure[0]}): {INSTEAD}")
+        raise DataError(
+            f"{name} needs the Hub, but {endpoint} cannot be reached ({failure[0]}): check the network, {INSTEAD}"
+        )

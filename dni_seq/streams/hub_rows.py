@@ -1,7 +1,7 @@
-"""Rows of a streaming `datasets.IterableDataset` as documents, read through faults of the network.
+"""Rows of a streaming `datasets.IterableDataset` as documents; reading survives temporary network faults.
 
-A read that fails for a reason that may pass is tried again, with growing pauses, from the exact row. What is in the way of
-every read, such as a missing file, fails at once.
+A read that fails for a temporary reason is retried from the exact row, with growing pauses. A permanent fault, such as a
+missing file, raises at once.
 """
 
 from __future__ import annotations
@@ -17,47 +17,49 @@ from dni_seq.streams.documents import DataError, Documents, Position, Reader, Wh
 from dni_seq.streams.formats import text_in
 
 PAUSES = (1.0, 2.0, 4.0, 8.0, 16.0)
-"""Seconds to wait before each further attempt to read a row; `huggingface_hub` has about as many of its own in each."""
+"""Seconds to wait before each retry of a row; `huggingface_hub` makes about as many retries of its own in each attempt."""
 
 ROWS_TO_SKIP = 64
-"""Rows after which the data set is asked for its state, which takes time; positions between count rows from there."""
+"""Rows between two calls of the data set's `state_dict`, which is slow; a position counts rows from the last call."""
 
 CHARACTERS_TO_SKIP = 1 << 20
-"""Characters of rows after which it is asked too, so that resuming never has much to skip."""
+"""Characters of rows after which `state_dict` is called too, so that resuming never skips much text."""
 
 NOT_WORTH_RETRYING = frozenset({400, 401, 403, 404, 410, 416})
-"""Answers of the server that will be the same next time."""
+"""HTTP statuses that a retry will not change."""
 
 
 class RowDocuments(Documents):
-    """Rows of a streaming data set; a position is a state of it and the rows behind that.
+    """The rows of a streaming data set as documents.
+
+    A position is a state of the data set, the number of rows read after it, and the offset in a row's text.
 
     Args:
-        name: what messages call them.
+        name: name of the split in messages.
         dataset: a `datasets.IterableDataset` that has not been iterated.
         column: the column that holds the text.
-        render: makes a document of a row's text.
+        render: turns a row's text into a document.
         small: as in `Documents`.
     """
 
     def __init__(self, name: str, dataset: Any, *, column: str, render: Callable[[str], str], small: bool) -> None:
         super().__init__(name, small=small)
         self.column, self.render = column, render
-        # A data set keeps the state of its last iteration, so each reader has its own. Copying it later could meet a
-        # thread that changes what its copies share, such as the cache of a file system.
+        # A data set keeps the state of its last iteration, so each reader has its own copy. A later copy could race with a
+        # thread that changes objects that the copies share, such as the cache of a file system.
         self._frozen = pickle.dumps(dataset)
 
     def read(self, position: Position | None = None) -> Reader:
-        """A reader over a copy of the data set."""
+        """Returns a reader over a copy of the data set."""
         return _RowReader(self, **(position or {"state": None, "rows": 0, "offset": 0}))
 
     def dataset(self) -> Any:
-        """A copy of the data set."""
+        """Returns a copy of the data set."""
         return pickle.loads(self._frozen)
 
 
 class _RowReader(WholeReader):
-    """Reads a data set of its own, opened anew where reading fails, and turns its errors into `DataError`."""
+    """Reads its own copy of a data set, reopens it if reading fails, and turns its errors into `DataError`."""
 
     def __init__(self, documents: RowDocuments, state: Position | None, rows: int, offset: int) -> None:
         super().__init__(offset)
@@ -79,7 +81,7 @@ class _RowReader(WholeReader):
         return {"state": copy.deepcopy(self._state), "rows": self._rows}
 
     def _patient_row(self) -> Any:
-        """The next row, at last; StopIteration at the end."""
+        """Returns the next row, with retries; raises StopIteration at the end."""
         for pause in (*PAUSES, None):
             try:
                 return self._row()
@@ -93,7 +95,7 @@ class _RowReader(WholeReader):
         raise AssertionError
 
     def _row(self) -> Any:
-        """The next row; StopIteration at the end."""
+        """Returns the next row, without retries; raises StopIteration at the end."""
         if self._dataset is None:
             dataset = self._documents.dataset()
             if self._state is not None:
@@ -106,14 +108,14 @@ class _RowReader(WholeReader):
 
 
 def source_errors() -> tuple[type[Exception], ...]:
-    """What reading through `datasets` raises when the source is at fault; httpx2's errors are no OSError."""
+    """Returns the errors that `datasets` raises if the source fails; httpx2's errors are not OSErrors."""
     import httpx2
 
     return (OSError, ValueError, httpx2.HTTPError)
 
 
 def may_pass(error: BaseException) -> bool:
-    """Whether a read that failed so may succeed later."""
+    """Returns whether a read that failed with `error` may succeed later."""
     response = getattr(error, "response", None)
     if response is not None:
         return response.status_code not in NOT_WORTH_RETRYING
@@ -121,7 +123,7 @@ def may_pass(error: BaseException) -> bool:
 
 
 def leave_retrying_to_us() -> None:
-    """Keep `datasets` from 20 attempts of its own, minutes apart, below each of ours."""
+    """Turns off the retries of `datasets`: it would make 20 attempts, over minutes, within each attempt of ours."""
     from datasets import config
 
     once = MappingProxyType({"MAX_RETRIES": 1, "RETRY_INTERVAL": 0})

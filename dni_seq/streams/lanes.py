@@ -1,9 +1,9 @@
 """B continuous lanes of token ids, in memory or streamed.
 
 A text of N tokens is cut into B lanes of n = N // B tokens: lane b holds tokens [b n, (b + 1) n). `HeldLanes` cuts the
-whole text so. `StreamedLanes` reads the text in blocks of B runs of tokens, cuts each block so, and joins the blocks'
-lanes end to end: every lane is a sequence of runs of text, and memory is that of four blocks. Both leave out the fewer
-than B tokens that remain at the end.
+whole text this way. `StreamedLanes` reads the text in blocks of B runs of tokens, cuts each block this way, and joins the
+lanes of the blocks end to end. Every lane is then a sequence of runs of text, and memory holds four blocks. Both drop the
+fewer than B tokens that remain at the end.
 
 Legend: T = window length in steps, B = lanes, n = tokens in a lane, m = lookahead in steps.
 """
@@ -26,17 +26,17 @@ from dni_seq.streams.token_streams import Ids, TextStats, TokenRun, check_same, 
 from dni_seq.streams.tokenization import Tokenizer
 
 RUN = 1 << 14
-"""Tokens of running text that a lane takes out of each streamed block, fewer where there are many lanes."""
+"""Tokens of contiguous text that a lane takes from each streamed block; fewer if there are more than BLOCK / RUN lanes."""
 
 BLOCK = 1 << 22
-"""Tokens of a streamed block, at most."""
+"""Largest number of tokens in a streamed block; with more lanes than this, a block has one token per lane."""
 
 
 class Lanes(ABC):
-    """B lanes of one epoch, read from the front.
+    """B lanes of tokens that are read in order, epoch by epoch.
 
     Attributes:
-        length: n, the tokens in a lane, or None where it is not known before the end.
+        length: n, the number of tokens in a lane; None if it is not known before the end of the epoch.
     """
 
     length: int | None
@@ -44,51 +44,56 @@ class Lanes(ABC):
     @property
     @abstractmethod
     def stats(self) -> TextStats:
-        """What has been read of the text so far; a streamed text is counted again in each epoch."""
+        """Counts over the text read so far; a streamed text is counted again in each epoch."""
 
     @abstractmethod
     def window(self, steps: int, lookahead: int) -> tuple[Window, bool]:
-        """The next window of up to `steps`, with its lookahead where that is above 0, and whether the epoch ends with it.
+        """Returns the next window of at most `steps` steps, and whether the epoch ends with it.
+
+        The window has a lookahead of `lookahead` steps if that is above 0.
 
         Raises:
-            DataError: the text cannot be read; the position is as it was.
+            DataError: the text cannot be read; the position does not change.
         """
 
     @abstractmethod
     def rewind(self, epoch: int) -> None:
-        """Go to the start of an epoch, counted from 0."""
+        """Moves to the start of an epoch, counted from 0."""
 
     @abstractmethod
     def position(self) -> Position:
-        """Where the next window starts; JSON can hold it."""
+        """Returns the position of the next window; JSON can hold it."""
 
     @abstractmethod
     def seek(self, position: Position, epoch: int) -> None:
-        """Go to a position, in an epoch, of lanes over the same text, with the same tokenizer and B.
+        """Moves to a position in an epoch; text, tokenizer and B must be those of the position.
 
         Raises:
-            DataError: the text or the tokenizer is another one; the lanes are where they were.
+            DataError: the text or the tokenizer differs; the lanes do not move.
         """
 
 
 class RunningLanes(Lanes):
-    """Lanes of text that runs on over the ends of documents, all of the same length."""
+    """Lanes of equal length over continuous text: lanes do not end with documents."""
 
     @abstractmethod
     def peek(self, tokens: int) -> Ids:
-        """The next `tokens` (2 or more) tokens of every lane, or what is left of the epoch; [at most tokens, B].
+        """Returns the next `tokens` (2 or more) tokens of every lane, or the rest of the epoch; [at most tokens, B].
 
         Raises:
-            DataError: fewer than 2 are left, which happens only where the whole text has fewer.
+            DataError: fewer than 2 are left, which happens only if the whole text has fewer.
         """
 
     @abstractmethod
     def advance(self, tokens: int) -> None:
-        """Move on by `tokens`, no more than `peek` has shown."""
+        """Moves forward by `tokens`, at most as many as `peek` has returned."""
 
     def window(self, steps: int, lookahead: int) -> tuple[Window, bool]:
-        """The next window; the last one of an epoch is as short as it has to be, and all lanes end with it."""
-        # One step past the window tells whether the epoch ends with it.
+        """Returns the next window and whether the epoch ends with it.
+
+        The last window of an epoch holds the remaining steps, and all lanes end with it.
+        """
+        # One step after the window shows whether the epoch ends with it.
         tokens = self.peek(steps + max(lookahead, 1) + 1)
         ids = torch.from_numpy(tokens.astype(np.int64))  # [at most T + m + 1, B]
         left, lanes = len(ids) - 1, ids.shape[1]
@@ -106,10 +111,10 @@ class RunningLanes(Lanes):
 
 
 class HeldLanes(RunningLanes):
-    """Lanes of a finite text, held as uint16 or int32 ids.
+    """Lanes of a finite text, held in memory as uint16 or int32 ids.
 
     Raises:
-        DataError: the text has fewer than two tokens a lane.
+        DataError: the text has fewer than two tokens per lane.
     """
 
     def __init__(self, documents: Documents, tokenizer: Tokenizer, count: int) -> None:
@@ -122,19 +127,19 @@ class HeldLanes(RunningLanes):
 
     @property
     def stats(self) -> TextStats:
-        """What the whole text holds."""
+        """Counts over the whole text."""
         return self._stats
 
     def peek(self, tokens: int) -> Ids:
-        """The next tokens; a view."""
+        """Returns the next tokens as a view."""
         return self._ids[self._at : self._at + tokens]
 
     def advance(self, tokens: int) -> None:
-        """Move on by `tokens`."""
+        """Moves forward by `tokens`."""
         self._at += tokens
 
     def rewind(self, epoch: int) -> None:
-        """Go to the start of an epoch's text, which is read again where its order is another one."""
+        """Moves to the start of an epoch's text; reads the text again if its order changes."""
         ordered = self._documents.in_epoch(epoch)
         if ordered is not self._ordered:
             self._ids, _ = _hold(ordered, self._tokenizer, self._count)
@@ -142,11 +147,11 @@ class HeldLanes(RunningLanes):
         self._at = 0
 
     def position(self) -> Position:
-        """Tokens passed in each lane, and the text's checksum."""
+        """Returns the number of tokens read in each lane, and the checksum of the text."""
         return {"at": self._at, "checksum": self._checksum}
 
     def seek(self, position: Position, epoch: int) -> None:
-        """Go to a position in the same text."""
+        """Moves to a position in the same text."""
         at, saved = position["at"], position["checksum"]
         ordered, ids = self._documents.in_epoch(epoch), self._ids
         if ordered is not self._ordered:
@@ -156,13 +161,13 @@ class HeldLanes(RunningLanes):
 
 
 def _hold(documents: Documents, tokenizer: Tokenizer, count: int) -> tuple[Ids, TextStats]:
-    """The lanes of a text, [n, B], and its tally."""
+    """Returns the lanes of a text, [n, B], and its counts."""
     run = TokenRun(documents.read(), tokenizer, TextStats())
     ids = run.take(None)
     length = len(ids) // count
     if length < 2:
         raise too_short(documents.name, count, 2 * count)
-    # Time-major, so that a window is one piece of memory.
+    # Time-major, so that a window is contiguous in memory.
     return np.ascontiguousarray(ids[: length * count].reshape(count, length).T), run.stats
 
 
@@ -170,10 +175,10 @@ class _TokenBlock(NamedTuple):
     """A block of a streamed text.
 
     Attributes:
-        ids: [tokens a lane, B].
-        checksum: of its text's tokens.
-        mark: where its text starts.
-        tally: behind it.
+        ids: [tokens per lane, B].
+        checksum: checksum of the tokens read for the block.
+        mark: position at which its text starts.
+        stats: counts after the block.
     """
 
     ids: Ids
@@ -183,18 +188,18 @@ class _TokenBlock(NamedTuple):
 
 
 class StreamedLanes(RunningLanes):
-    """Lanes of a text that is too large to hold or has no end; a thread reads and tokenizes one block ahead.
+    """Lanes of a text that is too large for memory or endless; a thread reads and tokenizes the next block.
 
-    Memory is that of two blocks in use and two in the making, of the longest piece of a document, and of what the source
-    holds.
+    Memory holds two blocks in use, two blocks that are being read, the longest piece of a document, and the buffers of the
+    source.
 
     Raises:
-        DataError: the text has fewer than two tokens a lane.
+        DataError: the text has fewer than two tokens per lane.
     """
 
     length = None
     _ahead: Prefetcher[_TokenBlock]
-    _start: Position  # of the text that `_ahead` was to read when the buffer was empty
+    _start: Position  # where the text of the first block of `_ahead` starts
     _buffer: Ids  # [tokens, B]
     _blocks: deque[_TokenBlock]
     _at: int
@@ -207,11 +212,11 @@ class StreamedLanes(RunningLanes):
 
     @property
     def stats(self) -> TextStats:
-        """What has been taken of the text, in all epochs, by whole blocks."""
+        """Counts over all blocks taken in all epochs."""
         return self._stats
 
     def peek(self, tokens: int) -> Ids:
-        """The next tokens; a view."""
+        """Returns the next tokens as a view."""
         while len(self._buffer) - self._at < tokens and self._take_block():
             pass
         shown = self._buffer[self._at : self._at + tokens]
@@ -220,25 +225,25 @@ class StreamedLanes(RunningLanes):
         return shown
 
     def advance(self, tokens: int) -> None:
-        """Move on by `tokens`, and drop blocks that are behind."""
+        """Moves forward by `tokens`, and drops blocks that are read to their end."""
         self._at += tokens
         while len(self._blocks) > 1 and self._at >= len(self._blocks[0].ids):
             length = len(self._blocks.popleft().ids)
             self._buffer, self._at = self._buffer[length:], self._at - length
 
     def rewind(self, epoch: int) -> None:
-        """Read the text again from its start."""
+        """Starts reading an epoch's text from its start."""
         self._begin(*self._reading(self._documents.in_epoch(epoch).read(), self.stats, 0), self.stats)
 
     def position(self) -> Position:
-        """Where the first block of the buffer starts, and how far its lanes have been read."""
+        """Returns the start of the first block in the buffer, and the number of tokens read in its lanes."""
         if not self._blocks:
             return {**self._start, "at": self._at, "checksum": None}
         block = self._blocks[0]
         return {**block.mark, "at": self._at, "checksum": block.checksum}
 
     def seek(self, position: Position, epoch: int) -> None:
-        """Read the block of a position again, and go on in it."""
+        """Reads the block of a position again, and resumes in it."""
         saved, at = position["checksum"], position["at"]
         reader = self._documents.in_epoch(epoch).read(position["documents"])
         stats = TextStats(*position["tally"])
@@ -252,7 +257,7 @@ class StreamedLanes(RunningLanes):
         self._at = at
 
     def _reading(self, reader: Reader, stats: TextStats, skip: int) -> tuple[Prefetcher[_TokenBlock], Position]:
-        """A thread that reads blocks behind `skip` tokens, and where they start."""
+        """Returns a thread's blocks after `skip` tokens, and the position at which they start."""
         source = StoppableReader(reader)
         run = TokenRun(source, self._tokenizer, stats)
         run.take(skip)
@@ -260,14 +265,14 @@ class StreamedLanes(RunningLanes):
         return Prefetcher(_blocks(run, self._count), source), start
 
     def _begin(self, ahead: Prefetcher[_TokenBlock], start: Position, stats: TextStats) -> None:
-        """Take what `ahead` reads into an empty buffer."""
+        """Empties the buffer and sets the source of its blocks."""
         self._ahead, self._start, self._stats = ahead, start, stats
         self._buffer = np.zeros((0, self._count), compact(self._tokenizer))
         self._blocks = deque()
         self._at = 0
 
     def _take_block(self) -> bool:
-        """Add a block to the buffer; False at the end of the text."""
+        """Adds a block to the buffer; returns False at the end of the text."""
         block = next(self._ahead, None)
         if block is not None:
             self._add(block)
@@ -280,7 +285,7 @@ class StreamedLanes(RunningLanes):
 
 
 def _blocks(run: TokenRun, count: int) -> Iterator[_TokenBlock]:
-    """The blocks of a text, to its end."""
+    """Yields the blocks of a text."""
     size = max(1, min(RUN, BLOCK // count)) * count
     while True:
         mark = run.mark()
@@ -293,7 +298,7 @@ def _blocks(run: TokenRun, count: int) -> Iterator[_TokenBlock]:
 
 
 def _look(ids: Tensor, m: int) -> Lookahead:
-    """The lookahead of m steps out of the tokens [at most m + 1, B] that follow a window."""
+    """Returns the lookahead of m steps, made from the tokens [at most m + 1, B] after a window."""
     seen, lanes = len(ids) - 1, ids.shape[1]
     if seen >= m:
         return Lookahead(ids[:m], ids[1 : m + 1], torch.ones(m, lanes, dtype=torch.bool))

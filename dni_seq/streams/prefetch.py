@@ -1,4 +1,4 @@
-"""An iterator that runs ahead in a thread, so that whoever takes its items seldom waits."""
+"""Prefetches the items of an iterator in a thread."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from dni_seq.streams.documents import Piece, Position, Reader
 Item = TypeVar("Item")
 
 EXIT_SECONDS = 5.0
-"""How long the end of a thread is waited for."""
+"""Longest time to wait for a thread to end."""
 
 
 class StoppableReader(Reader):
-    """A reader that ends early once it is stopped, from any thread."""
+    """A reader that any thread can stop early."""
 
     def __init__(self, reader: Reader) -> None:
         self._reader = reader
@@ -29,28 +29,28 @@ class StoppableReader(Reader):
         return next(self._reader)
 
     def position(self) -> Position:
-        """That of the reader."""
+        """Returns the position of the wrapped reader."""
         return self._reader.position()
 
     def stop(self) -> None:
-        """No more pieces."""
+        """Stops the reader: it returns no more pieces."""
         self._stopped = True
 
 
 class Prefetcher(Generic[Item]):
-    """The items of an iterator, one of them made ahead by a thread of its own.
+    """Iterates over the items of an iterator that runs in a thread, one item in advance.
 
-    What the iterator raises is raised behind the items before it, and again at each further call. The thread ends with the
-    iterator, at `close`, and when nobody holds this object any more.
+    An error of the iterator is raised after the items before it, and again at each further call. The thread ends with the
+    iterator, at `close`, or when this object is garbage collected.
 
     Args:
         items: the iterator.
-        source: what it reads from; stopped where the rest is not wanted, so that the thread ends soon.
+        source: the reader behind `items`. It is stopped at `close`, so that the thread ends soon.
     """
 
     def __init__(self, items: Iterator[Item], source: StoppableReader) -> None:
         self._channel: _Channel[Item] = _Channel()
-        # The thread must not hold `self`, or nothing would ever end it.
+        # The thread must not hold `self`, because `self` would then never be garbage collected.
         thread = threading.Thread(target=_fill, args=(self._channel, items), name="dni_seq text", daemon=True)
         self._close = weakref.finalize(self, _end, self._channel, source, thread)
         thread.start()
@@ -62,12 +62,12 @@ class Prefetcher(Generic[Item]):
         return self._channel.get()
 
     def close(self) -> None:
-        """End the thread."""
+        """Ends the thread; waits at most `EXIT_SECONDS`."""
         self._close()
 
 
 class _Channel(Generic[Item]):
-    """Holds at most one item, and then how the iterator ended."""
+    """Passes items between two threads: holds at most one item, and the error or StopIteration that ended the iterator."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
@@ -76,7 +76,7 @@ class _Channel(Generic[Item]):
         self._closed = False
 
     def put(self, item: Item) -> bool:
-        """Add an item once there is room; False where nobody wants it any more."""
+        """Waits for room and adds an item; returns False if the channel is closed."""
         with self._changed:
             self._changed.wait_for(lambda: self._closed or not self._items)
             self._items.append(item)
@@ -84,13 +84,13 @@ class _Channel(Generic[Item]):
             return not self._closed
 
     def end(self, reason: BaseException) -> None:
-        """No items come any more."""
+        """Records that the iterator ended with `reason`."""
         with self._changed:
             self._end = reason
             self._changed.notify_all()
 
     def get(self) -> Item:
-        """The next item, once it is there."""
+        """Waits for the next item and returns it; raises the reason if the iterator has ended."""
         with self._changed:
             self._changed.wait_for(lambda: self._items or self._end)
             if self._items:
@@ -100,7 +100,7 @@ class _Channel(Generic[Item]):
             raise self._end
 
     def close(self) -> None:
-        """Nobody takes items any more."""
+        """Closes the channel and drops its items."""
         with self._changed:
             self._closed = True
             self._items.clear()
@@ -108,19 +108,19 @@ class _Channel(Generic[Item]):
 
 
 def _end(channel: _Channel[Item], source: StoppableReader, thread: threading.Thread) -> None:
-    """Let the thread end; an interpreter that exits while it runs may abort. A source that hangs is left to itself."""
+    """Stops the thread, because an interpreter that exits while it runs may abort; does not wait for a source that hangs."""
     source.stop()
     channel.close()
     thread.join(EXIT_SECONDS)
 
 
 def _fill(channel: _Channel[Item], items: Iterator[Item]) -> None:
-    """Hand over items until they end or nobody wants them."""
+    """Puts items into the channel until they end or the channel is closed."""
     try:
         for item in items:
             if not channel.put(item):
                 return
-    # Whatever it is belongs to the thread that takes the items.
+    # Every error is raised again in the thread that takes the items.
     except BaseException as error:
         channel.end(error)
     else:

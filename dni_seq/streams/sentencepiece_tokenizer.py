@@ -1,8 +1,8 @@
-r"""SentencePiece: pieces of words, learned from the text, that can spell every text.
+r"""SentencePiece tokenizer: word pieces that are learned from the text and can encode every text.
 
-Lossless: no normalisation, blanks kept, a newline is a token, and what the pieces cannot spell is spelled in bytes.
-SentencePiece itself writes a blank as U+2581 and so confuses the two; texts that hold U+2581 are escaped by a character
-that Unicode reserves from use.
+The encoding is lossless: no normalisation, spaces are kept, a newline is a token, and characters without a piece are encoded
+as bytes. SentencePiece itself writes a space as U+2581 and confuses the two, so U+2581 in a text is escaped with a Unicode
+noncharacter. Only lone surrogates are lost; they become "?".
 """
 
 from __future__ import annotations
@@ -21,31 +21,31 @@ from dni_seq.streams.documents import DataError, first_line
 from dni_seq.streams.tokenization import Ids, Tokenizer, sample
 
 VOCABULARY = 8000
-"""Entries of the vocabulary where nobody asks for another number; fewer where the text is too small for so many."""
+"""Default size of the vocabulary; smaller if the text is too small for it."""
 
 SEGMENT_CHARACTERS = 2000
-"""Characters of running text that the training sample takes or leaves as one."""
+"""Characters in a segment of text; the training sample is made of whole segments."""
 
 SEGMENTS = 4000
-"""Segments in the training sample, 8 million characters; drawn from the first 64 Mi characters (`sample`)."""
+"""Segments in the training sample (8 million characters), drawn from the first 64 Mi characters (`sample`)."""
 
 SAMPLE_SEED = 0
-"""The draw is the same in all runs, so that runs that differ in their seed share a tokenizer."""
+"""Seed of the sample; fixed, so that runs with different seeds have the same tokenizer."""
 
 LONGEST = 1000
-"""Characters after which a line is cut, before a blank where there is one: SentencePiece drops longer training lines."""
+"""Longest part of a line, in characters; SentencePiece drops longer training lines. Cuts are before a space if possible."""
 
 BLANK, ESCAPE = "\u2581", "\U0010fffe"
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """A trained SentencePiece model, of its unigram kind.
+    """A tokenizer with a trained SentencePiece unigram model.
 
     Args:
-        model: the model's bytes.
+        model: the serialized model.
 
     Raises:
-        DataError: they are not a model's.
+        DataError: `model` is damaged or has no newline piece.
     """
 
     kind = "sentencepiece"
@@ -57,19 +57,23 @@ class SentencePieceTokenizer(Tokenizer):
             self._processor = SentencePieceProcessor(model_proto=model)
             size = self._processor.vocab_size()
         except RuntimeError as error:
-            raise DataError(f"its SentencePiece model is damaged: {first_line(error)}") from error
+            raise DataError(f"the SentencePiece model is damaged: {first_line(error)}") from error
         self._model = model
         self.vocabulary = tuple(self._processor.id_to_piece(index) for index in range(size))
         self._newline: int = self._processor.piece_to_id("\n")
         if self._newline == self.unknown_id:
-            raise DataError("its SentencePiece model has no newline")
+            raise DataError("the SentencePiece model has no newline piece")
 
     @classmethod
     def train(cls, documents: Iterable[str], vocab_size: int | None = None) -> SentencePieceTokenizer:
-        """The tokenizer of a bounded sample of `documents`, the same in every run on the same text.
+        """Trains a tokenizer on a bounded sample of `documents`; the same text always gives the same tokenizer.
+
+        Args:
+            documents: the training text.
+            vocab_size: exact size of the vocabulary. None for `VOCABULARY` entries, or fewer if the text is small.
 
         Raises:
-            DataError: `vocab_size` does not suit the text, or there is no text.
+            DataError: `vocab_size` is too small or too large for the text, or the text is empty.
         """
         from sentencepiece import SentencePieceTrainer
 
@@ -98,7 +102,7 @@ class SentencePieceTokenizer(Tokenizer):
         return cls(model.getvalue())
 
     def lookup(self, text: str) -> Ids:
-        """The ids of pieces and line ends; nothing is unknown; [tokens]."""
+        """Returns the ids [tokens] of pieces and newlines, int32; no token is unknown."""
         parts: list[str] = []
         ends: list[bool] = []
         for line in _escaped(text).split("\n"):
@@ -110,35 +114,39 @@ class SentencePieceTokenizer(Tokenizer):
         for ids, end in zip(encoded, ends, strict=True):
             if end:
                 ids += newline
-        # The last line has no newline behind it.
+        # The last line has no newline after it.
         return np.fromiter(chain.from_iterable(encoded), np.int32)[:-1]
 
     def decode(self, ids: Any) -> str:
-        """The text of `ids`."""
+        """Returns the text of `ids`.
+
+        Raises:
+            ValueError: an id is not in the vocabulary.
+        """
         text: str = self._processor.decode(self.checked(ids))
         if ESCAPE not in text:
             return text
         return re.sub(f"{ESCAPE}([01])", lambda found: (ESCAPE, BLANK)[int(found[1])], text)
 
     def content(self) -> dict[str, Any]:
-        """The model, in base 64."""
+        """Returns the serialized model in base 64."""
         return {"model": base64.b64encode(self._model).decode("ascii")}
 
     @classmethod
     def from_content(cls, content: Mapping[str, Any]) -> SentencePieceTokenizer:
-        """The tokenizer of a file's content.
+        """Returns the tokenizer made from the content of a tokenizer file.
 
         Raises:
-            DataError: it is not a tokenizer's.
+            DataError: the content is not that of a SentencePiece tokenizer.
         """
         try:
             return cls(base64.b64decode(content["model"], validate=True))
         except (KeyError, TypeError, ValueError) as error:
-            raise DataError(f"its SentencePiece model is damaged: {first_line(error)}") from error
+            raise DataError(f"the SentencePiece model is damaged: {first_line(error)}") from error
 
 
 def _segments(documents: Iterable[str]) -> list[str]:
-    """A uniform sample of the text's segments, in the order of the text; all of them where they are few."""
+    """Returns a uniform sample of the text's segments, in text order; all segments if they are at most `SEGMENTS`."""
     draw = random.Random(SAMPLE_SEED)
     kept: list[tuple[int, str]] = []
     for number, segment in enumerate(_running_segments(sample(documents))):
@@ -150,7 +158,7 @@ def _segments(documents: Iterable[str]) -> list[str]:
 
 
 def _running_segments(texts: Iterable[str]) -> Iterator[str]:
-    """Texts joined, and cut again into segments."""
+    """Yields segments of the joined texts."""
     held: list[str] = []
     length = 0
     for text in texts:
@@ -165,7 +173,7 @@ def _running_segments(texts: Iterable[str]) -> Iterator[str]:
 
 
 def _parts(line: str) -> list[str]:
-    """A line cut before blanks into parts that are not too long; [""] for an empty line."""
+    """Cuts a line before spaces into parts of at most `LONGEST` characters; returns [""] for an empty line."""
     if len(line) <= LONGEST:
         return [line]
     parts, start = [], 0
@@ -178,7 +186,7 @@ def _parts(line: str) -> list[str]:
 
 
 def _escaped(text: str) -> str:
-    """The text without U+2581 and lone surrogates, which have no UTF-8."""
+    """Escapes U+2581 and replaces lone surrogates, which UTF-8 cannot encode."""
     if BLANK in text or ESCAPE in text:
         text = text.replace(ESCAPE, ESCAPE + "0").replace(BLANK, ESCAPE + "1")
     try:
@@ -189,14 +197,12 @@ def _escaped(text: str) -> str:
 
 
 def _advice(error: RuntimeError, vocab_size: int) -> str:
-    """What to do about an error of SentencePiece's trainer."""
+    """Returns the message for an error of SentencePiece's trainer."""
     text = " ".join(str(error).split())
     if most := re.search(r"too high \(\d+\)\. Please set it to a value <= (\d+)", text):
-        return (
-            f"--vocab-size {vocab_size} is more than this text gives with --tokenizer sentencepiece: use at most {most[1]}"
-        )
+        return f"--vocab-size {vocab_size} is too large for --tokenizer sentencepiece on this text: use {most[1]} or less"
     if least := re.search(r"smaller than required_chars\. \d+ vs (\d+)", text):
         return f"--vocab-size {vocab_size} is too small for --tokenizer sentencepiece on this text: use {least[1]} or more"
     if "sentences_.empty()" in text:
-        return "there is no text to train a SentencePiece tokenizer on: give one with more than blank lines"
-    return f"SentencePiece cannot be trained on this text: {first_line(error)}"
+        return "there is no text to train a SentencePiece tokenizer on: give a text with more than blank lines"
+    return f"SentencePiece cannot be trained on this text ({first_line(error)}): change the text, or use another --tokenizer"

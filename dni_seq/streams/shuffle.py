@@ -1,7 +1,7 @@
-"""Documents in an order drawn anew for each epoch, exact on resumption.
+"""Shuffles documents in a new order for each epoch; a resumed run gets the same order.
 
-Documents are taken in blocks, and each block is permuted as a whole by its own draw, a function of the seed, the epoch and
-the block's number. A position is that of the block and the place in it; going there reads the block again.
+Documents are read in blocks. Each block is permuted with its own random numbers, which depend on the seed, the epoch and the
+block's number. A position is the start of a block and an index in it; moving there reads the block again.
 """
 
 from __future__ import annotations
@@ -14,19 +14,22 @@ BLOCK_DOCUMENTS = 10_000
 """Documents in a block of a streamed text."""
 
 HELD_DOCUMENTS = 1_000_000
-"""Documents in a block of a text that is held in memory, mostly all of it; empty lines take much more room than tokens."""
+"""Documents in a block of a text that is held in memory, usually the whole text; bounds the memory for many short lines."""
 
 BLOCK_CHARACTERS = 1 << 24
-"""Characters after which a block of a streamed text ends too, with the document that reaches them."""
+"""Characters after which a block of a streamed text ends early, with the document that reaches them."""
 
 
 class ShuffledDocuments(Documents):
-    """Whole documents in a random order.
+    """Documents in a random order that changes with each epoch.
+
+    A text that is held in memory is shuffled in blocks of 1,000,000 documents, a streamed text in blocks of 10,000 documents
+    or 16 Mi characters.
 
     Args:
-        documents: in their own order.
-        seed: the order is a function of it and of the epoch.
-        epoch: counted from 0.
+        documents: the documents in their own order.
+        seed: the order is a function of the seed and the epoch.
+        epoch: the epoch, counted from 0.
     """
 
     def __init__(self, documents: Documents, seed: int, epoch: int = 0) -> None:
@@ -34,11 +37,11 @@ class ShuffledDocuments(Documents):
         self._documents, self._seed, self._epoch = documents, seed, epoch
 
     def in_epoch(self, epoch: int) -> Documents:
-        """The same documents in the order of `epoch`."""
+        """Returns the same documents in the order of `epoch`."""
         return ShuffledDocuments(self._documents, self._seed, epoch)
 
     def read(self, position: Position | None = None) -> Reader:
-        """A reader in the order of the epoch, or, from a position on, of the position's epoch."""
+        """Returns a reader that starts at `position`, in the epoch of that position; None for the start of this epoch."""
         if position is None:
             return _ShuffledReader(self._documents.read(), self.small, self._seed, self._epoch, 0, 0)
         reader = self._documents.read(position["block"])
@@ -46,11 +49,11 @@ class ShuffledDocuments(Documents):
 
 
 class _ShuffledReader(Reader):
-    """Holds one block, in its new order."""
+    """Reads one block at a time and returns its pieces in the new order."""
 
-    def __init__(self, reader: Reader, whole: bool, seed: int, epoch: int, number: int, pop_grad: int) -> None:
+    def __init__(self, reader: Reader, whole: bool, seed: int, epoch: int, number: int, taken: int) -> None:
         self._reader, self._whole = reader, whole
-        self._seed, self._epoch, self._number, self._taken = seed, epoch, number, pop_grad
+        self._seed, self._epoch, self._number, self._taken = seed, epoch, number, taken
         self._start = reader.position()
         self._pieces: list[Piece] | None = None
 
@@ -71,7 +74,7 @@ class _ShuffledReader(Reader):
         return {"block": self._start, "number": self._number, "taken": self._taken, "epoch": self._epoch}
 
     def _read_block(self, number: int) -> list[Piece]:
-        """The pieces of the next documents, as block `number`, permuted by whole documents; empty at the end of the text."""
+        """Reads and permutes the documents of block `number`; returns their pieces, an empty list at the end of the text."""
         block: list[list[Piece]] = [[]]
         most, characters = HELD_DOCUMENTS if self._whole else BLOCK_DOCUMENTS, 0
         for piece in self._reader:

@@ -1,4 +1,4 @@
-"""Documents as token ids: as one run of tokens, or document by document, with positions and a tally."""
+"""Documents as token ids: one run of tokens, or document by document, with positions and counts."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from dni_seq.streams.documents import DataError, Position, Reader
 from dni_seq.streams.tokenization import Tokenizer
 
 PIECE = 1 << 16
-"""Characters after which joined documents are tokenized; one call for many short lines is much faster."""
+"""Characters of joined documents that are tokenized at once; one call for many short lines is much faster."""
 
 LONGEST_DOCUMENT = 1 << 20
-"""Tokens after which, where documents are kept apart, a document is cut into several, so that it can be held."""
+"""If documents are kept separate, a document with more tokens is cut into several, so that it fits in memory."""
 
 Ids = npt.NDArray[Any]
 
 
 class TextStats(NamedTuple):
-    """What has been read of a text.
+    """Counts over the text read so far.
 
     Attributes:
-        tokens: their number.
-        characters: the characters they stand for.
-        unknown: how many of the tokens were not in the vocabulary.
-        words: words between blanks, and line ends, as a word tokenizer counts them.
+        tokens: number of tokens.
+        characters: number of characters.
+        unknown: number of tokens that are not in the vocabulary.
+        words: number of words between whitespace plus number of newlines, as a word tokenizer counts them.
     """
 
     tokens: int = 0
@@ -39,34 +39,36 @@ class TextStats(NamedTuple):
 
 
 def compact(tokenizer: Tokenizer) -> type[np.uint16] | type[np.int32]:
-    """The smallest of the two types that holds the tokenizer's ids."""
+    """Returns np.uint16 if it holds all ids of the tokenizer, else np.int32."""
     return np.uint16 if tokenizer.vocabulary_size <= 1 << 16 else np.int32
 
 
 def checksum(ids: Ids, before: int = 0) -> int:
-    """Tells one text's tokens from another's."""
+    """Returns a CRC-32 checksum of token ids, continued from the checksum `before`."""
     return zlib.crc32(ids.tobytes(), before)
 
 
 def too_short(name: str, lanes: int, least: int) -> DataError:
-    """A lane needs one token to read and one to predict."""
+    """Returns the error for a text with fewer than `least` tokens; a lane needs one token to read and one to predict."""
     return DataError(
-        f"{name} is too short: {lanes} lanes need {least} tokens or more; give more text or fewer lanes (--batch-size)"
+        f"{name} is too short: {lanes} lanes need {least} tokens or more; give more text, or lower --batch-size (lanes)"
     )
 
 
 def check_same(name: str, saved: int | None, found: int | None) -> None:
-    """A position means nothing in another text.
+    """Raises a DataError if the checksum of the text has changed since a position was saved.
 
     Raises:
         DataError: the checksums differ.
     """
     if saved != found:
-        raise DataError(f"{name} or its tokenizer has changed since the position was saved: resume with the same data")
+        raise DataError(
+            f"{name} or its tokenizer has changed since the position was saved: resume with the same text and tokenizer"
+        )
 
 
 def tokenize(text: str, tokenizer: Tokenizer, stats: TextStats) -> tuple[Ids, TextStats]:
-    """The ids of a text's tokens, and the tally behind it."""
+    """Returns the ids of a text's tokens, and the counts after it."""
     ids = tokenizer.lookup(text)
     words = len(ids) if tokenizer.kind == "word" else len(text.split()) + text.count("\n")
     after = TextStats(
@@ -79,12 +81,12 @@ def tokenize(text: str, tokenizer: Tokenizer, stats: TextStats) -> tuple[Ids, Te
 
 
 class TokenRun:
-    """The tokens of documents as one run, read part by part.
+    """Reads the tokens of documents as one run, part by part.
 
     Args:
-        reader: the documents.
-        tokenizer: makes their tokens.
-        tally: of what is before them.
+        reader: reads the documents.
+        tokenizer: converts their text to ids.
+        stats: counts over the text before them.
     """
 
     def __init__(self, reader: Reader, tokenizer: Tokenizer, stats: TextStats) -> None:
@@ -95,7 +97,7 @@ class TokenRun:
         self._piece_start = self._here()
 
     def take(self, count: int | None) -> Ids:
-        """The next `count` tokens, or all that are left where it is None or they are fewer."""
+        """Returns the next `count` tokens, or all remaining tokens if `count` is None or fewer remain."""
         parts = [self._piece[:0]]
         missing = sys.maxsize if count is None else count
         while missing > 0 and (self._taken < len(self._piece) or self._read_piece()):
@@ -105,17 +107,17 @@ class TokenRun:
         return np.concatenate(parts)
 
     def mark(self) -> Position:
-        """Where the next token is: a position of the documents, the tokens to skip behind it, the tally there."""
+        """Returns the position of the next token: a position of the documents, its counts, and the tokens to skip."""
         if self._taken == len(self._piece):
             return {**self._here(), "skip": 0}
         return {**self._piece_start, "skip": self._taken}
 
     def _here(self) -> Position:
-        """Where the reader is."""
+        """Returns the position of the reader and the counts there."""
         return {"documents": self._reader.position(), "tally": list(self.stats)}
 
     def _read_piece(self) -> bool:
-        """Tokenize the next documents; False at the end."""
+        """Tokenizes the next documents; returns False at the end of the text."""
         self._piece_start = self._here()
         texts, characters = [], 0
         for text, _ in self._reader:
@@ -135,8 +137,8 @@ class TokenizedDocument(NamedTuple):
 
     Attributes:
         ids: [tokens], two or more.
-        mark: where the document is: a position of the documents and the tally there.
-        tally: behind it.
+        mark: position of the document and the counts there.
+        stats: counts after the document.
     """
 
     ids: Ids
@@ -145,9 +147,9 @@ class TokenizedDocument(NamedTuple):
 
 
 def tokenized_documents(reader: Reader, tokenizer: Tokenizer, stats: TextStats) -> Iterator[list[TokenizedDocument]]:
-    """The documents in which there is something to predict, in lists of about `PIECE` characters.
+    """Yields the documents of two or more tokens, in lists of about `PIECE` characters.
 
-    A document of more than `LONGEST_DOCUMENT` tokens becomes several.
+    A document of more than `LONGEST_DOCUMENT` tokens is cut into several.
     """
     batch: list[TokenizedDocument] = []
     parts: list[Ids] = []

@@ -1,7 +1,7 @@
-"""Text to token ids and back, by words, by characters, or by SentencePiece (`dni_seq.streams.subwords`).
+"""Converts text to token ids and back, by words or characters; for SentencePiece see `sentencepiece_tokenizer`.
 
-Ids are int32. The unknown token has id 0 in both vocabularies; the words or characters follow by descending frequency,
-equal ones in alphabetical order, so that the same text always gives the same ids.
+Ids are int32. The unknown token has id 0. Words or characters follow by descending frequency, those of equal frequency in
+order of their code points, so the same text always gives the same ids.
 """
 
 from __future__ import annotations
@@ -24,22 +24,23 @@ Ids = npt.NDArray[np.int32]
 
 
 SAMPLE_CHARACTERS = 1 << 26
-"""A vocabulary is made from at most this much text, so that it ends on a stream that does not."""
+"""A vocabulary is made from at most this many characters, so that training ends even if the text is endless."""
 
 
 JOINED = 1 << 16
-"""Characters of a sample that are counted at once."""
+"""Texts of a sample are joined until they have this many characters, so that they are not counted one by one."""
 
 
 FORMAT = "dni_seq tokenizer 1"
 
 
 class Tokenizer(ABC):
-    """What all tokenizers share.
+    """The base class of tokenizers, which convert text to token ids and back.
 
     Attributes:
         kind: "word", "char" or "sentencepiece".
-        vocabulary: the text of each id.
+        unknown_id: the id of unknown tokens, 0.
+        vocabulary: the vocabulary's entry for each id.
     """
 
     kind: ClassVar[str]
@@ -48,20 +49,23 @@ class Tokenizer(ABC):
 
     @property
     def vocabulary_size(self) -> int:
-        """The number of ids."""
+        """Number of ids in the vocabulary."""
         return len(self.vocabulary)
 
     @abstractmethod
     def lookup(self, text: str) -> Ids:
-        """The ids of a text's tokens, -1 for each that is not in the vocabulary."""
+        """Returns the ids [tokens] of a text's tokens, int32, with -1 for tokens that are not in the vocabulary."""
 
     def encode(self, text: str) -> Ids:
-        """The ids of a text's tokens, `unknown_id` for each that is not in the vocabulary."""
+        """Returns the ids [tokens] of a text's tokens, int32, with `unknown_id` for tokens not in the vocabulary."""
         return np.maximum(self.lookup(text), self.unknown_id)
 
     @abstractmethod
     def decode(self, ids: Any) -> str:
-        """The text of ids (a sequence, array or tensor of integers).
+        """Returns the text of token ids.
+
+        Args:
+            ids: a sequence, array or CPU tensor of integers.
 
         Raises:
             ValueError: an id is not in the vocabulary.
@@ -69,10 +73,10 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def content(self) -> dict[str, Any]:
-        """What the tokenizer's file holds, beside its kind."""
+        """Returns the tokenizer's content for its JSON file, without its kind."""
 
     def save(self, path: str | Path) -> None:
-        """Write the tokenizer as JSON, whole or not at all."""
+        """Writes the tokenizer to a JSON file atomically; `load_tokenizer` reads it."""
         path = Path(path)
         content = {"format": FORMAT, "kind": self.kind, **self.content()}
         temporary = path.with_name(path.name + ".tmp")
@@ -80,7 +84,7 @@ class Tokenizer(ABC):
         os.replace(temporary, path)
 
     def checked(self, ids: Any) -> list[int]:
-        """Ids as a list.
+        """Returns ids as a flat list of integers.
 
         Raises:
             ValueError: an id is not in the vocabulary.
@@ -88,7 +92,7 @@ class Tokenizer(ABC):
         numbers: list[int] = np.asarray(ids).reshape(-1).tolist()
         wrong = [number for number in numbers if not 0 <= number < self.vocabulary_size]
         if wrong:
-            raise ValueError(f"token id {wrong[0]} is not in a vocabulary of {self.vocabulary_size}")
+            raise ValueError(f"token id {wrong[0]} is out of range: it must be at least 0 and below {self.vocabulary_size}")
         return numbers
 
 
@@ -96,47 +100,47 @@ class ListTokenizer(Tokenizer):
     """A tokenizer whose vocabulary is a list of words or characters, with the unknown token as id 0."""
 
     special: ClassVar[tuple[str, ...]]
-    """The entries that every vocabulary starts with; the first stands for everything unknown."""
+    """The entries at the start of every vocabulary; the first is the unknown token."""
 
     def __init__(self, vocabulary: Sequence[str]) -> None:
         if tuple(vocabulary[: len(self.special)]) != self.special or len(set(vocabulary)) != len(vocabulary):
             raise DataError(
-                f"a {self.kind} vocabulary has distinct entries and starts with {', '.join(map(repr, self.special))}"
+                f"a {self.kind} vocabulary must have distinct entries and start with {', '.join(map(repr, self.special))}"
             )
         self.vocabulary = tuple(vocabulary)
         self._id_of = {entry: index for index, entry in enumerate(self.vocabulary)}
 
     @classmethod
     def vocabulary_of(cls, counts: Counter[str], vocab_size: int | None) -> list[str]:
-        """The `vocab_size` most frequent entries, the special ones included; all where it is None.
+        """Returns the special entries and the most frequent others, `vocab_size` in total; all entries if it is None.
 
         Raises:
-            DataError: `vocab_size` leaves no room for a single entry of the text.
+            DataError: `vocab_size` leaves no room for an entry of the text.
         """
         least = len(cls.special) + 1
         if vocab_size is not None and vocab_size < least:
-            raise DataError(f"a {cls.kind} vocabulary needs {least} entries or more: raise --vocab-size {vocab_size}")
+            raise DataError(f"--vocab-size {vocab_size} is too small for --tokenizer {cls.kind}: use {least} or more")
         ranked = sorted(counts.keys() - set(cls.special), key=lambda entry: (-counts[entry], entry))
         return [*cls.special, *ranked][:vocab_size]
 
     def content(self) -> dict[str, Any]:
-        """The vocabulary."""
+        """Returns the vocabulary."""
         return {"vocabulary": self.vocabulary}
 
     @classmethod
     def from_content(cls, content: Mapping[str, Any]) -> ListTokenizer:
-        """The tokenizer of a file's content.
+        """Returns the tokenizer made from the content of a tokenizer file.
 
         Raises:
-            DataError: it is not a tokenizer's.
+            DataError: the content is not that of such a tokenizer.
         """
         vocabulary = content.get("vocabulary")
         if not isinstance(vocabulary, list) or not all(isinstance(entry, str) for entry in vocabulary):
-            raise DataError("its vocabulary is not a list of strings")
+            raise DataError("the vocabulary is not a list of strings")
         return cls(vocabulary)
 
     def entries(self, ids: Any) -> list[str]:
-        """The vocabulary's entry of each id.
+        """Returns the vocabulary's entry for each id.
 
         Raises:
             ValueError: an id is not in the vocabulary.
@@ -145,10 +149,16 @@ class ListTokenizer(Tokenizer):
 
 
 class WordTokenizer(ListTokenizer):
-    """Words between blanks; each newline is the token <eos>.
+    """A tokenizer that splits text into words at whitespace; each newline is the token <eos>.
 
-    Decoding joins words by one blank, so that it gives back a text whose words are one blank apart and lines without blanks
-    around them. A `<unk>` that the text itself holds, as PTB does, is the unknown token.
+    Decoding joins words with one space, so it restores a text exactly only if words are one space apart and lines have no
+    whitespace around them. A `<unk>` in the text itself, as in PTB, is the unknown token.
+
+    Args:
+        vocabulary: distinct words; the first two are "<unk>" and "<eos>".
+
+    Raises:
+        DataError: the vocabulary has equal entries or starts with other entries.
     """
 
     kind = "word"
@@ -156,10 +166,14 @@ class WordTokenizer(ListTokenizer):
 
     @classmethod
     def train(cls, documents: Iterable[str], vocab_size: int | None = None) -> WordTokenizer:
-        """The tokenizer of the words in the first `SAMPLE_CHARACTERS` of `documents`.
+        """Returns the tokenizer of the words in the first 64 Mi characters (`SAMPLE_CHARACTERS`) of `documents`.
+
+        Args:
+            documents: the training text.
+            vocab_size: largest size of the vocabulary, which keeps the most frequent words; None for all words.
 
         Raises:
-            DataError: `vocab_size` is too small.
+            DataError: `vocab_size` is below 3.
         """
         counts: Counter[str] = Counter()
         for text in sample(documents):
@@ -167,12 +181,16 @@ class WordTokenizer(ListTokenizer):
         return cls(cls.vocabulary_of(counts, vocab_size))
 
     def lookup(self, text: str) -> Ids:
-        """The ids of words and line ends, -1 for each unknown word; [tokens]."""
+        """Returns the ids [tokens] of words and newlines, int32, with -1 for unknown words."""
         words = text.replace("\n", " <eos> ").split()
         return np.fromiter(map(self._id_of.get, words, repeat(-1)), np.int32, len(words))
 
     def decode(self, ids: Any) -> str:
-        """The words of `ids`, one blank apart, with a newline for each <eos>."""
+        """Returns the words of `ids`, one space apart, with a newline for each <eos>.
+
+        Raises:
+            ValueError: an id is not in the vocabulary.
+        """
         lines: list[list[str]] = [[]]
         for entry in self.entries(ids):
             if entry == "<eos>":
@@ -183,7 +201,14 @@ class WordTokenizer(ListTokenizer):
 
 
 class CharTokenizer(ListTokenizer):
-    """Unicode characters, the newline one of them. The replacement character U+FFFD stands for unknown ones."""
+    """A tokenizer that splits text into Unicode characters, newlines included; U+FFFD is the unknown character.
+
+    Args:
+        vocabulary: distinct characters; the first one is U+FFFD.
+
+    Raises:
+        DataError: the vocabulary has equal entries, starts with another entry, or has an entry that is not one character.
+    """
 
     kind = "char"
     special = ("\ufffd",)
@@ -191,18 +216,22 @@ class CharTokenizer(ListTokenizer):
     def __init__(self, vocabulary: Sequence[str]) -> None:
         super().__init__(vocabulary)
         if any(len(entry) != 1 for entry in vocabulary):
-            raise DataError("a char vocabulary has entries of one character each")
-        # One place past the largest code point: every unknown larger one is clipped to it.
+            raise DataError("each entry of a char vocabulary must be one character")
+        # The entry after the largest code point holds -1; all larger code points are clipped to it.
         self._table = np.full(max(map(ord, vocabulary)) + 2, -1, np.int32)
         for entry, index in self._id_of.items():
             self._table[ord(entry)] = index
 
     @classmethod
     def train(cls, documents: Iterable[str], vocab_size: int | None = None) -> CharTokenizer:
-        """The tokenizer of the characters in the first `SAMPLE_CHARACTERS` of `documents`.
+        """Returns the tokenizer of the characters in the first 64 Mi characters (`SAMPLE_CHARACTERS`) of `documents`.
+
+        Args:
+            documents: the training text.
+            vocab_size: largest size of the vocabulary, which keeps the most frequent characters; None for all characters.
 
         Raises:
-            DataError: `vocab_size` is too small.
+            DataError: `vocab_size` is below 2.
         """
         counts: Counter[str] = Counter()
         for text in sample(documents):
@@ -210,17 +239,21 @@ class CharTokenizer(ListTokenizer):
         return cls(cls.vocabulary_of(counts, vocab_size))
 
     def lookup(self, text: str) -> Ids:
-        """The ids of characters, -1 for each unknown one; [characters]."""
+        """Returns the ids [characters] of characters, int32, with -1 for unknown characters."""
         points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
         return self._table.take(points, mode="clip")
 
     def decode(self, ids: Any) -> str:
-        """The characters of `ids`."""
+        """Returns the characters of `ids` as a string.
+
+        Raises:
+            ValueError: an id is not in the vocabulary.
+        """
         return "".join(self.entries(ids))
 
 
 def sample(documents: Iterable[str]) -> Iterator[str]:
-    """The first pieces of documents, up to `SAMPLE_CHARACTERS` in all, joined so that they are not too short."""
+    """Yields the first `SAMPLE_CHARACTERS` characters of documents, joined into parts of about `JOINED` characters."""
     left, held, length = SAMPLE_CHARACTERS, [], 0
     for text in documents:
         held.append(text[:left])

@@ -1,4 +1,4 @@
-"""Windows over the lanes of one split, epoch after epoch, resumable at any window.
+"""Windows over the lanes of one split, epoch after epoch; a saved position resumes at any window.
 
 Legend: T = window length in steps, B = lanes, m = lookahead in steps, n = tokens in a lane.
 """
@@ -16,36 +16,38 @@ from dni_seq.streams.tokenization import Tokenizer
 
 
 class WindowStream:
-    """Windows of T steps of B lanes of text.
+    """A stream of windows of T steps over B lanes of text; its position can be saved and restored.
 
-    The target of each step is the lane's next token. Iterating yields what is left of the current epoch, from the current
-    position on, so a loop that was left goes on where it was. The last window of an epoch is as short as it has to be and
-    has `ends` all True. With m > 0 each window has its lookahead, which ends with the epoch.
+    A window is a `Window` with inputs [T, B] and targets [T, B], int64; the target of a step is the lane's next token.
+    Iterating yields the rest of the current epoch from the current position, so a loop that stopped early can be resumed.
+    The last window of an epoch holds the remaining steps, and its `ends` is True in all lanes. With m > 0 each window has a
+    lookahead, which is not valid after the end of the epoch.
 
-    Without `document_reset` lanes are continuous, a lane of n tokens has n - 1 steps an epoch, and no other window has
-    `ends`. With it a lane ends with each document, its last steps in the window are padded under `mask`, and the lane's
-    next window starts another document; the lookahead ends with the document.
+    Without `document_reset`, lanes are continuous: a lane of n tokens has n - 1 steps per epoch, and only the last window of
+    an epoch has `ends`. With `document_reset`, a lane ends with each document: the rest of its window is padded under
+    `mask`, the lane's next window starts another document, and the lookahead is not valid after the document's end.
 
-    Inputs, targets and lookahead of a window share memory; whoever changes one in place copies it first.
+    Inputs, targets and lookahead of a window share memory, so copy a tensor before you change it in place.
+
+    Args:
+        documents: the text of the split.
+        tokenizer: converts the text to token ids.
+        lanes: B, the batch size.
+        bptt: T, the window length.
+        lookahead: m, the number of steps after each window that are attached to it; 0 for none.
+        document_reset: whether lanes end with each document.
 
     Attributes:
         lanes: B.
         bptt: T.
         lookahead: m.
         document_reset: whether lanes end with each document.
-        epoch: epochs finished; the last window of an epoch counts as its end as soon as it is yielded.
-
-    Args:
-        documents: the split's text.
-        tokenizer: makes its tokens.
-        lanes: B.
-        bptt: T.
-        lookahead: m, 0 for none.
-        document_reset: whether lanes end with each document.
+        epoch: number of finished epochs. It is already increased when the last window of an epoch is yielded.
 
     Raises:
         ValueError: a size is out of range.
-        DataError: the text has fewer than two tokens a lane, or cannot be read.
+        DataError: the text is too short (it has fewer than two tokens per lane, or, with `document_reset`, no document of
+            two tokens), or it cannot be read.
     """
 
     def __init__(
@@ -77,53 +79,56 @@ class WindowStream:
             yield window
 
     def restart(self) -> None:
-        """Go to the start of the current epoch."""
+        """Moves to the start of the current epoch."""
         self._lanes.rewind(self.epoch)
 
     @property
     def windows_per_epoch(self) -> int | None:
-        """The number of windows in a whole epoch; None where nobody knows, in streamed text or with `document_reset`."""
+        """Number of windows in an epoch; None if it is not known: for streamed text and with `document_reset`."""
         length = self._lanes.length
         return None if length is None else -(-(length - 1) // self.bptt)
 
     @property
     def tokens_per_epoch(self) -> int | None:
-        """The number of tokens predicted in a whole epoch, (n - 1) B; None where nobody knows."""
+        """Number of tokens predicted in an epoch, (n - 1) B; None if it is not known, see `windows_per_epoch`."""
         length = self._lanes.length
         return None if length is None else (length - 1) * self.lanes
 
     @property
     def characters_per_token(self) -> float:
-        """The characters of text, newlines included, that a token stands for on average.
+        """Average number of characters per token, newlines included.
 
-        Over the whole split where it is held in memory, else over what has been read so far. Bits per character are nats per
-        token / ln 2 / this.
+        The average is over the whole split if it is held in memory without `document_reset`, else over the text read so far.
+        Bits per character are nats per token / ln 2 / `characters_per_token`.
         """
         stats = self._lanes.stats
         return stats.characters / stats.tokens
 
     @property
     def words_per_token(self) -> float:
-        """The words, line ends counted as words, that a token stands for on average, over the same text.
+        """Average number of words per token, newlines counted as words, over the text of `characters_per_token`.
 
-        The perplexity a word is exp(nats per token / this); with a word tokenizer this is 1.
+        Perplexity per word is exp(nats per token / `words_per_token`). With a word tokenizer the value is 1.
         """
         stats = self._lanes.stats
         return stats.words / stats.tokens
 
     @property
     def unknown_tokens(self) -> int:
-        """How many tokens of the text were not in the vocabulary, out of what `characters_per_token` counts."""
+        """Number of tokens that are not in the vocabulary, in the text of `characters_per_token`."""
         return self._lanes.stats.unknown
 
     @property
     def unknown_share(self) -> float:
-        """The share of the tokens that were not in the vocabulary."""
+        """Share of the tokens that are not in the vocabulary, between 0 and 1."""
         stats = self._lanes.stats
         return stats.unknown / stats.tokens
 
     def state_dict(self) -> dict[str, Any]:
-        """The position of the next window, whatever has been read ahead: plain numbers, strings, lists, dicts."""
+        """Returns the position of the next window as a dict of numbers, strings, lists and dicts.
+
+        The position does not depend on what is prefetched.
+        """
         return {
             "epoch": self.epoch,
             "lanes": self.lanes,
@@ -132,21 +137,23 @@ class WindowStream:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go to a saved position; T and m may have changed since, the lanes and the text may not.
+        """Moves to a position from `state_dict`; T and m may differ from those at saving.
 
         Raises:
-            DataError: the position is one in another number or kind of lanes or another text, or is none at all.
+            DataError: B, `document_reset`, the text or the tokenizer differs, or `state` is not a position.
         """
         try:
             if state["lanes"] != self.lanes:
                 raise DataError(
-                    f"the saved position is in {state['lanes']} lanes, this stream has {self.lanes}: "
+                    f"the saved position has {state['lanes']} lanes, this stream has {self.lanes}: "
                     "resume with the same --batch-size"
                 )
             if state["document_reset"] != self.document_reset:
-                raise DataError("the saved position was with another --document-reset: resume with the same")
+                raise DataError("the position was saved with another --document-reset: resume with the same setting")
             epoch = int(state["epoch"])
             self._lanes.seek(state["position"], epoch)
         except (KeyError, TypeError, IndexError) as error:
-            raise DataError("this is not the saved position of such a stream") from error
+            raise DataError(
+                "the saved position is not one of a WindowStream: pass what WindowStream.state_dict returned"
+            ) from error
         self.epoch = epoch

@@ -589,7 +589,7 @@ def test_an_exact_gradient_is_sent_at_every_window(every):
 def test_lambda_targets_of_nothing_to_train_are_refused():
     model = problems.make_model("lstm")
     exact = dni.ExactFuture(model, problems.unreduced, steps=2, window=T)
-    with pytest.raises(ValueError, match="nothing to train"):
+    with pytest.raises(ValueError, match="needs a synthesizer with trainable parameters"):
         dni.SequenceTrainer(model, problems.frozen(model), problems.mean, synthesizer=exact, targets="lambda")
 
 
@@ -661,7 +661,7 @@ def test_comparisons_wait_for_the_windows_they_hold_messages_against(kind):
 def test_an_automatic_scale_of_an_exact_gradient_is_refused():
     model = problems.make_model("lstm")
     exact = dni.ExactFuture(model, problems.unreduced, steps=2, window=T)
-    with pytest.raises(ValueError, match="all of an exact one is"):
+    with pytest.raises(ValueError, match='ExactFuture rejects synthetic_scale="auto"'):
         dni.SequenceTrainer(
             model, problems.frozen(model), problems.mean, synthesizer=exact, synthetic_scale="auto", fidelity_every=3
         )

@@ -210,7 +210,7 @@ def where_broken(parallel: DataParallel) -> str:
         window = parallel.window(whole)
         events += trainer.step(window.inputs, window.targets).events
     (event,) = events
-    return event.split("infinity: ")[1]
+    return event.split("infinity in ")[1]
 
 
 def own_loop(parallel: DataParallel | None) -> list[torch.Tensor]:

@@ -71,7 +71,7 @@ def test_ranks_agree_and_fail_together(two_ranks):
     both = [found["agreement"] for found in two_ranks]
     for found in both:
         assert found["same"] == ""
-        assert "rank 1 has another torch than rank 0 (2.12 there, 2.13 on rank 0)" in found["other"]
+        assert "rank 1 has a different torch than rank 0 (2.12 there, 2.13 on rank 0)" in found["other"]
         assert found["second"] == "ValueError: rank 1: no such file"
         assert found["first"] == "ValueError: no such option"
         assert found["from first"] == 7
@@ -199,7 +199,7 @@ def test_a_rank_that_dies_ends_the_others_and_the_run_goes_on(tmp_path):
     assert survivor.returncode == 2
     (line,) = survivor.stderr.strip().splitlines()[-1:]
     assert re.search("rank 0 stopped at step [0-9]+: another rank has ended, or does not answer", line), survivor.stderr
-    assert "to go on from the last checkpoint: --run-dir run --resume auto" in line
+    assert "to resume from the last checkpoint: --run-dir run --resume auto" in line
     # Both ranks again, and a signal that reaches one of them alone: they stop at the same step, and save.
     processes = start_ranks([*arguments, "--resume", "auto"], 2, tmp_path)
     before = (tmp_path / "run/checkpoints/last.pt").stat().st_mtime_ns
@@ -211,5 +211,5 @@ def test_a_rank_that_dies_ends_the_others_and_the_run_goes_on(tmp_path):
     finally:
         results = finish(processes, timeout=60)
     assert [result.returncode for result in results] == [143, 143], results[0].stderr
-    assert re.search("stopped at step [0-9]+; to go on", results[0].stdout)
+    assert re.search("stopped at step [0-9]+; to resume", results[0].stdout)
     assert results[1].stdout == ""

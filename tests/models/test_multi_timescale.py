@@ -64,6 +64,6 @@ def test_bad_input_is_one_line(tmp_path, capsys):
     assert main(["--run-dir", str(tmp_path)]) == 2
     assert capsys.readouterr().err.count("\n") == 1
     assert main(["--blocks", "2", "--ticks", "3"]) == 2
-    assert "give --ticks at least" in capsys.readouterr().err
+    assert "must be at least --ticks" in capsys.readouterr().err
     with pytest.raises(ValueError, match="joint must be one of"):
         MultiTimescale(4, 2, "telepathy", 1e-3)

@@ -110,10 +110,10 @@ def test_unusable_files_are_named(role: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "hint"),
-    [("ptbb", "did you mean ptb?"), ("PTB", "did you mean ptb?"), ("wikitext", "did you mean wikitext-2?"), ("", "known")],
+    [("ptbb", "did you mean ptb?"), ("PTB", "did you mean ptb?"), ("wikitext", "did you mean wikitext-2?"), ("", "'': use")],
 )
 def test_an_unknown_data_set_lists_the_known_ones(name: str, hint: str) -> None:
-    with pytest.raises(DataError, match=r"known are ptb, .*pydoc") as caught:
+    with pytest.raises(DataError, match=r"use one of ptb, .*pydoc, or OWNER/NAME on the Hub") as caught:
         open_corpus(name)
     assert hint in str(caught.value)
 
@@ -124,7 +124,7 @@ def test_options_that_contradict_are_refused(tmp_path: Path) -> None:
         open_corpus("ptb", data_file=path)
     with pytest.raises(DataError, match="give --data-file too"):
         open_corpus(valid_file=path)
-    with pytest.raises(DataError, match="not for pydoc"):
+    with pytest.raises(DataError, match="cannot be used with the embedded corpus pydoc"):
         open_corpus(text_column="title")
 
 
@@ -132,7 +132,7 @@ def test_a_file_that_goes_away_while_it_is_read_is_an_error(tmp_path: Path) -> N
     path = write(tmp_path / "own.txt", "a\n" * 100)
     corpus = open_corpus(data_file=path)
     path.unlink()
-    with pytest.raises(DataError, match=r"own\.txt: reading stopped"):
+    with pytest.raises(DataError, match=r"own\.txt: reading failed"):
         list(corpus.train)
 
 

@@ -135,9 +135,11 @@ def test_rows_that_hold_no_text_are_one_line(tmp_path: Path) -> None:
         },
         tmp_path,
     )
-    assert results["ptb"]["error"] == "ptb/train: a row has no text in column 'sentence'"
+    assert results["ptb"]["error"] == (
+        "ptb/train: a row has no text in column 'sentence': remove the row, or choose another column with --text-column"
+    )
     assert results["wikitext-2"]["error"] == (
-        "wikitext-2/train has no column 'text' but 'line': name the text's with --text-column"
+        "wikitext-2/train has no column 'text' (columns: 'line'): choose one with --text-column"
     )
     assert results["tinyshakespeare"]["error"].startswith("tinyshakespeare")
     assert "\n" not in results["tinyshakespeare"]["error"]
@@ -287,10 +289,10 @@ def test_any_repository_by_its_id(tmp_path: Path) -> None:
     for held_out in (one, fine):
         assert (held_out["valid"], held_out["test"], held_out["texts"]) == (lines[:5], lines[5:10], lines[10:])
     assert one["level"] == "sentencepiece"
-    assert "no column 'title' but 'body'" in other["error"]
+    assert "no column 'title' (columns: 'body')" in other["error"]
     assert "2 rows, too few to hold out" in two["error"]
     assert empty_["texts"] == []
-    assert "no split train but test" in alone["error"]
+    assert "no split train (splits: test)" in alone["error"]
     assert wiki["texts"] == ["\n", " = Title = \n", "\n", " Some text . \n"]
     assert "--dataset-config" in unnamed["error"]
     assert "wikitext-2-v1" in unnamed["error"]

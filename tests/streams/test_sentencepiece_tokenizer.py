@@ -80,7 +80,7 @@ def test_the_sample_is_bounded_and_drawn_from_all_over(monkeypatch: pytest.Monke
 @pytest.mark.parametrize(
     ("lines", "size", "complaint"),
     [
-        (LINES, 100_000, "--vocab-size 100000 is more than this text gives .* at most [0-9]+"),
+        (LINES, 100_000, "--vocab-size 100000 is too large .* use [0-9]+ or less"),
         (LINES, 3, "--vocab-size 3 is too small .* [0-9]+ or more"),
         (["\n", "\n"], None, "no text to train"),
     ],

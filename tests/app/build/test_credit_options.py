@@ -20,7 +20,7 @@ HINDRANCES = {
     "state": {"synthesizer": "state"},
     "lookahead 0": {"lookahead": 0},
     "multiple": {"horizons": 2, "lookahead": 3},
-    "no model of the steps": {"future_units": 0},
+    "--future-units 0": {"future_units": 0},
     "no-normalize": {"normalize": False},
     "tail": {"tail": True},
     "lambda": {"targets": "lambda"},
@@ -39,7 +39,7 @@ def test_where_the_model_of_the_steps_ahead_cannot_give_messages(name):
 
 @pytest.mark.parametrize("given", [{"synthesizer": "state"}, {}, {"synthesizer": "exact", "tail": True}])
 def test_raw_targets_are_not_solved_for(given):
-    with pytest.raises(ValueError, match="leave out --no-normalize, or --fit descent"):
+    with pytest.raises(ValueError, match="remove --no-normalize, or use --fit descent"):
         resolve(build(CreditOptions, given | {"fit": "least-squares", "normalize": False}), BPTT)
     assert resolve(build(CreditOptions, given | {"normalize": False}), BPTT).fit == "descent"
 

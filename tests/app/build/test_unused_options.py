@@ -130,5 +130,5 @@ def test_defaults_are_not_remarked_on():
 
 def test_why_messages_are_fitted_is_said():
     options = with_default_sizes(build(LanguageModelOptions, SMALL | {"target_network": 5}))
-    assert [line for line in remarks(options, BPTT) if line.startswith("messages are fitted")]
+    assert [line for line in remarks(options, BPTT) if line.startswith("messages are regressed")]
     assert not remarks(with_default_sizes(build(LanguageModelOptions, SMALL | {"fit": "least-squares"})), BPTT)

@@ -388,7 +388,7 @@ def test_the_tables_are_written_between_their_marks(tmp_path, capsys):
     arguments = ["--part", "none", "--results", str(results), "--tables", str(page)]
     page.write_text("no marks\n")
     assert feedforward_table.main(arguments) == 2
-    assert "put them where the tables go" in capsys.readouterr().err
+    assert "insert them where the tables go" in capsys.readouterr().err
     page.write_text("before\n" + "\n".join(feedforward_table.MARKS) + "\nbehind\n")
     for _ in range(2):  # writing again changes nothing
         assert feedforward_table.main(arguments) == 0

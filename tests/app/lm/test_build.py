@@ -60,7 +60,7 @@ def test_a_dtype_that_the_processor_lacks_is_refused_at_the_door():
         with torch.autocast("cpu", torch.bfloat16):
             model(torch.zeros((2, 2), dtype=torch.int64), model.initial_state(2))
     except RuntimeError:
-        with pytest.raises(ValueError, match="use float32"):
+        with pytest.raises(ValueError, match="use --dtype float32"):
             lm.build_model(options, 9, CPU)
     else:
         lm.build_model(options, 9, CPU)

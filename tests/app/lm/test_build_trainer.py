@@ -79,5 +79,5 @@ def test_a_sparse_embedding_moves_only_what_is_read_and_is_for_one_process():
     moved = (trainer.model.embedding.weight != before).any(dim=1)
     assert moved.nonzero().flatten().tolist() == [1, 2]
     options = resolve_options(LanguageModelOptions(sparse_embedding=True), open_corpus())
-    with pytest.raises(ValueError, match="--sparse-embedding works in one process"):
+    with pytest.raises(ValueError, match="--sparse-embedding works in one process only"):
         build_trainer(options, lm.build_model(options, V, CPU), CPU, parallel=object())

@@ -37,11 +37,11 @@ def test_it_says_shapes_parameters_memory_and_time_and_writes_nothing(capsys, tm
     assert f"parameters of the model: {parameters:,} (embedding {6 * vocabulary:,}, rnn {rnn:,}, " in text
     assert "parameters of the synthesizer: " in text
     assert int(re.search(r"memory: ([\d,]+) MiB at its peak", text)[1].replace(",", "")) > 50
-    step = float(re.search(r"speed: ([\d.]+) ms a step", text)[1])
+    step = float(re.search(r"speed: ([\d.]+) ms per step", text)[1])
     steps = int(re.search(r"an epoch of ([\d,]+) steps", text)[1].replace(",", ""))
     minutes, seconds = re.search(r"^time: (?:(\d+) min )?(\d+) s for", text, re.MULTILINE).groups(default="0")
     assert 60 * int(minutes) + int(seconds) == pytest.approx(steps * step / 1000, abs=0.6 + 0.06 * steps / 1000)
-    assert re.search(r"time in all: .* for 3 epochs", text)
+    assert re.search(r"total time: .* for 3 epochs", text)
 
 
 def test_it_refuses_what_a_run_would_refuse(capsys):

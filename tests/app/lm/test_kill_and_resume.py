@@ -110,10 +110,10 @@ def test_a_run_that_diverges_stops_with_a_diagnosis_and_a_whole_checkpoint(small
     assert main([*options, "--synthesizer", "none", "--lr", "1e37", "--clip", "0"]) == 2
     out, err = capsys.readouterr()
     (line,) = [line for line in err.splitlines() if line.startswith("train_lm: error: ")]
-    assert "windows in a row were left out, from step" in line
-    assert "appeared first in the " in line
-    assert "to go on: --run-dir run --resume auto" in line
-    assert "left out, the first NaN or infinity: the " in out
+    assert "windows in a row were skipped, from step" in line
+    assert "first NaN or infinity in the " in line
+    assert "to resume: --run-dir run --resume auto" in line
+    assert "skipped; first NaN or infinity in the " in out
     saved = load_checkpoint(RunDirectory("run").last)
     assert all(value.isfinite().all() for value in saved["trainer"]["model"].values())
     assert saved["trainer"]["skipped"]["in_a_row"] == 10
@@ -178,7 +178,7 @@ def test_a_damaged_last_checkpoint_costs_the_steps_since_the_one_before(small, c
     run.last.write_bytes(data)
     capsys.readouterr()
     assert main(["--run-dir", "run", "--resume", "auto", "--max-steps", "60"]) == 0
-    assert f"a damaged one: going on from {run.previous}" in capsys.readouterr().out
+    assert f"is damaged: resuming from {run.previous}" in capsys.readouterr().out
     one, two = (load_checkpoint(each.last) for each in (whole, run))
     assert list(soak.differences_of(one["trainer"], two["trainer"], "trainer")) == []
     assert run.last.with_name("last.pt.damaged").exists()
@@ -191,7 +191,7 @@ def test_a_damaged_best_checkpoint_costs_its_scores_alone(small, capsys):
     run.best.write_bytes(run.best.read_bytes()[:1000])
     assert main(["--run-dir", "run", "--resume", "auto"]) == 0
     assert (
-        "best.pt is not a checkpoint, or a damaged one: the scores are those of the last checkpoint"
+        "best.pt is not a checkpoint, or is damaged: the scores are those of the last checkpoint instead"
         in capsys.readouterr().out
     )
 

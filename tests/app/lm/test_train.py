@@ -184,7 +184,7 @@ def test_evaluation_and_samples_from_the_run_directory_alone(trained, tmp_path):
     summary = json.loads((trained / "summary.json").read_text())
     before = snapshot(trained)
     result = call("evaluate_lm", str(trained), cwd=tmp_path)
-    assert result.stdout.startswith(f"test: loss {summary['test']['loss']:.4f} nats a token")
+    assert result.stdout.startswith(f"test: loss {summary['test']['loss']:.4f} nats per token")
     result = call("train_lm", "--eval-only", "--run-dir", str(trained), cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert f"ppl {summary['valid']['ppl']:.2f}" in result.stdout
@@ -227,7 +227,7 @@ def test_bad_input_is_one_line_and_status_2(trained, tmp_path):
         ("--resume", "text.pt"): "not a checkpoint",
         ("--resume", "auto"): "needs --run-dir",
         ("--eval-only",): "needs --run-dir",
-        ("--eval-only", "--dry-run"): "leave one out",
+        ("--eval-only", "--dry-run"): "remove one of them",
         ("--config", "missing.json"): "cannot read the configuration",
         ("--run-dir", str(trained)): "holds a run already: add --resume auto",
         ("--run-dir", str(trained), "--hidden", "9"): "another configuration (--hidden 8 there, 9 here)",

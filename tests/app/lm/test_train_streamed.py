@@ -88,7 +88,7 @@ def test_a_subword_tokenizer_is_trained_once(text, monkeypatch, capsys, tmp_path
     capsys.readouterr()
     assert evaluate_lm.main([str(run)]) == 0
     shown = capsys.readouterr().out
-    assert f"ppl {score['ppl']:.2f}, bpc {score['bpc']:.4f}, ppl a word {score['word_ppl']:.2f}" in shown
+    assert f"ppl {score['ppl']:.2f}, bpc {score['bpc']:.4f}, ppl per word {score['word_ppl']:.2f}" in shown
 
 
 @pytest.mark.parametrize("reset", [False, True])
@@ -99,6 +99,6 @@ def test_what_is_not_in_the_vocabulary_is_reported(reset, text, capsys, tmp_path
     shown = capsys.readouterr().out
     unknown = json.loads((tmp_path / "run" / "summary.json").read_text())["unknown"]
     assert all(0.05 < share < 0.9 for share in unknown.values())
-    *begun, done = [line for line in shown.splitlines() if line.startswith("tokens that are not in the vocabulary: ")]
+    *begun, done = [line for line in shown.splitlines() if line.startswith("tokens outside the vocabulary: ")]
     assert begun or reset  # nothing but each split's first document is read yet
     assert done.endswith(", ".join(f"{name} {share:.2%}" for name, share in unknown.items()))

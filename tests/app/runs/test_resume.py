@@ -87,7 +87,7 @@ def test_what_is_refused_leaves_the_run_untouched(run, tmp_path):
         ({"run_dir": directory, "resume": "auto", "bptt": 5}, r"another configuration \(--bptt 7 there, 5 here\)"),
         ({"resume": "auto"}, "needs --run-dir"),
         ({"resume": str(run.best), "bptt": 5}, "another configuration"),
-        ({"resume": str(run.best), "run_dir": str(tmp_path / "other")}, "leave out --run-dir"),
+        ({"resume": str(run.best), "run_dir": str(tmp_path / "other")}, "remove --run-dir"),
         ({"resume": str(tmp_path / "text.pt")}, "not a checkpoint"),
         ({"resume": str(tmp_path / "absent.pt")}, "there is no checkpoint"),
         ({"resume": str(stray)}, "RUN_DIR/checkpoints"),
@@ -113,7 +113,7 @@ def test_auto_falls_back_to_the_newest_whole_checkpoint_and_says_so(run, damage)
     plan = plan_run(Options, {"run_dir": str(run.path), "resume": "auto"})
     assert plan.checkpoint["steps"] == 3
     assert str(run.last) in plan.note
-    assert plan.note.endswith(f": going on from {run.previous}")
+    assert plan.note.endswith(f": resuming from {run.previous}")
     with RunLock() as lock:
         plan.initialize_dir(run, plan.options, lock)
     # The next checkpoint must not push the whole one out of its place in favour of the damaged one.
@@ -164,7 +164,7 @@ def test_a_damaged_run_is_refused_not_restarted(run):
     save_checkpoint(run.last, {"steps": 4}, keep=run.previous)
     for path in (run.last, run.previous):
         path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(ValueError, match=r"not a checkpoint.*no whole one is left"):
+    with pytest.raises(ValueError, match=r"not a checkpoint.*no valid checkpoint is left"):
         plan_run(Options, {"run_dir": str(run.path), "resume": "auto"})
     run.config.write_text(json.dumps({"nonsense": 1}))
     with pytest.raises(ValueError, match="unknown options: nonsense"):

@@ -37,7 +37,7 @@ def test_a_last_line_that_lacks_its_line_end_alone_stays(tmp_path):
 def test_bad_lines_are_named_and_numbers_must_be_finite(tmp_path):
     results = tmp_path / "results.jsonl"
     results.write_text('{"key": "a"}\nnonsense\n')
-    with pytest.raises(ValueError, match=r"line 2 of .*results\.jsonl is no JSON"):
+    with pytest.raises(ValueError, match=r"line 2 of .*results\.jsonl is not JSON"):
         read_lines(results)
     results.unlink()
     with pytest.raises(ValueError, match="not JSON compliant"):
@@ -62,7 +62,7 @@ def test_writers_wait_for_each_other(tmp_path):
 def test_tables_stand_between_their_marks(tmp_path):
     page, marks = tmp_path / "page.md", ("<!-- from -->", "<!-- to -->")
     page.write_text("nothing\n")
-    with pytest.raises(ValueError, match="put them where the tables go"):
+    with pytest.raises(ValueError, match="insert them where the tables go"):
         write_tables(page, marks, "table")
     assert page.read_text() == "nothing\n"
     page.write_text("before\n<!-- from -->\nold\n<!-- to -->\nbehind\n")

@@ -231,8 +231,8 @@ def test_short_runs_on_text_that_differ_by_a_hair_are_tied():
         ([], (), "no learning rates are tuned for paper on copy: run table1 --tune"),
         (tuned("paper", 4, (1e-3, 3e-4))[:-2], (), "2 of the learning rates for paper on copy at T = 4 are not tried yet"),
         ([], ("--lr", "1e-3"), "--lr needs --synthesizer-lr"),
-        ([], ("--data-file", "none.txt"), "--data-file is for --task ptb"),
-        ([], ("--tune", "--lr", "1e-3"), "leave out --lr"),
+        ([], ("--data-file", "none.txt"), "--data-file needs --task ptb"),
+        ([], ("--tune", "--lr", "1e-3"), "remove --lr"),
     ],
     ids=["untuned", "half-tuned", "one-rate", "data-file", "tuned-rate"],
 )
@@ -379,10 +379,10 @@ def test_minutes_come_from_the_lines_where_there_are_some(capsys, tmp_path):
     arguments = ["table1", "--task", "ptb", "--bptt", "1", "--seeds", "1", "--synthesizer", "none", *RATES]
     arguments += ["--dry-run", "--results", str(results), "--page", str(page)]
     assert reproduce_paper.main(arguments) == 0
-    assert "in 1 trials that are missing of 1" in capsys.readouterr().out
+    assert "in 1 missing trials of 1" in capsys.readouterr().out
     append_line(results, line("none", 9, 2.0))  # 120 s for 50 updates; a cell has 31,250
     assert reproduce_paper.main(arguments) == 0
-    assert " 1250.0 min in 1 trials" in capsys.readouterr().out
+    assert " 1250.0 min in 1 missing trials" in capsys.readouterr().out
     assert not list(tmp_path.glob("*.png"))
 
 
