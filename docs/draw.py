@@ -1,7 +1,7 @@
 """Draws public docstrings at random, to be read without the code: python docs/draw.py --seed 1
 
-Whoever reads them counts those that need a second reading. Public are the names of `dni_seq.__all__` with their public methods
-and properties, and what `dni_seq.streams` exports.
+The reader counts those that need a second reading. Public are the names of `dni_seq.__all__` with their public methods and
+properties, and what `dni_seq.streams` exports.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import random
+import re
 from types import ModuleType
 
 import dni_seq
@@ -35,6 +36,7 @@ def described(name: str, thing: object) -> str:
     """Signature and docstring."""
     try:
         signature = str(inspect.signature(thing))  # type: ignore[arg-type]
+        signature = re.sub(r"ForwardRef\('([^']*)'\)", r"\1", signature).replace("'", "")
     except (TypeError, ValueError):
         signature = ""
     return f"{name}{signature}\n{inspect.getdoc(thing)}"

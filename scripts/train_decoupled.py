@@ -1,4 +1,4 @@
-"""Trains one network in two processes that never wait for each other.
+"""Trains the two parts of a network in two processes that do not wait for each other.
 
 `--help` lists the options. The code is `dni_seq.app.decoupled.train`.
 """

@@ -125,7 +125,7 @@ def test_ends_of_a_bad_window_are_obeyed():
         assert was[:, 1].any()
 
 
-def test_a_lane_whose_state_is_broken_starts_anew():
+def test_a_lane_whose_state_is_broken_starts_again_from_the_initial_state():
     one = make()
     some = windows(3)
     run(one, [some[0]])
@@ -237,7 +237,7 @@ def test_a_bad_message_leaves_the_rnn_a_step_of_truncated_bptt(value, decides):
     assert not torch.equal(other.model.rnn.weight_hh_l0, one.model.rnn.weight_hh_l0), "a good message must matter"
 
 
-def test_a_synthesizer_that_diverges_begins_anew_and_is_switched_off_at_last():
+def test_a_synthesizer_that_diverges_is_reset_and_switched_off_at_last():
     synthesizer = Synthesizer()
     fresh = copy.deepcopy(synthesizer.state_dict())
     one = make("gru", synthesizer, synthetic_scale=0.5)
@@ -314,7 +314,7 @@ def test_a_bad_normaliser_is_not_taken_in():
     assert all(r.loss.isfinite() for r in run(one, windows(2)))
 
 
-def test_a_bad_auxiliary_task_begins_anew_with_the_synthesizer():
+def test_a_bad_auxiliary_task_is_reset_with_the_synthesizer():
     model = problems.make_model("gru")
     torch.manual_seed(1)
     auxiliary = dni.AuxiliaryTask(torch.zeros(1, LANES, 5, dtype=torch.float64)).double()
@@ -339,7 +339,7 @@ def test_a_bad_auxiliary_task_begins_anew_with_the_synthesizer():
     assert not any(r.skipped for r in run(one, some[6:]))
 
 
-def test_a_probe_is_not_carried_over_a_bad_window():
+def test_a_comparison_is_not_carried_over_a_bad_window():
     """The windows of a comparison must follow each other."""
     loss = Poison()
     settings = {"fidelity_every": 1, "replay_windows": 3, "targets": "lambda"}
@@ -356,7 +356,7 @@ def test_a_probe_is_not_carried_over_a_bad_window():
     assert other.credit.state_dict()["ring"] == []
 
 
-def test_kept_tensors_come_back_whatever_was_done_to_them():
+def test_snapshots_restore_tensors_whatever_was_done_to_them():
     module = nn.Module()
     module.register_buffer("small", torch.arange(3.0))
     module.register_buffer("large", torch.zeros(LARGE + 1))
@@ -385,7 +385,7 @@ def test_kept_tensors_come_back_whatever_was_done_to_them():
     assert torch.equal(module.large, torch.ones_like(module.large))
 
 
-def test_whole_takes_parameters_buffers_and_optimizers_back():
+def test_training_snapshots_restore_parameters_buffers_and_optimizers():
     module = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
     optimizer = torch.optim.Adam(module.parameters())
     whole = TrainingSnapshot([module], [optimizer, None])
@@ -419,7 +419,7 @@ def test_a_lane_is_broken_where_one_leaf_of_its_state_is():
     assert broken_lanes((h, c), (1, 0)).tolist() == [True, False, True]
 
 
-def test_a_tally_counts_rows(decides):
+def test_a_counter_counts_rows(decides):
     counter = SkipCounter()
     for good in (True, False, False, True, False):
         counter.add(torch.tensor(good))
@@ -434,6 +434,6 @@ def test_a_tally_counts_rows(decides):
 
 @pytest.mark.parametrize("one", [0.0, -3.5, 1e38, float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("other", [0.0, 2.0, float("nan"), float("inf"), -float("inf")])
-def test_all_finite_is_what_it_says(one, other):
+def test_both_finite_is_what_it_says(one, other):
     numbers = torch.tensor(one), torch.tensor(other)
     assert bool(nonfinite.both_finite(*numbers)) == all(bool(number.isfinite()) for number in numbers)

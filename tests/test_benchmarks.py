@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import shutil
 import subprocess
 import sys
 
@@ -70,3 +72,93 @@ def test_pairs_of_runs_stand_beside_each_other(tmp_path):
     (other,) = call(*begin, "--pairs", "2")  # that on record is not run again
     assert (line["bptt"], other["bptt"]) == (1, 2)
     assert [json.loads(row) for row in output.read_text().splitlines()] == [line, other]
+
+
+def test_golden_runs_find_a_change_and_no_other(tmp_path):
+    """A checkout against itself, and against one whose learning rate differs."""
+    golden, only = str(BENCHMARKS / "golden_runs.py"), ["--only", "copy, gru: none"]
+    outputs = [tmp_path / "first.jsonl", tmp_path / "again.jsonl"]
+    for output in outputs:
+        subprocess.run([sys.executable, golden, "record", *only, "--output", str(output)], check=True, capture_output=True)
+    first, again = (json.loads(output.read_text()) for output in outputs)
+    assert first == again
+    assert first["windows"] == 200
+    for folder in ("dni_seq", "scripts"):
+        shutil.copytree(ROOT / folder, tmp_path / "other" / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    options = tmp_path / "other" / "dni_seq" / "app" / "tasks" / "options.py"
+    changed = options.read_text().replace("lr: float = option(1e-3,", "lr: float = option(2e-3,")
+    assert changed != options.read_text()
+    options.write_text(changed)
+    command = [sys.executable, golden, "compare", "--base", str(tmp_path / "other"), *only]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert result.stdout.startswith("DIFFERENT  copy, gru: none")
+    assert result.stdout.endswith("1 runs, 1 different\n")
+
+
+@pytest.fixture
+def study(monkeypatch):
+    """Imports a module of benchmarks/predictive_messages, whose files import each other by name."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS / "predictive_messages"))
+    return importlib.import_module
+
+
+def test_trials_run_once_and_resume_from_the_lines(study, tmp_path):
+    trials = study("trials")
+    results, scratch, ran = tmp_path / "lines.jsonl", tmp_path / "scratch", []
+
+    def plan(known):
+        yield {"lr": 1}
+        if trials.key_of({"lr": 1}) in known:
+            yield {"lr": 2}
+
+    def run(trial, checkpoint):
+        ran.append(trial["lr"])
+        return {"valid": 5.0 - trial["lr"]}
+
+    trials.work(results, scratch, plan, run, max_minutes=1)
+    trials.work(results, scratch, plan, run, max_minutes=1)
+    assert ran == [1, 2]
+    known = trials.lines_by_key(results)
+    assert trials.best_value(known, [{"lr": 1}, {"lr": 2}], "lr", lambda line: line["valid"]) == 2
+    assert trials.best_value(known, [{"lr": 1}, {"lr": 3}], "lr", lambda line: line["valid"]) is None
+    assert not trials.claim(scratch, {"lr": 1}), "a process that is alive keeps its claim"
+
+
+def test_a_search_along_rates_brackets_the_best(study):
+    words = study("words")
+    valid = {1.0: 9.0, 2.0: 7.0, 4.0: 6.0, 8.0: 8.0}
+    known: dict = {}
+    for _ in range(4):
+        wanted, best = words.tuned(known, lambda rate: {"lr": rate}, tuple(valid), first=0)
+        known |= {words.key_of(trial): {"valid": valid[trial["lr"]]} for trial in wanted}
+    assert best == 4.0
+    assert len(wanted) == 4
+
+
+@pytest.mark.parametrize(
+    ("method", "bptt"), [("none", 40), ("far and past", 4), ("past inside", 40), ("exact", 10), ("far", 4)]
+)
+def test_a_trial_on_copying_runs(study, tmp_path, method, bptt):
+    copying = study("copying")
+    trial = copying.trial_of(method, bptt, 2e-3, 0.1, "distractors")
+    line = copying.run(trial, tmp_path / "none.pt", {copying.kind_of(trial): 0.02})
+    assert line["updates"] == 5
+    assert line["peak_mib"] > 0
+
+
+def test_past_and_future_steps_are_those_beside_the_state(study):
+    """Of a sequence that is one window: what a predictor at its fourth state predicts."""
+    copying = study("copying")
+    learner = copying.Learner(copying.trial_of("far and past inside", 40, 2e-3, 1))
+    window = next(iter(copying.TaskStream(learner.task, lanes=copying.LANES, bptt=40, lookahead=40, stage=copying.Stage(5))))
+    learner.seen = list(window.inputs)
+    past, future = (learner.steps(kind, window, [4, len(window.inputs)]) for kind in ("past", "far"))
+    assert (past.inputs[:4, : copying.LANES] == window.inputs[:4].flip(0)).all()
+    assert past.counts[:4, : copying.LANES].all()
+    assert not past.counts[4:, : copying.LANES].any()
+    assert (past.inputs[: len(window.inputs), copying.LANES :] == window.inputs.flip(0)).all()
+    left = len(window.inputs) - 4
+    assert (future.inputs[:left, : copying.LANES] == window.inputs[4:]).all()
+    assert int(future.counts[:, : copying.LANES].sum()) == 5 * copying.LANES
+    assert not future.counts[:, copying.LANES :].any(), "nothing follows the end"

@@ -97,6 +97,8 @@ ELSEWHERE = {
     "steps": "test_benchmarks.py",
     "growth": "test_benchmarks.py",
     "stability": "test_benchmarks.py",
+    "golden_runs": "test_benchmarks.py",
+    "git": "makes the other checkout for golden_runs",
     "tables": "test_tables_are_those_of_the_code",
     "examples": "test_examples.py",
     "reproduce_paper": "app/studies/test_reproduce.py",

@@ -232,7 +232,7 @@ def test_the_trainer_is_the_plain_loop(case):
 
 @FEW
 @given(cases().filter(has_gradients))
-def test_a_synthesizer_that_says_nothing_changes_nothing(case):
+def test_a_synthesizer_that_sends_zeros_changes_nothing(case):
     plain, silent = make(case), make(case, Blind(case), synthesizer_optimizer=None, synthetic_scale=0.5)
     silent.credit.optimizer = None  # so that it says nothing in later windows too
     for window in case.windows:
@@ -247,7 +247,7 @@ def test_a_synthesizer_that_says_nothing_changes_nothing(case):
     st.integers(1, 5),
     st.sampled_from([{}, {"targets": "lambda", "replay_windows": 2}, {"target_network": 2}, {"fidelity_every": 1}]),
 )
-def test_saved_at_any_window_it_goes_on_to_the_bit(case, at, more):
+def test_saved_at_any_window_it_resumes_bit_identically(case, at, more):
     whole, first = (make(case, Blind(case), synthetic_scale=0.5, **more) for _ in range(2))
     losses = [step(whole, window).loss for window in case.windows]
     for window in case.windows[:at]:
@@ -344,7 +344,7 @@ def test_reductions_count_what_the_mask_says(steps, lanes, reduction, dtype, mas
 
 @FEW
 @given(st.integers(1, 12), st.lists(st.integers(1, 5), min_size=1, max_size=6), st.integers(0, 7))
-def test_a_lookahead_is_the_text_to_come(extra, lengths, steps):
+def test_a_lookahead_is_the_next_text(extra, lengths, steps):
     """For windows of any lengths: what follows the window, and zeros marked as such behind the end."""
     total = sum(lengths)
     text = torch.arange(1, total + 2)[:, None] * torch.tensor([[1, 100]])

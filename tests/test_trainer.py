@@ -48,7 +48,7 @@ def zero_synthesizer(model: nn.Module) -> nn.Module:
 
 
 @pytest.mark.parametrize("name", problems.MODELS)
-def test_zero_synthesizer_is_truncated_bptt_to_the_bit(name):
+def test_zero_synthesizer_is_truncated_bptt_bit_for_bit(name):
     """Identity 1; the synthesizer's own learning rate is 0, the RNN's is not."""
     text = problems.tokens(STEPS, LANES)
     model = problems.make_model(name)
@@ -244,7 +244,7 @@ def test_no_graph_outlives_its_window():
     assert states.floating(trainer.state)[0].grad_fn is None
 
 
-def test_scale_and_discount_apart_equal_their_definitions():
+def test_separate_scale_and_discount_equal_their_definitions():
     """Target a + γ Jᵀ M and update with c M, against two plain backward passes."""
     text = problems.tokens(3, LANES)
     model = problems.make_model("lstm")
@@ -275,7 +275,7 @@ def test_scale_and_discount_apart_equal_their_definitions():
 
 @pytest.mark.parametrize("with_synthesizer", [False, True])
 @pytest.mark.parametrize("name", problems.MODELS)
-def test_saved_and_loaded_goes_on_to_the_bit(name, with_synthesizer, tmp_path):
+def test_saved_and_loaded_resumes_bit_identically(name, with_synthesizer, tmp_path):
     text = problems.tokens(24, LANES)
 
     def make():
@@ -303,7 +303,7 @@ def test_saved_and_loaded_goes_on_to_the_bit(name, with_synthesizer, tmp_path):
     assert second.steps == len(windows)
 
 
-def test_the_first_state_has_the_windows_own_steps_ahead_and_those_behind_it():
+def test_the_first_state_sees_the_windows_own_steps_and_those_after_it():
     inputs = torch.arange(3)[:, None].expand(3, 2)
     mask = torch.tensor([[True, True], [False, True], [True, False]])
     valid = torch.tensor([[True, False], [True, False]])
@@ -365,7 +365,7 @@ BAD_SETTINGS = {
 
 
 @pytest.mark.parametrize("name", BAD_SETTINGS)
-def test_settings_are_checked_at_the_door(name):
+def test_settings_are_checked_at_construction(name):
     model = problems.make_model("gru")
     with pytest.raises(ValueError, match=name):
         dni.SequenceTrainer(model, problems.frozen(model), problems.mean, **{name: BAD_SETTINGS[name]})

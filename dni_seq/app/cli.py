@@ -1,6 +1,6 @@
-"""`dni-seq COMMAND ...`: the commands of `scripts/`, for an installation without a clone.
+"""`dni-seq COMMAND ...`: runs the commands of `scripts/` from an installed package.
 
-Each has the options, the output and the exit status of its script.
+Each command has the options, the output and the exit status of its script.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from dni_seq.app.runs.options import did_you_mean, report
 
 COMMANDS: Mapping[str, tuple[str, str]] = MappingProxyType(
     {
-        "train": ("dni_seq.app.lm.train", "train a language model"),
+        "train": ("dni_seq.app.lm.train", "train a recurrent language model"),
         "evaluate": ("dni_seq.app.lm.evaluate", "score a trained language model"),
-        "sample": ("dni_seq.app.lm.sample", "write text with a trained language model"),
+        "sample": ("dni_seq.app.lm.sample", "generate text with a trained language model"),
         "tasks": ("dni_seq.app.tasks.train", "train on copy, repeat copy or the adding problem"),
         "compare": ("dni_seq.app.studies.compare_runs", "compare runs, as a table and a plot"),
-        "reproduce": ("dni_seq.app.studies.reproduce", "run the experiments of the paper"),
+        "reproduce": ("dni_seq.app.studies.reproduce", "run the experiments of Jaderberg et al. 2017"),
     }
 )
-"""Each command's module, and what it is for."""
+"""Each command's module and a short description."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command; returns its exit status."""
+    """Runs a command and returns its exit status."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     if not given or given[0] in ("-h", "--help"):
         print(usage())
@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def usage() -> str:
-    """What `dni-seq --help` prints."""
+    """Returns the text of `dni-seq --help`."""
     lines = [f"  {name:<10}{purpose}" for name, (_, purpose) in COMMANDS.items()]
     return "\n".join(
         ["usage: dni-seq COMMAND [options]", "", *lines, "", "dni-seq COMMAND --help lists the options of a command."]

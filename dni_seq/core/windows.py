@@ -22,7 +22,7 @@ REDUCTIONS: tuple[Reduction, ...] = get_args(Reduction)
 
 
 class Lookahead(NamedTuple):
-    """The m steps after a state in each lane: the context of a synthesizer that sees the future.
+    """For each lane, the m steps that follow a state: the context of a synthesizer that sees the future.
 
     Attributes:
         inputs: [m, B, ...], the model's inputs.

@@ -93,20 +93,23 @@ def fidelity(
     *,
     bootstrapped: bool = False,
 ) -> StateFidelity:
-    """Compares messages predicted at the first state of `windows[0]` with the exact gradients of the windows' losses.
+    """Measures how well messages match exact gradients: cosine, R², norm ratio, bias and slope.
 
-    Gradients of parameters, buffers and the random state do not change.
+    The messages were predicted at the state from which `windows[0]` starts. The exact gradients come from running the model
+    over `windows` in one graph.
+
+    Parameter gradients, buffers and the random state are left unchanged.
 
     Args:
         runner: runs the model.
-        windows: the consecutive windows after the state, at least one for each horizon.
-        messages: raw messages, one for each horizon.
+        windows: the consecutive windows after that state, at least as many as there are messages.
+        messages: one for each horizon, as `synthesizer.predict` returns them; message n stands for the n-th window.
         discount: γ; the n-th horizon, counted from 0, has the weight γ ** n in the total.
-        bootstrapped: whether the last message predicts the discounted sum over its own and all later windows, as a tail
-            or a single bootstrapped message does. Otherwise it predicts one window.
+        bootstrapped: True if the last message stands for its own window and all later ones, discounted, as that of a
+            synthesizer with a bootstrapped target does. False if it stands for one window.
 
     Returns:
-        The fidelity of each horizon, of the total, and of the total's parts.
+        The fidelity of each message, of their discounted sum, and of that sum by leaf and layer of the state.
 
     Raises:
         ValueError: there are fewer windows than horizons.

@@ -29,7 +29,7 @@ from dni_seq.synthesizers.target_rule import TargetRule, combine
 
 
 class RecordedWindow(NamedTuple):
-    """A recorded window of training, with its first state, so that it can be replayed.
+    """A recorded training window and the state it started from, so that it can be run again.
 
     Attributes:
         inputs: [T, B, ...], the model's inputs.

@@ -21,12 +21,12 @@ from dni_seq.distributed.data_parallel import DataParallel
 
 @dataclass
 class WindowRunner:
-    """Runs a model on windows and turns its outputs into one loss.
+    """Runs a model on windows and reduces its losses to one number, in training and in replays alike.
 
     Attributes:
         model: `model(inputs, state) -> (outputs, state)`.
         loss_fn: `loss_fn(outputs, targets)`, a scalar or unreduced losses [T, B].
-        reduction: how unreduced losses become one number; see `window_loss`.
+        reduction: how unreduced losses become one number; "mean" over the steps that count, "lane-mean" or "sum".
         autocast: dtype of `torch.autocast`, or None for full precision.
         batch_dim: the lanes' dimension in inputs and targets.
         state_batch_dim: the lanes' dimension in the state's leaves, an int or a nest.

@@ -79,11 +79,11 @@ class DataParallel:
 
     @property
     def size(self) -> int:
-        """W, the number of ranks."""
+        """Number of ranks, W."""
         return self.ranks.size
 
     def share(self, loss_fn: Callable[[Any, Tensor], Tensor]) -> Callable[[Any, Tensor], Tensor]:
-        """Returns `loss_fn` divided by W: a mean over this rank's lanes becomes its share of the mean over all lanes.
+        """Returns `loss_fn` divided by W, the number of ranks: the ranks' means then add up to the mean over all lanes.
 
         Use it for the loss of `ExactFuture` if the trainer's reduction is "mean" or "lane-mean".
         """
@@ -111,13 +111,16 @@ class DataParallel:
         return self.sum(own.double().square()).sqrt().to(own.dtype)
 
     def sums(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Returns each tensor's sum over all ranks, by one all-reduce."""
+        """Returns each tensor's sum over all ranks with a single all-reduce."""
         flat = self.ranks.sum_(torch.cat([tensor.detach().reshape(-1) for tensor in tensors]))
         pieces = flat.split([tensor.numel() for tensor in tensors])
         return [piece.view_as(tensor) for piece, tensor in zip(pieces, tensors, strict=True)]
 
     def mean(self, tensors: Sequence[Any]) -> list[Any]:
-        """Returns each tensor's mean over all ranks, by one all-reduce. None stays None and must be None on all ranks."""
+        """Returns each tensor's mean over all ranks with a single all-reduce.
+
+        An entry that is None stays None, and must be None on all ranks.
+        """
         there = [tensor for tensor in tensors if tensor is not None]
         if not there:
             return list(tensors)
@@ -131,25 +134,29 @@ class DataParallel:
                 part.across_ranks = self  # type: ignore[assignment]
 
     def first(self, place: int, text: str) -> str:
-        """Returns the text of the rank with the lowest `place`, with the rank's number; a collective call."""
+        """Returns the text of the rank with the lowest `place`, followed by "on rank" and its number; a collective call."""
         found = self.ranks.gather((place, text))
         rank = min(range(self.size), key=lambda i: found[i][0])
         return f"{found[rank][1]} on rank {rank}"
 
     def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Averages gradients over all ranks, by one all-reduce; for a regression, whose loss is a mean over lanes."""
+        """Averages the gradients of `parameters` over all ranks with a single all-reduce; a collective call.
+
+        Use it in your own loop for a synthesizer, whose regression loss is a mean over this rank's lanes. A gradient that is
+        missing on some ranks counts as zero there.
+        """
         learning = list(parameters)
         self.divide_gradients(learning)
         self.sum_gradients(learning)
 
     def divide_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Divides gradients by W in place, so that their sum over ranks is a mean."""
+        """Divides gradients by W, the number of ranks, in place, so that their sum over the ranks is a mean."""
         for parameter in parameters:
             if parameter.grad is not None:
                 parameter.grad /= self.ranks.size
 
     def sum_gradients(self, parameters: Iterable[nn.Parameter], numbers: Sequence[Tensor] = ()) -> None:
-        """Sums gradients, and `numbers` in place, over all ranks by one flattened all-reduce.
+        """Sums gradients, and `numbers` in place, over all ranks with a single all-reduce.
 
         A gradient that is missing on some ranks counts as zero there; one that is missing on all ranks stays None.
 

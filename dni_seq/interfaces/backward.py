@@ -26,7 +26,7 @@ from dni_seq.synthesizers.target_rule import TargetRule, combine, rule_of
 
 
 class BackwardInterface(Interface):
-    """Trains part A of a network with a prediction of the gradient that part B would send back.
+    """Trains the first part of a network, A, with a prediction of the gradient that the next part, B, would send back.
 
     Called as a module between the two parts, it backpropagates the synthetic gradient into part A, returns the activation
     for part B, and trains the synthesizer on the true gradient when part B's backward pass has computed it. In an unrolled
@@ -183,7 +183,7 @@ class BackwardInterface(Interface):
         return messages if ends is None else [zero_ended_lanes(message, ends, batch_dim) for message in messages]
 
     def exchange(self, scope: GradientAccumulator) -> ScopeExchange:
-        """Returns the triggers and last states of this interface in `scope`."""
+        """Returns this interface's triggers and last states in a `defer_backward` scope, a record made at the first call."""
         return scope.participant(id(self), lambda: ScopeExchange(self, scope))
 
     def _intercept(self, state: State, context: Any) -> None:

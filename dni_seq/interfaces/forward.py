@@ -18,7 +18,7 @@ from dni_seq.synthesizers.base import Regression
 
 
 class ForwardInterface(Interface):
-    """Gives part B of a network a prediction of the activation that part A would send (a synthetic input).
+    """Gives part B of a network a prediction of the activation that the part before it, A, would send.
 
     Training the synthesizer adds gradients to its parameters; the caller steps its optimizer. In `eval()` a call returns the
     real activation.
@@ -32,7 +32,10 @@ class ForwardInterface(Interface):
 
     @uncompiled
     def forward(self, message: State, trigger: State) -> State:
-        """Trains the synthesizer on the real activation `message`; returns the synthetic one predicted from `trigger`."""
+        """Trains the synthesizer on the real activation `message`, and returns the activation predicted from `trigger`.
+
+        In `eval()` it returns `message`.
+        """
         if not self.training:
             return message
         self.send(message, trigger)
@@ -57,18 +60,21 @@ class ForwardInterface(Interface):
 
     @uncompiled
     def receive(self, trigger: State) -> State:
-        """Returns the synthetic activation for `trigger`, without a graph."""
+        """Returns the activation predicted from `trigger`, without a graph."""
         (message,) = self.messages(trigger, current_context())
         return message
 
 
 class BidirectionalInterface(nn.Module):
-    """Sends synthetic inputs to part B and synthetic gradients to part A, so that neither part waits for the other.
+    """Decouples two parts of a network, A feeding B: B gets a predicted activation, A a predicted gradient.
 
-    In `eval()` a call returns the real activation, and `receive` returns the synthetic input.
+    Neither part waits for the other. `send` runs at A's end, `receive` at B's end, and a call of the module runs both in one
+    process.
+
+    In `eval()` nothing is trained: a call returns the real activation, and `receive` returns the predicted one.
 
     Args:
-        forward_synthesizer: predicts part A's activation from a trigger that both parts know, such as the network's input.
+        forward_synthesizer: predicts A's activation from a trigger available to both parts, such as the network's input.
         backward_synthesizer: predicts the gradient with respect to that activation.
 
     Attributes:
@@ -83,7 +89,10 @@ class BidirectionalInterface(nn.Module):
 
     @uncompiled
     def forward(self, message: State, trigger: State) -> State:
-        """Runs both ends in one process: `send`, then `receive`; returns the synthetic input."""
+        """Runs both ends in one process, `send` and then `receive`; returns the activation predicted from `trigger`.
+
+        In `eval()` it returns `message`.
+        """
         if not self.training:
             return message
         self.send(message, trigger)
@@ -91,7 +100,10 @@ class BidirectionalInterface(nn.Module):
 
     @uncompiled
     def send(self, message: State, trigger: State) -> Regression | None:
-        """Runs part A's end: trains the synthetic input on `message`, and backpropagates a synthetic gradient from it.
+        """Runs the end of part A: backpropagates a predicted gradient from A's activation `message`.
+
+        `message` also trains the forward synthesizer at `trigger`.
+
 
         Returns:
             The regression of the synthetic input, as `ForwardInterface.send` returns it.
@@ -105,5 +117,8 @@ class BidirectionalInterface(nn.Module):
 
     @uncompiled
     def receive(self, trigger: State) -> State:
-        """Runs part B's end: returns the synthetic input for `trigger`; its true gradient trains the synthetic gradient."""
+        """Runs the end of part B: returns the activation predicted from `trigger`.
+
+        The gradient that B's backward pass brings to it trains the backward synthesizer.
+        """
         return self.backward_interface.make_trigger(self.forward_interface.receive(trigger))

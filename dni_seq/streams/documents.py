@@ -75,7 +75,7 @@ class Documents(ABC):
         """Returns a reader that starts at `position`, or at the first document if it is None."""
 
     def in_epoch(self, epoch: int) -> Documents:
-        """Returns the documents in the order of an epoch, counted from 0; the order changes only if they are shuffled."""
+        """Returns the documents in the order of an epoch, counted from 0. Only shuffled documents change their order."""
         return self
 
 

@@ -27,7 +27,7 @@ SEGMENT_CHARACTERS = 2000
 """Characters in a segment of text; the training sample is made of whole segments."""
 
 SEGMENTS = 4000
-"""Segments in the training sample (8 million characters), drawn from the first 64 Mi characters (`sample`)."""
+"""Segments in the training sample (8 million characters), drawn from the first 2**26 characters (`sample`)."""
 
 SAMPLE_SEED = 0
 """Seed of the sample; fixed, so that runs with different seeds have the same tokenizer."""

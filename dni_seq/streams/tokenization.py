@@ -166,7 +166,7 @@ class WordTokenizer(ListTokenizer):
 
     @classmethod
     def train(cls, documents: Iterable[str], vocab_size: int | None = None) -> WordTokenizer:
-        """Returns the tokenizer of the words in the first 64 Mi characters (`SAMPLE_CHARACTERS`) of `documents`.
+        """Returns the tokenizer of the words in the first 2**26 characters (`SAMPLE_CHARACTERS`) of `documents`.
 
         Args:
             documents: the training text.
@@ -224,7 +224,7 @@ class CharTokenizer(ListTokenizer):
 
     @classmethod
     def train(cls, documents: Iterable[str], vocab_size: int | None = None) -> CharTokenizer:
-        """Returns the tokenizer of the characters in the first 64 Mi characters (`SAMPLE_CHARACTERS`) of `documents`.
+        """Returns the tokenizer of the characters in the first 2**26 characters (`SAMPLE_CHARACTERS`) of `documents`.
 
         Args:
             documents: the training text.

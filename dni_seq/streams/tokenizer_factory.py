@@ -18,9 +18,9 @@ def train_tokenizer(kind: str, documents: Iterable[str], vocab_size: int | None 
 
     Args:
         kind: "word", "char" or "sentencepiece".
-        documents: the training text; at most its first 64 Mi characters are used.
+        documents: the training text; at most its first 2**26 characters are used.
         vocab_size: size of the vocabulary. For "word" and "char" it is a limit, None for no limit. For "sentencepiece" it
-            is exact, None for 8,000 entries, or fewer if the text is small.
+            is exact; None means 8,000 entries, or fewer if the text is small.
 
     Raises:
         DataError: `kind` is unknown, or `vocab_size` is too small, or too large for the text ("sentencepiece").

@@ -120,7 +120,7 @@ class WindowStream:
 
     @property
     def unknown_share(self) -> float:
-        """Share of the tokens that are not in the vocabulary, between 0 and 1."""
+        """Fraction of the stream's tokens that are not in the vocabulary, from 0 to 1."""
         stats = self._lanes.stats
         return stats.unknown / stats.tokens
 

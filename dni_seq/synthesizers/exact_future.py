@@ -111,7 +111,7 @@ class ExactFuture(nn.Module):
         return [exact, *messages], loss
 
     def forward(self, trigger: State, context: Any = None) -> State:
-        """Returns the exact gradient, which includes the tail's message after the n steps."""
+        """Returns the gradient of the next n steps' loss at `trigger`; a tail's message is injected after the n-th step."""
         return self._exact(trigger, context)
 
     def regress(self, trigger: State, context: Any, targets: list[State | None]) -> Regression:
@@ -135,7 +135,12 @@ class ExactFuture(nn.Module):
         return Regression(of_tail.loss, *rows)
 
     def target_rule(self, scale: float, discount: float) -> TargetRule:
-        """Returns the rule that injects the exact gradient and trains the tail towards its own bootstrapped target."""
+        """Returns the coefficients that inject the exact gradient and train the tail towards its own bootstrapped target.
+
+        Args:
+            scale: c, the trainer's `synthetic_scale`.
+            discount: γ, the trainer's `discount`, used in the tail's target.
+        """
         if self.tail is None:
             return TargetRule(local=[1.0], bootstrap=[[0.0]], injection=[scale], active=[False])
         # A self-supervised tail is measured by the window's own gradient, without bootstrap.

@@ -108,20 +108,29 @@ class FutureGradient(PackedSynthesizer):
 
     @property
     def model(self) -> FutureModel:
-        """The `FutureModel`."""
+        """The `FutureModel` whose loss is differentiated."""
         model: FutureModel = self.network.future
         return model
 
     def target_rule(self, scale: float, discount: float) -> TargetRule:
-        """Returns the multi-horizon rule, used for evaluation only; the synthesizer trains at every window."""
+        """Returns the coefficients of the injection, and of the targets by which the messages are measured.
+
+        The targets do not train the future model, which is trained at every window on the next m steps.
+
+        Args:
+            scale: c, the trainer's `synthetic_scale`.
+            discount: γ, the trainer's `discount`.
+        """
         return increments(scale, discount, [1.0] * self.network.horizons, False)._replace(self_supervised=True)
 
     def outputs(self, bounded: Tensor, gate: Tensor, context: Any) -> Outputs:
-        """Returns raw messages [B, K, S] without a graph, in the unit of the loss over the lanes of all ranks."""
+        """Returns the messages [B, K, S] before clamping, without a graph, in the unit of the loss over all ranks' lanes."""
         return self._weighted(self.model.gradients(bounded, context), gate, 1)
 
     def predict(self, trigger: State, context: Any) -> list[State]:
-        """Returns one raw message for each horizon, clamped to `limit` after the first target.
+        """Returns one message for each horizon, in the unit of the trainer's loss.
+
+        Messages are clamped to `limit` once there has been a target.
 
         Args:
             trigger: the state.

@@ -111,7 +111,18 @@ class FutureModel(nn.Module):
         return by_part.transpose(0, 1).flatten(1), total / ahead.valid.numel()
 
     def loss(self, flat: Tensor, context: Any) -> Tensor:
-        """Computes the mean loss, 0-d, as `forward` does; arguments and errors are those of `forward`."""
+        """Computes the mean of the predicted outputs' losses, the second result of `forward`, without the features.
+
+        Args:
+            flat: packed states [B, S].
+            context: a `Lookahead` of at least m steps, of which the first m are used.
+
+        Returns:
+            0-d, the sum of the losses over the steps that count, divided by m B.
+
+        Raises:
+            ValueError: the context is not a `Lookahead` of at least m steps, or `loss_fn` does not return [m, B].
+        """
         ahead = next_steps(context, self.steps)
         _, outputs = self._expected(flat.expand(self.parts, -1, -1), ahead)
         return self._total(self._losses(outputs, ahead), ahead) / ahead.valid.numel()
@@ -122,21 +133,39 @@ class FutureModel(nn.Module):
         return len(self.from_state)
 
     def gradients(self, flat: Tensor, context: Any) -> Tensor:
-        """Computes the gradient of each part's summed loss with respect to the state, [K, B, S], without a graph.
+        """Computes the gradient of each part's summed loss with respect to the state, without a graph.
 
-        Steps that do not count in the loss contribute zero. Arguments and errors are those of `forward`.
+        Steps that do not count in the loss contribute zero.
+
+        Args:
+            flat: packed states [B, S].
+            context: a `Lookahead` of at least m steps, of which the first m are used.
+
+        Returns:
+            [K, B, S], one gradient for each of the K parts of the m steps.
+
+        Raises:
+            ValueError: the context is not a `Lookahead` of at least m steps, or `loss_fn` does not return [m, B].
         """
         flats, losses, ahead = self._unweighted(flat, context)
         (found,) = torch.autograd.grad(losses, flats, ahead.counts.to(losses.dtype))
         return found
 
     def learn(self, flat: Tensor, context: Any) -> tuple[Tensor, Tensor]:
-        """Adds the gradients of the mean loss to the parameters, and returns the loss and its gradient by part.
+        """Adds the gradients of the mean loss to the parameters, and returns the loss's gradient with respect to the state.
 
-        One backward pass computes both. Arguments and errors are those of `forward`.
+        One backward pass computes both.
+
+        Args:
+            flat: packed states [B, S].
+            context: a `Lookahead` of at least m steps, of which the first m are used.
 
         Returns:
-            The gradient of each part's share of the mean loss, [K, B, S], and the mean loss, 0-d.
+            The gradient of each part's share of the mean loss, [K, B, S], and the mean loss, 0-d: the sum over the steps
+            that count, divided by m B.
+
+        Raises:
+            ValueError: the context is not a `Lookahead` of at least m steps, or `loss_fn` does not return [m, B].
         """
         flats, losses, ahead = self._unweighted(flat, context)
         steps = ahead.valid.numel()

@@ -88,7 +88,7 @@ class LeastSquaresHeads(PackedSynthesizer):
         self.register_buffer("regressions", torch.zeros((), dtype=torch.int64))
 
     def outputs(self, bounded: Tensor, gate: Tensor, context: Any) -> Outputs:
-        """Returns the gated outputs of the heads [B, N, S], the features [B, F], and the future model's loss or None."""
+        """Returns the heads' outputs times the gate [B, N, S], the features [B, F], and the future model's loss or None."""
         trunk, loss = self.network.features(bounded, context)
         features = torch.cat([trunk.new_ones(len(trunk), 1), trunk], dim=1)
         found = torch.matmul(features, self.solution).transpose(0, 1)

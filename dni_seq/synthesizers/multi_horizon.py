@@ -75,7 +75,10 @@ class Horizons(nn.Module):
         self.register_buffer("draws", torch.zeros((), dtype=torch.int64))
 
     def predict(self, trigger: State, context: Any) -> list[State]:
-        """Returns the raw messages E_1..E_K, then the tail if there is one, each in the trigger's structure."""
+        """Returns the messages of the horizons 1 to K, then the tail's if there is one, each in the trigger's structure.
+
+        Messages are gradients of the trainer's loss, before scale, discount and `weights`.
+        """
         return predict(self.heads, trigger, context)
 
     def predict_and_train(self, trigger: State, context: Any) -> tuple[list[State], Tensor]:
@@ -87,7 +90,7 @@ class Horizons(nn.Module):
         return predict_and_train(self.heads, trigger, context)
 
     def forward(self, trigger: State, context: Any = None) -> State:
-        """Returns the undiscounted sum of all raw messages, Σ_n w_n E_n + w_tail tail."""
+        """Returns the sum of all messages, the tail's included, each times its entry of `weights`, without discount."""
         messages = self.predict(trigger, context)
         return states.with_floating(trigger, combine(messages, self.target_rule(1.0, 1.0).injection))
 
@@ -106,9 +109,14 @@ class Horizons(nn.Module):
         return regress(self.heads, trigger, context, targets)
 
     def target_rule(self, scale: float, discount: float) -> TargetRule:
-        """Returns the coefficients of the equations above for one window; `scale` is c and `discount` is γ.
+        """Returns the coefficients of the targets and of the injection for one window.
 
-        If `draw` is set and the heads are not self-supervised, only the drawn head is active.
+        Args:
+            scale: c, the trainer's `synthetic_scale`.
+            discount: γ, the trainer's `discount`.
+
+        Returns:
+            The rule. If `draw` is set and the heads are not self-supervised, only the drawn head is active.
         """
         rule = increments(scale, discount, self.weights, self.tail)._replace(self_supervised=self.self_supervised)
         if not self.draw or self.self_supervised:  # self-supervised heads need no targets

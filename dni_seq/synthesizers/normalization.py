@@ -40,7 +40,7 @@ class GatedCells(nn.Module):
         self.cells = cells
 
     def predict(self, trigger: State, context: Any) -> list[State]:
-        """Returns one gated message for each horizon, in the trigger's structure.
+        """Returns one message for each horizon, in the trigger's structure; the parts for the cells times 1 - tanh²(c).
 
         Raises:
             ValueError: `cells` is a nest whose structure differs from the trigger's.
@@ -56,7 +56,7 @@ class GatedCells(nn.Module):
         return gated
 
     def forward(self, trigger: State, context: Any = None) -> State:
-        """Returns the gated message of a synthesizer with one horizon."""
+        """Returns the message of a wrapped synthesizer with one horizon; the part for the cells times 1 - tanh²(c)."""
         (message,) = self.predict(trigger, context)
         return message
 
@@ -156,7 +156,7 @@ class Normalized(nn.Module):
         self.limit = checked_limit(limit)
 
     def predict(self, trigger: State, context: Any) -> list[State]:
-        """Returns one raw message for each horizon; messages are exactly zero before the first regression."""
+        """Returns one message for each horizon, in the unit of the targets; exactly zero before the first regression."""
         messages = predict(self.synthesizer, trigger, context)
         scales = self.rms.scales()
         if scales is None:
@@ -165,12 +165,12 @@ class Normalized(nn.Module):
         return [states.map_floating(lambda leaf: limited(leaf, self.limit) * next(source), message) for message in messages]
 
     def forward(self, trigger: State, context: Any = None) -> State:
-        """Returns the raw message of a synthesizer with one horizon."""
+        """Returns the message of a synthesizer with one horizon, in the unit of the targets."""
         (message,) = self.predict(trigger, context)
         return message
 
     def regress(self, trigger: State, context: Any, targets: list[State | None]) -> Regression:
-        """Computes the mean squared error in normalised units, and adds the targets to the statistics first.
+        """Updates the running root mean square with the targets, then computes the mean squared error in its unit.
 
         Args:
             trigger: the state.

@@ -104,7 +104,7 @@ def test_rows_that_are_not_read_stay_and_their_moments_too():
         assert changed.nonzero().flatten().tolist() == tokens.tolist()
 
 
-def test_a_joined_optimizer_goes_on_from_what_it_saved():
+def test_a_joined_optimizer_resumes_from_what_it_saved():
     words = Words(sparse=True)
     optimizer = joined(words)
     tokens = torch.tensor([0, 3])
@@ -131,7 +131,7 @@ def test_a_joined_optimizer_goes_on_from_what_it_saved():
         other.load_state_dict(torch.optim.Adam(twin.layer.parameters()).state_dict())
 
 
-def test_forgetting_reaches_all_that_is_joined():
+def test_clearing_reaches_all_joined_optimizers():
     parameters = [nn.Parameter(torch.ones(2)) for _ in range(2)]
     joined = JoinedOptimizer([torch.optim.Adam([parameter]) for parameter in parameters])
     for parameter in parameters:

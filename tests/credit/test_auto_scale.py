@@ -40,20 +40,20 @@ def test_nothing_is_sent_before_there_are_comparisons_enough():
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_what_tells_nothing_is_never_sent(seed):
+def test_messages_that_explain_nothing_are_never_sent(seed):
     reliability = AutoScale()
     for each in comparisons(100, 0.0, 1.0, seed):
         reliability.update(each)
         assert reliability.shares == [0.0]
 
 
-def test_what_tells_little_is_not_sent_however_sure_it_is():
+def test_messages_that_explain_little_are_not_sent():
     """A slope of 1 beside noise of 12 times the size explains less than a hundredth, and is beyond doubt."""
     assert shares(comparisons(400, 1.0, 12.0)) == 0
     assert shares(comparisons(400, 1.0, 5.0)) > 0.3
 
 
-def test_it_goes_on_from_what_was_saved():
+def test_it_resumes_from_what_was_saved():
     found = comparisons(12, 0.7, 0.5)
     one, other = AutoScale(), AutoScale()
     for each in found[:6]:

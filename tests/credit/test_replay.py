@@ -74,7 +74,7 @@ def test_exact_gradients_sum_to_the_future(name, ends):
 
 @pytest.mark.parametrize("name", problems.MODELS)
 @pytest.mark.parametrize("ends", ENDS, ids=["one-sequence", "lanes-end"])
-def test_lambda_one_is_bptt_over_the_ring(name, ends):
+def test_lambda_one_is_bptt_over_the_replay_buffer(name, ends):
     """Identity 4, second half: λ = 1 and nothing behind the last window."""
     model, windows = make(name, ends)
     past, last = past_of(model, windows)
@@ -207,7 +207,7 @@ def test_fidelity_of_one_message_for_all_windows_is_discounted():
         diagnostics.fidelity(runner, past[:1], [total, total])
 
 
-def test_fidelity_of_a_tail_is_against_all_behind_the_horizons():
+def test_fidelity_of_a_tail_is_against_all_after_the_horizons():
     """A tail that says exactly what the windows behind it send is perfect; it is not what one window sends."""
     model, windows = make("lstm")
     past, _ = past_of(model, windows)
@@ -221,7 +221,7 @@ def test_fidelity_of_a_tail_is_against_all_behind_the_horizons():
     assert diagnostics.fidelity(runner, past, messages, 0.7).horizons[1].r2 < 0.9
 
 
-def test_fidelity_takes_lanes_counted_from_behind():
+def test_fidelity_takes_lanes_counted_from_the_end():
     model, windows = make("lstm")
     past, _ = past_of(model, windows)
     runner = runner_of(model)

@@ -86,7 +86,7 @@ def steps(trainer, windows):
 
 @pytest.mark.parametrize("name", ["lstm", "odd-nest"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_resumes_to_the_bit(kind, name, tmp_path):
+def test_every_kind_resumes_bit_identically(kind, name, tmp_path):
     """Saved in the middle of a ring and of a comparison, with lanes that end."""
     windows = windows_of(3 * 26, {3: [1], 9: [0, 2], 17: [2]})
     whole = make_trainer(problems.make_model(name), kind)
@@ -107,7 +107,7 @@ def test_every_kind_resumes_to_the_bit(kind, name, tmp_path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_zero_messages_are_truncated_bptt_to_the_bit(kind):
+def test_zero_messages_are_truncated_bptt_bit_for_bit(kind):
     """Identity 1 for every target kind: the synthesizer learns nothing, the RNN does."""
     model = problems.make_model("lstm")
     plain = copy.deepcopy(model)
@@ -127,7 +127,7 @@ def test_zero_messages_are_truncated_bptt_to_the_bit(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_ended_lanes_teach_and_receive_nothing_from_behind(kind):
+def test_ended_lanes_send_and_receive_nothing_from_later_windows(kind):
     """Identity 5 for every target kind: with all lanes ended at each window, updates are truncated BPTT's to the bit."""
     model = problems.make_model("lstm")
     plain = copy.deepcopy(model)
@@ -180,7 +180,7 @@ class Fixed(nn.Module):
 
 
 @pytest.mark.parametrize("useful", [True, False])
-def test_automatic_scale_trusts_what_is_true_and_nothing_else(useful):
+def test_automatic_scale_trusts_true_messages_alone(useful):
     model = problems.make_model("lstm")
     trainer = dni.SequenceTrainer(
         model,
@@ -280,7 +280,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_settings_are_checked_at_the_door(name):
+def test_settings_are_checked_at_construction(name):
     with pytest.raises(ValueError, match=name):
         make_trainer(problems.make_model("lstm"), "bootstrap", **{name: BAD[name]})
 
@@ -364,7 +364,7 @@ def test_regressions_can_be_thinned_out_without_thinning_messages():
     assert set(injected) == {1.0}
 
 
-def test_a_window_that_trains_one_horizon_keeps_quiet():
+def test_a_window_that_trains_one_horizon_skips_injection():
     """The target there is the window's own gradient, its parameters get theirs alone; elsewhere messages are sent."""
     model = problems.make_model("lstm")
     torch.manual_seed(0)
@@ -440,7 +440,7 @@ def test_after_a_reset_nothing_is_run_again_of_what_was_before(kind):
     assert all(result.loss.isfinite() for result in steps(trainer, list(narrow)))
 
 
-def test_a_reset_behind_loading_drops_the_state_alone():
+def test_a_reset_after_loading_drops_the_state_alone():
     windows = windows_of(3 * 12)
     trainer = make_trainer(problems.make_model("lstm"), "target-network")
     steps(trainer, windows[:8])
@@ -620,7 +620,7 @@ def test_targets_bootstrap_on_the_target_network(targets):
 
 
 @pytest.mark.parametrize("kind", ["auto", "lambda"])
-def test_a_synthesizer_that_begins_anew_has_nothing_of_the_one_before(kind):
+def test_a_synthesizer_that_is_reset_keeps_nothing_of_the_old_one(kind):
     """Parameters, normaliser, moments, target network, reliabilities and windows to be run again are as at first."""
     trainer = make_trainer(problems.make_model("lstm"), kind, target_network=3)
     fresh = copy.deepcopy(trainer.credit.synthesizer.state_dict())

@@ -301,7 +301,7 @@ def test_the_cases_inject_something(alone):
 
 
 @pytest.mark.parametrize("case", BROKEN_CASES)
-def test_what_is_broken_on_one_rank_is_left_out_on_all(ranks, alone, case):
+def test_what_is_broken_on_one_rank_is_skipped_on_all(ranks, alone, case):
     for found in (alone, *(rank["cases"] for rank in ranks)):
         skipped = torch.stack(found[case]["rows"]["skipped"])
         assert skipped.nonzero().flatten().tolist() == [BROKEN]
@@ -314,7 +314,7 @@ def test_ranks_name_where_a_nan_first_appeared(ranks):
         assert rank["where"] == "the inputs (nan at index [1, 1, 0] of shape [3, 2, 3]) on rank 1"
 
 
-def test_a_synthesizer_that_is_too_loud_on_one_rank_begins_anew_on_all(ranks, alone):
+def test_a_synthesizer_that_is_too_large_on_one_rank_is_reset_on_all(ranks, alone):
     for found in (alone, *(rank["cases"] for rank in ranks)):
         credit = found["loud"]["saved"]["credit"]
         assert credit["bad"]["total"] >= 3
@@ -322,7 +322,7 @@ def test_a_synthesizer_that_is_too_loud_on_one_rank_begins_anew_on_all(ranks, al
 
 
 @pytest.mark.parametrize("case", ["horizons", "least-squares", "future", "lambda"])
-def test_a_run_goes_on_with_another_number_of_ranks(ranks, alone, case):
+def test_a_run_resumes_with_another_number_of_ranks(ranks, alone, case):
     rows = alone[f"{case}-True"]["rows"]
     for rank in ranks:
         check(rank["resumed"][case]["loss"], rows["loss"][5:])
@@ -331,7 +331,7 @@ def test_a_run_goes_on_with_another_number_of_ranks(ranks, alone, case):
     check(train(trainer, windows(True)[5:])["loss"], rows["loss"][5:])
 
 
-def test_distributed_data_parallel_around_a_model_of_ones_own(ranks):
+def test_distributed_data_parallel_around_a_users_own_model(ranks):
     for rank in ranks:
         check(rank["ddp"], own_loop(None))
 

@@ -87,7 +87,7 @@ def test_a_pause_that_never_comes_is_refused(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_part_a_goes_on_while_part_b_is_paused(ends):
+def test_part_a_continues_while_part_b_is_paused(ends):
     files = ends[0]["files"]["unlocked"]
     summary = json.loads(files["summary.json"])
     rows = [json.loads(line) for line in files["timeline.jsonl"].splitlines()]
@@ -182,7 +182,7 @@ def test_messages_need_a_distance():
         RemoteEnd(linear(0), linear(0), None, None, 0)  # type: ignore[arg-type]
 
 
-def test_a_picture_that_cannot_be_drawn_is_said_before_training(tmp_path, monkeypatch):
+def test_a_picture_that_cannot_be_drawn_is_reported_before_training(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "find_spec", lambda name: None)
     options = train.DecoupledOptions(**TINY, plot=True, run_dir=str(tmp_path / "run"))
     with pytest.raises(ValueError, match="needs matplotlib"):

@@ -183,7 +183,7 @@ def test_ranks_end_where_another_run_is_in_the_directory(tmp_path):
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["lock"]
 
 
-def test_a_rank_that_dies_ends_the_others_and_the_run_goes_on(tmp_path):
+def test_a_rank_that_dies_ends_the_others_and_the_run_resumes(tmp_path):
     arguments = train("--synthesizer", "none", "--max-steps", "1000000", "--eval-every", "5", "--run-dir", "run")
     processes = start_ranks(arguments, 2, tmp_path)
     try:

@@ -575,7 +575,7 @@ BAD_SIZES = [{"output_dim": 0}, {"hidden_dim": 0}, {"trigger_dim": -1}, {"contex
 
 
 @pytest.mark.parametrize("settings", BAD_SIZES, ids=lambda s: next(iter(s)))
-def test_sizes_are_checked_at_the_door(settings):
+def test_sizes_are_checked_at_construction(settings):
     with pytest.raises(ValueError, match=next(iter(settings))):
         dni.BasicSynthesizer(**({"output_dim": 3} | settings))
 

@@ -169,7 +169,7 @@ def test_a_new_stage_begins_with_the_next_sequence(lookahead):
 
 
 @pytest.mark.parametrize("given", range(8))
-def test_a_stream_goes_on_where_it_was_saved(given, tmp_path):
+def test_a_stream_resumes_where_it_was_saved(given, tmp_path):
     """Before the first window, within sequences, and between two of them with a new stage."""
     whole = stream("repeat-copy", lookahead=5, seed=3)
     windows = iter(whole)

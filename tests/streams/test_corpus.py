@@ -171,7 +171,7 @@ def test_readers_do_not_disturb_each_other(tmp_path: Path) -> None:
     assert next(documents.read(second.position())).text == "3\n"
 
 
-def test_the_embedded_corpus_is_english_in_three_apart_splits() -> None:
+def test_the_embedded_corpus_is_english_in_three_disjoint_splits() -> None:
     corpus = open_corpus()
     assert (corpus.name, corpus.level) == ("pydoc", "char")
     splits = [list(corpus.train), list(corpus.valid), list(corpus.test)]
@@ -186,7 +186,7 @@ def test_the_embedded_corpus_is_english_in_three_apart_splits() -> None:
     assert words.count("the") > len(words) / 50
 
 
-def test_topics_that_repeat_longer_ones_are_left_out() -> None:
+def test_topics_that_repeat_longer_ones_are_skipped() -> None:
     part, other = "a passage of the long topic " * 3, "something else entirely, as long as that " * 3
     topics = {"short": part, "long": f"{other}\n\n{part}\n\nand more", "own": other[::-1]}
     assert distinct_topics(topics) == [topics["long"], topics["own"]]

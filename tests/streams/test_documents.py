@@ -222,7 +222,7 @@ print(min(stream.epoch for stream in streams.values()))
 """
 
 
-def test_killed_readers_go_on_with_the_same_windows(tmp_path: Path) -> None:
+def test_killed_readers_resume_with_the_same_windows(tmp_path: Path) -> None:
     """All tokenizers, formats, kinds of lanes and orders; killed twice with SIGKILL."""
     text = [f"line {i} of words {'and more ' * (i % 7)}{i * i}" for i in range(120)]
     for run in ("whole", "killed"):

@@ -361,7 +361,7 @@ def test_enwik8_is_split_by_its_bytes(tmp_path: Path, monkeypatch: pytest.Monkey
     assert "".join(result["test"]).strip() == wanted["test"].strip()
 
 
-def test_a_run_whose_stream_dies_is_saved_and_goes_on(tmp_path: Path) -> None:
+def test_a_run_whose_stream_dies_is_saved_and_resumes(tmp_path: Path) -> None:
     """The command itself: begins, loses the second file of three, and ends where a run that never lost it ends."""
     files = sharded("long")
     for shard in range(3):

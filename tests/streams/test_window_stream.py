@@ -160,7 +160,7 @@ def test_resuming_gives_the_same_windows(documents: Documents, lookahead: int) -
     assert documents.name == "endless" or taken[-1][1] >= 1
 
 
-def test_resuming_with_another_window_goes_on_at_the_same_token(documents: Documents) -> None:
+def test_resuming_with_another_window_resumes_at_the_same_token(documents: Documents) -> None:
     def steps(stream: WindowStream, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         inputs, targets, have = [], [], 0
         for window in forever(stream):
@@ -183,7 +183,7 @@ def test_resuming_with_another_window_goes_on_at_the_same_token(documents: Docum
         assert torch.equal(again[1], rest[1])
 
 
-def test_a_loop_that_was_left_goes_on(documents: Documents) -> None:
+def test_a_loop_that_was_left_resumes(documents: Documents) -> None:
     whole, parts = (WindowStream(documents, TOKENIZER, lanes=2, bptt=6) for _ in range(2))
     expected = [window for window, _ in zip(whole, range(9), strict=False)]
     seen: list[Window] = []
@@ -275,7 +275,7 @@ def test_many_words_are_held_as_int32_and_few_as_uint16() -> None:
         assert held.peek(70_001)[:count, 0].tolist() == list(range(2, count + 2))
 
 
-def test_text_is_read_ahead_of_the_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_text_is_prefetched_before_the_windows(monkeypatch: pytest.MonkeyPatch) -> None:
     """In a thread: while nobody asks for a window, the block behind the one in use is read, and not many further."""
     monkeypatch.setattr(lanes_module, "RUN", 100)
     monkeypatch.setattr(runs_module, "PIECE", 10)

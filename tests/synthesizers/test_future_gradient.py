@@ -69,7 +69,7 @@ def test_it_learns_where_it_predicts_what_two_passes_would(name, horizons):
             torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-14)
 
 
-def test_nothing_is_said_where_nothing_follows():
+def test_messages_are_zero_where_nothing_follows():
     synthesizer, state, ahead = prepared()
     nothing = ahead._replace(valid=torch.zeros_like(ahead.valid))
     assert not any(leaf.any() for leaf in states.floating(predict(synthesizer, state, nothing)[0]))
@@ -211,7 +211,7 @@ def test_a_loss_that_is_reduced_is_refused():
             ask(synthesizer, state, ahead)
 
 
-def test_what_it_cannot_do_is_said():
+def test_unsupported_cases_are_reported():
     model = problems.make_model("lstm")
     with pytest.raises(ValueError, match="steps must be a multiple of parts, got 3 steps and 2 parts"):
         future_gradient(model, 2)

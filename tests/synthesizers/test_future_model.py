@@ -50,7 +50,7 @@ def test_features_are_the_exact_gradient_of_its_own_loss(kind, steps, parts):
         assert torch.equal(learning.detach(), found)
 
 
-def test_no_step_sees_the_inputs_behind_it():
+def test_no_step_sees_the_inputs_after_it():
     """An input of a language model is the target of the step before it."""
     model, flat, ahead = make()
     for step in range(STEPS):
@@ -76,7 +76,7 @@ def test_a_step_sees_its_own_input_and_the_three_before_it():
         assert same == (step > 3), step
 
 
-def test_what_lies_behind_the_end_says_nothing():
+def test_steps_after_the_end_have_no_effect():
     model, flat, ahead = make("vectors")
     ended = ~ahead.valid[..., None]
     noise = ahead._replace(inputs=torch.where(ended, 1e3, ahead.inputs), targets=torch.where(ended, 1e3, ahead.targets))
@@ -146,11 +146,11 @@ def share_explained(future):
     return float(results[-1].synthetic.r2[0])
 
 
-def test_it_tells_what_a_perceptron_of_its_size_does_not():
+def test_it_learns_what_a_perceptron_of_its_size_does_not():
     assert share_explained(True) > share_explained(False) + 0.05
 
 
-def test_what_it_cannot_do_is_said():
+def test_unsupported_cases_are_reported():
     model, flat, ahead = make()
     with pytest.raises(ValueError, match="6 steps ahead"):
         model(flat, ahead.span(0, 2))

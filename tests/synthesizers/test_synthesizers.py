@@ -229,7 +229,7 @@ def test_exact_future_with_a_tail_trains_the_tail():
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3])
-def test_an_exact_futures_tail_says_nothing_behind_an_end(steps):
+def test_an_exact_futures_tail_is_zero_after_an_end(steps):
     """A lane with exactly as many steps as are run has nothing behind them, as one with fewer has not."""
 
     class Ones(nn.Module):
@@ -341,7 +341,7 @@ def test_normalised_messages_are_saved_and_loaded_with_their_scale():
         assert all(leaf.abs().max() > 0 for leaf in a)
 
 
-def test_lookahead_behind_an_end_is_not_seen():
+def test_lookahead_after_an_end_is_not_seen():
     encoder = dni.LookaheadEncoder(2, nn.Embedding(9, 3), nn.Linear(4, 2))
     lookahead = dni.Lookahead(
         torch.tensor([[1, 2], [3, 4]]), torch.randn(2, 2, 4), torch.tensor([[True, True], [True, False]])
@@ -413,7 +413,7 @@ def gate_and_target(state):
     return gate, (3 + flat)[:, None]
 
 
-def test_least_squares_heads_survive_sums_that_say_nothing():
+def test_least_squares_heads_survive_degenerate_sums():
     state = (torch.zeros(1, 2, 3), torch.zeros(1, 2, 3))
     heads = LeastSquaresHeads(state, 1, hidden=(4,), solve_every=1)
     for target in (torch.zeros(1, 2, 3), torch.full((1, 2, 3), 1e-20)):
@@ -454,7 +454,7 @@ def test_least_squares_heads_that_were_never_trained_stay_silent():
     assert all(leaf.abs().max() > 0.1 for leaf in states.floating(told))
 
 
-def test_least_squares_heads_go_on_exactly_from_what_was_saved():
+def test_least_squares_heads_resume_exactly_from_what_was_saved():
     """Bit for bit, and in the middle of what is solved every few regressions: layouts and counters count."""
 
     def fresh():

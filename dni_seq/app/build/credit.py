@@ -1,4 +1,4 @@
-"""The trainer's parts that credit assignment is made of, built from its options: synthesizer, auxiliary task, settings."""
+"""Builds the synthesizer, the auxiliary task and the trainer's settings from the options of credit assignment."""
 
 from __future__ import annotations
 
@@ -57,21 +57,24 @@ def build_synthesizer(
     reduction: Reduction = "mean",
     share: Callable[[LossFn], LossFn] | None = None,
 ) -> nn.Module | None:
-    """The synthesizer of the options, None for plain truncated BPTT.
+    """Returns the synthesizer that the options describe, None for plain truncated BPTT.
 
     Args:
-        options: which one, and its sizes.
-        model: that the exact future runs.
+        options: the kind of synthesizer and its sizes.
+        model: the model that `ExactFuture` runs.
         loss_fn: unreduced losses [T, B].
         bptt: T.
         example: a state of the model, leaves [L, B, H].
-        cells: which of its leaves are LSTM cells.
+        cells: which leaves of the state are LSTM cells.
         encode: makes the lookahead's encoders of inputs and targets, each `EMBED` wide.
-        outputs: the width of the model's outputs.
-        max_classes: most outputs that a model of what is ahead tells apart, None for all. Of more, targets must be ids, and
-            the last ones are one to it.
-        reduction: the trainer's.
-        share: makes of the loss what this rank adds to that of all ranks; None where there is one process.
+        outputs: width of the model's outputs.
+        max_classes: number of classes that a future model distinguishes, None for all outputs. Ids from max_classes - 1 on
+            share one class; targets must then be integers.
+        reduction: reduction of the trainer.
+        share: scales a local loss to this rank's contribution to the global loss; None for one process.
+
+    Raises:
+        ValueError: options contradict each other.
     """
     if options.synthesizer == "none":
         return None
@@ -96,7 +99,10 @@ def future_model(
     encode: Callable[[], tuple[nn.Module, nn.Module]],
     outputs: int,
 ) -> Callable[[int], FutureModel] | None:
-    """Makes the model of what is ahead from the size of a lane's state; None without one. Arguments as above."""
+    """Returns a function that makes the future model from the size of a lane's packed state, None for no future model.
+
+    The arguments are those of `build_synthesizer`; `steps` is the number of future steps that the model predicts.
+    """
     units = future_units(options)
     if not units or not steps:
         return None
@@ -115,7 +121,7 @@ def future_model(
 
 
 def among_the_first(loss_fn: LossFn, count: int) -> LossFn:
-    """`loss_fn` of classes, for outputs that tell `count` of them apart: from the last one on they are one."""
+    """Returns `loss_fn` for `count` classes: target ids from count - 1 on share the last class."""
 
     def losses(outputs: Any, targets: Tensor) -> Tensor:
         return loss_fn(outputs, targets.clamp(max=count - 1))
@@ -132,7 +138,13 @@ def build_learned(
     future: Callable[[int], FutureModel] | None,
     reduction: Reduction,
 ) -> nn.Module:
-    """A synthesizer that learns; that of exact's tail is a multi-horizon one of one horizon. Arguments as above."""
+    """Returns a synthesizer that learns. The tail of exact is a multi-horizon synthesizer with one horizon.
+
+    The arguments are those of `build_synthesizer`; `future` makes the future model.
+
+    Raises:
+        ValueError: least-squares heads have no features, or a future model is given with raw targets.
+    """
     kind = options.synthesizer
     horizons, tail = (1, False) if kind == "exact" else (resolved_horizons(options), options.tail)
     normalize = normalizes(options)
@@ -155,14 +167,14 @@ def build_learned(
     if normalize:
         if options.fit == "least-squares" and encoder is None and not options.synthesizer_layers:
             raise ValueError(
-                "--fit least-squares needs features to learn: give --synthesizer-layers or --lookahead, or --fit descent"
+                "--fit least-squares needs features to learn: set --synthesizer-layers or --lookahead, or use --fit descent"
             )
         kinds: dict[str, type[PackedSynthesizer]] = {"least-squares": LeastSquaresHeads, "descent": StateHeads}
         heads: nn.Module = kinds[options.fit or "least-squares"](example, count, cells=cells, limit=limit, **size)
     else:
         if options.future_units:
-            raise ValueError("--future-units needs normalised targets: leave --no-normalize out, or --future-units")
-        # What learns from raw targets has no place for a second loss, without which that model would not learn.
+            raise ValueError("--future-units needs normalised targets: remove --no-normalize or --future-units")
+        # Raw targets leave no place for the future model's own loss, without which it would not learn.
         heads = GatedCells(StateNetwork(example, count, **size | {"future": None}), cells)
     return heads if kind == "state" else Horizons(heads, horizons=horizons, tail=tail, draw=options.draw_horizon)
 
@@ -175,7 +187,7 @@ def build_published(
     normalize: bool,
     encode: Callable[[], tuple[nn.Module, nn.Module]],
 ) -> nn.Module:
-    """The recipe as published, and what is added to it: a lookahead that is asked for sees targets too."""
+    """Returns the synthesizer of Jaderberg et al. 2017 with the given extensions. A given lookahead sees targets too."""
     leaves = floating(example)
     encoder: nn.Module | None = None
     if options.lookahead is None:
@@ -193,18 +205,18 @@ def build_published(
 
 
 def wrap_network(network: nn.Module, cells: Any, normalize: bool, limit: float | None) -> nn.Module:
-    """A network with its cells bounded, and normalised, its messages limited, where that is wanted."""
+    """Returns the network wrapped in `GatedCells`, and in `Normalized` with a message limit if `normalize` is True."""
     gated = GatedCells(network, cells)
     return Normalized(gated, limit=limit) if normalize else gated
 
 
 def build_auxiliary(options: CreditOptions, example: State) -> nn.Module | None:
-    """The auxiliary task of the options, None where it is off."""
+    """Returns the auxiliary task of the options, None if it is off or there is no synthesizer."""
     return AuxiliaryTask(example) if options.auxiliary and options.synthesizer != "none" else None
 
 
 def trainer_settings(options: CreditOptions) -> dict[str, Any]:
-    """The keyword arguments of `SequenceTrainer` that the options decide, but for the synthesizer and its optimizer."""
+    """Returns the keyword arguments of `SequenceTrainer` for credit assignment, without the modules and optimizers."""
     chosen = scale_of(options)
     discount = DISCOUNTS.get(options.synthesizer, 1.0) if options.discount is None else options.discount
     usual_clip = 0.0 if options.fit == "future" else 1.0
@@ -225,5 +237,5 @@ def trainer_settings(options: CreditOptions) -> dict[str, Any]:
 
 
 def learning_parameters(*parts: nn.Module | None) -> list[torch.nn.Parameter]:
-    """The parameters of those parts that are there, for one optimizer."""
+    """Returns the parameters of all parts that are not None."""
     return [parameter for part in parts if part is not None for parameter in part.parameters()]

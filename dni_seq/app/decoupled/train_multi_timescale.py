@@ -1,14 +1,15 @@
-"""Train a fast recurrent network and one that ticks every --steps steps, joined by synthetic gradients.
+"""Trains a fast recurrent network and one that ticks every --steps steps, connected by synthetic gradients.
 
 python scripts/train_slow_ticking.py
-    The fast network counts one symbol over 5 steps, the slow one another over 25, from the fast one's states alone.
+    The fast network counts one symbol over 5 steps; the slow one counts another over 25, from the fast one's states.
 python scripts/train_slow_ticking.py --joint message
-    The slow network gets the fast one's states, but sends no gradient back.
+    The slow network receives the fast one's states but sends no gradient back.
 python scripts/train_slow_ticking.py --joint none
-    The fast network alone has to tell both counts, by truncated BPTT over 5 steps.
+    The fast network alone predicts both counts, with truncated BPTT over 5 steps.
 
-Prints the squared errors over the variance of what is to be told: 1 is no better than its mean. docs/distributed.md has
-what to expect. With --run-dir, summary.json is left there. Bad input ends with one line on stderr and status 2.
+Prints the squared error of each count divided by its variance: a constant prediction of the mean gives 1. Expected results
+are in docs/distributed.md. With --run-dir, writes summary.json there. Invalid input prints one line on stderr and exits with
+status 2.
 """
 
 from __future__ import annotations
@@ -29,30 +30,30 @@ from dni_seq.models.multi_timescale import JOINTS, Counting, MultiTimescale
 _PROG = "train_slow_ticking"
 _TASK, _NETWORK, _RUN = "task", "network", "run"
 AVERAGED = 500
-"""Blocks over which errors are averaged."""
+"""Number of latest blocks over which errors are averaged."""
 
 
 @dataclass(frozen=True)
 class SlowTickingOptions:
-    """Everything that the command can be told."""
+    """The options of `scripts/train_slow_ticking.py`."""
 
-    steps: int = option(5, "steps between two ticks", group=_TASK, check=at_least(1))
-    ticks: int = option(5, "ticks over which the slow network counts, and its window", group=_TASK, check=at_least(1))
-    joint: str = option("synthetic", "what joins the networks", group=_NETWORK, choices=JOINTS)
-    hidden: int = option(16, "units of each network", group=_NETWORK, check=at_least(1))
-    blocks: int = option(6000, "ticks to train for", group=_RUN, check=at_least(1))
-    batch_size: int = option(32, "lanes", group=_RUN, check=at_least(1))
-    lr: float = option(5e-3, "learning rate (Adam)", group=_RUN, check=above_zero)
-    seed: int = option(0, "of weights and symbols", group=_RUN, check=at_least(0))
+    steps: int = option(5, "steps between two ticks of the slow network", group=_TASK, check=at_least(1))
+    ticks: int = option(5, "window of the slow network in ticks, over which it counts", group=_TASK, check=at_least(1))
+    joint: str = option("synthetic", "connection between the networks", group=_NETWORK, choices=JOINTS)
+    hidden: int = option(16, "hidden units per network", group=_NETWORK, check=at_least(1))
+    blocks: int = option(6000, "number of ticks to train for", group=_RUN, check=at_least(1))
+    batch_size: int = option(32, "batch size B: number of lanes", group=_RUN, check=at_least(1))
+    lr: float = option(5e-3, "learning rate of Adam", group=_RUN, check=above_zero)
+    seed: int = option(0, "random seed of weights and symbols", group=_RUN, check=at_least(0))
     run_dir: str | None = option(None, "directory for summary.json", group=_RUN, metavar="DIR", shown="none")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; returns its exit status."""
+    """Runs the command and returns its exit status."""
     try:
         options = build(SlowTickingOptions, parse(SlowTickingOptions, arguments, prog=_PROG, description=__doc__ or ""))
         if options.joint != "none" and options.blocks < options.ticks:
-            raise ValueError(f"--blocks {options.blocks} end before the slow network has stepped: give --ticks at least")
+            raise ValueError(f"--blocks {options.blocks} must be at least --ticks, so that the slow network makes a step")
         path = None if options.run_dir is None else Path(options.run_dir)
         if path is not None:
             check_unused(path)
@@ -66,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def train(options: SlowTickingOptions) -> dict[str, float]:
-    """Train; the errors of the last blocks, by network, over the variance of their counts."""
+    """Trains both networks. Returns the errors of the last blocks by network, over the variance of the counts."""
     torch.set_num_threads(1)
     torch.manual_seed(options.seed)
     network = MultiTimescale(options.hidden, options.ticks, options.joint, options.lr)
@@ -91,5 +92,5 @@ def train(options: SlowTickingOptions) -> dict[str, float]:
 
 
 def mean(values: deque[torch.Tensor]) -> float:
-    """The mean of 0-d tensors."""
+    """Returns the mean of 0-d tensors."""
     return float(torch.stack(list(values)).mean())

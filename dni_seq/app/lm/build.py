@@ -1,6 +1,6 @@
-"""A language-model run: its parts, built from its options or read back from its directory.
+"""Builds the parts of a language-model run from its options, or reads them from its directory.
 
-`scripts/train_lm.py`, `evaluate_lm.py` and `sample_lm.py` share this; it knows nothing of training.
+`scripts/train_lm.py`, `evaluate_lm.py` and `sample_lm.py` share this module. It does not depend on the training code.
 """
 
 from __future__ import annotations
@@ -28,29 +28,29 @@ from dni_seq.models.language_model import LanguageModel
 from dni_seq.streams import Corpus, ShuffledDocuments, Tokenizer, WindowStream, load_tokenizer, open_corpus, train_tokenizer
 
 EVALUATION_WINDOW = 32
-"""Steps of a window in evaluation; longer than in training, which costs memory for logits and gains speed."""
+"""Window length in evaluation. Longer windows are faster but need more memory for logits."""
 
 
 EVALUATION_TOKENS_OF_STREAM = 100_000
-"""Tokens to score of a split that is streamed, whose end may be far or nowhere."""
+"""Number of tokens to score of a streamed split, which may be very long or endless."""
 
 
 WORDS_OF_STREAM = 50_000
-"""Words to keep where the text is streamed, of which a sample alone would have several hundred thousand."""
+"""Vocabulary size for words of a streamed text. A sample of it alone has several hundred thousand words."""
 
 
 SAMPLE_LENGTH = MappingProxyType({"word": 100, "char": 500})
-"""Tokens of a text sample."""
+"""Number of tokens of a text sample."""
 
 
 SAMPLE_TEMPERATURE = 0.8
 
 
 def open_text(options: LanguageModelOptions) -> Corpus:
-    """The corpus that the options name.
+    """Returns the corpus that the options name.
 
     Raises:
-        DataError: it cannot be found or read.
+        DataError: the corpus cannot be found or read.
     """
     return open_corpus(
         options.dataset,
@@ -66,10 +66,10 @@ def open_text(options: LanguageModelOptions) -> Corpus:
 
 
 def build_tokenizer(options: LanguageModelOptions, corpus: Corpus) -> Tokenizer:
-    """The tokenizer of settled options, made from the training text or a sample of it.
+    """Returns a tokenizer trained on the training text or a sample of it. `options` come from `resolve_options`.
 
     Raises:
-        DataError: the text cannot be read, or does not suit `--vocab-size`.
+        DataError: the text cannot be read or does not fit `--vocab-size`.
     """
     size = options.vocab_size
     if size is None and options.tokenizer == "word" and not corpus.train.small:
@@ -78,10 +78,10 @@ def build_tokenizer(options: LanguageModelOptions, corpus: Corpus) -> Tokenizer:
 
 
 def open_training(corpus: Corpus, tokenizer: Tokenizer, options: LanguageModelOptions) -> WindowStream:
-    """The training text as windows.
+    """Returns the training text as a stream of windows.
 
     Raises:
-        DataError: it is too short for the lanes, or cannot be read.
+        DataError: the text is too short for the number of lanes, or cannot be read.
     """
     documents = ShuffledDocuments(corpus.train, options.seed) if options.shuffle_documents else corpus.train
     return WindowStream(
@@ -95,10 +95,10 @@ def open_training(corpus: Corpus, tokenizer: Tokenizer, options: LanguageModelOp
 
 
 def build_model(options: LanguageModelOptions, vocabulary_size: int, device: torch.device) -> LanguageModel:
-    """The model of settled options, with fresh weights, in its dtype and on `device`.
+    """Returns a model with new weights, in its dtype and on `device`. `options` come from `resolve_options`.
 
     Raises:
-        ValueError: the sizes do not fit together, or this processor cannot run the dtype.
+        ValueError: the sizes contradict each other, or this processor does not support the dtype.
     """
     settings = {
         name: getattr(options, name) for name in ("embed", "hidden", "layers", "dropout", "tied", "sparse_embedding")
@@ -114,26 +114,26 @@ def build_model(options: LanguageModelOptions, vocabulary_size: int, device: tor
 
 @contextmanager
 def sizes_that_fit() -> Iterator[None]:
-    """Say what to do where something cannot be built for its size.
+    """Turns the errors of too large sizes in the block into a ValueError.
 
     Raises:
-        ValueError: torch has refused a size, or there is not memory enough.
+        ValueError: torch has rejected a size, or there is not enough memory.
     """
     try:
         yield
-    # A size that overflows is any of these, by the place where it does.
+    # A size that overflows raises any of these, depending on where it overflows.
     except (RuntimeError, TypeError, OverflowError, MemoryError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"the model cannot be built, its sizes are too large for this machine: {reason}") from error
+        raise ValueError(f"the model cannot be built because its sizes are too large for this machine: {reason}") from error
 
 
 def autocast_of(options: LanguageModelOptions) -> torch.dtype | None:
-    """The dtype of autocast, None where the arithmetic is in the weights' own."""
+    """Returns the dtype of autocast, None to compute in the dtype of the weights."""
     return torch.bfloat16 if options.dtype == "bfloat16" else None
 
 
 class LoadedRun(NamedTuple):
-    """A run read back from its directory."""
+    """A run that was read from its directory."""
 
     options: LanguageModelOptions
     tokenizer: Tokenizer
@@ -142,10 +142,10 @@ class LoadedRun(NamedTuple):
 
 
 def load_run(run: RunDirectory, checkpoint: Path, device: torch.device) -> LoadedRun:
-    """A run with the weights of one of its checkpoints.
+    """Returns a run with the weights of one of its checkpoints.
 
     Raises:
-        ValueError: the directory holds no run, or a file in it is damaged.
+        ValueError: the directory holds no run, or one of its files is damaged.
     """
     options = saved_options(LanguageModelOptions, run)
     content = load_checkpoint(checkpoint)
@@ -156,12 +156,12 @@ def load_run(run: RunDirectory, checkpoint: Path, device: torch.device) -> Loade
 
 
 def open_split(corpus: Corpus, split: str, tokenizer: Tokenizer, options: LanguageModelOptions) -> WindowStream:
-    """A split of the corpus ("valid" or "test") to score, in as many lanes as in training, in longer windows.
+    """Returns a split ("valid" or "test") for scoring, in as many lanes as in training and in longer windows.
 
-    The fewer than B tokens that the lanes leave over, and the first token of each lane, are not scored.
+    The first token of each lane is not scored, nor are the fewer than B tokens that remain after division into lanes.
 
     Raises:
-        DataError: the split is too short for the lanes, or cannot be read.
+        DataError: the split is too short for the number of lanes, or cannot be read.
     """
     return WindowStream(
         getattr(corpus, split),
@@ -175,9 +175,9 @@ def open_split(corpus: Corpus, split: str, tokenizer: Tokenizer, options: Langua
 def score(
     model: LanguageModel, split: WindowStream, options: LanguageModelOptions, parallel: DataParallel | None = None
 ) -> Score:
-    """The model's score on one pass through a split, from its start, or on as much of it as the options want.
+    """Returns the model's score on one pass over a split, or on its first tokens if the options limit them.
 
-    With `parallel` every rank runs its lanes, and gets the score of all.
+    With `parallel` every rank runs its own lanes and returns the score of all lanes.
 
     Raises:
         DataError: the split cannot be read.
@@ -191,7 +191,7 @@ def score(
 
 
 def first_tokens(windows: Iterable[Window], limit: int | None) -> Iterator[Window]:
-    """The first windows, up to the one that reaches `limit` tokens to predict; all where it is None."""
+    """Yields windows up to the one that reaches `limit` predicted tokens, all windows if it is None."""
     tokens = 0
     for window in windows:
         yield window
@@ -203,7 +203,7 @@ def first_tokens(windows: Iterable[Window], limit: int | None) -> Iterator[Windo
 def score_run(
     run: RunDirectory, checkpoint: Path, splits: Iterable[str], options: LanguageModelOptions
 ) -> Iterator[tuple[str, Score]]:
-    """The scores of a run's checkpoint on splits of its corpus, with the device, data and `eval_tokens` of `options`.
+    """Yields the scores of a run's checkpoint on splits of its corpus, with the device, data and `eval_tokens` of `options`.
 
     Raises:
         ValueError: the run or its data cannot be read.
@@ -216,15 +216,15 @@ def score_run(
 
 
 def describe(split: str, result: Score) -> str:
-    """A score in one line."""
-    figures = f"ppl {result.ppl:.2f}, bpc {result.bpc:.4f}, ppl a word {result.word_ppl:.2f}"
-    return f"{split}: loss {result.loss:.4f} nats a token, {figures}"
+    """Returns a score as one line of text."""
+    figures = f"ppl {result.ppl:.2f}, bpc {result.bpc:.4f}, ppl per word {result.word_ppl:.2f}"
+    return f"{split}: loss {result.loss:.4f} nats per token, {figures}"
 
 
 def describe_unknown(splits: Mapping[str, WindowStream]) -> str:
-    """How much of the text is not in the vocabulary, in one line; empty where all of it is."""
+    """Returns the share of tokens outside the vocabulary by split as one line, empty if there are none."""
     shares = ", ".join(f"{name} {split.unknown_share:.2%}" for name, split in splits.items() if split.unknown_tokens)
-    return shares and f"tokens that are not in the vocabulary: {shares}"
+    return shares and f"tokens outside the vocabulary: {shares}"
 
 
 def sample_text(
@@ -237,7 +237,7 @@ def sample_text(
     top_k: int | None = None,
     seed: int,
 ) -> str:
-    """The prompt and `length` tokens drawn behind it; by default a new line, and the length for the tokenizer.
+    """Returns the prompt and `length` generated tokens as text. The default length depends on the tokenizer.
 
     Raises:
         ValueError: the prompt is empty, a setting is out of its range, or the model's output is not finite.
@@ -259,12 +259,12 @@ def sample_text(
 
 
 def _check_autocast(model: LanguageModel, options: LanguageModelOptions, device: torch.device) -> None:
-    """Raise a ValueError where the recurrent kernel lacks the dtype: oneDNN has no bfloat16 LSTM on many processors."""
+    """Raises a ValueError if the recurrent kernel lacks the dtype. oneDNN has no bfloat16 LSTM on many processors."""
     tokens = torch.zeros((1, 1), dtype=torch.int64, device=device)
     try:
         with torch.no_grad(), torch.autocast(device.type, autocast_of(options)):
             model(tokens, model.initial_state(1))
     except RuntimeError as error:
         raise ValueError(
-            f"--dtype {options.dtype} with --model {options.model} does not run on this {device.type}: use float32"
+            f"--dtype {options.dtype} with --model {options.model} does not run on this {device.type}: use --dtype float32"
         ) from error

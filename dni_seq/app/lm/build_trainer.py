@@ -1,4 +1,4 @@
-"""The trainer of a language-model run, built from its options: optimizers, synthesizer, compilation; what it is seen by."""
+"""Builds the trainer of a language-model run from its options: optimizers, synthesizer, compilation, diagnostics."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from dni_seq.trainer import SequenceTrainer
 def build_trainer(
     options: LanguageModelOptions, model: LanguageModel, device: torch.device, parallel: DataParallel | None = None
 ) -> SequenceTrainer:
-    """The trainer of the options, with its optimizers; of this rank where there are several.
+    """Returns the trainer with its optimizers. `parallel` is this rank's part if there are several ranks.
 
     Raises:
-        ValueError: options cannot go together, as a sparse embedding and several ranks.
+        ValueError: options exclude each other, for example a sparse embedding and several ranks.
     """
     if parallel is not None and options.sparse_embedding:
-        raise ValueError("--sparse-embedding works in one process: leave it out under torchrun")
+        raise ValueError("--sparse-embedding works in one process only: remove it under torchrun")
     dtype = model.projection.weight.dtype
     chosen = resolve(options, options.bptt)
     example = model.initial_state(1)
@@ -52,7 +52,7 @@ def build_trainer(
             part.to(device, dtype)
     if options.compile:
         compile_model(model, options, device)
-    # The same dropout follows, with a synthesizer and without.
+    # So that dropout is the same with and without a synthesizer.
     torch.manual_seed(options.seed)
     learning = learning_parameters(synthesizer, auxiliary)
     return SequenceTrainer(
@@ -70,26 +70,28 @@ def build_trainer(
 
 
 def token_encoders(vocabulary_size: int, max_classes: int) -> tuple[nn.Module, nn.Module]:
-    """One embedding of the synthesizer's own for what it looks ahead at, inputs and targets; rare tokens are one to it."""
+    """Returns the synthesizer's own encoders of inputs and targets, one shared embedding. Rare tokens share one class."""
     embedding = FirstTokens(max_classes, EMBED) if max_classes < vocabulary_size else nn.Embedding(vocabulary_size, EMBED)
     return embedding, embedding
 
 
 class FirstTokens(nn.Embedding):
-    """An embedding of a vocabulary's first ids: from its last one on they are one."""
+    """An embedding of the first ids of a vocabulary. Ids from `num_embeddings - 1` on share the last row."""
 
     def forward(self, ids: Tensor) -> Tensor:
-        """[..., E] of ids [...]."""
+        """Returns embeddings [..., E] of ids [...]."""
         return super().forward(ids.clamp(max=self.num_embeddings - 1))
 
 
 @torch.no_grad()
 def messages(trainer: SequenceTrainer, lookahead: Lookahead | None) -> list[Tensor]:
-    """The synthesizer's raw messages at the trainer's state, a flat tensor for each horizon; none without a synthesizer.
+    """Returns the synthesizer's unscaled messages at the trainer's state, one flat tensor per horizon.
+
+    The list is empty without a synthesizer.
 
     Args:
-        trainer: behind a step.
-        lookahead: that of the step's window.
+        trainer: the trainer after a step.
+        lookahead: lookahead of that step's window.
     """
     if trainer.credit is None:
         return []
@@ -98,7 +100,7 @@ def messages(trainer: SequenceTrainer, lookahead: Lookahead | None) -> list[Tens
 
 
 def cell_size(trainer: SequenceTrainer) -> dict[str, float]:
-    """Root mean square and largest absolute value of an LSTM's cells, by TensorBoard key; nothing for other models."""
+    """Returns root mean square and largest absolute value of an LSTM's cells by TensorBoard key; empty for other models."""
     if not isinstance(trainer.state, tuple):
         return {}
     cells = trainer.state[1].float()
@@ -106,22 +108,22 @@ def cell_size(trainer: SequenceTrainer) -> dict[str, float]:
 
 
 def compile_model(model: LanguageModel, options: LanguageModelOptions, device: torch.device) -> None:
-    """Compile the model in place, by a trial run on a window of the right shape.
+    """Compiles the model in place with a forward and a backward pass on a window of the right shape.
 
     Raises:
-        ValueError: it cannot be compiled here, for lack of a C++ compiler, say.
+        ValueError: it cannot be compiled, for example without a C++ compiler.
     """
     model.compile()
     tokens = torch.zeros((options.bptt, options.batch_size), dtype=torch.int64, device=device)
     try:
         model(tokens, model.initial_state(options.batch_size))[0].sum().backward()
     except RuntimeError as error:
-        raise ValueError(f"--compile does not work here, leave it out: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"--compile does not work here, remove it: {str(error).splitlines()[0]}") from error
     model.zero_grad()
 
 
 def optimizer_of(model: LanguageModel, options: LanguageModelOptions, device: torch.device) -> torch.optim.Optimizer:
-    """Adam for all parameters; with `--sparse-embedding` its sparse kind for the rows of the embedding that were read."""
+    """Returns Adam for all parameters. With `--sparse-embedding`, SparseAdam updates the embedding."""
     if not options.sparse_embedding:
         return adam(list(model.parameters()), options.lr, device)
     rows = model.embedding.weight

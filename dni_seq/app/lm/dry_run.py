@@ -1,6 +1,6 @@
-"""What a run would be, before it is one: shapes, parameters, memory, and the time that an epoch takes.
+"""Reports a run's shapes, parameters, memory and time per epoch before it is started.
 
-Everything is built and a few windows are trained on, as in a run; nothing is written.
+Builds all parts as in a run and trains on a few windows. Writes nothing.
 """
 
 from __future__ import annotations
@@ -25,20 +25,21 @@ from dni_seq.streams import WindowStream
 from dni_seq.trainer import SequenceTrainer
 
 WARM_UP = 3
-"""Steps that are not timed: the first ones allocate."""
+"""Number of first steps that are not timed, because they allocate memory."""
 
 SECONDS = 3.0
-"""How long to time steps, `LEAST` of them at least; an average over many takes in what is done every so many windows."""
+"""Shortest time over which steps are timed. Many steps are needed to include what happens only every n windows."""
 
 LEAST = 10
+"""Smallest number of steps that are timed."""
 
 
 def dry_run(options: LanguageModelOptions) -> Iterator[str]:
-    """The report on a run with these options, line by line.
+    """Yields the lines of the report on a run with these options.
 
     Raises:
-        ValueError: the options do not fit together, or the data cannot be used.
-        OSError: as from the file system.
+        ValueError: the options contradict each other, or the data cannot be used.
+        OSError: a file cannot be read.
     """
     torch.set_num_threads(options.threads)
     device = lm.device_of(options.device)
@@ -57,12 +58,12 @@ def dry_run(options: LanguageModelOptions) -> Iterator[str]:
     yield from describe_shapes(trainer, first)
     yield from describe_parameters(trainer)
     seconds = time_steps(trainer, itertools.chain([first], windows))
-    yield f"memory: {peak_memory_mb(device):,.0f} MiB at its peak, after {trainer.steps} steps, data and libraries included"
+    yield f"memory: {peak_memory_mb(device):,.0f} MiB at its peak after {trainer.steps} steps, data and libraries included"
     yield from describe_time(options, stream, valid, model, seconds)
 
 
 def describe_shapes(trainer: SequenceTrainer, window: Window) -> Iterator[str]:
-    """The shapes of a window, of what the model makes of it, and of what the synthesizer sees of the future."""
+    """Yields the shapes of a window, of the model's outputs and state, and of the lookahead."""
     lanes = window.inputs.shape[1]
     start = trainer.initial_state(lanes)
     with torch.no_grad():
@@ -75,7 +76,7 @@ def describe_shapes(trainer: SequenceTrainer, window: Window) -> Iterator[str]:
 
 
 def describe_parameters(trainer: SequenceTrainer) -> Iterator[str]:
-    """Number and bytes of the parameters of every part, with their gradients and Adam's two moments."""
+    """Yields the number of parameters of every part, and the memory of parameters, gradients and Adam's moments."""
     parts: dict[str, nn.Module | None] = {"model": trainer.model, "auxiliary task": trainer.auxiliary}
     if trainer.credit is not None:
         parts["synthesizer"] = trainer.credit.synthesizer
@@ -92,7 +93,7 @@ def describe_parameters(trainer: SequenceTrainer) -> Iterator[str]:
 
 
 def time_steps(trainer: SequenceTrainer, windows: Iterator[Window]) -> float:
-    """Seconds that a step takes on average."""
+    """Returns the mean time of a step in seconds."""
     steps, begin = 0, 0.0
     for count, window in enumerate(windows):
         if count == WARM_UP:
@@ -108,11 +109,11 @@ def time_steps(trainer: SequenceTrainer, windows: Iterator[Window]) -> float:
 def describe_time(
     options: LanguageModelOptions, stream: WindowStream, valid: WindowStream, model: LanguageModel, seconds: float
 ) -> Iterator[str]:
-    """What an epoch takes, its validation included; where the text is streamed, a million tokens."""
+    """Yields the time of a step, an epoch and a validation; for streamed text, of a million tokens."""
     rate = stream.lanes * stream.bptt / seconds
-    yield f"speed: {1000 * seconds:,.1f} ms a step, {rate:,.0f} tokens a second"
+    yield f"speed: {1000 * seconds:,.1f} ms per step, {rate:,.0f} tokens per second"
     if stream.windows_per_epoch is None:
-        yield f"time: {duration(1e6 / rate)} for a million tokens; how long an epoch is, nobody knows of a streamed text"
+        yield f"time: {duration(1e6 / rate)} for a million tokens; the length of an epoch of streamed text is unknown"
         return
     begin = time.monotonic()
     few = options.batch_size * lm.EVALUATION_WINDOW * 4
@@ -123,11 +124,11 @@ def describe_time(
     steps = f"{stream.windows_per_epoch:,} steps"
     yield f"time: {duration(training)} for an epoch of {steps}, {duration(validation)} for a validation"
     if options.epochs is not None:
-        yield f"time in all: {duration(options.epochs * (training + validation))} for {options.epochs} epochs"
+        yield f"total time: {duration(options.epochs * (training + validation))} for {options.epochs} epochs"
 
 
 def duration(seconds: float) -> str:
-    """A time in two units: "3 h 20 min", "5 min 7 s", "12 s"."""
+    """Returns a time as text in at most two units: "3 h 20 min", "5 min 7 s", "12 s"."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:

@@ -1,10 +1,11 @@
-"""Score a trained language model: loss in nats a token, perplexity, bits per character.
+"""Scores a trained language model: loss in nats per token, perplexity, bits per character.
 
 python scripts/evaluate_lm.py runs/mine
-    The test split with the checkpoint of the lowest validation loss.
+    Score the test split with the checkpoint of the lowest validation loss.
 python scripts/evaluate_lm.py runs/mine --split valid --checkpoint last
+    Score the validation split with the last checkpoint.
 
-The data set, the tokenizer and the model are those of the run directory.
+The run directory provides the data set, the tokenizer and the model.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from dni_seq.app.runs.resume import saved_options
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; returns its exit status."""
+    """Runs the command and returns its exit status."""
     given = read_arguments(arguments)
     run = RunDirectory(given.run_dir)
     changes = {name: getattr(given, name) for name in ("data_dir", "device", "threads") if getattr(given, name) is not None}
@@ -37,14 +38,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def read_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """Returns the parsed command line."""
     parser = OneLineParser(
         prog="evaluate_lm", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("run_dir", metavar="RUN_DIR", help="a directory that scripts/train_lm.py has made")
-    parser.add_argument("--split", choices=("valid", "test"), default="test", help="(default: test)")
-    parser.add_argument("--checkpoint", choices=("best", "last"), default="best", help="(default: best)")
-    parser.add_argument("--data-dir", metavar="DIR", help="(default: the run's)")
-    parser.add_argument("--device", help="(default: the run's)")
+    parser.add_argument("run_dir", metavar="RUN_DIR", help="run directory of scripts/train_lm.py")
+    parser.add_argument("--split", choices=("valid", "test"), default="test", help="split to score (default: test)")
+    parser.add_argument("--checkpoint", choices=("best", "last"), default="best", help="checkpoint to load (default: best)")
+    parser.add_argument("--data-dir", metavar="DIR", help="directory of the data sets (default: the run's)")
+    parser.add_argument("--device", help="device: cpu, cuda, cuda:1, mps (default: the run's)")
     parser.add_argument("--threads", type=int, help="CPU threads (default: the run's)")
     return parser.parse_args(arguments)

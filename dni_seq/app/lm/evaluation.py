@@ -1,4 +1,4 @@
-"""The score of a language model on a split: loss in nats a token, perplexity, bits per character.
+"""Scores a language model on a split: loss in nats per token, perplexity, bits per character.
 
 Legend: T = window length, B = lanes, V = vocabulary size.
 """
@@ -24,10 +24,10 @@ class Score(NamedTuple):
     """A model's score on a split.
 
     Attributes:
-        loss: mean cross-entropy, nats a token.
-        ppl: perplexity a token, exp(loss).
-        bpc: bits per character of the text that the tokens stand for.
-        word_ppl: perplexity a word, line ends counted as words: comparable between tokenizers, as bpc is.
+        loss: mean cross-entropy, nats per token.
+        ppl: perplexity per token, exp(loss).
+        bpc: bits per character of the tokens' text.
+        word_ppl: perplexity per word; line ends count as words. Like bpc, comparable between tokenizers.
     """
 
     loss: float
@@ -43,15 +43,17 @@ def evaluate(
     autocast: torch.dtype | None = None,
     parallel: DataParallel | None = None,
 ) -> float:
-    """The loss of `model` on `windows`, nats a token, its state carried from window to window, without dropout.
+    """Returns the loss of `model` on `windows` in nats per token, without dropout.
 
-    Every token that counts has the same weight. The model's mode is as before afterwards.
+    The state is carried from window to window, and every token that counts has the same weight. The model's training mode
+    is restored afterwards.
 
     Args:
         model: `model(inputs, state) -> (logits [T, B, V], state)` with `initial_state(B)`.
-        windows: the split, its tensors where the model is; T may be longer than in training.
-        autocast: dtype to run the model in under `torch.autocast`, None for full precision.
-        parallel: this rank's part, where each rank is to run its lanes of `windows`; a collective. None for one process.
+        windows: the split, on the model's device; T may be longer than in training.
+        autocast: dtype of `torch.autocast`, None for full precision.
+        parallel: this rank's part if each rank runs its own lanes of `windows`; the call is then collective. None for one
+            process.
 
     Raises:
         ValueError: there is no token to score.
@@ -80,13 +82,13 @@ def evaluate(
 
 
 def score_of(loss: float, characters_per_token: float, words_per_token: float) -> Score:
-    """The score that a loss in nats a token amounts to, given what a token stands for on average."""
+    """Returns the score for a loss in nats per token and the mean number of characters and words per token."""
     return Score(loss, perplexity(loss), loss / math.log(2) / characters_per_token, perplexity(loss / words_per_token))
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """`model.eval()` inside; the model's own mode again afterwards, on exceptions too."""
+    """Puts `model` in evaluation mode inside the context and restores its mode afterwards."""
     training = model.training
     model.eval()
     try:

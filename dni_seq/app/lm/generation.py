@@ -1,4 +1,4 @@
-"""Text from a language model: draw one token after the other."""
+"""Generates text with a language model, one token after the other."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ def generate(
     top_k: int | None = None,
     generator: torch.Generator,
 ) -> list[int]:
-    """Read `prompt` from the initial state and draw `length` further tokens.
+    """Generates `length` tokens after `prompt`. The model starts in its initial state.
 
     Args:
         model: `model(tokens [T, 1], state) -> (logits [T, 1, V], state)` with `initial_state(1)`.
         prompt: token ids [n], n >= 1, on the model's device.
-        length: how many tokens to draw.
-        temperature: logits are divided by it; below 1 the likelier tokens gain.
-        top_k: draw among the k likeliest tokens only; None for all.
-        generator: the source of chance, on the CPU; the global one is left alone.
+        length: number of tokens to generate.
+        temperature: divisor of the logits; below 1 favours likely tokens.
+        top_k: sample from the k most likely tokens only; None for all.
+        generator: random generator on the CPU; the global generator is not used.
 
     Returns:
-        The ids drawn, without the prompt.
+        The generated ids, without the prompt.
 
     Raises:
         ValueError: the prompt is empty, the temperature is not above 0, top_k is below 1, or the model's output is not
@@ -52,9 +52,9 @@ def generate(
 
 
 def _draw(logits: Tensor, top_k: int | None, generator: torch.Generator) -> int:
-    """One id drawn from the softmax of logits [V]."""
+    """Returns an id sampled from the softmax of logits [V]."""
     if not logits.isfinite().all():
-        raise ValueError("the model's output is not finite: its training diverged; a smaller --lr or --clip may help")
+        raise ValueError("the model's output is not finite because its training diverged: try a smaller --lr or --clip")
     if top_k is not None and top_k < len(logits):
         least = logits.topk(top_k).values[-1]
         logits = logits.masked_fill(logits < least, -torch.inf)

@@ -1,9 +1,9 @@
-"""Let a trained language model write.
+"""Generates text with a trained language model.
 
 python scripts/sample_lm.py runs/mine
 python scripts/sample_lm.py runs/mine --prompt "The statement" --length 300 --temperature 0.7 --top-k 40 --seed 3
 
-The tokenizer and the model are those of the run directory.
+The run directory provides the tokenizer and the model.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dni_seq.app.runs.options import OneLineParser, report
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; returns its exit status."""
+    """Runs the command and returns its exit status."""
     given = read_arguments(arguments)
     run = RunDirectory(given.run_dir)
     try:
@@ -38,22 +38,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def read_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """Returns the parsed command line."""
     lengths = ", ".join(f"{level} {length}" for level, length in lm.SAMPLE_LENGTH.items())
     parser = OneLineParser(
         prog="sample_lm", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("run_dir", metavar="RUN_DIR", help="a directory that scripts/train_lm.py has made")
-    parser.add_argument("--prompt", default="\n", help="text to go on from (default: a new line)")
-    parser.add_argument("--length", type=int, help=f"tokens to draw (default: {lengths})")
+    parser.add_argument("run_dir", metavar="RUN_DIR", help="run directory of scripts/train_lm.py")
+    parser.add_argument("--prompt", default="\n", help="text to continue (default: a line break)")
+    parser.add_argument("--length", type=int, help=f"number of tokens to generate (default: {lengths})")
     parser.add_argument(
         "--temperature",
         type=float,
         default=lm.SAMPLE_TEMPERATURE,
-        help=f"below 1 the likelier tokens gain (default: {lm.SAMPLE_TEMPERATURE})",
+        help=f"sampling temperature; below 1 favours likely tokens (default: {lm.SAMPLE_TEMPERATURE})",
     )
-    parser.add_argument("--top-k", type=int, help="draw among the k likeliest tokens (default: all)")
-    parser.add_argument("--seed", type=int, help="(default: the run's)")
-    parser.add_argument("--checkpoint", choices=("best", "last"), default="best", help="(default: best)")
-    parser.add_argument("--device", help="(default: cuda where there is one, else cpu)")
+    parser.add_argument("--top-k", type=int, help="sample from the k most likely tokens only (default: all)")
+    parser.add_argument("--seed", type=int, help="random seed (default: the run's)")
+    parser.add_argument("--checkpoint", choices=("best", "last"), default="best", help="checkpoint to load (default: best)")
+    parser.add_argument("--device", help="device: cpu, cuda, cuda:1, mps (default: cuda if available, else cpu)")
     return parser.parse_args(arguments)

@@ -1,22 +1,22 @@
-"""Train a recurrent language model by truncated BPTT, with or without synthetic gradients.
+"""Trains a recurrent language model by truncated BPTT, with or without synthetic gradients.
 
 python scripts/train_lm.py
-    The embedded corpus, by characters; two minutes on two cores, then a sample of text.
+    Train on the embedded corpus by characters, then print a text sample; two minutes on two cores.
 python scripts/train_lm.py --dataset ptb
-    Penn Treebank, by words, LSTM 2x200 on windows of 5 steps, 6 epochs; an hour or more of one core.
+    Train a 2x200 LSTM on Penn Treebank words, windows of 5 steps, 6 epochs; an hour or more on one core.
 python scripts/train_lm.py --dataset ptb --synthesizer none
-    The same by plain truncated BPTT.
+    The same with plain truncated BPTT.
 python scripts/train_lm.py --run-dir runs/mine --resume auto
-    Go on where runs/mine was stopped or killed, or begin.
+    Resume runs/mine if it was stopped or killed, else start it.
 torchrun --standalone --nproc-per-node 2 scripts/train_lm.py --dataset ptb
-    The same on two processes, each with half of the lanes; docs/distributed.md has more.
+    Train in two processes, each with half of the lanes; see docs/distributed.md.
 tensorboard --logdir runs
-    Watch the curves.
+    Show the curves.
 
-A run leaves in its directory: TensorBoard events, config.json, tokenizer.json, checkpoints/last.pt, previous.pt and best.pt
-(lowest validation loss), and summary.json. Ctrl-C saves a checkpoint and ends with status 130, SIGTERM with 143. Bad input
-ends with one line on stderr and status 2, and so do a full disk and a loss that stays NaN. docs/reliability.md says what a
-run survives.
+A run writes to its directory: TensorBoard events, config.json, tokenizer.json, checkpoints/last.pt, previous.pt and best.pt
+(lowest validation loss), and summary.json. Ctrl-C saves a checkpoint and exits with status 130, SIGTERM with 143. Invalid
+input, a full disk and a loss that stays NaN print one line on stderr and exit with status 2. docs/reliability.md lists the
+failures that a run survives.
 """
 
 from __future__ import annotations
@@ -77,18 +77,18 @@ from dni_seq.streams import Corpus, DataError, Tokenizer, WindowStream, load_tok
 from dni_seq.streams.corpus import EMBEDDED
 
 SAVE_SECONDS = 60.0
-"""A kill loses about this much work at most; a checkpoint is written at each validation too."""
+"""Seconds between two checkpoints, the most work that a kill loses. Each validation writes a checkpoint too."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; returns its exit status."""
+    """Runs the command and returns its exit status."""
     keep_freed_memory()
     with RunLock() as lock:
         return command(arguments, lock)
 
 
 def command(arguments: Sequence[str] | None, lock: RunLock) -> int:
-    """The command, which takes the lock of the run's directory; returns its exit status."""
+    """Runs the command with the lock of the run's directory and returns its exit status."""
     try:
         given = parse(
             LanguageModelOptions,
@@ -99,7 +99,7 @@ def command(arguments: Sequence[str] | None, lock: RunLock) -> int:
             as_given=as_given,
         )
         if given.get("dry_run") and given.get("eval_only"):
-            raise ValueError("--dry-run and --eval-only ask for different things: leave one out")
+            raise ValueError("--dry-run and --eval-only exclude each other: remove one of them")
         if given.get("dry_run"):
             for line in dry_run(plan_run(LanguageModelOptions, given).options):
                 print(line, flush=True)
@@ -113,23 +113,23 @@ def command(arguments: Sequence[str] | None, lock: RunLock) -> int:
 
 
 def run(given: dict[str, Any], ranks: Ranks, lock: RunLock) -> int:
-    """Train, on one rank or several, of which the first takes the lock; returns the exit status."""
+    """Trains on one or several ranks and returns the exit status. Only the first rank takes the lock."""
     try:
         ranks.check_same({"version of python": sys.version.split()[0], **program(), "set of options": given})
         plan = ranks.broadcast_from_rank0(lambda: plan_run(LanguageModelOptions, given, lock))
         training = prepare(plan, ranks, lock)
     except (ValueError, OSError) as error:
-        return report("train_lm", error) if ranks.first else 2  # all ranks know of it
+        return report("train_lm", error) if ranks.first else 2  # all ranks raise the same error
     except RankError as error:
         return report("train_lm", error)
     try:
         with StopSignals() as stop:
             return train(training, stop)
     except RankError as error:
-        going_on = f"to go on from the last checkpoint: --run-dir {training.run.path} --resume auto"
+        going_on = f"to resume from the last checkpoint: --run-dir {training.run.path} --resume auto"
         return report("train_lm", RankError(f"rank {ranks.rank} stopped at step {training.steps}: {error}; {going_on}"))
     except DataError as error:
-        if ranks.size > 1:  # a checkpoint takes all ranks, and the others may read on
+        if ranks.size > 1:  # a checkpoint needs all ranks, and the others may not have this error
             return report("train_lm", DataError(f"rank {ranks.rank} stopped at step {training.steps}: {error}"))
         return report("train_lm", stopped(training, error))
     except NonFiniteError as error:  # on all ranks at the same step
@@ -143,16 +143,16 @@ def run(given: dict[str, Any], ranks: Ranks, lock: RunLock) -> int:
 
 
 def stopped(t: Training, error: Exception) -> Exception:
-    """Save where a run cannot go on by itself; the error to report."""
+    """Saves a run that cannot continue and returns the error to report."""
     try:
         save(t, t.run.last)
     except (OSError, RankError) as other:
         return OSError(f"{error} ({other})")
-    return ValueError(f"{error} (saved at step {t.steps}; to go on: --run-dir {t.run.path} --resume auto)")
+    return ValueError(f"{error} (saved at step {t.steps}; to resume: --run-dir {t.run.path} --resume auto)")
 
 
 def train(t: Training, stop: StopSignals) -> int:
-    """Step through the stream until the run is done, or until a signal; returns the exit status."""
+    """Trains until the run is done or a signal arrives, and returns the exit status."""
     while not t.done():
         for window in t.stream:
             with checkpoint_errors(t.run.path) if t.steps == t.resumed_at else nullcontext():
@@ -167,13 +167,13 @@ def train(t: Training, stop: StopSignals) -> int:
                 t.log.text(t.steps, "sample/regular", sample(t, t.model))
             if t.done():
                 break
-            # A signal reaches ranks at different steps, and their clocks differ: they stop and save together.
+            # A signal reaches ranks at different steps, and their clocks differ, so they agree when to stop and save.
             late = time.monotonic() - t.saved_at > SAVE_SECONDS
             signal, save_due = agreed(t.ranks, stop.received, late or validation_due)
             if signal is not None:
-                stop.received = signal  # not before: one that came while the ranks agreed must last until they do again
+                stop.received = signal  # only here: a signal that arrives during the agreement must survive until the next
                 save(t, t.run.last)
-                t.progress.write_line(f"stopped at step {t.steps}; to go on: --run-dir {t.run.path} --resume auto")
+                t.progress.write_line(f"stopped at step {t.steps}; to resume: --run-dir {t.run.path} --resume auto")
                 return stop.exit_status
             if save_due:
                 save(t, t.run.last)
@@ -182,13 +182,13 @@ def train(t: Training, stop: StopSignals) -> int:
 
 
 def agreed(ranks: Ranks, signal: int | None, save_due: bool) -> tuple[int | None, bool]:
-    """The signal that any rank has received, and whether a checkpoint is due on any."""
+    """Returns a signal that any rank has received, and whether a checkpoint is due on any rank. A collective call."""
     number, due = ranks.all_reduce_max(signal or 0, int(save_due))
     return number or None, bool(due)
 
 
 def step(t: Training, window: Window) -> None:
-    """Train on one window and take down its measurements."""
+    """Trains on one window and logs its measurements."""
     tokens = window.targets.numel() if window.mask is None else int(window.mask.sum())
     if t.trainer.parallel is not None:
         window = t.trainer.parallel.window(window)
@@ -205,7 +205,7 @@ def step(t: Training, window: Window) -> None:
 
 
 def validate(t: Training) -> Score:
-    """Score the validation split; keep the checkpoint where it is the best so far."""
+    """Scores the validation split and saves the best checkpoint if the score is the best so far."""
     result = lm.score(t.model, t.valid, t.options, t.trainer.parallel)
     t.counters.validated_at = t.steps
     t.tick()
@@ -220,10 +220,10 @@ def validate(t: Training) -> Score:
 
 
 def save(t: Training, path: Path) -> None:
-    """Write a checkpoint; the log is flushed first, so that it never lacks a step that the checkpoint has.
+    """Writes a checkpoint. The log is flushed first, so it has every step that the checkpoint has.
 
-    The last checkpoint but one is kept beside the last. A collective: the file, which rank 0 writes, has the lanes and the
-    random generators of all ranks.
+    The last checkpoint before this one is kept as previous.pt. A collective call: rank 0 writes the file, with the lanes and
+    the random generators of all ranks.
     """
     t.tick()
     t.log.flush()
@@ -243,7 +243,7 @@ def save(t: Training, path: Path) -> None:
 
 
 def finish(t: Training) -> None:
-    """The end of a run: last validation and checkpoint, then the best checkpoint's scores, a sample, and the summary."""
+    """Ends a run: last validation and checkpoint, then the scores of the best checkpoint, a sample, and the summary."""
     if t.counters.logged_at != t.steps:
         log_point(t)
     if t.counters.validated_at != t.steps:
@@ -261,20 +261,20 @@ def finish(t: Training) -> None:
     sample(t, best)
     t.tick()
     write_json(t.run.summary, summary(t, scores))
-    t.progress.write_line(f"{t.steps} steps in {t.counters.seconds:.0f} s; all in {t.run.path}")
+    t.progress.write_line(f"{t.steps} steps in {t.counters.seconds:.0f} s; results in {t.run.path}")
 
 
 def best_model(t: Training) -> LanguageModel:
-    """The model of the best checkpoint; the present one where that checkpoint is damaged."""
+    """Returns the model of the best checkpoint, or the current model if that checkpoint is damaged."""
     try:
         return lm.load_run(t.run, t.run.best, t.device).model
     except CheckpointError as error:
-        t.progress.write_line(f"{error}: the scores are those of the last checkpoint")
+        t.progress.write_line(f"{error}: the scores are those of the last checkpoint instead")
         return t.model
 
 
 def summary(t: Training, scores: dict[str, Score]) -> dict[str, Any]:
-    """What summary.json holds."""
+    """Returns the content of summary.json."""
     essentials = ("seed", "model", "tokenizer", "synthesizer", "bptt")
     return {
         "dataset": t.options.data_file or t.options.dataset or EMBEDDED,
@@ -296,7 +296,7 @@ def summary(t: Training, scores: dict[str, Score]) -> dict[str, Any]:
 
 
 def prepare(plan: Plan[LanguageModelOptions], ranks: Ranks, lock: RunLock) -> Training:
-    """Build all parts of the run, and only then its directory; nothing is written where something is wrong on any rank."""
+    """Builds all parts of the run and then its directory. Nothing is written if any rank raises an error."""
     torch.set_num_threads(plan.options.threads)
     corpus = ranks.run_on_all(lambda: lm.open_text(plan.options))
     options = resolve_options(plan.options, corpus)
@@ -320,7 +320,7 @@ def prepare(plan: Plan[LanguageModelOptions], ranks: Ranks, lock: RunLock) -> Tr
 
 
 def initialize_dir(t: Training, plan: Plan[LanguageModelOptions], lock: RunLock) -> None:
-    """Make the run's directory that of this call and begin to write to it; the first rank alone does."""
+    """Creates the run's directory and starts its log. Only the first rank calls this."""
     plan.initialize_dir(t.run, t.options, lock)
     t.tokenizer.save(t.run.tokenizer)
     t.log = RunLog(t.run.path, resumed_at=t.steps)
@@ -336,7 +336,7 @@ def assemble(
     tokenizer: Tokenizer,
     ranks: Ranks,
 ) -> Training:
-    """The parts of one rank, where the checkpoint was; nothing is written."""
+    """Returns the parts of one rank, restored from the checkpoint if there is one. Writes nothing."""
     checkpoint = plan.checkpoint
     device = lm.device_of(options.device or local_device())
     parallel = DataParallel(ranks) if ranks.size > 1 else None
@@ -364,8 +364,8 @@ def restore(
     ranks: Ranks,
     options: LanguageModelOptions,
 ) -> Counters:
-    """Put trainer, stream and random generators where a checkpoint was; without one they begin."""
-    if not ranks.first:  # dropout is drawn anew on every rank
+    """Restores trainer, stream, random generators and counters from a checkpoint. Returns new counters without one."""
+    if not ranks.first:  # every rank draws its own dropout
         steps = 0 if checkpoint is None else checkpoint["trainer"]["steps"]
         torch.manual_seed(options.seed + RANK_SEED * ranks.rank + steps)
     if checkpoint is None:
@@ -378,19 +378,19 @@ def restore(
     counters = Counters(**checkpoint["counters"])
     for name, value in dataclasses.asdict(counters).items():
         if not isinstance(value, list if name == "curve" else (int, float)) and (name, value) != ("best", None):
-            raise TypeError(f"the counter {name} is {value!r}")
+            raise TypeError(f"the counter {name} has the invalid value {value!r}")
     return counters
 
 
 def run_name(options: LanguageModelOptions, corpus: str) -> str:
-    """A readable name for a run's directory: what distinguishes it at a glance."""
+    """Returns a readable name for a run's directory, from its main options."""
     text = Path(corpus).stem
     size = f"{options.model}{options.layers}x{options.hidden}"
     return f"{text}-{options.tokenizer}-{size}-{options.synthesizer}-T{options.bptt}-seed{options.seed}"
 
 
 def total_steps(options: LanguageModelOptions, stream: WindowStream) -> int | None:
-    """Steps in the whole run, None where nobody knows."""
+    """Returns the number of steps of the whole run, None if unknown."""
     limits = [options.max_steps]
     if options.max_tokens is not None:
         limits.append(math.ceil(options.max_tokens / (stream.lanes * stream.bptt)))
@@ -400,7 +400,7 @@ def total_steps(options: LanguageModelOptions, stream: WindowStream) -> int | No
 
 
 def evaluate_only(plan: Plan[LanguageModelOptions]) -> int:
-    """Score a run's best checkpoint, or the one that --resume PATH names; nothing is written."""
+    """Scores a run's best checkpoint, or the one that --resume PATH names. Writes nothing."""
     if plan.run is None or plan.checkpoint is None:
         raise ValueError("--eval-only needs --run-dir, the directory of a run that has a checkpoint")
     torch.set_num_threads(plan.options.threads)

@@ -1,4 +1,4 @@
-"""A run under way: its parts, its counters, and what it reports."""
+"""The state of a running training: its parts, its counters, and its reports."""
 
 from __future__ import annotations
 
@@ -29,21 +29,21 @@ HISTOGRAM_EVERY = 1000
 
 
 RANK_SEED = 1_000_003
-"""Between the seeds of two ranks, so that a study's seeds stay apart from them."""
+"""Distance between the seeds of two ranks, large enough that they differ from the seeds of a study."""
 
 
 EVAL_EVERY_OF_STREAM = 1000
-"""Steps between validations where the text is streamed, so that nobody knows how long an epoch is."""
+"""Steps between validations for streamed text, whose epoch length is unknown."""
 
 
 @dataclass
 class Counters:
-    """How far a run is; part of its checkpoint.
+    """The counters of a run; part of its checkpoint.
 
     Attributes:
-        tokens: trained on so far.
-        seconds: the run's time so far, over all sessions, validation included.
-        process_seconds: the same in CPU time of the process, which other work on the machine does not lengthen.
+        tokens: number of tokens trained on so far.
+        seconds: time of the run so far, over all sessions, validation included.
+        process_seconds: CPU time of the process so far, which does not depend on other load of the machine.
         curve: (tokens, seconds, process seconds, bits per character) at each validation, its own time included.
         best: lowest validation loss so far, None before the first.
         validated_at: step of the latest validation.
@@ -61,7 +61,7 @@ class Counters:
 
 @dataclass
 class Training:
-    """The parts of a run, ready to train; `resumed_at` is the step of the checkpoint that it goes on from, None at first."""
+    """The parts of a run, ready to train. `resumed_at` is the step of the loaded checkpoint, None for a new run."""
 
     options: LanguageModelOptions
     run: RunDirectory
@@ -87,7 +87,7 @@ class Training:
         return self.trainer.steps
 
     def done(self) -> bool:
-        """Whether a limit is reached, whichever comes first."""
+        """Returns whether the limit of steps, tokens or epochs is reached."""
         limits = (
             (self.options.max_steps, self.steps),
             (self.options.max_tokens, self.counters.tokens),
@@ -101,7 +101,7 @@ class Training:
         return self.options.eval_every or self.stream.windows_per_epoch or EVAL_EVERY_OF_STREAM
 
     def tick(self) -> None:
-        """Take the time since the last call into the counters."""
+        """Adds the time since the last call to the counters."""
         now, process_now = time.monotonic(), time.process_time()
         self.counters.seconds += now - self.clock
         self.counters.process_seconds += process_now - self.process_clock
@@ -109,7 +109,7 @@ class Training:
 
 
 def measurements(result: dni.StepResult) -> dict[str, Tensor]:
-    """What a step measured, by TensorBoard key."""
+    """Returns the measurements of a step by TensorBoard key."""
     values = {"train/loss": result.loss, "gradient/norm": result.gradient_norm}
     if result.synthetic is not None:
         values |= {
@@ -128,12 +128,12 @@ def measurements(result: dni.StepResult) -> dict[str, Tensor]:
 
 
 def figures(loss: float) -> str:
-    """The latest figures in a few words."""
+    """Returns the latest figures as a short text."""
     return f"loss {loss:.3f}, ppl {perplexity(loss):.1f}"
 
 
 def log_point(t: Training) -> None:
-    """A point of the training curves: averages since the last one, size of the cells, speed and memory."""
+    """Writes a point of the training curves: averages since the last point, size of the cells, speed and memory."""
     t.counters.logged_at = t.steps
     t.log.write(t.steps)
     t.log.scalars(t.steps, t.trainer.skip_counts())
@@ -148,7 +148,7 @@ def log_point(t: Training) -> None:
 
 
 def log_score(t: Training, split: str, result: Score) -> None:
-    """A score for TensorBoard and for the reader."""
+    """Writes a score to TensorBoard and to stdout."""
     t.log.scalars(
         t.steps,
         {
@@ -162,13 +162,13 @@ def log_score(t: Training, split: str, result: Score) -> None:
 
 
 def sample(t: Training, model: LanguageModel) -> str:
-    """Draw some text for the reader."""
+    """Generates a text sample, prints it and returns it."""
     text = lm.sample_text(model, t.tokenizer, seed=t.options.seed)
     t.progress.write_line(f"--- sample at step {t.steps} ---\n{text}\n---")
     return text
 
 
 def report_unknown_words(t: Training) -> None:
-    """How much of the text is not in the vocabulary, of a streamed text as far as it has been read; nothing where all is."""
+    """Prints the share of tokens outside the vocabulary, in the text read so far. Prints nothing if there are none."""
     if unknown := lm.describe_unknown({"train": t.stream, "valid": t.valid, "test": t.test}):
         t.progress.write_line(unknown)

@@ -1,9 +1,9 @@
-"""Memory that one window frees kept for the next one, instead of being handed back to the system, and huge pages of it.
+"""Configures glibc's allocator to keep freed memory for the next window, and to place it in huge pages.
 
-The C library of most Linux systems gives large blocks back as soon as they are free. A window's logits and gradients are
-such blocks, so every step would have the system map, clear and fault in the same megabytes again, which takes up to a third
-of a short window's step. In pages of 4 KiB, parameters, gradients and moments fill more of them than a core has
-translations at hand for; pages of 2 MiB take up to another tenth off such a step (docs/performance.md).
+The C library of most Linux systems returns large blocks to the system as soon as they are freed. A window's logits and
+gradients are such blocks, so the system would map, clear and fault in the same megabytes in every step, which costs up to a
+third of a short window's step. With pages of 4 KiB, parameters, gradients and moments need more page translations than a
+core caches. Pages of 2 MiB save up to another tenth of such a step (docs/performance.md).
 """
 
 from __future__ import annotations
@@ -15,26 +15,26 @@ _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3  # glibc's malloc.h
 _HUGE_PAGES = 14  # MADV_HUGEPAGE of Linux's mman.h
 
 KEPT = 1 << 30
-"""Bytes of free memory at the heap's end, above which they go back to the system."""
+"""Bytes of free memory at the heap's end that are kept; more is returned to the system."""
 
 LARGEST = 32 << 20
-"""Bytes of the largest block that is kept: the most that glibc takes."""
+"""Size in bytes of the largest block that is kept: glibc's upper limit."""
 
 GROWTH = 64 << 20
-"""Bytes that the heap grows by."""
+"""Bytes by which the heap grows."""
 
 HUGE_PAGE = 2 << 20
-"""Bytes of a huge page."""
+"""Size of a huge page in bytes."""
 
 RESERVED = 512 << 20
-"""Bytes of address space by which the heap grows at first; huge pages are asked for these, and come as they are used."""
+"""Bytes of address space by which the heap grows at first. Huge pages are requested for them and allocated on use."""
 
 
 def keep_freed_memory() -> bool:
-    """Let this process keep freed blocks of up to 32 MiB, 1 GiB in all; returns whether its C library can do so.
+    """Makes this process keep freed blocks of up to 32 MiB, 1 GiB in total. Returns whether the C library supports it.
 
-    The first 512 MiB of them lie in huge pages where the system gives any. For a program's start, since it is of the whole
-    process; train_lm.py and train_tasks.py call it.
+    The first 512 MiB are placed in huge pages if the system provides any. The setting holds for the whole process, so call
+    it when a program starts, as train_lm.py and train_tasks.py do.
     """
     if platform.libc_ver()[0] != "glibc":
         return False
@@ -51,7 +51,7 @@ def keep_freed_memory() -> bool:
 
 
 def _grow_in_huge_pages(library: ctypes.CDLL) -> None:
-    """Have the heap grow once, and ask for huge pages there; a system that gives none changes nothing."""
+    """Grows the heap once and requests huge pages for it. Has no effect if the system provides none."""
     library.sbrk.restype = library.malloc.restype = ctypes.c_void_p
     library.sbrk.argtypes, library.malloc.argtypes = [ctypes.c_ssize_t], [ctypes.c_size_t]
     library.free.argtypes, library.madvise.argtypes = [ctypes.c_void_p], [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]

@@ -1,11 +1,11 @@
-"""Checkpoints: everything that a run needs to go on exactly, in one file that is whole or absent.
+"""Checkpoints: everything that a run needs to resume exactly, in one file that is written atomically.
 
-A checkpoint is a dict of plain Python values and tensors, so that it loads with `weights_only=True` and a hostile file
-cannot run code. It is written beside its place, flushed to the disk and renamed: whoever dies in the middle leaves the
-older file as it was.
+A checkpoint is a dict of plain Python values and tensors, so it loads with `weights_only=True` and a malicious file cannot
+run code. It is written to a temporary file, flushed to the disk and renamed. If the process dies while it writes, the older
+file is unchanged.
 
-The file is what `torch.save` writes, a zip archive, with a SHA-256 of all its bytes in the archive's comment: a flipped bit
-or a lost end is found before anything is unpickled, and plain `torch.load` reads the file too.
+The file is what `torch.save` writes, a zip archive, with a SHA-256 of all its bytes in the archive's comment. A flipped bit
+or a truncated file is detected before anything is unpickled. Plain `torch.load` can read the file too.
 """
 
 from __future__ import annotations
@@ -24,42 +24,42 @@ from dni_seq.distributed.process_group import RankError
 
 FORMAT = "dni_seq checkpoint"
 VERSION = 2
-"""1 had no checksum; it is still read."""
+"""Version 1 had no checksum; it can still be read."""
 
 _COMMENT = b"dni_seq sha256 "
 _COMMENT_LENGTH = len(_COMMENT) + 2 * hashlib.sha256().digest_size
 
 
 class CheckpointError(ValueError):
-    """A file that cannot be used as a checkpoint; the text is one line that says why."""
+    """Raised if a file cannot be used as a checkpoint. The message is one line."""
 
 
 class DamagedCheckpointError(CheckpointError):
-    """A file that is not what was written: an older one may serve in its place."""
+    """Raised if a checkpoint file is damaged. An older checkpoint may be used instead."""
 
 
 def save_checkpoint(path: Path, content: dict[str, Any], keep: Path | None = None) -> None:
-    """Write `content`, a dict of plain values and tensors, to `path` atomically.
+    """Writes `content`, a dict of plain values and tensors, to `path` atomically.
 
     Args:
         path: the file.
-        content: what it is to hold.
-        keep: where the older file at `path` goes, in the same directory; None to replace it. Whoever dies between the two
-            renames leaves the older file there, and nothing at `path`.
+        content: the content of the checkpoint.
+        keep: path in the same directory to which the older file at `path` is renamed; None to replace it. If the process
+            dies between the two renames, the older file is at `keep` and there is none at `path`.
 
     Raises:
-        OSError: the disk is full or the directory cannot be written; the older file is as it was.
+        OSError: the disk is full or the directory is not writable; the older file is unchanged.
     """
     marked = {"format": FORMAT, "version": VERSION, **content}
     write_atomically(path, lambda file: _save_sealed(marked, file), keep)
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
-    """What `save_checkpoint` wrote, its tensors on the CPU.
+    """Returns the content that `save_checkpoint` wrote, with all tensors on the CPU.
 
     Raises:
-        DamagedCheckpointError: the file is damaged, or is no checkpoint.
-        CheckpointError: there is no such file, or it is of a newer version.
+        DamagedCheckpointError: the file is damaged or not a checkpoint.
+        CheckpointError: the file does not exist, or has a newer version.
     """
     path = Path(path)
     if not path.is_file():
@@ -71,39 +71,39 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
             content = torch.load(file, map_location="cpu", weights_only=True)
     except OSError as error:
         raise DamagedCheckpointError(f"{path} cannot be read as a checkpoint: {error.strerror or error}") from error
-    # Garbage can fail anywhere in unzipping and unpickling, and with any exception.
+    # A damaged file can fail anywhere in unzipping and unpickling, with any exception.
     except Exception as error:
-        raise DamagedCheckpointError(f"{path} is not a checkpoint, or a damaged one") from error
+        raise DamagedCheckpointError(f"{path} is not a checkpoint, or is damaged") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT or not isinstance(content.get("version"), int):
         raise DamagedCheckpointError(f"{path} is not a checkpoint of dni_seq")
     if content["version"] > VERSION:
         raise CheckpointError(
-            f"{path} is a checkpoint of version {content['version']}, this dni_seq reads up to {VERSION}: upgrade it"
+            f"{path} has checkpoint version {content['version']}, but this dni_seq reads up to {VERSION}: upgrade dni_seq"
         )
     if content["version"] > 1 and not sealed:
-        raise DamagedCheckpointError(f"{path} is a damaged checkpoint: it has lost its checksum")
+        raise DamagedCheckpointError(f"{path} is a damaged checkpoint: its checksum is missing")
     return content
 
 
 @contextmanager
 def checkpoint_errors(run: Path) -> Iterator[None]:
-    """Take what goes wrong in the block, where a checkpoint's content is handed out or used at first, for its fault.
+    """Turns an exception in the block, in which a checkpoint's content is first used, into a `CheckpointError`.
 
     Raises:
-        CheckpointError: something was raised in the block that is not of the system, of another rank or of arithmetic.
+        CheckpointError: the block raised anything but OSError, ArithmeticError or RankError, which pass unchanged.
     """
     try:
         yield
     except (OSError, ArithmeticError, RankError):
         raise
-    # Whole files of another program's making can lack any entry, or hold another type or shape at any place.
+    # An intact file from another program can lack any entry, or hold a wrong type or shape anywhere.
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise CheckpointError(f"cannot go on from the checkpoint of the run {run}: {reason}") from error
+        raise CheckpointError(f"cannot resume from the checkpoint of the run {run}: {reason}") from error
 
 
 class _ChecksumWriter:
-    """A file to write to that sums what passes, and remembers what the system said where writing failed."""
+    """A writable file that computes the SHA-256 of its data and keeps the OSError if a write fails."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
@@ -111,7 +111,7 @@ class _ChecksumWriter:
         self.error: OSError | None = None
 
     def write(self, data: bytes) -> int:
-        """Pass `data` on."""
+        """Writes `data` to the file and adds it to the checksum."""
         self.sum.update(data)
         try:
             return self._file.write(data)
@@ -120,16 +120,16 @@ class _ChecksumWriter:
             raise
 
     def flush(self) -> None:
-        """Nothing: the file is flushed when it is whole."""
+        """Does nothing: the file is flushed when it is complete."""
 
 
 def _save_sealed(content: dict[str, Any], file: BinaryIO) -> None:
-    """`torch.save` with the sum of its bytes as the archive's comment, whose length is the archive's last two bytes."""
+    """Saves with `torch.save` and appends the checksum as the archive's comment, whose length precedes it in two bytes."""
     summing = _ChecksumWriter(file)
     try:
         torch.save(content, summing)  # type: ignore[arg-type]
     except RuntimeError:
-        if summing.error is not None:  # torch reports a full disk as a wrong position in the file
+        if summing.error is not None:  # torch reports a full disk as a wrong file position
             raise summing.error from None
         raise
     comment = _COMMENT + summing.sum.hexdigest().encode("ascii")
@@ -145,7 +145,7 @@ def _is_sealed(file: BinaryIO) -> bool:
 
 
 def _check_seal(file: BinaryIO, sealed: bool) -> None:
-    """Leave the file at its start; raise a ValueError where it has a checksum that does not hold."""
+    """Rewinds the file. Raises a ValueError if the file has a checksum that does not match."""
     if sealed:
         size = file.seek(-_COMMENT_LENGTH - 2, os.SEEK_END)
         length, expected = file.read(2), file.read()[len(_COMMENT) :]
@@ -156,36 +156,36 @@ def _check_seal(file: BinaryIO, sealed: bool) -> None:
             left -= len(block)
         summed.update(bytes(2))
         if length != _COMMENT_LENGTH.to_bytes(2, "little") or summed.hexdigest().encode("ascii") != expected:
-            raise ValueError("the checksum does not hold")
+            raise ValueError("the checksum does not match")
     file.seek(0)
 
 
 def random_state() -> dict[str, Any]:
-    """The state of torch's random generators, of the CPU and of every GPU in use."""
+    """Returns the state of torch's random generators: the CPU's, and those of all GPUs if CUDA is initialised."""
     gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
     return {"cpu": torch.get_rng_state(), "cuda": gpus}
 
 
 def set_random_state(state: dict[str, Any]) -> None:
-    """Put torch's random generators back to what `random_state` returned."""
+    """Restores torch's random generators from what `random_state` returned."""
     torch.set_rng_state(state["cpu"])
     if state["cuda"] and torch.cuda.is_available():
         torch.cuda.set_rng_state_all(state["cuda"])
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write `content` to `path` as JSON, atomically."""
+    """Writes `content` to `path` as JSON, atomically."""
     text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
     write_atomically(path, lambda file: file.write(text.encode("utf-8")))
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], Any], keep: Path | None = None) -> None:
-    """Let `write` fill a temporary file in the directory of `path`, flush it to the disk and rename it to `path`.
+    """Calls `write` on a temporary file in the directory of `path`, flushes it to the disk and renames it to `path`.
 
-    What was at `path` before goes to `keep`, where that is given.
+    An older file at `path` is renamed to `keep` if `keep` is given.
 
     Raises:
-        OSError: as from the file system, with the path; the temporary file is removed and `path` is as it was.
+        OSError: the file cannot be written; the temporary file is removed and `path` is unchanged.
     """
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -206,13 +206,13 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], Any], keep: Path | 
 
 
 def _remove(path: Path) -> None:
-    """Remove a file where the system lets us; what made us do it is the error to report."""
+    """Removes a file and ignores an OSError, so that the original error is reported."""
     with suppress(OSError):
         path.unlink()
 
 
 def _flush_directory(directory: Path) -> None:
-    """Flush a rename to the disk, where the system can open a directory to do so (Windows cannot)."""
+    """Flushes a rename to the disk on POSIX systems. Windows cannot open a directory to do so."""
     if os.name != "posix":
         return
     descriptor = os.open(directory, os.O_RDONLY)

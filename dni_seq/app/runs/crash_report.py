@@ -1,4 +1,4 @@
-"""What a report of a bug needs: an error that nobody foresaw ends with its traceback and the versions it came from."""
+"""Reports an unexpected error with its traceback and the versions that a bug report needs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 
 def versions() -> dict[str, str]:
-    """Versions of dni_seq, torch and Python, and the system."""
+    """Returns the versions of dni_seq, torch and Python, and the system."""
     from importlib import metadata
 
     try:
@@ -27,14 +27,14 @@ def versions() -> dict[str, str]:
 
 
 def report_crash(main: Callable[[], int]) -> int:
-    """The exit status of a command; of an error that it did not foresee, a traceback, what to report, and status 1."""
+    """Runs `main` and returns its exit status. For an unexpected exception, prints a traceback and returns 1."""
     try:
         return main()
     except Exception:
         traceback.print_exc()
         named = ", ".join(f"{name} {version}" for name, version in versions().items())
         print(
-            f"This looks like a bug in dni_seq: please report the command and all of the above, with {named}.",
+            f"This looks like a bug in dni_seq: please report the command and all of the output above, with {named}.",
             file=sys.stderr,
         )
         return 1

@@ -1,7 +1,7 @@
-"""A run's directory: its files by name, and who may write there.
+"""The directory of a run: the names of its files, and checks before a run writes to it.
 
-A run directory belongs to one configuration. A new run never enters the directory of another one, and a run that goes on
-keeps its configuration but for the options that may change.
+A run directory belongs to one configuration. A new run never uses the directory of another run. A resumed run keeps its
+configuration except for the options that may change.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from dni_seq.app.runs.options import flag
 
 
 class LatestCheckpoint(NamedTuple):
-    """The newest whole checkpoint of a run.
+    """The newest valid checkpoint of a run.
 
     Attributes:
-        content: what it holds.
-        note: why it is not the last one that was written, as text for the user; None where it is.
-        damaged: files that were passed over.
+        content: content of the checkpoint.
+        note: why it is not the last checkpoint written, as a message for the user; None if it is the last one.
+        damaged: damaged files that were skipped.
     """
 
     content: dict[str, Any]
@@ -44,35 +44,35 @@ class RunDirectory:
         self.summary = self.path / "summary.json"
 
     def checkpoint(self, name: str) -> Path:
-        """The path of the checkpoint "last" or "best"."""
+        """Returns the path of the checkpoint "last" or "best"."""
         return {"last": self.last, "best": self.best}[name]
 
     @classmethod
     def of_checkpoint(cls, checkpoint: str | Path) -> RunDirectory:
-        """The run that a file RUN_DIR/checkpoints/NAME.pt belongs to.
+        """Returns the run that a file RUN_DIR/checkpoints/NAME.pt belongs to.
 
         Raises:
             ValueError: the file is not in a run directory.
         """
         run = cls(Path(checkpoint).absolute().parent.parent)
         if Path(checkpoint).absolute().parent != run.last.parent or not run.config.is_file():
-            raise ValueError(f"{checkpoint} is not in the checkpoints of a run directory, RUN_DIR/checkpoints/NAME.pt")
+            raise ValueError(f"{checkpoint} is not a checkpoint in a run directory: give RUN_DIR/checkpoints/NAME.pt")
         return run
 
     def create(self, config: Mapping[str, Any]) -> None:
-        """Make the directory and write its configuration.
+        """Creates the directory and writes its config.json.
 
         Raises:
-            OSError: as from the file system.
+            OSError: the directory cannot be created or written.
         """
         self.last.parent.mkdir(parents=True, exist_ok=True)
         write_json(self.config, dict(config))
 
     def newest_checkpoint(self) -> LatestCheckpoint | None:
-        """The last checkpoint, or the one before where that is damaged or missing; None where none was written yet.
+        """Returns the last checkpoint, or the previous one if the last is damaged or missing. None if there is none yet.
 
         Raises:
-            CheckpointError: all that are there are damaged, or one is of a newer version.
+            CheckpointError: all existing checkpoints are damaged, or one has a newer version.
         """
         damaged: list[Path] = []
         reasons: list[str] = []
@@ -86,27 +86,27 @@ class RunDirectory:
                 damaged.append(path)
                 reasons.append(str(error))
                 continue
-            note = f"{'; '.join(reasons)}: going on from {path}" if reasons else None
+            note = f"{'; '.join(reasons)}: resuming from {path}" if reasons else None
             return LatestCheckpoint(content, note, tuple(damaged))
         if damaged:
             raise CheckpointError(
-                f"{'; '.join(reasons)}: no whole one is left; try --resume {self.best}, or another --run-dir"
+                f"{'; '.join(reasons)}: no valid checkpoint is left; try --resume {self.best}, or another --run-dir"
             )
         return None
 
     def set_aside(self, damaged: Collection[Path]) -> None:
-        """Rename damaged checkpoints to NAME.damaged, so that they do not take the place of whole ones.
+        """Renames damaged checkpoints to NAME.damaged, so that they do not replace valid ones.
 
         Raises:
-            OSError: as from the file system.
+            OSError: a file cannot be renamed.
         """
         for path in damaged:
             path.replace(path.with_name(path.name + ".damaged"))
 
     def refuse_new_run(self, config: Mapping[str, Any]) -> None:
-        """Raise a ValueError, in one line that says what to do, where a new run with `config` must not begin.
+        """Raises a ValueError if a new run with `config` must not start in this directory.
 
-        Values of None in `config` are not settled yet and are not compared.
+        Entries of `config` that are None are not known yet and are not compared.
         """
         if not self.path.exists():
             return
@@ -127,12 +127,12 @@ class RunDirectory:
                 f"--run-dir {self.path} holds a run with another configuration ({different}): choose another --run-dir"
             )
         raise ValueError(
-            f"--run-dir {self.path} holds a run already: add --resume auto to go on with it, or choose another --run-dir"
+            f"--run-dir {self.path} holds a run already: add --resume auto to resume it, or choose another --run-dir"
         )
 
 
 def differences(saved: Mapping[str, Any], wanted: Mapping[str, Any], may_change: Collection[str] = ()) -> str:
-    """The options of `wanted` that `saved` has otherwise, as text, but for those in `may_change`; empty where none is."""
+    """Returns the options that differ between `saved` and `wanted` as text, without those in `may_change`."""
     return ", ".join(
         f"{flag(name)} {saved.get(name)} there, {value} here"
         for name, value in wanted.items()
@@ -141,13 +141,13 @@ def differences(saved: Mapping[str, Any], wanted: Mapping[str, Any], may_change:
 
 
 def check_unused(path: Path) -> None:
-    """Raise a ValueError where a run that keeps no checkpoints cannot begin: anywhere but in a new or empty directory."""
+    """Raises a ValueError if `path` is a file or a directory that is not empty. For runs without checkpoints."""
     if path.is_file() or (path.is_dir() and any(path.iterdir())):
-        raise ValueError(f"--run-dir {path} is not empty: choose another one")
+        raise ValueError(f"--run-dir {path} is not empty: choose another --run-dir")
 
 
 def new_run_path(name: str, parent: str | Path = "runs") -> Path:
-    """A path that does not exist yet: `parent`/`name`-DATE-TIME, with a number behind where that is taken."""
+    """Returns a path that does not exist: `parent`/`name`-DATE-TIME, with a number appended if that is taken."""
     base = Path(parent) / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
     path, number = base, 2
     while path.exists():

@@ -1,7 +1,7 @@
-"""One writer a run directory: an advisory lock that ends with its process, however that ends.
+"""Locks a run directory for one writer. The lock is advisory and is released when its process ends for any reason.
 
-The lock is the system's `flock` on the file `lock` in the directory; the file stays, the lock does not. Its text, the number
-of the process and the host's name, is for people.
+The lock is the system's `flock` on the file `lock` in the directory. The file remains after the lock is released. Its
+text, the process id and the host name, is informational.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from types import TracebackType
 LOCK_NAME = "lock"
 
 _WITHOUT_LOCKS = frozenset({errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP})
-"""What file systems answer that have no locks, as Lustre does where it is mounted without them."""
+"""Error numbers of file systems without locks, for example Lustre if it is mounted without them."""
 
 
 class RunLock:
     """Holds the lock on one directory from `take` to the end of the context.
 
     Attributes:
-        missing: why there is no lock although `take` was called, as text for the user; None where there is one.
+        missing: why `take` could not lock the directory, as a message for the user; None if it is locked.
     """
 
     def __init__(self) -> None:
@@ -39,11 +39,11 @@ class RunLock:
         self._descriptor = self._directory = None
 
     def take(self, directory: Path) -> None:
-        """Become the one that writes to `directory`; nothing happens where this lock is held there already.
+        """Locks `directory`. Does nothing if this object holds the lock already.
 
         Raises:
-            ValueError: another process holds it.
-            OSError: the file of the lock cannot be made.
+            ValueError: another process holds the lock.
+            OSError: the lock file cannot be created.
         """
         directory = directory.absolute()
         if self._directory == directory:
@@ -60,24 +60,24 @@ class RunLock:
 
 
 def _lock(descriptor: int, directory: Path) -> str | None:
-    """Lock the open file; why there is no lock, None where there is.
+    """Locks the open file. Returns None, or why it cannot be locked.
 
     Raises:
-        ValueError: another process holds it.
+        ValueError: another process holds the lock.
     """
     try:
         import fcntl
     except ImportError:
-        return f"{directory} is not locked, this system has no flock: let no second run write there"
+        return f"{directory} is not locked because this system has no flock: do not start a second run there"
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         holder = os.read(descriptor, 200).decode(errors="replace").strip() or "another process"
         raise ValueError(
-            f"{holder} is training in --run-dir {directory}: wait for its end, or choose another --run-dir"
+            f"{holder} is training in --run-dir {directory}: wait until it ends, or choose another --run-dir"
         ) from error
     except OSError as error:
         if error.errno not in _WITHOUT_LOCKS:
             raise
-        return f"{directory} is not locked, its file system has no locks: let no second run write there"
+        return f"{directory} is not locked because its file system has no locks: do not start a second run there"
     return None

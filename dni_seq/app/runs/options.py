@@ -1,7 +1,7 @@
-"""Options of a script: one typed dataclass is the command line, the config file and the checks.
+"""Options of a command: one typed dataclass defines the command line, the config file and the checks.
 
-Each field of the dataclass is declared with `option(...)` and becomes `--field-name`; `parse` reads the command line and
-`--config FILE`, `build` joins layers of values into an instance whose every value has been checked.
+Each field of the dataclass is declared with `option(...)` and becomes `--field-name`. `parse` reads the command line and
+`--config FILE`. `build` merges layers of values into an instance and checks every value.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 Check = Callable[[Any], str | None]
-"""Takes a value, returns what it must be ("1 or more") where it is not that, else None."""
+"""Returns the condition that a value violates as text, for example "1 or more", or None for a valid value."""
 
 Options = TypeVar("Options")
 
@@ -37,17 +37,17 @@ def option(
     metavar: str | None = None,
     shown: str | None = None,
 ) -> Any:
-    """A dataclass field that is an option of the command.
+    """Returns a dataclass field that is an option of the command.
 
     Args:
-        default: the value where neither the command line nor a config file gives one.
-        help: what it means, in a few words, with its unit.
+        default: the value if neither the command line nor a config file gives one.
+        help: its meaning in a few words, with its unit.
         group: the title under which `--help` lists it.
-        choices: the only values allowed.
+        choices: the allowed values, None for any.
         check: a condition on the value, not applied to None.
-        convert: makes the value that is kept, of the same type, from a checked one; not applied to None.
+        convert: converts a checked value to the stored value of the same type; not applied to None.
         metavar: the value's name in `--help`.
-        shown: the default's description in `--help`, where `default` itself does not say it.
+        shown: description of the default in `--help`, if `default` itself does not show it.
     """
     details = {
         "help": help,
@@ -62,7 +62,7 @@ def option(
 
 
 def at_least(least: int) -> Check:
-    """A whole number or a finite float of `least` or more, in what 64 bits hold."""
+    """Returns a check for numbers from `least` to below 2**63. NaN and infinity are rejected."""
 
     def check(value: float) -> str | None:
         if not value < 2**63:  # NaN too
@@ -73,29 +73,29 @@ def at_least(least: int) -> Check:
 
 
 def above_zero(value: float) -> str | None:
-    """A finite number above 0."""
+    """Checks that a number is finite and above 0."""
     return None if math.isfinite(value) and value > 0 else "above 0"
 
 
 def share(value: float) -> str | None:
-    """A share that leaves something: at least 0 and below 1."""
+    """Checks that a number is at least 0 and below 1."""
     return None if 0 <= value < 1 else "at least 0 and below 1"
 
 
 def fraction(value: float) -> str | None:
-    """From 0 to 1, both included."""
+    """Checks that a number is from 0 to 1, both included."""
     return None if 0 <= value <= 1 else "from 0 to 1"
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """argparse, with its errors in one line, which names the nearest right spelling."""
+    """An `ArgumentParser` whose errors are one line and suggest the nearest valid spelling."""
 
     def __init__(self, *, prog: str, **settings: Any):
-        of_command = prog.startswith("dni-seq ")  # a part of one has the whole name already
+        of_command = prog.startswith("dni-seq ")  # a subparser already has the full name
         super().__init__(prog=prog if of_command else program(prog), **settings)
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """As argparse does; an unknown option is answered with the one that was likely meant."""
+        """Parses as argparse does. The error for an unknown option suggests the nearest known one."""
         given, unknown = self.parse_known_args(args, namespace)
         if unknown:
             names = [name for action in self._actions for name in action.option_strings]
@@ -103,7 +103,7 @@ class OneLineParser(argparse.ArgumentParser):
         return given
 
     def error(self, message: str) -> NoReturn:
-        """End with the message on stderr and exit status 2."""
+        """Ends the process with the message on stderr and exit status 2."""
         wrong = re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message)
         if wrong:
             message += did_you_mean(wrong[1], [choice.strip(" '") for choice in wrong[2].split(",")])
@@ -111,31 +111,31 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def did_you_mean(wrong: str, names: Sequence[str]) -> str:
-    """A question to put behind an error: the one of `names` that is spelt like `wrong`; empty where there is none."""
+    """Returns ", did you mean NAME?" for the entry of `names` nearest to `wrong`, empty if none is near."""
     close = difflib.get_close_matches(wrong, names, n=1)
     return f", did you mean {close[0]}?" if close else ""
 
 
 def program(script: str) -> str:
-    """What a script calls itself: by its own name, or as the command that runs it (`dni-seq train`)."""
+    """Returns the program name for messages: the script's name, or the `dni-seq` command that runs it."""
     return sys.argv[0] if sys.argv[0].startswith("dni-seq ") else script
 
 
 def report(prog: str, error: Exception) -> int:
-    """Print what went wrong, and what to do, as one line on stderr; the exit status for it, 2."""
+    """Prints an error as one line on stderr and returns the exit status 2."""
     text = " ".join(str(error).split()) or type(error).__name__
     print(f"{_error_of(program(prog))} {text}", file=sys.stderr)
     return 2
 
 
 def _error_of(prog: str) -> str:
-    """The head of an error's line, red on a terminal."""
+    """Returns the start of an error line, red on a terminal."""
     red = sys.stderr.isatty() and "NO_COLOR" not in os.environ
     return f"{prog}: \033[31merror:\033[0m" if red else f"{prog}: error:"
 
 
 Presets = Mapping[str, Mapping[str, Any]]
-"""Values of options for known settings, by the setting's name."""
+"""Option values of named settings, by the setting's name."""
 
 
 def parse(
@@ -147,10 +147,18 @@ def parse(
     presets: Presets | None = None,
     as_given: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict,
 ) -> dict[str, Any]:
-    """What the command line gives, over `--config FILE`, over `--preset NAME`: option names (of `cls`) and values.
+    """Returns the given options of `cls` by name: the command line over `--config FILE` over `--preset NAME`.
 
-    Options that nobody gave are absent; `as_given` drops from a file's those that its run has filled in by itself. A
-    mistake in the syntax ends the process with one line on stderr and status 2, `--help` prints all options and defaults.
+    Options that are not given are absent. A syntax error ends the process with one line on stderr and status 2. `--help`
+    prints all options and defaults.
+
+    Args:
+        cls: the dataclass of the options.
+        arguments: the words of the command line, None for `sys.argv[1:]`.
+        prog: the program's name.
+        description: the text above the options in `--help`.
+        presets: option values by preset name; None for no `--preset`.
+        as_given: removes from a config file the options that its run has filled in.
 
     Raises:
         ValueError: the config file is missing, not JSON, or names options that `cls` does not have.
@@ -162,10 +170,12 @@ def parse(
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
-    parser.add_argument("--config", metavar="FILE", help="read options from a JSON file, as a run's config.json is")
+    parser.add_argument("--config", metavar="FILE", help="read options from a JSON file such as a run's config.json")
     if presets:
         text = "; ".join(f"{name}: {_described(values)}" for name, values in presets.items())
-        parser.add_argument("--preset", choices=tuple(presets), help=f"options of a known setting, below --config. {text}")
+        parser.add_argument(
+            "--preset", choices=tuple(presets), help=f"options of a named setting, overridden by --config. {text}"
+        )
     groups: dict[str, argparse._ArgumentGroup] = {}
     kinds = _kinds(cls)
     for field in dataclasses.fields(cls):
@@ -184,7 +194,7 @@ def _described(values: Mapping[str, Any]) -> str:
 
 
 def read_config(cls: type, path: str | Path) -> dict[str, Any]:
-    """The options in a JSON file, checked to be options of `cls`.
+    """Returns the options in a JSON file after checking that `cls` has all of them.
 
     Raises:
         ValueError: the file is missing, not a JSON object, or names options that `cls` does not have.
@@ -206,10 +216,10 @@ def read_config(cls: type, path: str | Path) -> dict[str, Any]:
 
 
 def build(cls: type[Options], *layers: Mapping[str, Any]) -> Options:
-    """An instance of `cls` from layers of values, a later layer over the earlier ones, the defaults below all.
+    """Returns an instance of `cls` from layers of values. Later layers override earlier ones and the defaults.
 
     Raises:
-        ValueError: a value has the wrong type or breaks its option's check; the text names the option.
+        ValueError: a value has the wrong type or violates its option's check; the message names the option.
     """
     values = {name: value for layer in layers for name, value in layer.items()}
     kinds = _kinds(cls)
@@ -220,12 +230,12 @@ def build(cls: type[Options], *layers: Mapping[str, Any]) -> Options:
 
 
 def flag(name: str) -> str:
-    """The command line's spelling of a field's name: `synthetic_scale` -> `--synthetic-scale`."""
+    """Returns the option string of a field's name: `synthetic_scale` -> `--synthetic-scale`."""
     return "--" + name.replace("_", "-")
 
 
 def default_of(field: dataclasses.Field) -> str:
-    """An option's default in words; empty where there is none."""
+    """Returns an option's default as text, empty if there is none."""
     if field.metadata["shown"]:
         return str(field.metadata["shown"])
     if isinstance(field.default, bool):
@@ -241,7 +251,7 @@ class _Kind(typing.NamedTuple):
 
 
 def _kinds(cls: type) -> dict[str, _Kind]:
-    """The type of each field of a dataclass."""
+    """Returns the type of each field of a dataclass."""
     hints = typing.get_type_hints(cls)
     kinds = {}
     for field in dataclasses.fields(cls):
@@ -253,7 +263,7 @@ def _kinds(cls: type) -> dict[str, _Kind]:
 
 
 def _add_argument(group: argparse._ArgumentGroup, field: dataclasses.Field, kind: _Kind) -> None:
-    """Add one field to its group of options."""
+    """Adds one field to its group of options."""
     details = field.metadata
     text = details["help"].replace("%", "%%")
     shown = default_of(field)
@@ -272,7 +282,7 @@ def _add_argument(group: argparse._ArgumentGroup, field: dataclasses.Field, kind
 
 
 def _checked(field: dataclasses.Field, kind: _Kind, value: Any) -> Any:
-    """`value` in the field's type, or a ValueError that names the option."""
+    """Returns `value` in the field's type. Raises a ValueError that names the option if it is not valid."""
     if value is None and kind.may_be_none:
         return None
     if kind.plain is float and type(value) is int:

@@ -1,4 +1,4 @@
-"""How a run shows that it moves: a bar on a terminal, now and then a line of log elsewhere."""
+"""Shows the progress of a run: a bar on a terminal, otherwise log lines at growing intervals."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ import time
 from collections.abc import Callable
 
 FIRST_INTERVAL = 10.0
-"""Seconds between two lines of log at first."""
+"""Shortest time between two log lines, in seconds."""
 SHARE_OF_RUN = 0.05
-"""Later lines come after this share of the time gone by: about a hundred lines in a run of hours."""
+"""A later line is written after this share of the elapsed time: about a hundred lines in a run of hours."""
 
 
 class Progress:
-    """Steps done and the latest figures, on stderr; other messages on stdout.
+    """Shows the steps done and the latest figures on stderr, and other messages on stdout.
 
     Args:
-        total: steps that the run will do, None where nobody knows.
+        total: number of steps of the run, None if unknown.
         done: steps done by earlier sessions.
-        clock: seconds, monotonic.
+        clock: returns the time in seconds, monotonic.
     """
 
     quiet = False
@@ -30,12 +30,12 @@ class Progress:
         self._total, self._done = total, done
         self._tokens = 0
         self._begin = self._shown = clock()
-        # None: no bar where stderr is not a terminal.
+        # None: no bar if stderr is not a terminal.
         disable = True if self.quiet else None
         self._bar = tqdm(total=total, initial=done, unit="step", disable=disable, dynamic_ncols=True, mininterval=0.5)
 
     def step(self, tokens: int, figures: Callable[[], str]) -> None:
-        """Count a step of `tokens`; `figures` is asked for text only when something is shown."""
+        """Counts a step of `tokens`. Calls `figures` for its text only if something is shown."""
         self._done += 1
         self._tokens += tokens
         if not self._bar.disable:
@@ -53,28 +53,28 @@ class Progress:
             )
 
     def tokens_per_second(self) -> float:
-        """Tokens of this session over its time so far."""
+        """Returns the tokens per second of this session."""
         return self._tokens / max(self._clock() - self._begin, 1e-9)
 
     def write_line(self, text: str) -> None:
-        """Print `text` on stdout, above the bar where there is one."""
+        """Prints `text` on stdout, above the bar if there is one."""
         self._bar.write(text, file=sys.stdout)
         sys.stdout.flush()
 
     def close(self) -> None:
-        """Leave the bar as it is."""
+        """Closes the bar and leaves it on the terminal."""
         self._bar.close()
 
 
 class NullProgress(Progress):
-    """Progress that counts and shows nothing, of a rank whose lines would repeat those of another."""
+    """Counts steps and shows nothing. For ranks other than the first, whose lines would be duplicates."""
 
     quiet = True
 
     def step(self, tokens: int, figures: Callable[[], str]) -> None:
-        """Count a step of `tokens`."""
+        """Counts a step of `tokens`."""
         self._done += 1
         self._tokens += tokens
 
     def write_line(self, text: str) -> None:
-        """Nothing."""
+        """Does nothing."""

@@ -1,7 +1,7 @@
-"""Whether a call begins a run or goes on with one, and with which options; decided before anything is written.
+"""Decides whether a call starts a run or resumes one, and with which options, before anything is written.
 
-A run that goes on takes its options from its config.json. What is given beside must agree with it, but for the options
-that may change.
+A resumed run takes its options from its config.json. Options given on the command line must agree with it, except for the
+options in `MAY_CHANGE`.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from dni_seq.app.runs.options import build, read_config
 
 
 class RunOptions(Protocol):
-    """What the options of a script that trains have in common; a dataclass.
+    """The common interface of the options of training commands; a dataclass.
 
     Attributes:
-        MAY_CHANGE: names of options that a resumed run may give otherwise than its config.json.
-        OF_THE_CALL: names of options that say what this call does, and are no part of config.json.
+        MAY_CHANGE: names of options that may differ from config.json when a run is resumed.
+        OF_THE_CALL: names of options that concern only this call and are not stored in config.json.
         run_dir: the directory of the run, None for a new one.
-        resume: None for a new run, "auto" to go on where there is a checkpoint, or a checkpoint's path.
+        resume: None for a new run, "auto" to resume if there is a checkpoint, or a checkpoint's path.
     """
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
@@ -37,7 +37,7 @@ class RunOptions(Protocol):
 
     @property
     def resume(self) -> str | None:
-        """From where to go on."""
+        """The checkpoint to resume from: None, "auto" or a path."""
 
 
 Options = TypeVar("Options", bound=RunOptions)
@@ -45,15 +45,15 @@ Options = TypeVar("Options", bound=RunOptions)
 
 @dataclasses.dataclass(frozen=True)
 class Plan(Generic[Options]):
-    """What a call is to do.
+    """The plan of a call: which run to start or to resume, and with which options.
 
     Attributes:
-        options: those of the run, where it goes on, with what was given over them.
-        run: its directory, None for a new one whose name is still to be chosen.
-        checkpoint: where to go on, None to begin.
-        note: what the user has to know of that checkpoint, None for nothing.
-        damaged: checkpoints that were passed over.
-        resuming: whether the directory holds the run already.
+        options: the options of the run; for a resumed run those of its config.json, overridden by those given.
+        run: the run's directory, None for a new one without a name yet.
+        checkpoint: content of the checkpoint to resume from, None to start from the beginning.
+        note: message for the user about that checkpoint, None for none.
+        damaged: damaged checkpoints that were skipped.
+        resuming: whether the directory already holds the run.
     """
 
     options: Options
@@ -64,11 +64,11 @@ class Plan(Generic[Options]):
     resuming: bool = False
 
     def initialize_dir(self, run: RunDirectory, options: Options, lock: RunLock) -> None:
-        """Make `run` the directory of this call: locked, its configuration written, damaged checkpoints set aside.
+        """Creates and locks the run's directory, writes its configuration and renames damaged checkpoints.
 
         Raises:
-            ValueError: another process is there, or was since the plan was made.
-            OSError: as from the file system.
+            ValueError: another process uses the directory, or has created a run there since the plan was made.
+            OSError: the directory cannot be created or written.
         """
         run.path.mkdir(parents=True, exist_ok=True)
         lock.take(run.path)
@@ -79,28 +79,29 @@ class Plan(Generic[Options]):
 
 
 class _Source(NamedTuple):
-    """A run to go on with, and the path of the checkpoint where that was asked for."""
+    """A run to resume, and the path of its checkpoint if one was given."""
 
     run: RunDirectory
     checkpoint: Path | None
 
     def newest(self) -> LatestCheckpoint | None:
-        """The checkpoint to go on from, None to begin."""
+        """Returns the checkpoint to resume from, None to start from the beginning."""
         if self.checkpoint is None:
             return self.run.newest_checkpoint()
         return LatestCheckpoint(load_checkpoint(self.checkpoint), None, ())
 
 
 def plan_run(cls: type[Options], given: Mapping[str, Any], lock: RunLock | None = None) -> Plan[Options]:
-    """Decide what a call with the options `given` is to do.
+    """Returns the plan of a call with the options `given`.
 
     Args:
         cls: the options' dataclass.
-        given: what the command line says.
-        lock: taken on a run to go on with before its checkpoint is read; None for a call that only reads.
+        given: options from the command line, by name.
+        lock: lock to take on the run before its checkpoint is read; None for a call that only reads.
 
     Raises:
-        ValueError: an option is wrong, the directory belongs to another run or is in use, or the checkpoint cannot be used.
+        ValueError: an option is not valid, the directory belongs to another run or is in use, or the checkpoint cannot be
+            used.
         OSError: the directory cannot be locked.
     """
     options = build(cls, given)
@@ -122,15 +123,15 @@ def plan_run(cls: type[Options], given: Mapping[str, Any], lock: RunLock | None 
 
 
 def config_of(options: RunOptions) -> dict[str, Any]:
-    """What a run's config.json holds."""
+    """Returns the content of a run's config.json."""
     return {name: value for name, value in dataclasses.asdict(options).items() if name not in options.OF_THE_CALL}
 
 
 def saved_options(cls: type[Options], run: RunDirectory, given: Mapping[str, Any] | None = None) -> Options:
-    """The options of a run's config.json, with those `given` over them.
+    """Returns the options of a run's config.json, overridden by those `given`.
 
     Raises:
-        ValueError: there is no configuration, or it is damaged.
+        ValueError: there is no config.json, or it is not valid.
     """
     if not run.config.is_file():
         raise ValueError(f"{run.path} is not a run directory: it has no config.json")
@@ -138,7 +139,7 @@ def saved_options(cls: type[Options], run: RunDirectory, given: Mapping[str, Any
 
 
 def _new_run(options: Options) -> Plan[Options]:
-    """A run that begins, in a directory that is free for it."""
+    """Returns the plan of a new run. Raises a ValueError if its directory is in use."""
     if options.run_dir is None:
         return Plan(options, None, None)
     run = RunDirectory(options.run_dir)
@@ -147,14 +148,14 @@ def _new_run(options: Options) -> Plan[Options]:
 
 
 def _source(options: RunOptions) -> _Source:
-    """The run that --resume and --run-dir name."""
+    """Returns the run that --resume and --run-dir name."""
     if options.resume == "auto":
         if options.run_dir is None:
             raise ValueError("--resume auto needs --run-dir, the directory of the run")
         return _Source(RunDirectory(options.run_dir), None)
     path = Path(str(options.resume))
-    load_checkpoint(path)  # a file that is none is the first thing to say
+    load_checkpoint(path)  # first of all, report a file that is not a checkpoint
     run = RunDirectory.of_checkpoint(path)
     if options.run_dir is not None and RunDirectory(options.run_dir).path.absolute() != run.path:
-        raise ValueError(f"--resume {path} goes on in that checkpoint's own run directory: leave out --run-dir")
+        raise ValueError(f"--resume {path} continues in that checkpoint's own run directory: remove --run-dir")
     return _Source(run, path)

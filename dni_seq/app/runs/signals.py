@@ -1,4 +1,4 @@
-"""Stop a run from outside: the first SIGINT or SIGTERM asks, the second one kills."""
+"""Handles SIGINT and SIGTERM: the first signal requests a stop, the second one kills the process."""
 
 from __future__ import annotations
 
@@ -8,10 +8,13 @@ from typing import Any
 
 
 class StopSignals:
-    """Inside the context, `received` is the number of the signal that asked to stop, None before.
+    """A context that records the first SIGINT or SIGTERM.
 
-    After the first signal the system's own handling is back, so that a second one ends the process at once. Signals are
-    the main thread's: enter the context there.
+    The first signal restores the system's default handlers, so a second signal ends the process at once. Enter the context
+    in the main thread, where Python handles signals.
+
+    Attributes:
+        received: number of the signal that requested the stop, None before.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -30,7 +33,7 @@ class StopSignals:
 
     @property
     def exit_status(self) -> int:
-        """The conventional status of a process that a signal ended: 130 for SIGINT, 143 for SIGTERM; 0 without one."""
+        """The conventional exit status after a signal: 130 for SIGINT, 143 for SIGTERM, 0 without a signal."""
         return 0 if self.received is None else 128 + self.received
 
     def _receive(self, number: int, frame: FrameType | None) -> None:

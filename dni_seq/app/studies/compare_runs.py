@@ -1,12 +1,12 @@
-"""Put runs side by side: one table, as text or Markdown, and one plot of perplexity over tokens and over seconds.
+"""Compares runs in a table, as text or Markdown, and in a plot of perplexity over tokens and over seconds.
 
 python scripts/compare_runs.py runs/ptb-none runs/ptb-multi-horizon
-    A table for the terminal: what the runs differ in, and their scores.
+    Print a table of the options in which the runs differ, and their scores.
 python scripts/compare_runs.py runs/* --markdown comparison.md --png comparison.png
-    The table as Markdown too, and the curves as a picture; that needs matplotlib: pip install 'dni-seq[plots]'
+    Also write the table as Markdown and the curves as a picture; needs matplotlib: pip install 'dni-seq[plots]'
 
-Curves come from the runs' TensorBoard events, so a run may still be going on; the scores of one that is not finished are
-those of its best validation so far. Bad input ends with one line on stderr and status 2.
+Curves are read from the runs' TensorBoard events, so a run may still be in progress. The score of an unfinished run is its
+best validation so far. Invalid input prints one line on stderr and exits with status 2.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ AXES: Mapping[str, str] = MappingProxyType({"progress/tokens": "tokens", "progre
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; returns its exit status."""
+    """Runs the command and returns its exit status."""
     given = read_arguments(arguments)
     try:
         runs = [read_run(Path(path)) for path in given.run_dirs]
@@ -47,26 +47,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def read_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """Returns the parsed command line."""
     parser = OneLineParser(
         prog="compare_runs", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("run_dirs", metavar="RUN_DIR", nargs="+", help="directories that scripts/train_lm.py has made")
-    parser.add_argument("--markdown", metavar="FILE", help="write the table as Markdown, the plot linked")
-    parser.add_argument("--png", metavar="FILE", help="draw the curves")
+    parser.add_argument("run_dirs", metavar="RUN_DIR", nargs="+", help="run directories of scripts/train_lm.py")
+    parser.add_argument("--markdown", metavar="FILE", help="write the table as Markdown, with a link to the plot")
+    parser.add_argument("--png", metavar="FILE", help="draw the curves (needs matplotlib)")
     return parser.parse_args(arguments)
 
 
 @dataclass(frozen=True)
 class Run:
-    """What is compared of a run.
+    """The data of a run that is compared.
 
     Attributes:
-        name: of its directory.
+        name: name of its directory.
         config: its options.
         curve: validation perplexity by step.
         axes: for each key of `AXES`, its value by step.
-        summary: of a finished run, else empty.
+        summary: summary.json of a finished run, else empty.
     """
 
     name: str
@@ -77,10 +77,10 @@ class Run:
 
 
 def read_run(path: Path) -> Run:
-    """A run, read from its directory.
+    """Returns a run read from its directory.
 
     Raises:
-        ValueError: it is no run directory of a language model, or has no validation yet.
+        ValueError: the directory holds no language-model run, or the run has no validation yet.
     """
     run = RunDirectory(path)
     try:
@@ -91,13 +91,13 @@ def read_run(path: Path) -> Run:
     curves = read_curves(path, [CURVE, *AXES])
     if any(not points for points in curves.values()):
         raise ValueError(
-            f"{path} has no validation yet: a language-model run has one after its first epoch, or --eval-every"
+            f"{path} has no validation yet: a language-model run validates after its first epoch or --eval-every steps"
         )
     return Run(path.resolve().name, config, curves[CURVE], {key: curves[key] for key in AXES}, summary)
 
 
 def read_curves(path: Path, keys: Sequence[str]) -> dict[str, dict[int, float]]:
-    """The points of curves by step, from all event files of a run; empty where a run has no such curve."""
+    """Returns curves as values by step, from all event files of a run. A missing curve is empty."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(path), size_guidance={"scalars": 0})
@@ -107,7 +107,7 @@ def read_curves(path: Path, keys: Sequence[str]) -> dict[str, dict[int, float]]:
 
 
 def table(runs: Sequence[Run]) -> list[list[str]]:
-    """Heading and a row for each run: its name, the options in which the runs differ, and its scores."""
+    """Returns a heading and one row per run: its name, the options in which the runs differ, and its scores."""
     names = sorted({name for run in runs for name in run.config})
     differing = [name for name in names if len({json.dumps(run.config.get(name)) for run in runs}) > 1]
     scores = ["valid ppl", "test ppl", "tokens", "seconds", "tokens/s", "peak MiB"]
@@ -119,7 +119,7 @@ def table(runs: Sequence[Run]) -> list[list[str]]:
 
 
 def scores_of(run: Run) -> list[str]:
-    """Perplexities, tokens, seconds, speed and memory; of a run that is not finished, what is known."""
+    """Returns perplexities, tokens, seconds, speed and memory as texts; of an unfinished run only what is known."""
     last = max(run.curve)
     tokens, seconds = (run.summary.get(AXES[key], run.axes[key][last]) for key in AXES)
     if not run.summary:
@@ -138,14 +138,14 @@ def scores_of(run: Run) -> list[str]:
 
 
 def as_text(rows: Sequence[Sequence[str]]) -> str:
-    """The table for a terminal: columns of one width."""
+    """Returns the table as text with aligned columns."""
     widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     return "\n".join(lines)
 
 
 def as_markdown(rows: Sequence[Sequence[str]], png: str | None) -> str:
-    """The table as Markdown, with the plot, a path from where the table lies, below it."""
+    """Returns the table as Markdown, followed by a link to the plot; `png` is relative to the page."""
     lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
     lines.insert(1, "|" + "---|" * len(rows[0]))
     if png is not None:
@@ -154,7 +154,7 @@ def as_markdown(rows: Sequence[Sequence[str]], png: str | None) -> str:
 
 
 def plot(runs: Sequence[Run], path: str) -> None:
-    """Draw validation perplexity over tokens and over seconds, a line for each run.
+    """Draws validation perplexity over tokens and over seconds, one line per run.
 
     Raises:
         ValueError: matplotlib is not installed.

@@ -1,14 +1,14 @@
-"""Decoupled feed-forward networks against backpropagation, on the 5,000 digits: the runs, and the table of their errors.
+"""Compares decoupled feed-forward networks with backpropagation on the 5,000 digits and writes the table of errors.
 
 python -m scripts.feedforward_table
-    Run what docs/results/feedforward.jsonl does not have yet, one line a run, then write the tables into
+    Run what is missing in docs/results/feedforward.jsonl, one line per run, then write the tables into
     docs/results/feedforward.md, between its two marks.
 python -m scripts.feedforward_table --part tune
-    The learning rates: each method on the same grid, 3 layers, seed 0, judged on 800 training digits that are held out.
+    Tune the learning rates: the same grid for each method, 3 layers, seed 0, scored on 800 held-out training digits.
 python -m scripts.feedforward_table --part none
     Only write the tables.
 
-Run it from the root of the repository. A killed study goes on where it was. The settings are at the top of the file.
+Run it from the root of the repository. A killed study resumes with the missing runs. The settings are at the file's top.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ METHODS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "full unlock": {"unlock": "full", "context": True},
     }
 )
-"""What is compared; where the interfaces stand and the depth come on top."""
+"""The options of each method, without the place of the interfaces and the depth."""
 
 PLACES: Mapping[str, str] = MappingProxyType({"last": "last hidden layer", "every": "every hidden layer"})
-"""Values of `decouple`, in words."""
+"""Descriptions of the values of `decouple`."""
 
 COLUMNS: Sequence[tuple[str, str | None]] = (
     ("backprop", None),
@@ -47,7 +47,7 @@ COLUMNS: Sequence[tuple[str, str | None]] = (
 )
 
 GRID = ((1e-4, 3e-4, 1e-3), (3e-3, 1e-2))
-"""Learning rates tried: of the network, of the synthesizers."""
+"""Learning rates that are tried, of the network and of the synthesizers."""
 
 TUNING_EPOCHS = 40
 DEPTHS = (2, 3, 4, 5, 6)
@@ -56,23 +56,23 @@ P_UPDATES = (0.2, 0.5, 1.0)
 
 
 class Run(NamedTuple):
-    """One training of the study: the table it belongs to, the method, and what is set beside the common settings."""
+    """One training of the study: its table, its method, and its options besides those of the method."""
 
     part: str
     method: str
     settings: dict[str, Any]
 
     def key(self) -> str:
-        """What tells it from all others."""
+        """Returns the text that identifies the run."""
         return json.dumps([self.part, self.method, self.settings], sort_keys=True)
 
     def options(self) -> FeedForwardOptions:
-        """All settings of the run."""
+        """Returns all options of the run."""
         return build(FeedForwardOptions, {"dataset": "digits"}, METHODS[self.method], self.settings)
 
 
 def three() -> list[Run]:
-    """Three layers, the depth that the methods are held to, five seeds."""
+    """Returns the runs with three layers, the main comparison, five seeds."""
     return [
         Run("depth", method, {"layers": 3, **placed(place), "seed": seed})
         for columns, seed in itertools.product((COLUMNS[:4], COLUMNS[4:]), range(5))
@@ -81,7 +81,7 @@ def three() -> list[Run]:
 
 
 def depths() -> list[Run]:
-    """The other depths, but for the full unlock; of two layers the last hidden one is every one."""
+    """Returns the runs with other depths, without the full unlock. With two layers, "last" equals "every"."""
     return [
         Run("depth", method, {"layers": layers, **placed(place), "seed": seed})
         for seed, layers, (method, place) in itertools.product(range(3), DEPTHS, COLUMNS)
@@ -90,12 +90,12 @@ def depths() -> list[Run]:
 
 
 def placed(place: str | None) -> dict[str, str]:
-    """The setting for a place of interfaces."""
+    """Returns the option for a place of interfaces."""
     return {} if place is None else {"decouple": place}
 
 
 def sporadic() -> list[Run]:
-    """Four layers updated in a random order, each with some probability."""
+    """Returns the runs with four layers updated in a random order, each with some probability."""
     return [
         Run("sporadic", method, {"layers": 4, "p_update": p, "seed": seed})
         for seed, method, p in itertools.product(range(2), SPORADIC, P_UPDATES)
@@ -103,7 +103,7 @@ def sporadic() -> list[Run]:
 
 
 def tune() -> list[Run]:
-    """The grid, three layers; backpropagation has no synthesizers, so one run for each rate of the network."""
+    """Returns the tuning runs. Backpropagation has no synthesizers, so it has one run per rate of the network."""
     runs = []
     for method in METHODS:
         for lr, synthesizer_lr in itertools.product(*GRID):
@@ -118,15 +118,17 @@ PARTS = MappingProxyType({"three": three, "tune": tune, "depths": depths, "spora
 
 @dataclass(frozen=True)
 class StudyOptions:
-    """What the command can be told."""
+    """The options of `scripts/feedforward_table.py`."""
 
-    part: str = option("all", "which runs, besides writing the tables", group="study", choices=("all", "none", *PARTS))
-    results: str = option("docs/results/feedforward.jsonl", "one line a run", group="study", metavar="FILE")
-    tables: str = option("docs/results/feedforward.md", "the page with the tables", group="study", metavar="FILE")
+    part: str = option("all", "runs to make before the tables are written", group="study", choices=("all", "none", *PARTS))
+    results: str = option(
+        "docs/results/feedforward.jsonl", "file of results, one line per run", group="study", metavar="FILE"
+    )
+    tables: str = option("docs/results/feedforward.md", "page that holds the tables", group="study", metavar="FILE")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; returns its exit status."""
+    """Runs the command and returns its exit status."""
     try:
         options = build(StudyOptions, parse(StudyOptions, arguments, prog=_PROG, description=__doc__ or ""))
         around_tables(Path(options.tables), MARKS)
@@ -143,7 +145,7 @@ MARKS = ("<!-- tables: written by scripts/feedforward_table.py -->", "<!-- end o
 
 
 def study(parts: Sequence[str], results: Path) -> None:
-    """Make the runs of `parts` that are not on record, each a line at the end of `results` as soon as it is through."""
+    """Makes the runs of `parts` that are not recorded and appends a line to `results` after each run."""
     data = digits.load("digits")
     done = {line["key"] for line in read_lines(results)}
     for run in (run for part in parts for run in PARTS[part]() if run.key() not in done):
@@ -153,7 +155,7 @@ def study(parts: Sequence[str], results: Path) -> None:
 
 
 def measure(run: Run, data: Digits) -> dict[str, Any]:
-    """Train and test one network."""
+    """Trains and tests one network and returns its line."""
     options = run.options()
     summary = train(options, held_out(data) if run.part == "tune" else data, lambda epoch, scores: None)
     return {
@@ -167,12 +169,12 @@ def measure(run: Run, data: Digits) -> dict[str, Any]:
 
 
 def held_out(data: Digits) -> Digits:
-    """Training digits alone: one in five of each class takes the place of the test."""
+    """Returns the training digits alone, with one in five of each class as the test set."""
     return digits.split(data.train_images, data.train_labels)
 
 
 def matching(found: list[dict[str, Any]], part: str, method: str, **settings: Any) -> list[dict[str, Any]]:
-    """The runs of a part and method that have these settings, whatever their seed."""
+    """Returns the lines of a part and method with these settings, for all seeds."""
     return [
         line
         for line in found
@@ -182,19 +184,19 @@ def matching(found: list[dict[str, Any]], part: str, method: str, **settings: An
 
 
 def errors(found: list[dict[str, Any]]) -> list[float]:
-    """Test errors, percent."""
+    """Returns the test errors in percent."""
     return [line["test_error"] for line in found]
 
 
 def tables(found: list[dict[str, Any]]) -> str:
-    """The tables of the page."""
+    """Returns the tables of the page."""
     seconds = sum(line["seconds"] for line in found)
     total = f"{len(found)} runs, {seconds / 60:.0f} minutes of wall time.\n"
     return "\n".join(part for part in (by_depth(found), of_sporadic(found), tuned(found), total) if part)
 
 
 def by_depth(found: list[dict[str, Any]]) -> str:
-    """Layers against methods and places of interfaces."""
+    """Returns the table of layers against methods and places of interfaces."""
     header = ["layers", *(method if place is None else f"{method}, {PLACES[place]}" for method, place in COLUMNS)]
     rows = []
     for layers in DEPTHS:
@@ -208,7 +210,7 @@ def by_depth(found: list[dict[str, Any]]) -> str:
 
 
 def of_sporadic(found: list[dict[str, Any]]) -> str:
-    """Updates in a random order, by their probability."""
+    """Returns the table of updates in a random order, by their probability."""
     rows = [
         [method, *(mean_and_std(errors(matching(found, "sporadic", method, layers=4, p_update=p))) for p in P_UPDATES)]
         for method in SPORADIC
@@ -217,7 +219,7 @@ def of_sporadic(found: list[dict[str, Any]]) -> str:
 
 
 def tuned(found: list[dict[str, Any]]) -> str:
-    """The best learning rates of the grid, by method; nothing before any was tried."""
+    """Returns the table of the best learning rates by method, an empty text if none was tried."""
     rows = []
     for method in METHODS:
         tried = [line for line in found if (line["part"], line["method"]) == ("tune", method)]

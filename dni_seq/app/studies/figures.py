@@ -1,4 +1,4 @@
-"""The curves of the study of synthetic gradients, from its lines alone: pictures by matplotlib, of the extra `plots`."""
+"""Draws the curves of the study of synthetic gradients from its recorded lines. Needs matplotlib (extra `plots`)."""
 
 from __future__ import annotations
 
@@ -14,23 +14,24 @@ from dni_seq.app.studies.tables import COLUMNS, Line, columns_of, in_order, is_t
 COLORS = MappingProxyType(dict(zip(COLUMNS, ("#4c4c4c", "#d95f02", "#e6ab02", "#1b9e77", "#7570b3"), strict=True)))
 
 POINTS = 400
-"""Points of a drawn curve."""
+"""Number of points of a drawn curve."""
 
 Curve = list[tuple[float, float]]
 
 
 def draw_curves(lines: list[Line], base: Path) -> list[Path]:
-    """One picture for each task and horizontal axis, `base`-NAME.png; a panel for each T, a line for each column.
+    """Draws one picture per task and horizontal axis, `base`-NAME.png, and returns their paths.
 
-    A line is the mean over seeds, its band reaches from the least to the greatest.
+    A picture has a panel for each T and a line for each column. A line is the mean over seeds; its band spans the smallest
+    to the largest value.
 
     Raises:
-        ValueError: matplotlib is not there.
+        ValueError: matplotlib is not installed.
     """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ValueError("curves need matplotlib: pip install 'dni-seq[plots]'; the tables are written") from error
+        raise ValueError("curves need matplotlib: pip install 'dni-seq[plots]'; the tables were written") from error
     drawn = []
     found = latest(line for line in lines if line["part"] == "table1")
     for name in sorted(in_order(map(title, found))):
@@ -47,14 +48,14 @@ def draw_curves(lines: list[Line], base: Path) -> list[Path]:
                     panel.legend(frameon=False, fontsize="small")
             words = f"{name} {axis}".replace("(", " ").replace(")", " ").replace(",", " ")
             path = base.with_name("-".join([base.name, *words.split()]) + ".png")
-            # Without the date and the version, the same lines give the same file.
+            # No date and version, so that the same lines give the same file.
             figure.savefig(path, dpi=110, metadata={"Software": None})
             drawn.append(path)
     return drawn
 
 
 def axes_of(line: Line) -> dict[str, Callable[[Line], Curve]]:
-    """Horizontal axes of a task, with the curve of a line over each."""
+    """Returns the horizontal axes of a task, each with a function from a line to its curve."""
     if is_text(line):
         return {
             "tokens": lambda line: [(tokens, bpc) for tokens, _, _, bpc in line["curve"] if bpc is not None],
@@ -64,12 +65,12 @@ def axes_of(line: Line) -> dict[str, Callable[[Line], Curve]]:
 
 
 def draw_panel(panel: Any, lines: list[Line], curve_of: Callable[[Line], Curve], columns: list[str]) -> None:
-    """The columns of one T."""
+    """Draws the columns of one T."""
     for column in columns:
         color = COLORS[column]
         curves = [curve for line in lines if line["column"] == column if (curve := curve_of(line))]
         if not curves:
-            panel.plot([], [], color=color, label=column)  # for the legend, which one panel shows for all
+            panel.plot([], [], color=color, label=column)  # for the legend, which only the first panel has
             continue
         between = linear if is_text(lines[0]) else step
         x, values = joined(curves, between)
@@ -81,19 +82,19 @@ def draw_panel(panel: Any, lines: list[Line], curve_of: Callable[[Line], Curve],
 
 
 def joined(curves: list[Curve], between: Callable[[Curve, float], float]) -> tuple[list[float], list[list[float]]]:
-    """The stretch that all curves have, and the values of all of them at each of its points."""
+    """Returns points of the range that all curves share, and the values of all curves at each point."""
     first, last = max(curve[0][0] for curve in curves), min(curve[-1][0] for curve in curves)
     x = [first + (last - first) * i / (POINTS - 1) for i in range(POINTS)]
     return x, [[between(curve, at) for curve in curves] for at in x]
 
 
 def step(curve: Curve, at: float) -> float:
-    """The last value up to `at`: a length that is solved stays so."""
+    """Returns the last value up to `at`: a solved length stays solved."""
     return curve[max(bisect.bisect_right(curve, at, key=lambda point: point[0]) - 1, 0)][1]
 
 
 def linear(curve: Curve, at: float) -> float:
-    """The value between two points."""
+    """Returns the linear interpolation of the curve."""
     place = min(max(bisect.bisect_right(curve, at, key=lambda point: point[0]), 1), len(curve) - 1)
     if len(curve) == 1:
         return curve[0][1]

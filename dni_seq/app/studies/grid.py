@@ -1,4 +1,4 @@
-"""The study as data: columns, budgets, learning rates, and the variants of the ablation."""
+"""The data of the study: columns, budgets, learning rates, and the variants of the ablation."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from dni_seq.app.build.credit_options import HORIZONS, default_horizons, default_scale
 
 FIDELITY_EVERY = 499
-"""Windows between comparisons with exact gradients where a column does not make them anyway: they cost less than 2 %."""
+"""Windows between comparisons with exact gradients in columns that need none by default. They cost less than 2 %."""
 
 
 COLUMNS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
@@ -21,7 +21,7 @@ COLUMNS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "exact": {"synthesizer": "exact", "exact_steps": 4},
     }
 )
-"""The columns of the table: what each sets beside the budget and the learning rates."""
+"""The columns of the table, with their options besides the budget and the learning rates."""
 
 
 LEARNING_RATES = (1e-3, 2e-3, 4e-3, 8e-3)
@@ -31,11 +31,11 @@ SYNTHESIZER_LEARNING_RATES = (3e-4, 1e-3)
 
 
 LEARNS = ("paper", "paper-aux", "multi-horizon")
-"""Columns with a synthesizer that learns; the others have no rate of it to tune."""
+"""Columns with a trained synthesizer, whose learning rate is tuned."""
 
 
 TUNING_SEED = 1000
-"""Of no cell of the tables."""
+"""The seed of tuning runs, which no run of the tables uses."""
 
 
 TUNING_SHARE = 4
@@ -45,10 +45,10 @@ class Budget(NamedTuple):
     """The size of a study's networks and trainings.
 
     Attributes:
-        text: options for text; `max_tokens` a run.
-        task: options for copy and repeat copy; `updates` a run.
-        start: vectors that a copy task begins with, None for one.
-        rates: learning rates of network and synthesizer where nothing is tuned, None where tuning is due.
+        text: options for text; `max_tokens` is the length of a run.
+        task: options for copy and repeat copy; `updates` is the length of a run.
+        start: initial number of vectors of the copy task, None for one.
+        rates: learning rates of network and synthesizer if nothing is tuned, None if tuning is required.
     """
 
     text: Mapping[str, Any]
@@ -69,7 +69,7 @@ _SMALL_TASK = {"hidden": 256, "layers": 1, "batch_size": 32, "updates": 20_000}
 BUDGETS: Mapping[str, Budget] = MappingProxyType(
     {
         "small": Budget({**_SMALL_TEXT, "max_tokens": 2_000_000}, _SMALL_TASK, None, None),
-        # Units, batch, rate and first length are the paper's; embedding, lanes and lengths of training are ours.
+        # Units, batch, learning rate and initial length are from the paper; embedding, lanes and training length are ours.
         "paper": Budget(
             {**_CHARACTERS, "embed": 256, "hidden": 1024, "batch_size": 64, "max_tokens": 100_000_000},
             {"hidden": 256, "layers": 1, "batch_size": 256, "updates": 500_000},
@@ -82,15 +82,15 @@ BUDGETS: Mapping[str, Budget] = MappingProxyType(
 
 
 VALIDATIONS = 10
-"""In a run on text, evenly spaced; a run for tuning has as many for its tokens as any other."""
+"""Number of evenly spaced validations in a run on text. A tuning run validates at the same interval of tokens."""
 
 
 ABLATION = (("ptb", 1), ("copy", 4))
-"""Tasks and T of the ablation."""
+"""The tasks of the ablation, with T."""
 
 
 def without(bptt: int) -> dict[str, dict[str, Any]]:
-    """The default with one thing taken away, or put in the place of another, which may leave messages to be fitted."""
+    """Returns the variants of the default with one part removed or replaced, by name. Some variants regress messages."""
     fitted = {"fit": "least-squares", "horizons": HORIZONS}
     message = {"synthesizer": "state"}
     usual = default_horizons(bptt)
@@ -100,7 +100,7 @@ def without(bptt: int) -> dict[str, dict[str, Any]]:
         "fitted, c = 1": {**fitted, "synthetic_scale": "1"},
         "fitted, no model of the future": {**fitted, "future_units": 0},
         "fitted, no lookahead": {**fitted, "lookahead": 0},
-        # Raw targets have no place for a second loss, nor for a solved layer, nor a unit to limit messages by.
+        # Raw targets allow no future model, no least-squares heads and no limit of messages in units of the RMS.
         "fitted by descent, no normalisation, model of the future or limit": {
             **fitted,
             "fit": "descent",
@@ -119,7 +119,7 @@ def without(bptt: int) -> dict[str, dict[str, Any]]:
 
 
 def added(bptt: int) -> dict[str, dict[str, Any]]:
-    """The published recipe with one thing added."""
+    """Returns the variants of the published recipe with one part added, by name."""
     return {
         "paper": {},
         "lookahead": {"lookahead": HORIZONS * bptt},

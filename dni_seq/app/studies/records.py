@@ -1,7 +1,7 @@
-"""What studies share: results as JSON lines, Markdown tables of them, and the page where the tables stand between two marks.
+"""Shared code of studies: results as JSON lines, Markdown tables, and the page that holds the tables between two marks.
 
-A study is a list of trainings. Each leaves one line in a file of results as soon as it is through, so that a killed study
-goes on with what is missing, and tables come from the lines alone.
+A study is a list of trainings. Each training appends one line to a file of results when it is finished, so a killed study
+resumes with the missing trainings. The tables are made from these lines alone.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 NOTHING = "–"
-"""What a table says where no line says anything."""
+"""Entry of a table cell without results."""
 
 
 def read_lines(results: Path) -> list[dict[str, Any]]:
-    """The lines on record, none where there is no file.
+    """Returns the recorded lines, an empty list if there is no file.
 
-    A last line that was broken off, by a kill or because it is being written now, is not there.
+    An incomplete last line, from a kill or from a write in progress, is ignored.
 
     Raises:
-        ValueError: a line is no JSON.
+        ValueError: a line is not JSON.
     """
     if not results.exists():
         return []
@@ -33,16 +33,16 @@ def read_lines(results: Path) -> list[dict[str, Any]]:
         try:
             found.append(json.loads(line))
         except ValueError as error:
-            raise ValueError(f"line {number} of {results} is no JSON: {error}") from error
+            raise ValueError(f"line {number} of {results} is not JSON: {error}") from error
     return found
 
 
 def append_line(results: Path, line: dict[str, Any]) -> None:
-    """Put one line at the end of the file; processes may share it. What a kill has left of a broken line goes.
+    """Appends one line to the file under a lock, so processes may share it. Removes an incomplete last line.
 
     Raises:
-        ValueError: a number is not finite, which JSON cannot say.
-        OSError: as from the file system.
+        ValueError: a number is not finite, which JSON does not support.
+        OSError: the file cannot be written.
     """
     text = json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n"
     results.parent.mkdir(parents=True, exist_ok=True)
@@ -56,7 +56,7 @@ def append_line(results: Path, line: dict[str, Any]) -> None:
 
 
 def _whole(content: bytes) -> int:
-    """Where the last whole line ends, be it that the last one lacks its line end alone."""
+    """Returns the length of the complete lines. A last line that only lacks its line end is complete."""
     end = content.rfind(b"\n") + 1
     try:
         json.loads(content[end:])
@@ -67,7 +67,7 @@ def _whole(content: bytes) -> int:
 
 @contextmanager
 def locked(file: BinaryIO) -> Iterator[None]:
-    """Hold the file against other processes that lock it; where the system has no `flock` (Windows), only one may write."""
+    """Locks the file in the context. Without `flock` (Windows) there is no lock, and only one process may write."""
     try:
         import fcntl
     except ImportError:
@@ -81,7 +81,7 @@ def locked(file: BinaryIO) -> Iterator[None]:
 
 
 def mean_and_std(values: Iterable[float], digits: int = 1) -> str:
-    """Mean and standard deviation, with the number of values in brackets."""
+    """Returns mean and standard deviation as text, with the number of values in brackets."""
     known = list(values)
     if len(known) < 2:
         return f"{known[0]:.{digits}f} (1)" if known else NOTHING
@@ -89,29 +89,30 @@ def mean_and_std(values: Iterable[float], digits: int = 1) -> str:
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table of Markdown."""
+    """Returns a Markdown table."""
     table = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(row) + " |" for row in table) + "\n"
 
 
 def around_tables(page: Path, marks: tuple[str, str]) -> tuple[str, str]:
-    """What stands before and behind the tables on the page.
+    """Returns the text before and after the tables of the page.
 
     Raises:
         ValueError: the page lacks a mark.
-        OSError: as from the file system.
+        OSError: the page cannot be read.
     """
     text = page.read_text(encoding="utf-8")
     if not all(mark in text for mark in marks):
-        raise ValueError(f"{page} lacks the lines {' and '.join(marks)}: put them where the tables go")
+        raise ValueError(f"{page} lacks the lines {' and '.join(marks)}: insert them where the tables go")
     return text.split(marks[0])[0], text.split(marks[1])[1]
 
 
 def write_tables(page: Path, marks: tuple[str, str], tables: str) -> None:
-    """Put the tables between the marks of the page; the rest of it stays.
+    """Writes the tables between the marks of the page and keeps the rest of the page.
 
     Raises:
-        ValueError, OSError: as from `around_tables`.
+        ValueError: the page lacks a mark.
+        OSError: the page cannot be read or written.
     """
     before, after = around_tables(page, marks)
     page.write_text(f"{before}{marks[0]}\n\n{tables}\n{marks[1]}{after}", encoding="utf-8")

@@ -1,25 +1,25 @@
-"""Table 1 of Jaderberg et al. 2017 (arXiv 1608.05343), and what every part of the recipe brings.
+"""Reproduces Table 1 of Jaderberg et al. 2017 (arXiv 1608.05343) and runs an ablation of its recipe and of the default.
 
 python scripts/reproduce_paper.py table1 --task copy --bptt 4 --tune --jobs 2
-    Learning rates: the same grid for every column, one seed, a quarter of the budget.
+    Tune the learning rates: the same grid for every column, one seed, a quarter of the budget.
 python scripts/reproduce_paper.py table1 --task copy --bptt 4 --break-ties --jobs 2
-    The rates that solve the same length there, with the whole budget: the best of these is taken then, not the soonest.
+    Run the rates that are tied for best in that grid again, with the full budget; the best of them is used.
 python scripts/reproduce_paper.py table1 --task copy --bptt 2 4 --jobs 2
-    The trials, 3 seeds, with the best rates of that grid, those of the T nearest to it; then tables and curves.
+    Run the trials with 3 seeds and the best rates, tuned at the nearest T; then write tables and curves.
 python scripts/reproduce_paper.py table1 --task ptb --bptt 1 2 4 8 --synthesizer none paper multi-horizon --max-minutes 60
-    Some columns of the row of Penn Treebank; no trial is begun that would take longer than what is left of the hour.
+    Run some columns on Penn Treebank; a trial that would end after the hour is not started.
 python scripts/reproduce_paper.py table1 --task ptb --bptt 1 --data-file book.txt
-    The same on other text, by characters, with the rates of Penn Treebank.
+    The same on another text, by characters, with the rates of Penn Treebank.
 python scripts/reproduce_paper.py ablation --jobs 2
-    Each part taken away from the default alone, and added to the published recipe alone.
+    Remove single parts from the default, and add single parts to the published recipe.
 python scripts/reproduce_paper.py draw
-    Only the tables and curves, from the lines of docs/results/paper.jsonl.
+    Only write tables and curves from docs/results/paper.jsonl.
 python scripts/reproduce_paper.py figure feedforward
-    The rows of MNIST: scripts/feedforward_table.py.
+    Run the MNIST rows: scripts/feedforward_table.py.
 
-A trial is one training by train_lm.py or train_tasks.py in a process of its own, and one line of results. What is on record
-is not run again. A call that is stopped (Ctrl-C) or killed loses a minute of work, the same call goes on; several calls may
-share the files. --dry-run lists the trials that are missing with the minutes that each will take, about.
+A trial is one training by train_lm.py or train_tasks.py in its own process, and one line of results. Recorded trials are not
+run again. A stopped (Ctrl-C) or killed call loses a minute of work and resumes when it is repeated. Several calls may share
+the files. --dry-run lists the missing trials with their estimated minutes.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _PROG = "reproduce_paper"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; returns its exit status."""
+    """Runs the command and returns its exit status."""
     options = parse(arguments)
     if options.part == "figure":
         return feedforward_table([])
@@ -67,68 +67,70 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The command line; a mistake ends the process with one line on stderr and exit status 2."""
+    """Returns the parsed command line. An error ends the process with one line on stderr and exit status 2."""
     parser = OneLineParser(
         prog=_PROG, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parts = parser.add_subparsers(dest="part", required=True)
-    table = parts.add_parser("table1", help="tasks against T, by columns", allow_abbrev=False)
+    table = parts.add_parser("table1", help="run the trials of Table 1: tasks and T by columns", allow_abbrev=False)
     table.add_argument("--task", choices=TASKS, required=True)
     table.add_argument("--bptt", type=positive, nargs="+", required=True, metavar="T")
     table.add_argument("--synthesizer", choices=COLUMNS, nargs="+", default=list(COLUMNS))
     table.add_argument("--budget", choices=("small", "paper"), default="small")
     instead = table.add_mutually_exclusive_group()
-    instead.add_argument("--tune", action="store_true", help="the grid of learning rates instead of the trials")
-    instead.add_argument("--break-ties", action="store_true", help="the best of that grid again, with the whole budget")
-    table.add_argument("--data-file", metavar="FILE", help="other text in the place of Penn Treebank")
-    away = parts.add_parser("ablation", help="one thing taken away, or added", allow_abbrev=False)
+    instead.add_argument("--tune", action="store_true", help="run the grid of learning rates instead of the trials")
+    instead.add_argument("--break-ties", action="store_true", help="run the tied best rates again with the full budget")
+    table.add_argument("--data-file", metavar="FILE", help="text to use instead of Penn Treebank")
+    away = parts.add_parser("ablation", help="run variants with one part removed or added", allow_abbrev=False)
     away.add_argument("--task", choices=[task for task, _ in ABLATION], nargs="+", default=[task for task, _ in ABLATION])
     for part in (table, away):
-        part.add_argument("--seeds", type=positive, default=3, help="from 0 on (default: 3; --tune has one of its own)")
-        part.add_argument("--lr", type=rate, help="the network's learning rate, in the place of tuned ones")
-        part.add_argument("--synthesizer-lr", type=rate, help="the synthesizer's, given with --lr")
-        part.add_argument("--jobs", type=positive, default=1, help="trials side by side (default: 1)")
-        part.add_argument("--max-minutes", type=rate, metavar="M", help="begin no trial that would end later than this")
-        part.add_argument("--dry-run", action="store_true", help="list what is missing, and run nothing")
+        part.add_argument(
+            "--seeds", type=positive, default=3, help="number of seeds, from 0 on (default: 3; --tune has its own seed)"
+        )
+        part.add_argument("--lr", type=rate, help="learning rate of the network instead of the tuned one")
+        part.add_argument("--synthesizer-lr", type=rate, help="learning rate of the synthesizer, with --lr")
+        part.add_argument("--jobs", type=positive, default=1, help="number of trials in parallel (default: 1)")
+        part.add_argument(
+            "--max-minutes", type=rate, metavar="M", help="start no trial that would end after this many minutes"
+        )
+        part.add_argument("--dry-run", action="store_true", help="list the missing trials and run nothing")
         part.add_argument("--scratch", type=Path, default=Path("runs/reproduce_paper"), metavar="DIR")
-    figure = parts.add_parser("figure", help="the other pictures of the paper")
+    figure = parts.add_parser("figure", help="reproduce the other figures of the paper")
     figure.add_argument("which", choices=("feedforward",))
-    for part in (table, away, parts.add_parser("draw", help="only tables and curves", allow_abbrev=False)):
+    for part in (table, away, parts.add_parser("draw", help="only write tables and curves", allow_abbrev=False)):
         part.add_argument("--results", type=Path, default=Path("docs/results/paper.jsonl"), metavar="FILE")
         part.add_argument("--page", type=Path, default=Path("docs/results/paper.md"), metavar="FILE")
     options = parser.parse_args(arguments)
     if getattr(options, "synthesizer_lr", None) is not None and options.lr is None:
-        parser.error("--synthesizer-lr is given with --lr: add --lr")
+        parser.error("--synthesizer-lr needs --lr: add --lr")
     return options
 
 
 def positive(text: str) -> int:
-    """A whole number from 1 on."""
+    """Returns `text` as an integer of 1 or more."""
     number = int(text)
     if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
+        raise argparse.ArgumentTypeError(f"must be 1 or more, got {text}")
     return number
 
 
 def rate(text: str) -> float:
-    """A finite number above 0."""
+    """Returns `text` as a finite number above 0."""
     number = float(text)
     if not 0 < number < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+        raise argparse.ArgumentTypeError(f"must be a finite number above 0, got {text}")
     return number
 
 
 def table1(options: argparse.Namespace, lines: list[dict[str, Any]]) -> list[Trial]:
-    """The trials of a call, seeds outermost, so that a study that is not through has a whole table of fewer seeds."""
+    """Returns the trials of a call, with seeds outermost, so an unfinished study has a complete table of fewer seeds."""
     if options.tune and options.lr is not None:
-        raise ValueError("--tune tries a grid of rates: leave out --lr")
+        raise ValueError("--tune tries a grid of learning rates: remove --lr")
     if options.data_file is not None:
         if options.task != "ptb" or options.tune or options.break_ties:
-            raise ValueError(
-                "--data-file is for --task ptb, with the rates that are tuned there: leave out --tune and --break-ties"
-            )
+            raise ValueError("--data-file needs --task ptb and uses the rates tuned there: remove --tune and --break-ties")
         if not Path(options.data_file).is_file():
-            raise ValueError(f"--data-file {options.data_file}: there is no such file")
+            raise ValueError(f"--data-file {options.data_file} does not exist")
     if options.tune or options.break_ties:
         part = "tune" if options.tune else "ties"
         return [
@@ -144,14 +146,14 @@ def table1(options: argparse.Namespace, lines: list[dict[str, Any]]) -> list[Tri
 
 
 def ablation(options: argparse.Namespace, lines: list[dict[str, Any]]) -> list[Trial]:
-    """Two bases, each with one change; rates are those of the base, of the default with two horizons."""
+    """Returns the trials of the ablation: two bases, each with one change, with the learning rates of the base."""
     options.budget, options.data_file = "small", None
     trials = []
     for seed, (task, bptt) in itertools.product(range(options.seeds), ABLATION):
         if task not in options.task:
             continue
         for base, variants in (("multi-horizon", without(bptt)), ("paper", added(bptt))):
-            # Whatever is changed: those of two horizons, as most rows have, where there are four by default.
+            # All variants use the rates tuned with two horizons, which most variants have, also if the default is four.
             rates = rates_of(options, alike(lines, {**COLUMNS[base], "horizons": HORIZONS}, bptt), task, base, bptt)
             for variant, change in variants.items():
                 settings = {**COLUMNS[base], **change}
@@ -172,7 +174,7 @@ def make_trial(
     rates: Rates,
     **more: str,
 ) -> Trial:
-    """One trial: the command's options from budget, column and rates."""
+    """Returns one trial with the command's options from budget, column and rates."""
     budget = BUDGETS["ablation" if part == "ablation" else options.budget]
     data = None if options.data_file is None else Path(options.data_file).name
     about = {"part": part, "task": task, "data": data, "budget": options.budget, "bptt": bptt, "column": column, **more}
@@ -197,7 +199,7 @@ def make_trial(
 
 
 def measure(trial: Trial, summary: dict[str, Any]) -> dict[str, Any]:
-    """What a line says beside what every line says: the result, the curve, and how long the training was."""
+    """Returns the entries of a line that are specific to this study: result, curve, and length of the training."""
     if trial.script == "train_lm":
         result = {"valid_bpc": summary["valid"]["bpc"], "test_bpc": summary["test"]["bpc"]}
         return {"result": result, "curve": summary["curve"], "tokens": summary["tokens"], "updates": summary["steps"]}
@@ -207,7 +209,7 @@ def measure(trial: Trial, summary: dict[str, Any]) -> dict[str, Any]:
 
 
 def minutes_by(lines: list[dict[str, Any]]) -> Callable[[Trial], float]:
-    """How long a trial takes, about: as the latest ones like it a window, else by a rule of thumb."""
+    """Returns a function that estimates a trial's minutes from the latest similar trial, else by a rule of thumb."""
     known = {_kind(line, line["options"]): line["seconds"] / line["updates"] for line in lines}
 
     def minutes(trial: Trial) -> float:
@@ -223,13 +225,13 @@ def _kind(about: Mapping[str, Any], options: Mapping[str, Any]) -> tuple[Any, ..
 
 
 def windows_of(trial: Trial) -> int:
-    """The updates of a trial."""
+    """Returns the number of updates of a trial."""
     options = trial.options
     return int(options.get("updates") or math.ceil(options["max_tokens"] / (options["batch_size"] * options["bptt"])))
 
 
 def rule_of_thumb(trial: Trial) -> float:
-    """Seconds a window on an idle core: a plain step, and what the column adds; as copying took with 256 units, 32 lanes."""
+    """Returns the seconds per window on an idle core, extrapolated from copying with 256 units and 32 lanes."""
     steps, lanes, units = (trial.options[name] for name in ("bptt", "batch_size", "hidden"))
     added = {"none": 0.0, "paper": 8.5, "paper-aux": 11.0, "multi-horizon": 20.0, "exact": 11.0}[trial.about["column"]]
     plain = 2.2 + 1.2 * steps
@@ -237,17 +239,17 @@ def rule_of_thumb(trial: Trial) -> float:
 
 
 def list_missing(trials: Sequence[Trial], lines: list[dict[str, Any]]) -> int:
-    """Print what is not on record, with its minutes."""
+    """Prints the missing trials with their estimated minutes and returns the exit status 0."""
     done, minutes = {line["key"] for line in lines}, minutes_by(lines)
     missing = [trial for trial in trials if trial.key() not in done]
     for trial in missing:
         print(f"{minutes(trial):7.1f} min  {trial.name()}")
-    print(f"{sum(map(minutes, missing)):7.1f} min in {len(missing)} trials that are missing of {len(trials)}")
+    print(f"{sum(map(minutes, missing)):7.1f} min in {len(missing)} missing trials of {len(trials)}")
     return 0
 
 
 def run(trials: Sequence[Trial], lines: list[dict[str, Any]], options: argparse.Namespace) -> int:
-    """Run what is missing; the exit status: 0 where nothing failed, else 1, after a signal that of the signal."""
+    """Runs the missing trials. Returns 0 if none failed, 1 if one failed, and the signal's status after a signal."""
     study = Study(options.scratch, options.results, options.jobs, measure)
     with StopSignals() as stop:
         outcome = study.run(trials, minutes_by(lines), options.max_minutes, stop)
@@ -256,27 +258,27 @@ def run(trials: Sequence[Trial], lines: list[dict[str, Any]], options: argparse.
 
 
 def summary_of(outcome: Outcome) -> str:
-    """What became of the trials, in one line."""
+    """Returns the outcome of the trials as one line."""
     parts = {
         "done": outcome.done,
         "failed": len(outcome.failed),
         "run by another process": outcome.locked_elsewhere,
-        "not begun for lack of time": outcome.out_of_time,
+        "not started for lack of time": outcome.out_of_time,
         "stopped": outcome.stopped,
     }
     return "trials: " + ", ".join(f"{count} {what}" for what, count in parts.items() if count or what == "done")
 
 
 def draw(options: argparse.Namespace) -> None:
-    """Tables and curves, from the lines alone; after runs without matplotlib, tables alone.
+    """Writes tables and curves from the recorded lines. After runs, skips the curves if matplotlib is missing.
 
     Raises:
-        ValueError: drawing is asked for, and there is nothing to draw with; the tables are written.
+        ValueError: the command is `draw` and matplotlib is missing; the tables are written before.
     """
     lines = read_lines(options.results)
     write_tables(options.page, MARKS, tables(lines))
     if options.part != "draw" and find_spec("matplotlib") is None:
-        print("no curves without matplotlib: pip install 'dni-seq[plots]', then draw", flush=True)
+        print("no curves were drawn because matplotlib is missing: pip install 'dni-seq[plots]', then run draw", flush=True)
         return
     for path in draw_curves(lines, options.page.with_suffix("")):
         print(f"drawn      {path}", flush=True)

@@ -1,16 +1,17 @@
-"""Kill training runs with SIGKILL at random moments, go on with them, and compare with a run that was never killed.
+"""Kills training runs with SIGKILL at random moments, resumes them, and compares them with a run that was never killed.
 
 python scripts/soak.py
-    Every kind of credit on the embedded corpus, 6 kills each; about five minutes of one core.
+    Test every kind of credit assignment on the embedded corpus, 6 kills each; about five minutes on one core.
 python scripts/soak.py --dataset ptb --out docs/results/soak.json
     The same on Penn Treebank, with the figures in a file.
 python scripts/soak.py --kinds basic lambda --kills 50
+    Test two kinds with 50 kills each.
 
-Each run is scripts/train_lm.py, tiny, with dropout, in a process of its own that is killed at a random time after its start,
-or, every second time, while it writes a checkpoint. Then `--resume auto` goes on, is killed again, and so forth. Held to the
-bit: parameters, buffers and normalisers, optimizers' moments, hidden state, position in the text, random state, half-filled
-averages, the best checkpoint, every TensorBoard point but time, speed and memory, the final scores. Expected: no difference,
-and exit status 0; a difference is printed, and the status is then 1.
+Each run is a tiny scripts/train_lm.py with dropout in its own process. It is killed at a random time after its start or,
+every second time, while it writes a checkpoint, and is then resumed with `--resume auto` until it finishes. These must be
+bit-identical: parameters, buffers and normalisers, optimizer moments, hidden state, position in the text, random state,
+unfinished averages, the best checkpoint, every TensorBoard point except time, speed and memory, and the final scores. The
+exit status is 0 if nothing differs. Differences are printed and give status 1.
 """
 
 from __future__ import annotations
@@ -65,22 +66,22 @@ KINDS = MappingProxyType(
         "auxiliary": (*_BASIC, "--auxiliary", "0.1"),
     }
 )
-"""Options by kind of credit: truncated BPTT, every synthesizer, every target, every addition."""
+"""Options by kind of credit assignment: truncated BPTT, every synthesizer, every target, every extension."""
 
 TINY = ("--embed", "8", "--hidden", "8", "--layers", "2", "--dropout", "0.3", "--bptt", "4", "--batch-size", "8")
 LENGTH = ("--max-steps", "170", "--eval-every", "17", "--eval-tokens", "200", "--threads", "1", "--device", "cpu")
 
 OF_THE_MACHINE = ("speed/", "memory/", "progress/seconds")
-"""TensorBoard keys that no two runs share."""
+"""Prefixes of the TensorBoard keys that depend on the machine and are not compared."""
 
 
 class Kill(NamedTuple):
     """One kill.
 
     Attributes:
-        seconds: after the start of the process.
-        saving: whether it fell while a checkpoint was being written: an unfinished file is left, or no last one.
-        kept: steps in the newest checkpoint then, 0 where there was none.
+        seconds: time since the start of the process.
+        saving: whether a checkpoint was being written, so that an unfinished file is left or last.pt is missing.
+        kept: steps in the newest checkpoint at that time, 0 if there was none.
     """
 
     seconds: float
@@ -89,9 +90,9 @@ class Kill(NamedTuple):
 
 
 class Session:
-    """One call of the training command in a process of its own, its output in a file.
+    """Runs the training command in its own process, with its output in a file.
 
-    A fork of this process, which has imported all modules already, so that a call takes a second less.
+    The process is a fork of this one, which has already imported all modules. That saves a second per call.
     """
 
     def __init__(self, main: Callable[[Sequence[str]], int], arguments: Sequence[str], output: Path):
@@ -114,7 +115,7 @@ class Session:
             os._exit(status)
 
     def wait(self, seconds: float | None = None) -> int | None:
-        """The exit status, None where the process still runs after so many seconds."""
+        """Waits for the exit status. Returns None if the process still runs `seconds` after its start."""
         end = None if seconds is None else self.began + seconds
         while end is None or time.monotonic() < end:
             pid, status = os.waitpid(self.pid, os.WNOHANG if end is not None else 0)
@@ -124,7 +125,7 @@ class Session:
         return None
 
     def wait_for_saving(self, run: RunDirectory, times: int) -> int | None:
-        """The exit status, None while a checkpoint is being written for the `times`-th time."""
+        """Waits until a checkpoint is written for the `times`-th time and returns None, or the status if it exits before."""
         status, before = None, False
         while status is None:
             saving = any(path.exists() for path in unfinished(run))
@@ -136,15 +137,15 @@ class Session:
         return status
 
     def kill(self) -> int:
-        """SIGKILL; the status that the process has left."""
+        """Sends SIGKILL and returns the exit status of the process."""
         os.kill(self.pid, signal.SIGKILL)
         return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; returns its exit status."""
+    """Runs the command and returns its exit status."""
     given = read_arguments(arguments)
-    # Before the forks, which share what is imported.
+    # Import before the forks, which share the modules.
     import torch.utils.tensorboard
 
     torch.set_num_threads(1)
@@ -168,30 +169,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def read_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """Returns the parsed command line."""
     parser = OneLineParser(prog="soak", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--kinds", nargs="+", choices=tuple(KINDS), default=list(KINDS), metavar="KIND", help="(default: all)"
+        "--kinds",
+        nargs="+",
+        choices=tuple(KINDS),
+        default=list(KINDS),
+        metavar="KIND",
+        help="kinds of credit assignment to test (default: all)",
     )
-    parser.add_argument("--kills", type=int, default=6, help="of each kind (default: 6)")
-    parser.add_argument("--dataset", help="as for train_lm.py")
-    parser.add_argument("--data-file", help="as for train_lm.py")
-    parser.add_argument("--tokenizer", help="as for train_lm.py")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments (default: 0)")
-    parser.add_argument("--out", metavar="FILE", help="write the figures there, as JSON")
+    parser.add_argument("--kills", type=int, default=6, help="number of kills per kind (default: 6)")
+    parser.add_argument("--dataset", help="data set, as in train_lm.py")
+    parser.add_argument("--data-file", help="training text, as in train_lm.py")
+    parser.add_argument("--tokenizer", help="tokenizer, as in train_lm.py")
+    parser.add_argument("--seed", type=int, default=0, help="random seed of the times of the kills (default: 0)")
+    parser.add_argument("--out", metavar="FILE", help="write the figures to this file as JSON")
     return parser.parse_args(arguments)
 
 
 def soak(
     train: Callable[[Sequence[str]], int], options: Sequence[str], directory: Path, kills: int, chance: random.Random
 ) -> dict[str, Any]:
-    """Kill runs with `options` so often, until each has finished all the same; what came of it."""
+    """Kills and resumes runs with `options` until `kills` kills are done and each run has finished. Returns the figures."""
     directory.mkdir(parents=True)
     whole = RunDirectory(directory / "whole")
     session = Session(train, (*options, "--run-dir", str(whole.path)), directory / "whole.txt")
     status = session.wait()
     if status != 0:
-        raise RuntimeError(f"a run that was not killed ended with status {status}: {last_output(directory / 'whole.txt')}")
+        raise RuntimeError(f"a run that was not killed exited with status {status}: {last_output(directory / 'whole.txt')}")
     seconds = time.monotonic() - session.began
     done: list[Kill] = []
     differences: list[str] = []
@@ -223,31 +229,31 @@ def soak(
 
 
 def last_output(output: Path) -> str:
-    """The last of what a session has printed."""
+    """Returns the last 1,000 characters of a session's output."""
     return output.read_text(encoding="utf-8", errors="replace")[-1000:]
 
 
 def until_moment(session: Session, run: RunDirectory, number: int, seconds: float, chance: random.Random) -> int | None:
-    """Wait for the moment of a kill: in turn anywhere in half of a whole run's time, and while a checkpoint is written."""
+    """Waits for the moment of a kill: in turn a random time in half a run's duration, and a write of a checkpoint."""
     if number % 2 == 0:
         return session.wait(chance.uniform(0.0, 0.5 * seconds))
     return session.wait_for_saving(run, chance.randint(1, 5))
 
 
 def taken_down(run: RunDirectory, seconds: float) -> Kill:
-    """What a kill has left."""
+    """Returns the record of a kill from the files of the run."""
     newest = run.newest_checkpoint()
     saving = any(path.exists() for path in unfinished(run)) or (newest is not None and newest.note is not None)
     return Kill(round(seconds, 3), saving, 0 if newest is None else newest.content["trainer"]["steps"])
 
 
 def unfinished(run: RunDirectory) -> list[Path]:
-    """Where checkpoints are while they are being written."""
+    """Returns the paths of the temporary files of checkpoints."""
     return [path.with_name(path.name + ".tmp") for path in (run.last, run.best)]
 
 
 def compare(whole: RunDirectory, run: RunDirectory) -> Iterator[str]:
-    """Where a run differs from one that was never killed; nothing where it does not."""
+    """Yields the differences between a run and the run that was never killed."""
     for name in ("last", "best"):
         one, two = (load_checkpoint(each.checkpoint(name)) for each in (whole, run))
         for content in (one, two):
@@ -262,12 +268,12 @@ def compare(whole: RunDirectory, run: RunDirectory) -> Iterator[str]:
 
 
 def differences_of(one: Any, two: Any, name: str) -> Iterator[str]:
-    """The places at which two nests of plain values and tensors differ, NaNs being equal."""
+    """Yields the places at which two nests of plain values and tensors differ. NaNs count as equal."""
     if type(one) is not type(two):
         yield f"{name}: {type(one).__name__} and {type(two).__name__}"
     elif isinstance(one, dict):
         for key in one.keys() ^ two.keys():
-            yield f"{name}.{key}: in one only"
+            yield f"{name}.{key}: only in one run"
         for key in one.keys() & two.keys():
             yield from differences_of(one[key], two[key], f"{name}.{key}")
     elif isinstance(one, (list, tuple)):
@@ -284,7 +290,7 @@ def differences_of(one: Any, two: Any, name: str) -> Iterator[str]:
 
 
 def points(run: Path) -> dict[str, list[tuple[int, float]]]:
-    """Every TensorBoard scalar of a run, (step, value) in the order of its file, but for time, speed and memory."""
+    """Returns every TensorBoard scalar of a run as (step, value) in file order, without time, speed and memory."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(run), size_guidance={"scalars": 0})
@@ -294,7 +300,7 @@ def points(run: Path) -> dict[str, list[tuple[int, float]]]:
 
 
 def totals(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """The sums over kinds, lists joined."""
+    """Returns the sums over kinds; lists are concatenated."""
     sums: dict[str, Any] = {}
     for result in results.values():
         for key, value in result.items():
@@ -303,6 +309,6 @@ def totals(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 
 def describe(result: dict[str, Any]) -> str:
-    """Figures in one line, what went wrong behind it."""
+    """Returns the figures as one line, followed by the first differences and failures."""
     counts = [f"{value if isinstance(value, int) else len(value)} {key}" for key, value in result.items()]
     return "; ".join([", ".join(counts), *(result["differences"] + result["failures"])[:5]])

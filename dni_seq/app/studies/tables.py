@@ -1,6 +1,6 @@
-"""The tables of the study of synthetic gradients, from its lines alone; scripts/reproduce_paper.py makes the lines.
+"""Makes the tables of the study of synthetic gradients from the lines that scripts/reproduce_paper.py records.
 
-Text is judged by bits per character, copy tasks by the length solved.
+Text is compared by bits per character, copy tasks by the length solved.
 """
 
 from __future__ import annotations
@@ -19,29 +19,29 @@ TASKS = ("copy", "repeat-copy", "ptb")
 MARKS = ("<!-- tables: written by scripts/reproduce_paper.py -->", "<!-- end of tables -->")
 
 COLUMNS = ("none", "paper", "paper-aux", "multi-horizon", "exact")
-"""In the order of tables and curves."""
+"""The columns, in the order of tables and curves."""
 
 BASES = ("default", "paper")
-"""The variants of an ablation that change nothing."""
+"""The variants of an ablation without a change."""
 
 TIE = 0.01
-"""Bits per character by which short runs of one seed may differ and say nothing of longer ones."""
+"""Difference in bits per character below which two short runs of one seed count as equal."""
 
 WITHOUT, EXACT = "none", "exact"
-"""The columns between which the headroom lies."""
+"""The columns that define the headroom."""
 
 
 def is_text(line: Line) -> bool:
-    """Whether a line is of a language model."""
+    """Whether a line is from a language model."""
     return line["task"] == "ptb"
 
 
 Rates = tuple[float, float | None]
-"""Learning rates of the network and of the synthesizer, None where none learns."""
+"""Learning rates of the network and of the synthesizer, None without a trained synthesizer."""
 
 
 def better(line: Line) -> tuple[float, float]:
-    """The smaller, the better: validation bits per character; or the length solved, and how soon it was."""
+    """Returns a sort key that is smaller for better lines: validation bits per character, or length solved and how soon."""
     if is_text(line):
         bpc = line["result"]["valid_bpc"]
         return (math.inf if bpc is None else bpc, 0.0)
@@ -49,21 +49,21 @@ def better(line: Line) -> tuple[float, float]:
 
 
 def rates_in(line: Line) -> Rates:
-    """The learning rates of a run."""
+    """Returns the learning rates of a run."""
     return line["options"]["lr"], line["options"].get("synthesizer_lr")
 
 
 def tied(grid: Sequence[Line]) -> list[Line]:
-    """The lines of a grid of learning rates that have the best result, text to within `TIE`, however soon they had it."""
+    """Returns the lines of a grid with the best result, for text within `TIE`. How soon they reached it does not count."""
     best = min(better(line)[0] for line in grid)
     return [line for line in grid if better(line)[0] <= best + (TIE if is_text(line) else 0)]
 
 
 def chosen(grid: Sequence[Line], longer: Sequence[Line]) -> Line:
-    """The line whose rates are taken: the better of those that are tied, in runs of the whole budget where all have them.
+    """Returns the line whose learning rates are used: the best of the tied lines, by runs of the full budget if recorded.
 
-    A short run of a task solves a few lengths, whatever the rate, and how soon the last of them says little of the next; on
-    text a rate that is too high for a long run may be ahead by a hair in a short one.
+    Short runs cannot decide between tied rates. On tasks they solve a few lengths at any rate. On text a rate that is too
+    high for a long run may be slightly better in a short one.
     """
     whole = {rates_in(line): line for line in longer}
     found = [whole.get(rates_in(line), line) for line in tied(grid)]
@@ -71,34 +71,34 @@ def chosen(grid: Sequence[Line], longer: Sequence[Line]) -> Line:
 
 
 def test_result(line: Line) -> float | None:
-    """What the main table shows: test bits per character, None for a run that diverged; or the length solved."""
+    """Returns test bits per character (None for a run that diverged), or the length solved."""
     return line["result"]["test_bpc" if is_text(line) else "length"]
 
 
 def title(line: Line) -> str:
-    """The task, and the text where it is not Penn Treebank."""
+    """Returns the task, the text if it is not Penn Treebank, and the budget, as text."""
     text = "" if line["data"] is None else f" ({line['data']})"
     return f"{line['task']}{text}, {line['budget']}"
 
 
 def latest(lines: Iterable[Line]) -> list[Line]:
-    """One line for each cell of a table: where learning rates were changed, the last one."""
+    """Returns one line per cell of a table: the last one if a cell was run with several learning rates."""
     names = ("part", "task", "data", "budget", "bptt", "column", "variant", "seed")
     return list({tuple(line.get(name) for name in names): line for line in lines}.values())
 
 
 def in_order(values: Iterable[Any]) -> list[Any]:
-    """Each value once, in the order in which they come first."""
+    """Returns the distinct values in the order of their first occurrence."""
     return list(dict.fromkeys(values))
 
 
 def columns_of(lines: list[Line]) -> list[str]:
-    """The columns that lines have, in their order."""
+    """Returns the columns of the lines in the order of `COLUMNS`."""
     return sorted({line["column"] for line in lines}, key=COLUMNS.index)
 
 
 def tables(lines: list[Line]) -> str:
-    """All tables of the page."""
+    """Returns all tables of the page."""
     blocks = []
     of_table = latest(line for line in lines if line["part"] == "table1")
     for name in sorted(in_order(map(title, of_table))):
@@ -114,7 +114,7 @@ def tables(lines: list[Line]) -> str:
 
 
 def of_task(name: str, lines: list[Line]) -> str:
-    """The tables of one task: result, headroom, messages, cost."""
+    """Returns the tables of one task: result, headroom, messages, cost."""
     text = is_text(lines[0])
     first = "Test bits per character" if text else "Length solved"
     parts = [f"### {name}\n", f"{first}, mean ± standard deviation (seeds):\n", grid(lines, results_of(lines))]
@@ -136,7 +136,7 @@ def of_task(name: str, lines: list[Line]) -> str:
 
 
 def grid(lines: list[Line], cell: Callable[[list[Line]], str]) -> str:
-    """Columns of the study down, T across."""
+    """Returns a table with one row per column of the study and one table column per T."""
     widths = sorted({line["bptt"] for line in lines})
     rows = []
     for column in columns_of(lines):
@@ -146,17 +146,17 @@ def grid(lines: list[Line], cell: Callable[[list[Line]], str]) -> str:
 
 
 def known(values: Iterable[float | None]) -> list[float]:
-    """Those that are there."""
+    """Returns the values that are not None."""
     return [value for value in values if value is not None]
 
 
 def digits_of(lines: Sequence[Line]) -> int:
-    """Digits behind the point of a result."""
+    """Returns the number of decimal places of a result."""
     return 3 if lines and is_text(lines[0]) else 1
 
 
 def results_of(lines: list[Line]) -> Callable[[list[Line]], str]:
-    """The main table's cell; runs that diverged are counted beside it."""
+    """Returns the function that formats a cell of the main table, with the number of diverged runs."""
 
     def cell(found: list[Line]) -> str:
         values = known(map(test_result, found))
@@ -167,12 +167,12 @@ def results_of(lines: list[Line]) -> Callable[[list[Line]], str]:
 
 
 def validation(found: list[Line]) -> str:
-    """Best validation bits per character."""
+    """Returns the best validation bits per character."""
     return mean_and_std(known(line["result"]["valid_bpc"] for line in found), 3)
 
 
 def gains(found: list[Line], lines: list[Line]) -> list[float]:
-    """How much better than `none` of the same seed and T each line is: bits per character, or length."""
+    """Returns the gain of each line over `none` with the same seed and T, in bits per character or length."""
     base = {(line["seed"], line["bptt"]): test_result(line) for line in lines if line["column"] == WITHOUT}
     better_by = []
     for line in found:
@@ -183,7 +183,7 @@ def gains(found: list[Line], lines: list[Line]) -> list[float]:
 
 
 def share(found: list[Line], lines: list[Line]) -> str:
-    """The share of the mean headroom at this T, of the same seeds, that each seed closes: mean and spread, percent."""
+    """Returns the share of the mean headroom at this T and of these seeds that each seed closes, in percent, as text."""
     bptt, seeds = found[0]["bptt"], {line["seed"] for line in found}
     exact = [line for line in lines if (line["column"], line["bptt"]) == (EXACT, bptt)]
     headroom = gains(exact, lines)
@@ -197,14 +197,14 @@ def share(found: list[Line], lines: list[Line]) -> str:
 
 
 def beyond_spread(gained: list[float]) -> bool:
-    """Whether a gain is positive by more than its standard deviation; of one seed, whether it is positive."""
+    """Whether a mean gain exceeds its standard deviation; for one seed, whether it is positive."""
     if not gained:
         return False
     return statistics.mean(gained) > (statistics.stdev(gained) if len(gained) > 1 else 0.0)
 
 
 def fidelity(found: list[Line]) -> str:
-    """Injected ratio, cosine and R² of a cell, means over seeds; what was not measured is left out."""
+    """Returns injected ratio, cosine and R² of a cell as text, means over seeds. Unmeasured values are omitted."""
     ratios = known(line["injected_ratio"] for line in found)
     said = [f"{statistics.mean(ratios):.2g}"] if ratios else []
     for name, symbol in (("cosine", "cos"), ("r2", "R²")):
@@ -216,14 +216,14 @@ def fidelity(found: list[Line]) -> str:
 
 
 def cost(found: list[Line]) -> str:
-    """CPU minutes and peak memory, means over seeds."""
+    """Returns CPU minutes and peak memory as text, means over seeds."""
     minutes = statistics.mean(line["process_seconds"] for line in found) / 60
     memory = known(line["peak_memory_mb"] for line in found)
     return f"{minutes:.1f}" + (f"; {statistics.mean(memory):.0f}" if memory else "")
 
 
 def ablation(lines: list[Line]) -> str:
-    """One change a row, with what it gains over its base, seed by seed."""
+    """Returns the table of an ablation: one change per row, with its difference from the base, seed by seed."""
     rows = []
     for column in columns_of(lines):
         of_base = [line for line in lines if line["column"] == column]
@@ -248,7 +248,7 @@ def ablation(lines: list[Line]) -> str:
 
 
 def tuning(lines: list[Line]) -> str:
-    """The learning rates that are taken of each grid."""
+    """Returns the table of the learning rates chosen from each grid."""
     rows = []
     for name, column, bptt, horizons in in_order(map(_tuned, lines)):
         here = [line for line in lines if _tuned(line) == (name, column, bptt, horizons)]
@@ -265,12 +265,12 @@ def tuning(lines: list[Line]) -> str:
 
 
 def _tuned(line: Line) -> tuple[str, str, int, int | None]:
-    """What a grid of learning rates was tried for; horizons where there were more than usual."""
+    """Returns the title, column, T and K that a grid of learning rates belongs to. K is None for the default number."""
     return title(line), line["column"], line["bptt"], line["options"].get("horizons")
 
 
 def spent(lines: list[Line]) -> str:
-    """Process-hours, by part and task; runs that later ones replace are counted too."""
+    """Returns the table of the time spent by part and task. It includes runs that later runs replace."""
     rows = []
     for part, task in sorted(in_order((line["part"], line["task"]) for line in lines)):
         found = [line for line in lines if (line["part"], line["task"]) == (part, task)]
@@ -282,5 +282,5 @@ def spent(lines: list[Line]) -> str:
 
 
 def hours(lines: list[Line], name: str) -> str:
-    """A sum of seconds, in hours."""
+    """Returns the sum of the times in seconds as hours."""
     return f"{sum(line[name] for line in lines) / 3600:.2f}"

@@ -1,8 +1,8 @@
-"""The trials of a study: trainings by the real commands, side by side in processes, each of which survives being killed.
+"""Runs the trials of a study with the training commands, several processes in parallel; killed trials can be resumed.
 
-A trial runs in its own directory of a scratch place with `--resume auto`, so that one that was killed goes on where it was,
-and leaves one line in the file of results. Several calls may share scratch place and results: a trial is locked for as
-long as its process lives, be the study that started it gone or not.
+A trial runs in its own subdirectory of the scratch directory with `--resume auto`, so a killed trial resumes where it was.
+When it is finished, one line is appended to the file of results. Several calls may share the scratch directory and the
+results: a trial is locked as long as its process lives, even if the study that started it has ended.
 """
 
 from __future__ import annotations
@@ -35,20 +35,20 @@ from dni_seq.app.studies.records import append_line, read_lines
 POLL_SECONDS = 0.2
 
 PATHS = frozenset({"data_dir", "data_file", "valid_file", "test_file"})
-"""Options that say where a file lies on this machine, which no line repeats."""
+"""Options that are file paths on this machine. They are not recorded in the results."""
 
 COMMAND_OF_SCRIPT: Mapping[str, str] = MappingProxyType({"train_lm": "train", "train_tasks": "tasks"})
-"""Commands of `dni-seq`, by the script that a trial names."""
+"""Commands of `dni-seq` by the script that a trial names."""
 
 
 class Trial(NamedTuple):
     """One training of a study.
 
     Attributes:
-        script: the command's file name without its ending, "train_lm" say.
-        about: what it is in the study: part, task, column, T, seed and so on.
-        options: of the command, all that the study decides.
-        paths: options that say where files lie; they make no difference to which trial it is.
+        script: the command's file name without its suffix, for example "train_lm".
+        about: the trial's place in the study: part, task, column, T, seed and so on.
+        options: the options of the command that the study sets.
+        paths: options that are file paths; they are not part of the trial's key.
     """
 
     script: str
@@ -57,17 +57,17 @@ class Trial(NamedTuple):
     paths: Mapping[str, str] = {}
 
     def key(self) -> str:
-        """What tells it from all others."""
+        """Returns the text that identifies the trial."""
         return json.dumps([self.script, self.about, self.options], sort_keys=True)
 
     def name(self) -> str:
-        """A readable name for its directory, and another one for every key."""
+        """Returns a readable name for its directory, unique for its key."""
         words = "-".join(str(value) for value in self.about.values() if value is not None)
         plain = "".join(letter if letter.isalnum() or letter in "-." else "_" for letter in words)
         return f"{plain}-{hashlib.sha256(self.key().encode()).hexdigest()[:8]}"
 
     def arguments(self) -> list[str]:
-        """Its options on the command line."""
+        """Returns its options as words of the command line."""
         found = []
         for name, value in (self.options | dict(self.paths)).items():
             if isinstance(value, bool):
@@ -79,14 +79,14 @@ class Trial(NamedTuple):
 
 @dataclass
 class Outcome:
-    """What became of the trials of a call.
+    """The outcome of the trials of a call.
 
     Attributes:
-        done: put on record now.
-        failed: names of those whose command ended with an error, with its last words.
-        elsewhere: another process has them.
-        late: not begun, since the time would not have been enough.
-        stopped: not done, since a signal came.
+        done: number of trials recorded by this call.
+        failed: names of the trials whose command failed, with the last line of its output.
+        locked_elsewhere: number of trials that another process runs.
+        out_of_time: number of trials not started because the time limit was too short.
+        stopped: number of trials not finished because of a signal.
     """
 
     done: int = 0
@@ -98,13 +98,13 @@ class Outcome:
 
 @dataclass
 class Study:
-    """Where and how trials are run.
+    """Runs trials and records their results.
 
     Attributes:
-        scratch: the directory of the runs.
-        results: the file of lines.
-        jobs: trials side by side, one thread each.
-        measure: what a trial's line says beside what every line says, from the run's summary.
+        scratch: directory of the runs.
+        results: file of results, one line per trial.
+        jobs: number of trials in parallel, one thread each.
+        measure: returns the entries of a trial's line that are specific to the study, from the run's summary.
     """
 
     scratch: Path
@@ -115,13 +115,13 @@ class Study:
     def run(
         self, trials: Sequence[Trial], minutes: Callable[[Trial], float], limit: float | None, stop: StopSignals
     ) -> Outcome:
-        """Run those of `trials` that are not on record, in their order.
+        """Runs the trials that are not recorded, in the given order, and returns the outcome.
 
         Args:
-            trials: all that are wanted.
-            minutes: how long one takes, about.
-            limit: minutes that this call may take; a trial that would take longer than what is left is not begun.
-            stop: a signal stops the trials that run, which go on at the next call.
+            trials: all trials of the call.
+            minutes: estimates the time of a trial in minutes.
+            limit: time limit of this call in minutes; a trial that would exceed it is not started. None for no limit.
+            stop: a signal stops the running trials, which the next call resumes.
         """
         self.scratch.mkdir(parents=True, exist_ok=True)
         end = math.inf if limit is None else time.monotonic() + 60 * limit
@@ -147,14 +147,14 @@ class Study:
         return {line["key"] for line in read_lines(self.results)}
 
     def _begin(self, trial: Trial, outcome: Outcome) -> list[Running]:
-        """Start a trial that is not on record and that no other process has; its process, none if there is nothing to do."""
+        """Starts a trial unless it is recorded or another process runs it. Returns its process, or an empty list."""
         if trial.key() in self._done():
             return []
         run, lock = RunDirectory(self.scratch / trial.name()), self._lock(trial)
         if lock is None:
             outcome.locked_elsewhere += 1
             return []
-        if trial.key() in self._done():  # it ended between the two looks
+        if trial.key() in self._done():  # another process finished it between the two checks
             self._lock_path(trial).unlink()
             lock.close()
             return []
@@ -167,13 +167,13 @@ class Study:
                 stdin=subprocess.DEVNULL,
                 env=environment(),
                 pass_fds=[lock.fileno()],  # the lock lives as long as the process does
-                start_new_session=True,  # a terminal's Ctrl-C comes to the study alone, which passes it on once
+                start_new_session=True,  # Ctrl-C reaches only the study, which forwards it once
             )
-        print(f"begins     {trial.name()}", flush=True)
+        print(f"started    {trial.name()}", flush=True)
         return [Running(trial, run, process, lock)]
 
     def _lock(self, trial: Trial) -> BinaryIO | None:
-        """The trial's lock, None where another process has it."""
+        """Returns the trial's lock, None if another process holds it."""
         file = self._lock_path(trial).open("ab")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -189,7 +189,7 @@ class Study:
         return self.scratch / f"{trial.name()}.log"
 
     def _ended(self, each: Running, outcome: Outcome) -> bool:
-        """Whether a trial has ended; if so it is put on record, and its files go, or it has failed."""
+        """Returns whether a trial has ended. Records a finished trial and removes its files; reports a failed one."""
         status = each.process.poll()
         if status is None:
             return False
@@ -199,7 +199,7 @@ class Study:
                 append_line(self.results, self.line(each.trial, each.run))
                 shutil.rmtree(each.run.path)
                 self._log(each.trial).unlink()
-                self._lock_path(each.trial).unlink()  # whoever locks the file that is gone finds the line
+                self._lock_path(each.trial).unlink()  # a process that still locks the removed file finds the recorded line
                 outcome.done += 1
                 print(f"done       {name}", flush=True)
             else:
@@ -211,7 +211,7 @@ class Study:
         return True
 
     def line(self, trial: Trial, run: RunDirectory) -> dict[str, Any]:
-        """The line of a finished run."""
+        """Returns the line of a finished run."""
         summary, config = (json.loads(path.read_text(encoding="utf-8")) for path in (run.summary, run.config))
         line = {
             "key": trial.key(),
@@ -228,7 +228,7 @@ class Study:
 
 @dataclass
 class Running:
-    """A trial's process, and the lock that it holds."""
+    """A running trial: its process and its lock."""
 
     trial: Trial
     run: RunDirectory
@@ -236,27 +236,28 @@ class Running:
     lock: BinaryIO
 
     def release(self) -> None:
-        """Let go of the lock."""
+        """Releases the lock."""
         self.lock.close()
 
 
 def environment() -> dict[str, str]:
-    """The environment of a trial: this package, one thread."""
+    """Returns the environment variables of a trial: this package on the path, one thread."""
     package = str(Path(__file__).resolve().parents[3])
     paths = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
     return os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
 
 
 def last_words(log: Path) -> str:
-    """The last line of a log that says anything."""
+    """Returns the last line of a log that is not blank, empty if there is none."""
     lines = log.read_text(encoding="utf-8", errors="replace").replace("\r", "\n").split("\n")
     return next((line.strip() for line in reversed(lines) if line.strip()), "")
 
 
 def messages(run: Path) -> dict[str, Any]:
-    """How true and how large the synthetic gradients of a run were: medians over the points of its second half.
+    """Returns size and fidelity of a run's synthetic gradients: medians over the points of its second half.
 
-    `injected_ratio`, `regression_r2`, and `fidelity` with the cosine and R² of every horizon; None where not measured.
+    The keys are `injected_ratio`, `regression_r2`, and `fidelity` with cosine and R² of every horizon. Unmeasured values
+    are None.
     """
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -264,23 +265,23 @@ def messages(run: Path) -> dict[str, Any]:
     events.Reload()
     keys = set(events.Tags()["scalars"])
 
-    def out_of_time(key: str) -> float | None:
+    def late_median(key: str) -> float | None:
         if key not in keys:
             return None
         points = [event.value for event in events.Scalars(key)]
         return statistics.median(points[len(points) // 2 :])
 
     horizons = sorted(int(key.removeprefix("fidelity/cosine_")) for key in keys if key.startswith("fidelity/cosine_"))
-    measured = {name: [out_of_time(f"fidelity/{name}_{n}") for n in horizons] for name in ("cosine", "r2")}
+    measured = {name: [late_median(f"fidelity/{name}_{n}") for n in horizons] for name in ("cosine", "r2")}
     return {
-        "injected_ratio": out_of_time("synthetic/injected_ratio"),
-        "regression_r2": out_of_time("synthetic/r2"),
+        "injected_ratio": late_median("synthetic/injected_ratio"),
+        "regression_r2": late_median("synthetic/r2"),
         "fidelity": measured if horizons else None,
     }
 
 
 def versions() -> dict[str, str | None]:
-    """What the run was made with; the commit, where the package lies in a repository."""
+    """Returns the versions of dni_seq, torch and Python, and the commit if the package is in a repository."""
     try:
         own: str | None = metadata.version("dni-seq")
     except metadata.PackageNotFoundError:
@@ -295,7 +296,7 @@ def versions() -> dict[str, str | None]:
 
 
 def finite(value: Any) -> Any:
-    """The same nest with None for numbers that are not finite, as those of a run that diverged."""
+    """Returns the nest with None instead of numbers that are not finite, as in a run that diverged."""
     if isinstance(value, dict):
         return {name: finite(entry) for name, entry in value.items()}
     if isinstance(value, list):

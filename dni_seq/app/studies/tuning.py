@@ -1,4 +1,4 @@
-"""Which learning rates a column is tried with, and which it takes."""
+"""Selects the learning rates that each column is tuned with, and the rates that it uses."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from dni_seq.app.studies.tables import Rates, chosen, rates_in, tied
 
 
 def reach(settings: Mapping[str, Any], bptt: int) -> dict[str, int]:
-    """The horizons of a trial that gives none, at T where there are more than `HORIZONS` by default.
+    """Returns the horizons to record for a trial that gives none, if the default at this T exceeds `HORIZONS`.
 
-    Before 2026-11-27 there were `HORIZONS` at every T: lines on record of such T that do not say how many have those.
+    Before 2026-11-27 the default was `HORIZONS` at every T, so a recorded line without `horizons` has that number.
     """
     by_default = settings["synthesizer"] == "multi-horizon" and "horizons" not in settings
     usual = default_horizons(bptt)
@@ -24,34 +24,34 @@ def reach(settings: Mapping[str, Any], bptt: int) -> dict[str, int]:
 
 
 def alike(lines: list[dict[str, Any]], settings: Mapping[str, Any], bptt: int) -> list[dict[str, Any]]:
-    """The lines with as many horizons as trials of those settings: rates that are tuned with others are not theirs."""
+    """Returns the lines with as many horizons as a trial of these settings, because tuned rates depend on that number."""
     horizons = reach(settings, bptt).get("horizons")
     return [line for line in lines if line["options"].get("horizons") == horizons]
 
 
 def rates_to_try(column: str) -> list[Rates]:
-    """The grid: the same rates of the network for every column, and of the synthesizer for every one that learns."""
+    """Returns the grid: the same network rates for every column, and the same synthesizer rates for all that train one."""
     second: Sequence[float | None] = SYNTHESIZER_LEARNING_RATES if column in LEARNS else (None,)
     return list(itertools.product(LEARNING_RATES, second))
 
 
 def tied_rates(options: argparse.Namespace, lines: list[dict[str, Any]], column: str, bptt: int) -> list[Rates]:
-    """Those that are the best of a column's grid, where there are several."""
+    """Returns the tied best rates of a column's grid, an empty list if there is no tie."""
     lines = alike(lines, COLUMNS[column], bptt)
     best = tied(tried(options, lines, "tune", options.task, column, bptt, rates_to_try(column)))
     return sorted(map(rates_in, best)) if len(best) > 1 else []
 
 
 def rates_of(options: argparse.Namespace, lines: list[dict[str, Any]], task: str, column: str, bptt: int) -> Rates:
-    """The learning rates of a column: given, else those chosen from the grid at the tuned T nearest to `bptt`.
+    """Returns the learning rates of a column: those given, else the best of the grid at the tuned T nearest to `bptt`.
 
     Raises:
-        ValueError: nothing is tuned, or not to the end.
+        ValueError: no rates are tuned, or the tuning is not complete.
     """
     learns = column in LEARNS
     if options.lr is not None:
         if learns and options.synthesizer_lr is None:
-            raise ValueError("--lr needs --synthesizer-lr beside it, for the columns whose synthesizer learns")
+            raise ValueError("--lr needs --synthesizer-lr for columns with a trained synthesizer: add --synthesizer-lr")
         return options.lr, options.synthesizer_lr if learns else None
     here = {"part": "tune", "task": task, "column": column, "budget": options.budget}
     widths = {line["bptt"] for line in lines if all(line[name] == value for name, value in here.items())}
@@ -77,10 +77,10 @@ def tried(
     bptt: int,
     wanted: Iterable[Rates],
 ) -> list[dict[str, Any]]:
-    """The lines of a column's learning rates, of the grid ("tune") or of its ties; of ties there may be none.
+    """Returns the lines of a column's learning rates from the grid ("tune") or its ties, which may be missing.
 
     Raises:
-        ValueError: some of those `wanted` are not tried yet.
+        ValueError: some of the `wanted` rates are not tried yet.
     """
     here = {"part": part, "task": task, "column": column, "budget": options.budget, "bptt": bptt}
     found = [line for line in lines if all(line[name] == value for name, value in here.items())]

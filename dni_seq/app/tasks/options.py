@@ -1,6 +1,6 @@
-"""The options of a run on generated tasks.
+"""The options of a run on algorithmic tasks.
 
-To add an option: declare it here, and use it in `scripts/train_tasks.py`.
+To add an option: declare it here, and use it in `train.py`.
 """
 
 from __future__ import annotations
@@ -21,50 +21,48 @@ _TASK, _MODEL, _RUN = "task", "model", "run"
 
 @dataclass(frozen=True)
 class TaskOptions(CreditOptions):
-    """Everything that `scripts/train_tasks.py` can be told."""
+    """The options of `scripts/train_tasks.py`."""
 
     MAY_CHANGE: ClassVar[frozenset[str]] = frozenset({"updates", "threads", "device"})
     OF_THE_CALL: ClassVar[frozenset[str]] = frozenset({"run_dir", "resume"})
 
-    synthesizer: str = option(
-        None, STANDS_IN, group=CREDIT, choices=SYNTHESIZERS, shown="multi-horizon, of the adding problem none"
-    )
-    task: str = option("copy", "what is learned", group=_TASK, choices=tuple(TASKS))
+    synthesizer: str = option(None, STANDS_IN, group=CREDIT, choices=SYNTHESIZERS, shown="multi-horizon; adding: none")
+    task: str = option("copy", "algorithmic task to train on", group=_TASK, choices=tuple(TASKS))
     start: int | None = option(
         None,
-        "vectors, or steps of an adding problem, to begin with",
+        "initial length: vectors to copy, or steps of the adding problem",
         group=_TASK,
         check=at_least(1),
         shown=", ".join(f"{name} {task.first.size}" for name, task in TASKS.items()),
     )
     model: str = option("lstm", "recurrent cell", group=_MODEL, choices=CELLS)
-    hidden: int = option(256, "hidden units a layer", group=_MODEL, check=at_least(1))
-    layers: int = option(1, "layers", group=_MODEL, check=at_least(1))
-    bptt: int = option(4, "window length in steps: gradients are exact within it", group=CREDIT, check=at_least(1))
-    updates: int = option(50_000, "windows to train on", group=_RUN, check=at_least(1))
-    batch_size: int = option(32, "lanes: sequences side by side", group=_RUN, check=at_least(1))
-    lr: float = option(1e-3, "Adam's learning rate", group=_RUN, check=above_zero)
-    clip: float = option(5.0, "largest norm of the gradient, 0 for no limit", group=_RUN, check=at_least(0))
-    seed: int = option(1111, "of weights and sequences", group=_RUN, check=at_least(0))
+    hidden: int = option(256, "hidden units per layer", group=_MODEL, check=at_least(1))
+    layers: int = option(1, "recurrent layers", group=_MODEL, check=at_least(1))
+    bptt: int = option(4, "window length T in steps; gradients are exact within a window", group=CREDIT, check=at_least(1))
+    updates: int = option(50_000, "number of windows to train on", group=_RUN, check=at_least(1))
+    batch_size: int = option(32, "batch size B: sequences that run in parallel", group=_RUN, check=at_least(1))
+    lr: float = option(1e-3, "learning rate of Adam", group=_RUN, check=above_zero)
+    clip: float = option(5.0, "largest gradient norm of the model; 0: no limit", group=_RUN, check=at_least(0))
+    seed: int = option(1111, "random seed of weights and sequences", group=_RUN, check=at_least(0))
     threads: int = option(1, "CPU threads", group=_RUN, check=at_least(1))
-    device: str | None = option(None, "cpu, cuda, cuda:1, mps", group=_RUN, shown="cuda where there is one, else cpu")
-    run_dir: str | None = option(None, "where the run is kept", group=_RUN, metavar="DIR", shown="a new one in runs/")
+    device: str | None = option(None, "device: cpu, cuda, cuda:1, mps", group=_RUN, shown="cuda if available, else cpu")
+    run_dir: str | None = option(None, "directory of the run", group=_RUN, metavar="DIR", shown="a new one in runs/")
     resume: str | None = option(
         None,
-        "go on: from the last checkpoint in --run-dir, where there is one, or from RUN_DIR/checkpoints/NAME.pt",
+        "resume from the last checkpoint in --run-dir if there is one (auto), or from RUN_DIR/checkpoints/NAME.pt",
         group=_RUN,
         metavar="auto|PATH",
     )
 
 
 def resolve_options(options: TaskOptions) -> TaskOptions:
-    """Fill synthesizer and K where nobody gave them, to be on record: a run which is resumed keeps them."""
-    if cast("str | None", options.synthesizer) is None:  # until here, whatever its type says
-        # There it does no better, in twice the time (docs/synthetic-gradients.md).
+    """Returns the options with a missing synthesizer and K filled in. They are recorded, so a resumed run keeps them."""
+    if cast("str | None", options.synthesizer) is None:  # None is possible here, although the field's type is str
+        # On the adding problem synthetic gradients bring no gain and double the time (docs/synthetic-gradients.md).
         options = dataclasses.replace(options, synthesizer="none" if options.task == "adding" else "multi-horizon")
     return dataclasses.replace(options, horizons=horizons_of(options, options.bptt))
 
 
 def as_given(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What a new run takes over from a configuration, a run's or another one; see `without_resolved`."""
+    """Returns the options that a new run takes from a configuration file; see `without_resolved`."""
     return without_resolved(config, build(TaskOptions, config), resolve_options)

@@ -1,30 +1,31 @@
-"""Train a recurrent network on copy, repeat copy or the adding problem, with a curriculum that raises the length.
+"""Trains a recurrent network on copy, repeat copy or the adding problem, with a curriculum over the length.
 
 python scripts/train_tasks.py --task copy --bptt 4 --synthesizer none
-    How long a sequence can plain truncated BPTT copy with windows of 4 steps? 50,000 updates, about ten minutes of one core.
+    Copy with plain truncated BPTT on windows of 4 steps; 50,000 updates, about ten minutes on one core.
 python scripts/train_tasks.py --task copy --bptt 4 --synthesizer multi-horizon
     The same with synthetic gradients.
 python scripts/train_tasks.py --task repeat-copy --bptt 4 --synthesizer exact --exact-steps 8
-    With the exact gradient of the next 8 steps.
+    Repeat copy with the exact gradient of the next 8 steps.
 python scripts/train_tasks.py --run-dir runs/mine --resume auto
-    Go on where runs/mine was stopped or killed, or begin.
+    Resume runs/mine if it was stopped or killed, else start it.
 tensorboard --logdir runs
-    Watch the curves.
+    Show the curves.
 
-An update is one window. The length is N for N vectors to copy, N R for R repeats, and the steps of an adding problem. A
-length is solved when the mean error on 1,000 fresh sequences is below 0.15 (dni_seq/tasks.py says what the error is).
+An update is one window. The length is N for N vectors to copy, N R for R repeats, and the number of steps of an adding
+problem. A length is solved if the mean error on 1,000 fresh sequences is below 0.15. The module
+dni_seq.streams.algorithmic_tasks defines the error.
 
-A run leaves in its directory: TensorBoard events, config.json, checkpoints/last.pt and previous.pt, and summary.json.
-TensorBoard has, over
-updates, as averages since the last point where not said otherwise:
+A run writes to its directory: TensorBoard events, config.json, checkpoints/last.pt and previous.pt, and summary.json.
+TensorBoard has these keys over updates, as averages since the last point unless stated otherwise:
     task/length                the length solved so far
-    task/training_length       the length that is trained now
-    task/error_bits            mean error of the training sequences that ended, bits a bit (adding: task/error, a share of 1)
+    task/training_length       the length in training
+    task/error_bits            mean error of finished training sequences, bits per bit (adding: task/error, 1 at start)
     task/fresh_error_bits      mean error of a check on fresh sequences (adding: task/fresh_error)
     synthetic/..., fidelity/..., gradient/..., train/skipped, memory/peak_mb
-                               as in dni_seq/runlog.py, ratios over the windows where they mean something
-    speed/updates_per_second   of this session, the checks' time included
-Ctrl-C saves a checkpoint and ends with status 130, SIGTERM with 143. Bad input ends with one line on stderr and status 2.
+                               see README.md; ratios are averaged over the windows where they are defined
+    speed/updates_per_second   of this session, checks included
+Ctrl-C saves a checkpoint and exits with status 130, SIGTERM with 143. Invalid input prints one line on stderr and exits with
+status 2.
 """
 
 from __future__ import annotations
@@ -62,35 +63,35 @@ from dni_seq.models.vector_rnn import VectorRNN
 from dni_seq.streams.algorithmic_tasks import TASKS, Curriculum, Stage, Task, TaskStream, mean_error
 
 LOG_EVERY = 100
-"""Updates between two points of the curves."""
+"""Updates between two points of the TensorBoard curves."""
 
 SAVE_SECONDS = 60.0
-"""A kill loses about this much work at most."""
+"""Seconds between two checkpoints, the most work that a kill loses."""
 
 DASHBOARD: Layout = MappingProxyType(
     {
-        "length": {"solved, and in training": ["task/length", "task/training_length"]},
-        "error": {"of training sequences and of checks": ["task/error", "task/fresh_error"]},
+        "length": {"solved and in training": ["task/length", "task/training_length"]},
+        "error": {"of training sequences and of fresh sequences": ["task/error", "task/fresh_error"]},
         "synthetic gradients": LAYOUT["synthetic gradients"],
         "stability": {"gradient norms": ["gradient/norm", "gradient/synthesizer_norm"]},
-        "resources": {"updates a second": ["speed/updates_per_second"], "peak memory, MiB": ["memory/peak_mb"]},
+        "resources": {"updates per second": ["speed/updates_per_second"], "peak memory, MiB": ["memory/peak_mb"]},
     }
 )
-"""TensorBoard's tab "Custom Scalars"."""
+"""The dashboard in TensorBoard's tab "Custom Scalars"."""
 
 CHECK_SEED = 2**31
-"""Added to the seed for the sequences of checks, which are then none of the training's."""
+"""Offset of the seed for the fresh sequences of checks, so that they differ from the training sequences."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; returns its exit status."""
+    """Runs the command and returns its exit status."""
     keep_freed_memory()
     with RunLock() as lock:
         return command(arguments, lock)
 
 
 def command(arguments: Sequence[str] | None, lock: RunLock) -> int:
-    """The command, which takes the lock of the run's directory; returns its exit status."""
+    """Runs the command with the lock of the run's directory and returns its exit status."""
     try:
         given = parse(TaskOptions, arguments, prog="train_tasks", description=__doc__ or "", as_given=as_given)
         training = prepare(plan_run(TaskOptions, given, lock), lock)
@@ -101,7 +102,7 @@ def command(arguments: Sequence[str] | None, lock: RunLock) -> int:
             return train(training, stop)
     except NonFiniteError as error:
         save(training)
-        going_on = f"to go on: --run-dir {training.run.path} --resume auto"
+        going_on = f"to resume: --run-dir {training.run.path} --resume auto"
         return report("train_tasks", ValueError(f"{error} (saved at update {training.updates}; {going_on})"))
     except OSError as error:
         return report("train_tasks", error)
@@ -112,17 +113,17 @@ def command(arguments: Sequence[str] | None, lock: RunLock) -> int:
 
 @dataclass
 class Counters:
-    """How far a run is; part of its checkpoint.
+    """The counters of a run; part of its checkpoint.
 
     Attributes:
-        sequences: of all lanes together, ended so far.
-        seconds: the run's time so far, over all sessions, checks included.
-        process_seconds: the same in CPU time of the process, which other work on the machine does not lengthen.
+        sequences: number of finished sequences in all lanes.
+        seconds: time of the run so far, over all sessions, checks included.
+        process_seconds: CPU time of the process so far, which does not depend on other load of the machine.
         curve: (update, length solved) at each length solved.
-        fresh_error: of the latest check, None before the first.
-        loss: 0-d, the loss of the sequence under way, nats (or squared error) summed over its steps so far.
-        steps: of the sequence under way that count, so far.
-        injected: [2], sum and number of the injected ratios that mean something.
+        fresh_error: error of the latest check on fresh sequences, None before the first.
+        loss: 0-d, the loss of the current sequence, nats (or squared error) summed over its steps so far.
+        steps: number of steps of the current sequence so far that count in the loss.
+        injected: [2], sum and number of the defined injected ratios.
         logged_at: update of the latest point of the curves.
     """
 
@@ -167,7 +168,7 @@ class Training:
         return self.trainer.steps
 
     def tick(self) -> None:
-        """Take the time since the last call into the counters."""
+        """Adds the time since the last call to the counters."""
         now, process_now = time.monotonic(), time.process_time()
         self.counters.seconds += now - self.clock
         self.counters.process_seconds += process_now - self.process_clock
@@ -175,7 +176,7 @@ class Training:
 
 
 def train(t: Training, stop: StopSignals) -> int:
-    """Step through the stream until the run is done, or until a signal; returns the exit status."""
+    """Trains until the run is done or a signal arrives, and returns the exit status."""
     windows = iter(t.stream)
     while t.updates < t.options.updates:
         step(t, next(windows))
@@ -184,7 +185,7 @@ def train(t: Training, stop: StopSignals) -> int:
             t.log.clear()
         if stop.received is not None:
             save(t)
-            t.progress.write_line(f"stopped at update {t.updates}; to go on: --run-dir {t.run.path} --resume auto")
+            t.progress.write_line(f"stopped at update {t.updates}; to resume: --run-dir {t.run.path} --resume auto")
             return stop.exit_status
         if time.monotonic() - t.saved_at > SAVE_SECONDS:
             save(t)
@@ -193,7 +194,7 @@ def train(t: Training, stop: StopSignals) -> int:
 
 
 def step(t: Training, window: Window) -> None:
-    """Train on one window; where a sequence ends with it, ask the curriculum."""
+    """Trains on one window. If it ends a sequence, updates the curriculum."""
     assert window.mask is not None
     assert window.ends is not None
     t.counters.steps += int(window.mask[:, 0].sum())
@@ -214,10 +215,10 @@ def step(t: Training, window: Window) -> None:
 
 
 def measurements(result: dni.StepResult, ended: bool) -> dict[str, Tensor]:
-    """What a step measured, by TensorBoard key; NaN where it means nothing.
+    """Returns the measurements of a step by TensorBoard key, NaN for values that are not defined.
 
-    A ratio to a gradient that is zero, as before the first step that counts, means nothing; nor does the injected ratio of a
-    window with which the sequence has ended, behind which there is nothing to inject.
+    A ratio to a zero gradient, as before the first step that counts, is not defined. The injected ratio of a window that
+    ends the sequence is not defined either, because nothing is injected after it.
     """
     values = {"gradient/norm": result.gradient_norm}
     if result.synthetic is None:
@@ -236,7 +237,7 @@ def measurements(result: dni.StepResult, ended: bool) -> dict[str, Tensor]:
 
 
 def end_sequence(t: Training) -> None:
-    """Score the sequence that has ended; where it looks solved, check on fresh ones, and raise the length."""
+    """Scores a finished sequence. If the length looks solved, checks it on fresh sequences and raises it."""
     error = t.task.error_of_loss * float(t.counters.loss) / t.counters.steps
     t.counters.loss, t.counters.steps = torch.zeros_like(t.counters.loss), 0
     t.counters.sequences += t.options.batch_size
@@ -252,12 +253,12 @@ def end_sequence(t: Training) -> None:
 
 
 def figures(t: Training) -> str:
-    """The latest figures in a few words."""
+    """Returns the latest figures as a short text."""
     return f"length {t.curriculum.solved} solved, {t.curriculum.stage.length} in training"
 
 
 def log_point(t: Training) -> None:
-    """A point of the curves."""
+    """Writes a point of the curves."""
     t.counters.logged_at = t.updates
     t.log.write(t.updates)
     began, updates = t.began_at
@@ -274,7 +275,7 @@ def log_point(t: Training) -> None:
 
 
 def save(t: Training) -> None:
-    """Write the last checkpoint; the log is flushed first, so that it never lacks an update that the checkpoint has."""
+    """Writes the last checkpoint. The log is flushed first, so it has every update that the checkpoint has."""
     t.tick()
     t.log.flush()
     content = {
@@ -292,18 +293,18 @@ def save(t: Training) -> None:
 
 
 def finish(t: Training) -> None:
-    """The end of a run: last point of the curves, checkpoint, summary."""
+    """Ends a run: last point of the curves, checkpoint and summary."""
     if t.counters.logged_at != t.updates:
         log_point(t)
     deciding = {name: value for name, value in config_of(t.options).items() if name not in t.options.MAY_CHANGE}
     t.log.hyperparameters(deciding, ["task/length", "speed/updates_per_second"])
     save(t)
     write_json(t.run.summary, summary(t))
-    t.progress.write_line(f"{t.updates} updates in {t.counters.seconds:.0f} s: {figures(t)}; all in {t.run.path}")
+    t.progress.write_line(f"{t.updates} updates in {t.counters.seconds:.0f} s: {figures(t)}; results in {t.run.path}")
 
 
 def summary(t: Training) -> dict[str, Any]:
-    """What summary.json holds; `length` is the length solved, `stage` the size and the repeats being trained."""
+    """Returns the content of summary.json. `length` is the length solved, `stage` the size and repeats in training."""
     total, count = t.counters.injected.tolist()
     return {
         **{name: getattr(t.options, name) for name in ("task", "seed", "model", "hidden", "bptt", "synthesizer")},
@@ -323,7 +324,7 @@ def summary(t: Training) -> dict[str, Any]:
 
 
 def prepare(plan: Plan[TaskOptions], lock: RunLock) -> Training:
-    """Build all parts of the run, and only then its directory; nothing is written where something is wrong."""
+    """Builds all parts of the run and then its directory. Nothing is written if an option is not valid."""
     options = resolve_options(plan.options)
     checkpoint = plan.checkpoint
     torch.set_num_threads(options.threads)
@@ -365,7 +366,7 @@ def prepare(plan: Plan[TaskOptions], lock: RunLock) -> Training:
 
 
 def build_trainer(options: TaskOptions, task: Task, model: VectorRNN, device: torch.device) -> dni.SequenceTrainer:
-    """The trainer of the options, with its optimizers; a window's loss is the sum over time and the mean over lanes."""
+    """Returns the trainer with its optimizers. A window's loss is the sum over time and the mean over lanes."""
     chosen = resolve(options, options.bptt)
     example = model.initial_state(1)
     model.native_steps = native_up_to(state_products(chosen))
@@ -406,7 +407,7 @@ def restore(
     fresh: torch.Generator,
     device: torch.device,
 ) -> Counters:
-    """Put trainer, stream, curriculum and random generators where a checkpoint was."""
+    """Restores trainer, stream, curriculum and random generators from a checkpoint and returns its counters."""
     trainer.load_state_dict(checkpoint["trainer"], stream.lanes)
     stream.load_state_dict(checkpoint["stream"])
     curriculum.load_state_dict(checkpoint["curriculum"])

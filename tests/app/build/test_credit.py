@@ -90,7 +90,7 @@ def test_the_published_recipe_consumes_a_tenth_in_both_places():
     synthesizer, _, _ = made(synthesizer="paper")
     settings = trainer_settings(CreditOptions(synthesizer="paper"))
     rule = rule_of(synthesizer, settings["synthetic_scale"], settings["discount"])
-    assert (rule.own, rule.following, rule.weights) == ([1.0], [[0.1]], [0.1])
+    assert (rule.local, rule.bootstrap, rule.injection) == ([1.0], [[0.1]], [0.1])
 
 
 @pytest.mark.parametrize("kind", LEARNED)
@@ -120,9 +120,9 @@ def test_horizons_and_a_tail_can_be_added_to_the_published_recipe():
     synthesizer, state, ahead = made(synthesizer="paper", horizons=2, tail=True)
     assert len(predict(synthesizer, state, ahead)) == 3
     rule = rule_of(synthesizer, 0.5, 0.1)
-    assert rule.own == [1.0, 0.0, 0.0]
-    assert rule.following == [[0.0, 0.0, 0.0], [1.0, 0.0, 0.0], [0.0, 1.0, 0.1]]
-    assert rule.weights == pytest.approx([0.5, 0.05, 0.005])
+    assert rule.local == [1.0, 0.0, 0.0]
+    assert rule.bootstrap == [[0.0, 0.0, 0.0], [1.0, 0.0, 0.0], [0.0, 1.0, 0.1]]
+    assert rule.injection == pytest.approx([0.5, 0.05, 0.005])
 
 
 def test_every_name_is_built_or_none():
@@ -145,13 +145,13 @@ def test_what_messages_are_by_default_and_when_asked(kind):
         built(build(CreditOptions, {"synthesizer": kind, "synthesizer_layers": 0, "lookahead": 0}))
 
 
-def test_the_exact_futures_tail_is_the_model_of_the_steps_ahead():
+def test_the_exact_futures_tail_is_the_future_model():
     tail = built(build(CreditOptions, {"synthesizer": "exact", "tail": True})).tail
     assert isinstance(tail, dni.FutureGradient)
     assert (tail.network.horizons, tail.model.steps) == (1, BPTT)
 
 
-def test_what_is_fitted_is_clipped_and_what_learns_ahead_is_not():
+def test_what_is_fitted_is_clipped_and_what_is_self_supervised_is_not():
     def clip(**given):
         chosen = resolve(build(CreditOptions, {"synthesizer": "multi-horizon"} | given), BPTT)
         return trainer_settings(chosen)["synthesizer_clip"]
@@ -175,7 +175,7 @@ def test_what_needs_no_targets_computes_few():
 
 
 @pytest.mark.parametrize("kind", ["state", "multi-horizon"])
-def test_the_model_of_what_is_ahead(kind):
+def test_the_future_model(kind):
     """There by default, unless it has nothing ahead, or no targets of one unit beside it."""
 
     def sizes(outputs: int = 2, **given: Any) -> list[tuple[int, int]]:
@@ -190,7 +190,7 @@ def test_the_model_of_what_is_ahead(kind):
         sizes(normalize=False, future_units=8)
 
 
-def test_the_rarest_of_many_entries_are_one_to_the_model_of_what_is_ahead():
+def test_the_rarest_of_many_entries_are_one_to_the_future_model():
     """As though each of them were the same word, where it is read and where it is predicted."""
     many, max_classes = 30, 25
     last = max_classes - 1

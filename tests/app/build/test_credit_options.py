@@ -29,7 +29,7 @@ HINDRANCES = {
 
 
 @pytest.mark.parametrize("name", HINDRANCES)
-def test_where_the_model_of_the_steps_ahead_cannot_give_messages(name):
+def test_where_the_future_model_cannot_give_messages(name):
     """By default they are fitted there; asked for all the same, the text says what is in the way."""
     given = {"synthesizer": "multi-horizon"} | HINDRANCES[name]
     assert resolve(build(CreditOptions, given), BPTT).fit == ("descent" if name == "no-normalize" else "least-squares")

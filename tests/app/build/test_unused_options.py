@@ -102,7 +102,7 @@ def same(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
 
 
 @pytest.mark.parametrize("base", BASES)
-def test_what_is_said_to_have_no_effect_has_none_and_all_else_has_one(base):
+def test_what_is_reported_to_have_no_effect_has_none_and_all_else_has_one(base):
     wrong = []
     for name, value in (CHANGES | PAPER if BASES[base].get("synthesizer") == "paper" else CHANGES).items():
         given = BASES[base] | {name: value}
@@ -128,7 +128,7 @@ def test_defaults_are_not_remarked_on():
         assert remarks(options, BPTT) == []
 
 
-def test_why_messages_are_fitted_is_said():
+def test_why_messages_are_fitted_is_reported():
     options = with_default_sizes(build(LanguageModelOptions, SMALL | {"target_network": 5}))
     assert [line for line in remarks(options, BPTT) if line.startswith("messages are regressed")]
     assert not remarks(with_default_sizes(build(LanguageModelOptions, SMALL | {"fit": "least-squares"})), BPTT)

@@ -154,7 +154,7 @@ def test_mnist_is_read_from_the_hub(tmp_path):
     assert done.stdout == "[4, 9, 1] [7] [80, 180, 20]\n", done.stderr
 
 
-def test_what_is_missing_is_said(monkeypatch):
+def test_missing_parts_are_reported(monkeypatch):
     def absent(name):
         raise metadata.PackageNotFoundError(name)
 
@@ -237,7 +237,7 @@ def test_a_synthetic_input_does_not_see_the_label():
     ],
 )
 @pytest.mark.parametrize("make", [feedforward.mlp, feedforward.cnn])
-def test_networks_are_checked_at_the_door(make, settings, match):
+def test_networks_are_checked_at_construction(make, settings, match):
     with pytest.raises(ValueError, match=match):
         make(**settings)
 
@@ -399,7 +399,7 @@ def test_the_tables_are_written_between_their_marks(tmp_path, capsys):
         assert "7.0 (1)" in text
 
 
-def test_a_killed_study_goes_on(table_of_digits, tmp_path, monkeypatch):
+def test_a_killed_study_resumes(table_of_digits, tmp_path, monkeypatch):
     settings = {"epochs": 1, "hidden": 4, "layers": 2}
     runs = [feedforward_table.Run("depth", "backprop", settings | {"seed": seed}) for seed in range(2)]
     results = tmp_path / "results.jsonl"

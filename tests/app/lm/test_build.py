@@ -24,7 +24,7 @@ def test_settled_options_are_complete():
     assert settled.bptt == DEFAULTS["char"]["bptt"]
 
 
-def test_word_level_is_the_seeds_setting():
+def test_word_level_is_dni_pytorchs_setting():
     settled = resolve_options(LanguageModelOptions(tokenizer="word"), open_corpus())
     setting = ("model", "layers", "hidden", "embed", "tied", "batch_size", "bptt", "dropout", "lr", "clip", "epochs", "seed")
     assert [getattr(settled, name) for name in setting] == ["lstm", 2, 200, 200, False, 20, 5, 0.2, 1e-3, 0.25, 6, 1111]
@@ -37,7 +37,7 @@ def test_what_is_given_stays():
     assert settled.epochs is None
 
 
-def test_the_configuration_leaves_out_what_is_of_the_call():
+def test_the_configuration_omits_what_is_of_the_call():
     config = config_of(LanguageModelOptions(run_dir="runs/a", resume="auto"))
     assert not {"run_dir", "resume", "eval_only"} & set(config)
     assert {
@@ -53,7 +53,7 @@ def test_dtypes(dtype):
     assert lm.autocast_of(options) == (torch.bfloat16 if dtype == "bfloat16" else None)
 
 
-def test_a_dtype_that_the_processor_lacks_is_refused_at_the_door():
+def test_a_dtype_that_the_processor_lacks_is_refused_at_construction():
     options = LanguageModelOptions(model="lstm", dtype="bfloat16", **TINY)
     model = lm.build_model(dataclasses.replace(options, dtype="float32"), 9, CPU)
     try:

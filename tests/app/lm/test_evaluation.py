@@ -45,7 +45,7 @@ def test_the_score_is_the_mean_over_all_tokens(length):
     assert score.word_ppl == pytest.approx(math.exp(2 * expected), rel=1e-12)
 
 
-def test_a_lane_that_ends_starts_anew():
+def test_a_lane_that_ends_starts_again_from_the_initial_state():
     model = model_of()
     text = torch.randint(V, (4, B))
     once = evaluate(model, windows_of(text, 3))

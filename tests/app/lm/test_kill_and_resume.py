@@ -119,7 +119,7 @@ def test_a_run_that_diverges_stops_with_a_diagnosis_and_a_whole_checkpoint(small
     assert saved["trainer"]["skipped"]["in_a_row"] == 10
 
 
-def test_a_sparse_embedding_is_resumed_to_the_bit(small):
+def test_a_sparse_embedding_is_resumed_bit_identically(small):
     main, options = small
     options = [*options, "--sparse-embedding"]
     assert main([*options, "--max-steps", "60"]) == 0
@@ -132,7 +132,7 @@ def test_a_sparse_embedding_is_resumed_to_the_bit(small):
 
 
 @pytest.mark.parametrize("more", [(), ("--sparse-embedding",)])
-def test_steps_left_out_are_on_the_curve_and_not_in_its_averages(small, more, monkeypatch):
+def test_skipped_steps_are_on_the_curve_and_not_in_its_averages(small, more, monkeypatch):
     _, options = small
     options = [*options, *more]
     losses = build_trainer.token_losses

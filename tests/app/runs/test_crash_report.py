@@ -9,7 +9,7 @@ import torch
 from dni_seq.app.runs.crash_report import report_crash, versions
 
 
-def test_what_ends_well_or_on_purpose_is_left_alone(capsys):
+def test_what_ends_well_or_on_purpose_is_untouched(capsys):
     assert [report_crash(lambda status=status: status) for status in (0, 2, 130)] == [0, 2, 130]
     assert capsys.readouterr() == ("", "")
 

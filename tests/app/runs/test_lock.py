@@ -40,7 +40,7 @@ def test_a_second_process_is_refused_with_the_first_ones_number(tmp_path, holder
         lock.take(tmp_path)
 
 
-def test_sigkill_leaves_no_lock_behind(tmp_path, holder):
+def test_sigkill_leaves_no_lock(tmp_path, holder):
     os.kill(holder.pid, signal.SIGKILL)
     holder.wait()
     assert (tmp_path / LOCK_NAME).is_file()

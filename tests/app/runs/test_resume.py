@@ -56,20 +56,20 @@ def test_auto_begins_where_there_is_no_run(tmp_path):
     assert not (tmp_path / "new").exists()
 
 
-def test_auto_goes_on_with_the_runs_own_options(run):
+def test_auto_resumes_with_the_runs_own_options(run):
     plan = plan_run(Options, {"run_dir": str(run.path), "resume": "auto", "epochs": 9})
     assert (plan.options.bptt, plan.options.epochs) == (7, 9)
     assert plan.checkpoint["steps"] == 3
 
 
-def test_auto_begins_again_where_no_checkpoint_was_written_yet(run):
+def test_auto_starts_again_where_no_checkpoint_was_written_yet(run):
     run.last.unlink()
     plan = plan_run(Options, {"run_dir": str(run.path), "resume": "auto"})
     assert plan.options.bptt == 7
     assert plan.checkpoint is None
 
 
-def test_a_path_goes_on_from_that_checkpoint_in_its_own_directory(run):
+def test_a_path_resumes_from_that_checkpoint_in_its_own_directory(run):
     plan = plan_run(Options, {"resume": str(run.best)})
     assert plan.checkpoint["steps"] == 2
     assert plan.run.path == run.path

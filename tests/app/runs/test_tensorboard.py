@@ -62,7 +62,7 @@ def test_half_precision_is_summed_in_float32(tmp_path):
     assert log.mean("train/loss") == 1.0
 
 
-def test_averages_go_on_from_a_checkpoint(tmp_path):
+def test_averages_resume_from_a_checkpoint(tmp_path):
     whole, first, second = (RunLog(tmp_path / name) for name in ("whole", "first", "second"))
     losses = [torch.tensor(value) for value in (0.1, 0.7, 0.3)]
     for loss in losses:
@@ -76,7 +76,7 @@ def test_averages_go_on_from_a_checkpoint(tmp_path):
         log.close()
 
 
-def test_a_resumed_run_hides_what_was_logged_behind_its_checkpoint(tmp_path):
+def test_a_resumed_run_hides_what_was_logged_after_its_checkpoint(tmp_path):
     killed = RunLog(tmp_path)
     for step in range(1, 6):
         killed.scalars(step, {"train/loss": step})

@@ -68,7 +68,7 @@ def test_without_matplotlib_it_says_what_to_install(two_runs, monkeypatch, capsy
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_run_that_goes_on_shows_its_best_so_far(two_runs, capsys, tmp_path):
+def test_a_run_that_resumes_shows_its_best_so_far(two_runs, capsys, tmp_path):
     shutil.copytree(two_runs / "none", tmp_path / "unfinished")
     (tmp_path / "unfinished" / "summary.json").unlink()
     assert compare_runs.main([str(tmp_path / "unfinished"), str(two_runs / "none")]) == 0

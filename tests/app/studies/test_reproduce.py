@@ -67,7 +67,7 @@ ALL = [
 
 
 @pytest.mark.parametrize("arguments", ALL, ids=" ".join)
-def test_every_cell_can_be_built(arguments):
+def test_every_trial_can_be_built(arguments):
     """The commands take their options, a trainer takes what comes of them, and no two cells are the same."""
     found = trials(*arguments, *(() if "--tune" in arguments else RATES))
     assert (
@@ -97,7 +97,7 @@ def test_every_cell_can_be_built(arguments):
         ).check()
 
 
-def test_the_cells_of_a_table():
+def test_the_trials_of_a_table():
     found = trials("table1", "--task", "ptb", "--bptt", "1", "8", "--seeds", "2", *RATES)
     assert [(c.about["seed"], c.about["bptt"]) for c in found] == [(s, t) for s in (0, 1) for t in (1, 8) for _ in range(5)]
     assert all(trial.script == "train_lm" and trial.options["max_tokens"] == 2_000_000 for trial in found)
@@ -153,7 +153,7 @@ def _rates(rates: tuple) -> dict[str, Any]:
     return {"lr": lr, "hidden": 256, "batch_size": 32} | ({} if second is None else {"synthesizer_lr": second})
 
 
-def test_a_cell_has_the_rates_of_the_nearest_tuned_window():
+def test_a_trial_has_the_rates_of_the_nearest_tuned_window():
     lines = tuned("none", 1, (1e-3, None)) + tuned("none", 4, (2e-3, None)) + tuned("paper", 4, (1e-3, 3e-4))
     arguments = ("table1", "--task", "copy", "--bptt", "1", "3", "8", "--seeds", "1", "--synthesizer", "none", "paper")
     found = {(c.about["column"], c.about["bptt"]): c.options for c in trials(*arguments, lines=lines)}
@@ -163,7 +163,7 @@ def test_a_cell_has_the_rates_of_the_nearest_tuned_window():
     assert trials(*arguments, *RATES, lines=lines)[0].options["lr"] == 1e-3
 
 
-def test_a_cell_has_the_rates_of_as_many_horizons():
+def test_a_trial_has_the_rates_of_as_many_horizons():
     """A grid at T = 1 with two horizons, as they were there once, is the nearest one to T = 2, which has two."""
     two, four = tuned("multi-horizon", 1, (2e-3, 1e-3)), tuned("multi-horizon", 1, (4e-3, 3e-4))
     for each in four:

@@ -35,7 +35,7 @@ def run(study, trials, minutes=lambda trial: 1.0, limit=None) -> Outcome:
     return study.run(trials, minutes, limit, StopSignals())
 
 
-def test_each_cell_is_a_line_once(study):
+def test_each_trial_is_a_line_once(study):
     good = trial(
         1, updates=30, synthesizer="multi-horizon", regress_every=2, fidelity_every=7, synthetic_scale="0.5", start=3
     )
@@ -64,7 +64,7 @@ def test_each_cell_is_a_line_once(study):
     assert len(read_lines(study.results)) == 1
 
 
-def test_a_stopped_cell_goes_on_where_it_was(study):
+def test_a_stopped_trial_resumes_where_it_was(study):
     """One vector is learned within 120 updates at this rate, which the log tells: then the cell is stopped."""
     learning = {"bptt": 4, "hidden": 32, "batch_size": 32, "lr": 0.02, "updates": 500, "synthesizer": "none"}
     one, other = trial(1, **learning), trial(2, **learning)
@@ -96,7 +96,7 @@ def test_a_stopped_cell_goes_on_where_it_was(study):
     assert line["result"]["length"] == line["curve"][-1][1]
 
 
-def test_a_cell_is_locked_as_long_as_its_process_lives(study):
+def test_a_trial_is_locked_as_long_as_its_process_lives(study):
     """Be the study gone that started it."""
     study.scratch.mkdir()
     only = trial(1, updates=10_000, synthesizer="none")
@@ -110,7 +110,7 @@ def test_a_cell_is_locked_as_long_as_its_process_lives(study):
     lock.close()
 
 
-def test_no_cell_is_begun_that_would_come_too_late(study):
+def test_no_trial_starts_that_would_end_too_late(study):
     trials = [trial(seed, updates=10, synthesizer="none") for seed in range(3)]
     assert run(study, trials, minutes=lambda trial: 2.0, limit=1.0) == Outcome(out_of_time=3)
     assert list(study.scratch.iterdir()) == []

@@ -161,7 +161,7 @@ def test_a_length_that_is_solved_is_raised(main, tmp_path):
 
 
 @pytest.mark.parametrize(("synthesizer", "bptt", "updates", "stopped"), [("none", 4, 120, 91), ("multi-horizon", 2, 60, 31)])
-def test_a_run_goes_on_to_the_bit(synthesizer, bptt, updates, stopped, main, tmp_path):
+def test_a_run_resumes_bit_identically(synthesizer, bptt, updates, stopped, main, tmp_path):
     """Stopped within a sequence with the log half filled; without a synthesizer, after a length was raised."""
     common = ["--task", "copy", "--bptt", str(bptt), "--lr", "0.02", "--hidden", "32", "--device", "cpu"]
     common += ["--synthesizer", synthesizer, "--fidelity-every", "7", "--synthetic-scale", "auto"]
