@@ -30,7 +30,7 @@ from dni_seq.credit.nonfinite_policy import NonFinitePolicy, diagnose
 from dni_seq.credit.replay import RecordedWindow
 from dni_seq.credit.results import StepResult
 from dni_seq.credit.synthetic_gradient import SyntheticCredit, without_chain
-from dni_seq.credit.window_runner import WindowRunner, ahead_of_window
+from dni_seq.credit.window_runner import WindowRunner, lookahead_at_start
 from dni_seq.distributed.data_parallel import DataParallel
 from dni_seq.interfaces.exchange import ScopeExchange
 
@@ -162,7 +162,7 @@ class SequenceTrainer:
         self.nonfinite = NonFinitePolicy(skip_limit)
         self._stepped = False
         self._buffers = TensorSnapshot(buffers_of([model]))
-        self._alone = ReentrancyGuard(
+        self._reentrancy_guard = ReentrancyGuard(
             "step was called while another step of this trainer is running: use one trainer per thread"
         )
 
@@ -210,22 +210,22 @@ class SequenceTrainer:
             RuntimeError: another step of this trainer is running.
         """
         self.runner.check_window(inputs, targets, ends)
-        with self._alone:
+        with self._reentrancy_guard:
             start = self._start(inputs, inputs.shape[self.runner.batch_dim])
             randomness = RNGState.now(inputs.device)
             self._buffers.keep()
             if self.credit is not None:
                 self.credit.keep()
             # An optimizer that cannot step (LBFGS, sparse gradients, memory for moments) fails at its first step: copy all.
-            whole = None if self._stepped else self._whole()
+            snapshot = None if self._stepped else self._full_snapshot()
             try:
                 result = self._step(RecordedWindow(inputs, targets, mask, ends, start, None), lookahead)
             except NonFiniteError:
                 raise
             except BaseException:
                 self._undo()
-                if whole is not None:
-                    whole.restore()
+                if snapshot is not None:
+                    snapshot.restore()
                 randomness.restore()
                 raise
             self._stepped = True
@@ -237,7 +237,7 @@ class SequenceTrainer:
         credit = self.credit
         context = None
         if lookahead is not None and credit is not None and credit.looks_back:
-            context = ahead_of_window(inputs, targets, mask, lookahead)
+            context = lookahead_at_start(inputs, targets, mask, lookahead)
         self._zero_gradients()
         with defer_backward() as scope:
             trigger = states.detach(start) if credit is None or start is None else credit.make_trigger(start, context)
@@ -261,7 +261,7 @@ class SequenceTrainer:
             return self._skip_step(window, result)
         last = states.detach_clone(last)
         # Everything that may fail runs before the optimizers' steps, which cannot be undone.
-        following = self.runner.reset(last if self._decided_here(good, start) else select_where(good, last, start), ends)
+        next_state = self.runner.reset(last if self._decided_here(good, start) else select_where(good, last, start), ends)
         synthetic = None
         if credit is not None and exchange is not None:
             past = None if start is None else window._replace(context=context)
@@ -270,7 +270,7 @@ class SequenceTrainer:
         if not self._decided_here(good, start):
             self._buffers.restore_unless(good)
         self.nonfinite.count(good)
-        self.state = following
+        self.state = next_state
         self.steps += 1
         return result._replace(synthetic=synthetic, events=self._events(window, result))
 
@@ -285,20 +285,20 @@ class SequenceTrainer:
             NonFiniteError: `skip_limit` windows in a row were skipped.
         """
         where = self._diagnose(window, result)
-        following = window.start
-        if following is not None:
-            broken = broken_lanes(following, self.runner.state_batch_dim)
-            following = self.runner.reset(self.runner.reset(following, broken), window.ends)
+        next_state = window.start
+        if next_state is not None:
+            broken = broken_lanes(next_state, self.runner.state_batch_dim)
+            next_state = self.runner.reset(self.runner.reset(next_state, broken), window.ends)
         self._undo()
         if self.credit is not None:
             self.credit.skip_step(broken_auxiliary=self._auxiliary_broken(result))
-        self.state = following
+        self.state = next_state
         self.steps += 1
         self.nonfinite.count_skipped(result.skipped, self.steps, where)
         events = [f"step {self.steps} skipped; first NaN or infinity in {where}"]
         return result._replace(events=(*events, *self._credit_events()))
 
-    def _whole(self) -> TrainingSnapshot:
+    def _full_snapshot(self) -> TrainingSnapshot:
         """Returns a copy of all parameters, buffers and optimizer states."""
         modules = [self.model, *(self.credit.modules if self.credit is not None else ())]
         return TrainingSnapshot(

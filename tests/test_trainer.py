@@ -11,7 +11,7 @@ from torch import nn
 
 import dni_seq as dni
 from dni_seq.core import states
-from dni_seq.credit.window_runner import ahead_of_window
+from dni_seq.credit.window_runner import lookahead_at_start
 from dni_seq.synthesizers.base import Regression, predict
 from tests import problems, reference
 
@@ -308,14 +308,14 @@ def test_the_first_state_sees_the_windows_own_steps_and_those_after_it():
     mask = torch.tensor([[True, True], [False, True], [True, False]])
     valid = torch.tensor([[True, False], [True, False]])
     behind = dni.Lookahead(inputs[:2] + 10, inputs[:2] + 20, valid, None)
-    ahead = ahead_of_window(
+    ahead = lookahead_at_start(
         inputs, inputs + 5, mask, dni.Lookahead(*(torch.cat([field, field]) for field in behind[:3]), None)
     )
     assert ahead.inputs[:, 0].tolist() == [0, 1, 2, 10]
     assert ahead.targets[:, 0].tolist() == [5, 6, 7, 20]
     assert ahead.valid.tolist() == [[True, True]] * 3 + [[True, False]]
     assert ahead.mask.tolist() == [*mask.tolist(), [True, False]]
-    assert ahead_of_window(inputs, inputs + 5, None, behind).mask.all()
+    assert lookahead_at_start(inputs, inputs + 5, None, behind).mask.all()
 
 
 def test_mask_counts_its_steps_alone():

@@ -63,10 +63,10 @@ def next_steps(context: Any, steps: int) -> Lookahead:
     return context if len(context.inputs) == steps else context.span(0, steps)
 
 
-def check_unreduced(losses: Tensor, ahead: Lookahead) -> None:
-    """Raises a ValueError if `losses` are not unreduced, one for each step and lane of `ahead`, [m, B]."""
-    if losses.shape != ahead.valid.shape:
-        raise ValueError(f"loss_fn must return unreduced losses {list(ahead.valid.shape)}, got {list(losses.shape)}")
+def check_unreduced(losses: Tensor, lookahead: Lookahead) -> None:
+    """Raises a ValueError if `losses` are not unreduced, one for each step and lane of `lookahead`, [m, B]."""
+    if losses.shape != lookahead.valid.shape:
+        raise ValueError(f"loss_fn must return unreduced losses {list(lookahead.valid.shape)}, got {list(losses.shape)}")
 
 
 def step_weight(reduction: Reduction, window: int, lanes: int) -> float:
@@ -121,35 +121,35 @@ def with_lookahead(windows: Iterable[Window], steps: int) -> Iterator[Window]:
     if steps < 0:
         raise ValueError(f"lookahead must be 0 or more steps, got {steps}")
     source = iter(windows)
-    ahead: deque[Window] = deque()
+    pending: deque[Window] = deque()
     for window in source:
-        ahead.append(window)
-        while sum(len(w.inputs) for w in list(ahead)[1:]) >= steps:
-            yield _attach(ahead, steps)
-            ahead.popleft()
-            if not ahead:
+        pending.append(window)
+        while sum(len(w.inputs) for w in list(pending)[1:]) >= steps:
+            yield _attach(pending, steps)
+            pending.popleft()
+            if not pending:
                 break
-    while ahead:
-        yield _attach(ahead, steps)
-        ahead.popleft()
+    while pending:
+        yield _attach(pending, steps)
+        pending.popleft()
 
 
-def _attach(ahead: deque[Window], steps: int) -> Window:
-    """Returns the first window of `ahead`, with its lookahead read from the windows after it."""
-    first, *behind = ahead
+def _attach(pending: deque[Window], steps: int) -> Window:
+    """Returns the first window of `pending`, with its lookahead read from the windows after it."""
+    first, *after = pending
     lanes = first.inputs.shape[1]
     alive = ~first.ends if first.ends is not None else torch.ones(lanes, dtype=torch.bool)
     alive = alive.to(first.inputs.device)
     valid, masks = [], []
-    for window in behind:
+    for window in after:
         valid.append(alive.expand(len(window.inputs), lanes))
         masks.append(counted(window))
         if window.ends is not None:
             alive = alive & ~window.ends
     return first._replace(
         lookahead=Lookahead(
-            inputs=_first_steps([w.inputs for w in behind], steps, first.inputs),
-            targets=_first_steps([w.targets for w in behind], steps, first.targets),
+            inputs=_first_steps([w.inputs for w in after], steps, first.inputs),
+            targets=_first_steps([w.targets for w in after], steps, first.targets),
             valid=_first_steps(valid, steps, counted(first)),
             mask=_first_steps(masks, steps, counted(first)),
         )

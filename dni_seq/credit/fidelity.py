@@ -169,9 +169,9 @@ def bptt_gradients(runner: WindowRunner, windows: Sequence[RecordedWindow]) -> l
         gradients: list[Tensor | None] = [None]
         if len(windows) > 1:
             state = runner.reset(last, windows[0].ends)
-            behind = [windows[1]._replace(start=states.detach(state)), *windows[2:]]
+            after = [windows[1]._replace(start=states.detach(state)), *windows[2:]]
             roots += states.floating(state)
-            gradients += exact_gradients(runner, behind, 1)[0]
+            gradients += exact_gradients(runner, after, 1)[0]
         pairs = [(root, gradient) for root, gradient in zip(roots, gradients, strict=True) if root.requires_grad]
         found: Any = torch.autograd.grad(
             [root for root, _ in pairs], parameters, [gradient for _, gradient in pairs], allow_unused=True

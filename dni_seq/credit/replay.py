@@ -66,13 +66,13 @@ def exact_gradients(
     Returns:
         One list for each gradient: raw gradients of the state's floating-point leaves.
     """
-    alone = len(windows) if horizons is None else horizons - 1
+    separate = len(windows) if horizons is None else horizons - 1
     with _unrolled(runner, windows) as (leaves, losses):
-        found = [_gradient([loss], leaves, [None], keep=True) for loss in losses[:alone]]
-        behind = losses[alone:]
-        if behind:
-            weights: list[Tensor | None] = [loss.new_full((), discount**n) for n, loss in enumerate(behind)]
-            found.append(_gradient(behind, leaves, weights, keep=False))
+        found = [_gradient([loss], leaves, [None], keep=True) for loss in losses[:separate]]
+        after = losses[separate:]
+        if after:
+            weights: list[Tensor | None] = [loss.new_full((), discount**n) for n, loss in enumerate(after)]
+            found.append(_gradient(after, leaves, weights, keep=False))
         return found
 
 
@@ -126,7 +126,7 @@ def lambda_targets(
     return found[::-1]
 
 
-def _targets(runner: WindowRunner, window: RecordedWindow, following: list[State], rule: TargetRule) -> list[State]:
+def _targets(runner: WindowRunner, window: RecordedWindow, next_messages: list[State], rule: TargetRule) -> list[State]:
     """Returns one target for each horizon at one window's first state; the window's graph is freed afterwards."""
     targets = []
     with without_parameter_gradients(runner.model), torch.enable_grad():
@@ -138,7 +138,7 @@ def _targets(runner: WindowRunner, window: RecordedWindow, following: list[State
             gradients: list[Tensor | None] = [loss.new_full((), own)] if own else []
             if any(shares):
                 roots += states.floating(last)
-                gradients += combine(following, shares)
+                gradients += combine(next_messages, shares)
             found = _gradient(roots, states.floating(start), gradients, keep=True)
             targets.append(states.with_floating(window.start, found))
     return targets

@@ -94,7 +94,7 @@ class SyntheticCredit:
         self._modules = (synthesizer, auxiliary)
         self._fresh = TrainingSnapshot(self._modules, [])
         self._buffers = TensorSnapshot(buffers_of(self._modules))
-        self._whole: TrainingSnapshot | None = None
+        self._full_snapshot: TrainingSnapshot | None = None
         self._largest = self.interface.largest
         self._bad = SkipCounter()
         self._events: list[str] = []
@@ -180,8 +180,8 @@ class SyntheticCredit:
         self._steps += 1
         if self.disabled:
             window = None
-        if window is not None and self._runs_again():
-            self._whole = TrainingSnapshot(self._modules, [self.optimizer])
+        if window is not None and self._replay_is_due():
+            self._full_snapshot = TrainingSnapshot(self._modules, [self.optimizer])
         if exchange.regressions:
             regression = exchange.regressions[0]
             norm, valid = self._step_optimizer(regression.loss, self.interface.valid, self._buffers)
@@ -214,7 +214,7 @@ class SyntheticCredit:
             fidelity=measured,
         )
 
-    def _runs_again(self) -> bool:
+    def _replay_is_due(self) -> bool:
         """Returns whether windows are replayed after this one: that may fail after the synthesizer has been stepped."""
         every = self.settings.fidelity_every
         due = self._probe.messages is not None or (every > 0 and self._steps % every == 0)
@@ -238,13 +238,13 @@ class SyntheticCredit:
         teacher = self._target_network or self.synthesizer
         scale = 1.0 if self.settings.scale == "auto" else self.settings.scale
         rule = rule_of(self.synthesizer, scale, self.settings.discount)
-        behind = self.interface.messages(last, last_context, teacher)
+        after = self.interface.messages(last, last_context, teacher)
         if window.ends is not None:
-            behind = [zero_ended_lanes(message, window.ends, self.runner.state_batch_dim) for message in behind]
+            after = [zero_ended_lanes(message, window.ends, self.runner.state_batch_dim) for message in after]
         targets = lambda_targets(
             self.runner,
             windows,
-            behind,
+            after,
             rule,
             lambda past: self.interface.messages(past.start, past.context, teacher),
             self.settings.lam,
@@ -252,12 +252,12 @@ class SyntheticCredit:
         for past, target in zip(windows, targets, strict=True):
             if self.optimizer is not None:
                 self.optimizer.zero_grad()
-            kept = TensorSnapshot(buffers_of(self._modules)).keep()
+            buffers = TensorSnapshot(buffers_of(self._modules)).keep()
             regression = self.interface.regress(past.start, past.context, list(target))
             if self.parallel is not None:
                 regression = self.divided(regression)
                 self.parallel.sum_gradients(self.synthesizer.parameters(), regression)
-            norm, valid = self._step_optimizer(regression.loss, valid, kept)
+            norm, valid = self._step_optimizer(regression.loss, valid, buffers)
         return regression, norm, valid
 
     def divided(self, regression: Regression) -> Regression:
@@ -266,10 +266,10 @@ class SyntheticCredit:
         self.parallel.divide_gradients(self.synthesizer.parameters())
         return Regression(*(number / self.parallel.size for number in regression))
 
-    def _step_optimizer(self, loss: Tensor, valid: Tensor, kept: TensorSnapshot) -> tuple[Tensor, Tensor]:
+    def _step_optimizer(self, loss: Tensor, valid: Tensor, buffers: TensorSnapshot) -> tuple[Tensor, Tensor]:
         """Steps the synthesizer's optimizer if `valid` is true and the loss and the gradient norm are finite.
 
-        Otherwise parameters and moments do not change, and buffers are restored from `kept`.
+        Otherwise parameters and moments do not change, and the tensors in `buffers` are restored.
         Returns the gradient norm, and whether the step was valid, 0-d bool.
         """
         if self.optimizer is None:
@@ -278,9 +278,9 @@ class SyntheticCredit:
         valid = valid & both_finite(loss, norm)
         clipped_step(self.optimizer, self.settings.clip, norm, valid)
         if not nonfinite.readable_without_sync(valid):
-            kept.restore_unless(valid)
+            buffers.restore_unless(valid)
         elif not valid:
-            kept.restore()
+            buffers.restore()
         return norm, valid
 
     def _check_divergence(self, valid: Tensor) -> None:
@@ -321,7 +321,7 @@ class SyntheticCredit:
         """Prepares a window: sets its rule, and records what `undo` restores."""
         self.rule = self._rule()
         self._buffers.keep()
-        self._whole = None
+        self._full_snapshot = None
         self._before = self._remember()
         self._largest = self.interface.largest
 
@@ -341,8 +341,8 @@ class SyntheticCredit:
 
     def undo(self) -> None:
         """Restores everything that has changed since `keep`, except one optimizer step outside of replays."""
-        if self._whole is not None:
-            self._whole.restore()
+        if self._full_snapshot is not None:
+            self._full_snapshot.restore()
         self._buffers.restore()
         vars(self).update(self._before)
         self.interface.largest = self._largest

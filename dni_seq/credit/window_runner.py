@@ -156,14 +156,14 @@ def window_loss(losses: Tensor, mask: Tensor | None, reduction: Reduction) -> Te
     return losses.sum() / losses.shape[1] if reduction == "lane-mean" else losses.sum()
 
 
-def ahead_of_window(inputs: Tensor, targets: Tensor, mask: Tensor | None, lookahead: Lookahead) -> Lookahead:
+def lookahead_at_start(inputs: Tensor, targets: Tensor, mask: Tensor | None, lookahead: Lookahead) -> Lookahead:
     """Returns the lookahead at the window's first state: the next m steps, in the window and in its own lookahead."""
     steps = len(lookahead.inputs)
     counts = torch.ones_like(lookahead.valid[:1]).expand(len(inputs), -1) if mask is None else mask
-    behind = lookahead.valid if lookahead.mask is None else lookahead.mask
+    after = lookahead.valid if lookahead.mask is None else lookahead.mask
     return Lookahead(
         inputs=torch.cat([inputs, lookahead.inputs])[:steps],
         targets=torch.cat([targets, lookahead.targets])[:steps],
         valid=torch.cat([torch.ones_like(counts), lookahead.valid])[:steps],
-        mask=torch.cat([counts, behind])[:steps],
+        mask=torch.cat([counts, after])[:steps],
     )

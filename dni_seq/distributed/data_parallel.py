@@ -56,16 +56,16 @@ class DataParallel:
             ValueError: B is not a multiple of the number of ranks.
         """
         mine = self.lanes(window.inputs.shape[1])
-        ahead = window.lookahead
-        if ahead is not None:
-            mask = None if ahead.mask is None else ahead.mask[:, mine]
-            ahead = Lookahead(ahead.inputs[:, mine], ahead.targets[:, mine], ahead.valid[:, mine], mask)
+        lookahead = window.lookahead
+        if lookahead is not None:
+            mask = None if lookahead.mask is None else lookahead.mask[:, mine]
+            lookahead = Lookahead(lookahead.inputs[:, mine], lookahead.targets[:, mine], lookahead.valid[:, mine], mask)
         return Window(
             window.inputs[:, mine],
             window.targets[:, mine],
             None if window.mask is None else window.mask[:, mine],
             None if window.ends is None else window.ends[mine],
-            ahead,
+            lookahead,
         )
 
     def own(self, leaf: Tensor, dim: int) -> Tensor:

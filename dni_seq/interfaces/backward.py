@@ -135,10 +135,10 @@ class BackwardInterface(Interface):
                 others = self._checked(self.messages(trigger, context, bootstrap), trigger, ends, batch_dim)
             self.exchange(scope).add_end(InjectionPoint(leaves, injected, others or messages, rule, others is None))
         else:
-            alone = GradientAccumulator()  # the leaves of a nest share a graph, which the first backward pass frees
+            accumulator = GradientAccumulator()  # the leaves of a nest share a graph, which the first backward pass frees
             for leaf, gradient in with_gradients_wanted(leaves, injected):
-                alone.add(leaf, gradient)
-            alone.deliver()
+                accumulator.add(leaf, gradient)
+            accumulator.deliver()
 
     def injection(self, messages: list[State], rule: TargetRule) -> list[Tensor]:
         """Returns the gradient to inject, leaf by leaf: the weighted sum of the messages of all horizons."""

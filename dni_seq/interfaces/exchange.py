@@ -153,9 +153,9 @@ class ScopeExchange:
 
 def _difference(end: InjectionPoint, i: int) -> list[tuple[Tensor, Tensor]]:
     """Returns a last state's leaves with the difference between the messages in target i and the injected gradient."""
-    own, following, weights = end.rule.local[i], end.rule.bootstrap[i], end.rule.injection
+    own, bootstrap, weights = end.rule.local[i], end.rule.bootstrap[i], end.rule.injection
     if end.same:
-        coefficients = [f - own * w for f, w in zip(following, weights, strict=True)]
+        coefficients = [f - own * w for f, w in zip(bootstrap, weights, strict=True)]
         return with_gradients_wanted(end.leaves, combine(end.messages, coefficients)) if any(coefficients) else []
-    wanted = combine(end.messages, following)
+    wanted = combine(end.messages, bootstrap)
     return with_gradients_wanted(end.leaves, [w - own * injected for w, injected in zip(wanted, end.injected, strict=True)])

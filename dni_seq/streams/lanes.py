@@ -198,8 +198,8 @@ class StreamedLanes(RunningLanes):
     """
 
     length = None
-    _ahead: Prefetcher[_TokenBlock]
-    _start: Position  # where the text of the first block of `_ahead` starts
+    _prefetched: Prefetcher[_TokenBlock]
+    _start: Position  # where the text of the first block of `_prefetched` starts
     _buffer: Ids  # [tokens, B]
     _blocks: deque[_TokenBlock]
     _at: int
@@ -266,14 +266,14 @@ class StreamedLanes(RunningLanes):
 
     def _begin(self, ahead: Prefetcher[_TokenBlock], start: Position, stats: TextStats) -> None:
         """Empties the buffer and sets the source of its blocks."""
-        self._ahead, self._start, self._stats = ahead, start, stats
+        self._prefetched, self._start, self._stats = ahead, start, stats
         self._buffer = np.zeros((0, self._count), compact(self._tokenizer))
         self._blocks = deque()
         self._at = 0
 
     def _take_block(self) -> bool:
         """Adds a block to the buffer; returns False at the end of the text."""
-        block = next(self._ahead, None)
+        block = next(self._prefetched, None)
         if block is not None:
             self._add(block)
         return block is not None

@@ -144,30 +144,30 @@ class ExactFuture(nn.Module):
         if self.tail is None:
             return TargetRule(local=[1.0], bootstrap=[[0.0]], injection=[scale], active=[False])
         # A self-supervised tail is measured by the window's own gradient, without bootstrap.
-        following = 0.0 if self.self_supervised else discount
+        bootstrap = 0.0 if self.self_supervised else discount
         return TargetRule(
             local=[0.0, 1.0],
-            bootstrap=[[0.0, 0.0], [0.0, following]],
+            bootstrap=[[0.0, 0.0], [0.0, bootstrap]],
             injection=[scale, 0.0],
             active=[False, True],
             self_supervised=self.self_supervised,
         )
 
     def _exact(self, trigger: State, context: Any) -> State:
-        ahead = next_steps(context, self.steps)
+        lookahead = next_steps(context, self.steps)
         model = self._model[0]
         with without_parameter_gradients(model), torch.enable_grad():
             start = states.map_floating(lambda leaf: leaf.detach().requires_grad_(), trigger)
-            outputs, last = model(ahead.inputs, states.clone(start))  # a copy, because a model may write into its state
-            losses = self.loss_fn(outputs, ahead.targets)
-            roots: list[Tensor] = [self._reduce(losses, ahead)]
+            outputs, last = model(lookahead.inputs, states.clone(start))  # a copy, because a model may write into its state
+            losses = self.loss_fn(outputs, lookahead.targets)
+            roots: list[Tensor] = [self._reduce(losses, lookahead)]
             gradients: list[Tensor | None] = [None]
             if self.tail is not None:
-                behind = context.span(self.steps, None)
+                after = context.span(self.steps, None)
                 with torch.no_grad():
-                    (message,) = predict(self.tail, states.detach(last), behind)
+                    (message,) = predict(self.tail, states.detach(last), after)
                 # If the lookahead has only n steps, it does not show whether a sequence ends with the n-th.
-                alive = behind.valid[0] if len(behind.valid) else ahead.valid[-1]
+                alive = after.valid[0] if len(after.valid) else lookahead.valid[-1]
                 message = states.reset_lanes(message, ~alive, None, self.batch_dim)
                 for leaf, gradient in zip(states.floating(last), states.floating(message), strict=True):
                     roots.append(leaf)
@@ -176,6 +176,6 @@ class ExactFuture(nn.Module):
         leaves = [torch.zeros_like(t) if g is None else g for t, g in zip(states.floating(trigger), found, strict=True)]
         return states.with_floating(trigger, leaves)
 
-    def _reduce(self, losses: Tensor, ahead: Lookahead) -> Tensor:
-        check_unreduced(losses, ahead)
-        return torch.where(ahead.counts, losses, 0).sum() * step_weight(self.reduction, self.window, losses.shape[1])
+    def _reduce(self, losses: Tensor, lookahead: Lookahead) -> Tensor:
+        check_unreduced(losses, lookahead)
+        return torch.where(lookahead.counts, losses, 0).sum() * step_weight(self.reduction, self.window, losses.shape[1])

@@ -104,11 +104,11 @@ class FutureModel(nn.Module):
         Raises:
             ValueError: the context is not a `Lookahead` of at least m steps, or `loss_fn` does not return [m, B].
         """
-        ahead = next_steps(context, self.steps)
-        hidden, outputs = self._expected(flat.expand(self.parts, -1, -1), ahead)
-        products, total = self._products(hidden, outputs, ahead)
+        lookahead = next_steps(context, self.steps)
+        hidden, outputs = self._expected(flat.expand(self.parts, -1, -1), lookahead)
+        products, total = self._products(hidden, outputs, lookahead)
         by_part = products.unflatten(0, (self.parts, -1)).sum(1)  # [K, B, F]
-        return by_part.transpose(0, 1).flatten(1), total / ahead.valid.numel()
+        return by_part.transpose(0, 1).flatten(1), total / lookahead.valid.numel()
 
     def loss(self, flat: Tensor, context: Any) -> Tensor:
         """Computes the mean of the predicted outputs' losses, the second result of `forward`, without the features.
@@ -123,9 +123,9 @@ class FutureModel(nn.Module):
         Raises:
             ValueError: the context is not a `Lookahead` of at least m steps, or `loss_fn` does not return [m, B].
         """
-        ahead = next_steps(context, self.steps)
-        _, outputs = self._expected(flat.expand(self.parts, -1, -1), ahead)
-        return self._total(self._losses(outputs, ahead), ahead) / ahead.valid.numel()
+        lookahead = next_steps(context, self.steps)
+        _, outputs = self._expected(flat.expand(self.parts, -1, -1), lookahead)
+        return self._total(self._losses(outputs, lookahead), lookahead) / lookahead.valid.numel()
 
     @property
     def parts(self) -> int:
@@ -147,8 +147,8 @@ class FutureModel(nn.Module):
         Raises:
             ValueError: the context is not a `Lookahead` of at least m steps, or `loss_fn` does not return [m, B].
         """
-        flats, losses, ahead = self._unweighted(flat, context)
-        (found,) = torch.autograd.grad(losses, flats, ahead.counts.to(losses.dtype))
+        flats, losses, lookahead = self._unweighted(flat, context)
+        (found,) = torch.autograd.grad(losses, flats, lookahead.counts.to(losses.dtype))
         return found
 
     def learn(self, flat: Tensor, context: Any) -> tuple[Tensor, Tensor]:
@@ -167,25 +167,25 @@ class FutureModel(nn.Module):
         Raises:
             ValueError: the context is not a `Lookahead` of at least m steps, or `loss_fn` does not return [m, B].
         """
-        flats, losses, ahead = self._unweighted(flat, context)
-        steps = ahead.valid.numel()
-        losses.backward(ahead.counts.to(losses.dtype) / steps)
+        flats, losses, lookahead = self._unweighted(flat, context)
+        steps = lookahead.valid.numel()
+        losses.backward(lookahead.counts.to(losses.dtype) / steps)
         assert flats.grad is not None
-        return flats.grad, self._total(losses.detach(), ahead) / steps
+        return flats.grad, self._total(losses.detach(), lookahead) / steps
 
     @torch.enable_grad()
     def _unweighted(self, flat: Tensor, context: Any) -> tuple[Tensor, Tensor, Lookahead]:
         """Returns one copy of the state for each part [K, B, S], the losses [m, B] as a function of it, and the m steps."""
-        ahead = next_steps(context, self.steps)
+        lookahead = next_steps(context, self.steps)
         flats = flat.detach().expand(self.parts, -1, -1).requires_grad_()
-        _, outputs = self._expected(flats, ahead)
-        return flats, self._losses(outputs, ahead), ahead
+        _, outputs = self._expected(flats, lookahead)
+        return flats, self._losses(outputs, lookahead), lookahead
 
-    def _expected(self, flats: Tensor, ahead: Lookahead) -> tuple[Tensor, Tensor]:
+    def _expected(self, flats: Tensor, lookahead: Lookahead) -> tuple[Tensor, Tensor]:
         """Returns z [m, B, F] and q [m, B, Q] from states [K, B, S], where the p-th predicts the steps of part p."""
-        seen = (self.from_inputs(self._recent(ahead)) + self.from_step).unflatten(0, (self.parts, -1))
-        said = self._project_state(flats)
-        reached, direct = said[:, None].split([self.units, said.shape[-1] - self.units], dim=-1)
+        seen = (self.from_inputs(self._recent(lookahead)) + self.from_step).unflatten(0, (self.parts, -1))
+        projected = self._project_state(flats)
+        reached, direct = projected[:, None].split([self.units, projected.shape[-1] - self.units], dim=-1)
         hidden = torch.tanh(reached + seen)
         outputs = self.output(hidden) + direct
         return hidden.flatten(0, 1), outputs.flatten(0, 1)
@@ -196,28 +196,28 @@ class FutureModel(nn.Module):
             return self.from_state[0](flats)
         return torch.stack([layer(flat) for layer, flat in zip(self.from_state, flats, strict=True)])
 
-    def _losses(self, outputs: Tensor, ahead: Lookahead) -> Tensor:
-        losses = self.loss_fn(outputs, ahead.targets)
-        check_unreduced(losses, ahead)
+    def _losses(self, outputs: Tensor, lookahead: Lookahead) -> Tensor:
+        losses = self.loss_fn(outputs, lookahead.targets)
+        check_unreduced(losses, lookahead)
         return losses
 
     @staticmethod
-    def _total(losses: Tensor, ahead: Lookahead) -> Tensor:
-        return torch.where(ahead.counts, losses, 0).sum()
+    def _total(losses: Tensor, lookahead: Lookahead) -> Tensor:
+        return torch.where(lookahead.counts, losses, 0).sum()
 
-    def _products(self, hidden: Tensor, outputs: Tensor, ahead: Lookahead) -> tuple[Tensor, Tensor]:
+    def _products(self, hidden: Tensor, outputs: Tensor, lookahead: Lookahead) -> tuple[Tensor, Tensor]:
         """Returns ∂ℓ_j/∂(W_p s), [m, B, F], and the summed loss, 0-d."""
         learning = torch.is_grad_enabled()
         with torch.enable_grad():
             roots = outputs if outputs.requires_grad else outputs.detach().requires_grad_()
-            total = self._total(self._losses(roots, ahead), ahead)
+            total = self._total(self._losses(roots, lookahead), lookahead)
             (error,) = torch.autograd.grad(total, roots, retain_graph=learning)
         return (error @ self.output.weight) * (1 - hidden.square()), total
 
-    def _recent(self, ahead: Lookahead) -> Tensor:
+    def _recent(self, lookahead: Lookahead) -> Tensor:
         """Returns the encoded inputs of each step and of the steps before it, [m, B, seen E]; missing ones are zeros."""
-        encoded = self.inputs(ahead.inputs)
+        encoded = self.inputs(lookahead.inputs)
         if self.seen == 1:
             return encoded
-        before = F.pad(encoded * ahead.valid[..., None], (0, 0, 0, 0, self.seen - 1, 0))
+        before = F.pad(encoded * lookahead.valid[..., None], (0, 0, 0, 0, self.seen - 1, 0))
         return torch.cat([before[i : i + self.steps] for i in range(self.seen)], dim=-1)

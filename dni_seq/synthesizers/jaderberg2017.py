@@ -44,9 +44,9 @@ class NextInput(nn.Module):
                 "NextInput needs the next step as context: pass windows through "
                 "dni_seq.with_lookahead(windows, 1), and lookahead=window.lookahead to the trainer"
             )
-        ahead = context.span(0, 1)
-        valid = ahead.valid[0, :, None]
-        encoded = self.inputs(ahead.inputs)[0]
+        lookahead = context.span(0, 1)
+        valid = lookahead.valid[0, :, None]
+        encoded = self.inputs(lookahead.inputs)[0]
         return torch.cat([encoded * valid, valid.to(encoded.dtype)], dim=-1)
 
 

@@ -50,9 +50,9 @@ class LookaheadEncoder(nn.Module):
         Raises:
             ValueError: the context is not a `Lookahead` of at least m steps.
         """
-        ahead = next_steps(context, self.steps)
-        encoded = torch.cat([self.inputs(ahead.inputs), self.targets(ahead.targets)], dim=-1)
-        flags = torch.stack([ahead.valid, ahead.counts], dim=-1).to(encoded.dtype)
+        lookahead = next_steps(context, self.steps)
+        encoded = torch.cat([self.inputs(lookahead.inputs), self.targets(lookahead.targets)], dim=-1)
+        flags = torch.stack([lookahead.valid, lookahead.counts], dim=-1).to(encoded.dtype)
         step = torch.cat([encoded * flags[..., :1], flags], dim=-1)  # [m, B, E + 2]
         return step.transpose(0, 1).flatten(1)
 

@@ -58,8 +58,8 @@ class StateTrunk(nn.Module):
         self.packing = Packing(example, batch_dim)
         self.horizons = horizons
         self.encoder = encoder
-        ahead = 0 if encoder is None else int(encoder.features)  # type: ignore[arg-type]
-        widths = [self.packing.size + ahead, *hidden]
+        lookahead = 0 if encoder is None else int(encoder.features)  # type: ignore[arg-type]
+        widths = [self.packing.size + lookahead, *hidden]
         self.trunk = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(widths))
         self.future = None if future is None else future(self.packing.size)
         self.width = widths[-1] + (0 if self.future is None else self.future.features)

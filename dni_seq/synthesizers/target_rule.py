@@ -68,12 +68,12 @@ def increments(scale: float, discount: float, shares: Sequence[float], tail: boo
         tail: whether the last horizon is a tail.
     """
     count = len(shares)
-    following = [[1.0 if j == i - 1 else 0.0 for j in range(count)] for i in range(count)]
+    bootstrap = [[1.0 if j == i - 1 else 0.0 for j in range(count)] for i in range(count)]
     if tail:
-        following[-1][-1] = discount
+        bootstrap[-1][-1] = discount
     return TargetRule(
         local=[1.0] + [0.0] * (count - 1),
-        bootstrap=following,
+        bootstrap=bootstrap,
         injection=[scale * discount**n * share for n, share in enumerate(shares)],
         active=[True] * count,
     )

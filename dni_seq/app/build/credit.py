@@ -81,10 +81,10 @@ def build_synthesizer(
     options = resolve(options, bptt)
     learned = None
     if options.synthesizer != "exact" or options.tail:
-        ahead_fn, width = loss_fn, outputs
+        future_loss_fn, width = loss_fn, outputs
         if max_classes is not None and max_classes < outputs:
-            ahead_fn, width = among_the_first(loss_fn, max_classes), max_classes
-        future = future_model(options, tail_lookahead(options, bptt), ahead_fn, encode, width)
+            future_loss_fn, width = among_the_first(loss_fn, max_classes), max_classes
+        future = future_model(options, tail_lookahead(options, bptt), future_loss_fn, encode, width)
         learned = build_learned(options, bptt, example, cells, encode, future, reduction)
     if options.synthesizer != "exact":
         return learned

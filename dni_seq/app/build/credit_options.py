@@ -214,7 +214,7 @@ def resolve(options: CreditOptions, bptt: int) -> CreditOptions:
     elif (
         fit == "least-squares"
         and options.normalize is False
-        and (options.synthesizer == "state" or _may_learn_ahead(options))
+        and (options.synthesizer == "state" or _can_use_future_model(options))
     ):
         raise ValueError("--fit least-squares needs normalised targets: remove --no-normalize, or use --fit descent")
     return replace(options, fit=fit, horizons=horizons_of(options, bptt))
@@ -227,12 +227,12 @@ def why_fitted(options: CreditOptions, bptt: int) -> str | None:
         options: as given by the user.
         bptt: T.
     """
-    if options.fit is not None or not _may_learn_ahead(options):
+    if options.fit is not None or not _can_use_future_model(options):
         return None
     return next(iter(_all_hindrances(options, bptt)), None)
 
 
-def _may_learn_ahead(options: CreditOptions) -> bool:
+def _can_use_future_model(options: CreditOptions) -> bool:
     """Whether the synthesizer is of a kind whose messages can be the gradient of a future model."""
     return options.synthesizer == "multi-horizon" or (options.synthesizer == "exact" and options.tail)
 
@@ -249,7 +249,7 @@ def _all_hindrances(options: CreditOptions, bptt: int) -> list[str]:
 
 def _hindrances(options: CreditOptions) -> list[str]:
     """Returns the same texts without those about the lookahead, whose default depends on this result."""
-    learned = _may_learn_ahead(options)
+    learned = _can_use_future_model(options)
     hindrances = {
         f"--synthesizer {options.synthesizer}": not learned,
         "--future-units 0 (no future model)": not future_units(options),

@@ -9,8 +9,18 @@ from dni_seq.app.build.credit_options import CreditOptions, normalizes, resolve,
 from dni_seq.app.runs.options import flag
 
 _FITTED = ("synthesizer_hidden", "synthesizer_layers")
-_AHEAD = ("fit", "future_units", "lookahead", "synthesizer_vocab_size")
-_LEARNING = ("discount", "horizons", "draw_horizon", "normalize", "gate", "message_clip", "regress_every", *_FITTED, *_AHEAD)
+_FUTURE = ("fit", "future_units", "lookahead", "synthesizer_vocab_size")
+_LEARNING = (
+    "discount",
+    "horizons",
+    "draw_horizon",
+    "normalize",
+    "gate",
+    "message_clip",
+    "regress_every",
+    *_FITTED,
+    *_FUTURE,
+)
 _OPTIMIZER = ("synthesizer_lr", "synthesizer_clip")
 _TARGETS = ("lam", "target_network")
 
@@ -67,7 +77,7 @@ def _of_networks(options: CreditOptions) -> Iterator[tuple[str, Iterable[str]]]:
     """Yields the reasons that concern the synthesizer's network. `options` come from `resolve`."""
     kind = options.synthesizer
     if kind == "basic":
-        yield "--synthesizer basic", ["tail", "draw_horizon", "horizons", *_FITTED, *_AHEAD]
+        yield "--synthesizer basic", ["tail", "draw_horizon", "horizons", *_FITTED, *_FUTURE]
     elif kind == "paper":
         yield "--synthesizer paper", ["fit", "future_units", *_FITTED]
     elif kind == "state":
