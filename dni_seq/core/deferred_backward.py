@@ -48,7 +48,7 @@ class GradientAccumulator:
         self._participants: dict[Hashable, Participant] = {}
 
     def add(self, tensor: Tensor, gradient: Tensor | None = None) -> None:
-        """Collects `tensor` with the gradient of the objective with respect to it.
+        """Adds `tensor` and the gradient of the objective with respect to it.
 
         Args:
             tensor: a tensor that requires a gradient.

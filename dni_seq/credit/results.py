@@ -15,18 +15,19 @@ from dni_seq.credit.fidelity import StateFidelity
 class Synthetic(NamedTuple):
     """Measurements of the synthesizer in one step; tensors without a graph.
 
-    At a window without a regression, `loss` and `cosine` are NaN and `cosine` has one element.
+    N is the number of horizons. At a window without a regression, `loss` is NaN and `cosine` is a single NaN.
 
     Attributes:
-        loss: 0-d, the synthesizer's training loss: of the regression, in normalised units if the synthesizer is
-            `Normalized`, or of its own model if it is self-supervised.
+        loss: 0-d, the loss that trains the synthesizer: of the regression, in normalised units if the synthesizer is
+            `Normalized`; of the synthesizer's own model if it is self-supervised.
         gradient_norm: 0-d, norm of the synthesizer's gradient before clipping.
-        injected_ratio: 0-d, c‖M‖ / ‖a‖: norm of the injected gradient at the last state / norm of the first horizon's target
-            at the first state. At a window that skips injection it is the norm that would have been injected. 0 if the
-            message was rejected, NaN if the first horizon has no target at this window.
+        injected_ratio: 0-d, norm of the injected gradient at the last state / norm of the first horizon's target at the
+            first state. 0 if the message was rejected because it was not finite or far too large. NaN if the first horizon
+            has no target at this window. If this window skips injection, the norm that would have been injected counts.
         cosine: [N], cosine between message and target; NaN for a horizon without a target.
         r2: [N], 1 - squared error / squared target, from running means over the latest windows.
-        scale: [N], the injected share of each message: c times discount, weight of the horizon and automatic scale.
+        scale: [N], the factor of each message in the injected gradient: the trainer's `synthetic_scale` times the
+            discount, the weight of the horizon and the automatic scale.
         fidelity: the comparison with exact gradients that this step made, or None.
     """
 

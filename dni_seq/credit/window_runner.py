@@ -21,17 +21,18 @@ from dni_seq.distributed.data_parallel import DataParallel
 
 @dataclass
 class WindowRunner:
-    """Runs a model on windows and reduces its losses to one number, in training and in replays alike.
+    """Runs a model on windows and reduces its losses to a scalar, in training and when windows are run again.
 
     Attributes:
         model: `model(inputs, state) -> (outputs, state)`.
         loss_fn: `loss_fn(outputs, targets)`, a scalar or unreduced losses [T, B].
-        reduction: how unreduced losses become one number; "mean" over the steps that count, "lane-mean" or "sum".
+        reduction: how losses [T, B] are reduced. "mean": over all steps that the mask marks; "lane-mean": the sum over time,
+            averaged over lanes; "sum": over all.
         autocast: dtype of `torch.autocast`, or None for full precision.
         batch_dim: the lanes' dimension in inputs and targets.
-        state_batch_dim: the lanes' dimension in the state's leaves, an int or a nest.
+        state_batch_dim: the lanes' dimension in the state's leaves, an int, or a nest of ints like the state.
         start: the initial state, a function of the number of lanes, or None for `model.initial_state`.
-        parallel: this rank's part if the lanes are spread over several ranks.
+        parallel: this rank's share of the lanes in data-parallel training, None in one process.
     """
 
     model: nn.Module
@@ -44,7 +45,7 @@ class WindowRunner:
     parallel: DataParallel | None = None
 
     def initial_state(self, lanes: int) -> State | None:
-        """Returns the state in which `lanes` sequences start, or None if the model chooses it."""
+        """Returns the initial state of `lanes` sequences, or None if the model creates its own."""
         if callable(self.start):
             return self.start(lanes)
         if self.start is not None:
@@ -89,7 +90,7 @@ class WindowRunner:
 
     @torch.no_grad()
     def state_template(self, inputs: Tensor, lanes: int) -> State:
-        """Returns a state nested like the model's; runs the model once if there is no initial state."""
+        """Returns a state with the structure of the model's, whatever its values; without an initial state the model runs once."""
         initial = self.initial_state(lanes)
         if initial is None:
             with torch.random.fork_rng():

@@ -26,9 +26,6 @@ class DataParallel:
 
     Args:
         ranks: the ranks that share the lanes.
-
-    Attributes:
-        ranks: the same.
     """
 
     def __init__(self, ranks: Ranks) -> None:

@@ -32,15 +32,12 @@ class BackwardInterface(Interface):
     for part B, and trains the synthesizer on the true gradient when part B's backward pass has computed it. In an unrolled
     RNN, call `make_trigger` on the first state of a window and `backward` on the last one, inside `defer_backward`.
 
-    Training the synthesizer adds gradients to its parameters; the caller steps its optimizer. In `eval()` the interface
-    returns its input.
+    Training the synthesizer adds gradients to its parameters; the caller steps the synthesizer's optimizer. In `eval()` the
+    interface returns its input.
 
     Args:
         synthesizer: any module with `forward(trigger, context)` that returns a message of the trigger's shape. The message
             is the gradient, with respect to the trigger, of the scalar that the user backpropagates.
-
-    Attributes:
-        synthesizer: the same.
     """
 
     @uncompiled
@@ -146,9 +143,9 @@ class BackwardInterface(Interface):
 
     @uncompiled
     def send(self, message: State, trigger: State) -> Regression | None:
-        """Trains the synthesizer to predict `message`, a true gradient, at `trigger`; the caller steps its optimizer.
+        """Trains the synthesizer to predict `message`, a true gradient, at `trigger`.
 
-        Gradients are added to the synthesizer's parameters only.
+        Gradients are added to the synthesizer's parameters only; the caller steps the synthesizer's optimizer.
 
         Returns:
             The regression's loss, errors and cosines. None if nothing is trained: in `eval()`, under `torch.no_grad()`, or

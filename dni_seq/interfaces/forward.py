@@ -20,14 +20,11 @@ from dni_seq.synthesizers.base import Regression
 class ForwardInterface(Interface):
     """Gives part B of a network a prediction of the activation that the part before it, A, would send.
 
-    Training the synthesizer adds gradients to its parameters; the caller steps its optimizer. In `eval()` a call returns the
-    real activation.
+    Training the synthesizer adds gradients to its parameters; the caller steps the synthesizer's optimizer. In `eval()` a call
+    returns the real activation.
 
     Args:
         synthesizer: any module with `forward(trigger, context)` that returns a message of the activation's shape.
-
-    Attributes:
-        synthesizer: the same.
     """
 
     @uncompiled
@@ -43,9 +40,9 @@ class ForwardInterface(Interface):
 
     @uncompiled
     def send(self, message: State, trigger: State) -> Regression | None:
-        """Trains the synthesizer to predict `message`, a real activation, at `trigger`; the caller steps its optimizer.
+        """Trains the synthesizer to predict `message`, a real activation, at `trigger`.
 
-        Gradients are added to the synthesizer's parameters only.
+        Gradients are added to the synthesizer's parameters only; the caller steps the synthesizer's optimizer.
 
         Returns:
             The regression's loss, errors and cosines. None if nothing is trained: in `eval()`, under `torch.no_grad()`, or
@@ -100,10 +97,9 @@ class BidirectionalInterface(nn.Module):
 
     @uncompiled
     def send(self, message: State, trigger: State) -> Regression | None:
-        """Runs the end of part A: backpropagates a predicted gradient from A's activation `message`.
+        """Called by part A: backpropagates a predicted gradient from A's activation `message`.
 
         `message` also trains the forward synthesizer at `trigger`.
-
 
         Returns:
             The regression of the synthetic input, as `ForwardInterface.send` returns it.
@@ -117,8 +113,8 @@ class BidirectionalInterface(nn.Module):
 
     @uncompiled
     def receive(self, trigger: State) -> State:
-        """Runs the end of part B: returns the activation predicted from `trigger`.
+        """Called by part B: returns the activation predicted from `trigger`.
 
-        The gradient that B's backward pass brings to it trains the backward synthesizer.
+        The gradient that reaches this activation in B's backward pass trains the backward synthesizer.
         """
         return self.backward_interface.make_trigger(self.forward_interface.receive(trigger))

@@ -54,10 +54,10 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def lookup(self, text: str) -> Ids:
-        """Returns the ids [tokens] of a text's tokens, int32, with -1 for tokens that are not in the vocabulary."""
+        """Returns the token ids of `text`, int32 [tokens], with -1 for tokens that are not in the vocabulary."""
 
     def encode(self, text: str) -> Ids:
-        """Returns the ids [tokens] of a text's tokens, int32, with `unknown_id` for tokens not in the vocabulary."""
+        """Returns the token ids of `text`, int32 [tokens], with `unknown_id` for tokens that are not in the vocabulary."""
         return np.maximum(self.lookup(text), self.unknown_id)
 
     @abstractmethod
@@ -73,7 +73,7 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def content(self) -> dict[str, Any]:
-        """Returns the tokenizer's content for its JSON file, without its kind."""
+        """Returns what the tokenizer stores in its JSON file, except the fields "format" and "kind"."""
 
     def save(self, path: str | Path) -> None:
         """Writes the tokenizer to a JSON file atomically; `load_tokenizer` reads it."""
@@ -158,7 +158,7 @@ class WordTokenizer(ListTokenizer):
         vocabulary: distinct words; the first two are "<unk>" and "<eos>".
 
     Raises:
-        DataError: the vocabulary has equal entries or starts with other entries.
+        DataError: the vocabulary has duplicate entries, or does not start with the entries it must start with.
     """
 
     kind = "word"
@@ -181,7 +181,7 @@ class WordTokenizer(ListTokenizer):
         return cls(cls.vocabulary_of(counts, vocab_size))
 
     def lookup(self, text: str) -> Ids:
-        """Returns the ids [tokens] of words and newlines, int32, with -1 for unknown words."""
+        """Returns the ids of the words and newlines in `text`, int32 [tokens], with -1 for words outside the vocabulary."""
         words = text.replace("\n", " <eos> ").split()
         return np.fromiter(map(self._id_of.get, words, repeat(-1)), np.int32, len(words))
 
@@ -207,7 +207,8 @@ class CharTokenizer(ListTokenizer):
         vocabulary: distinct characters; the first one is U+FFFD.
 
     Raises:
-        DataError: the vocabulary has equal entries, starts with another entry, or has an entry that is not one character.
+        DataError: the vocabulary has duplicate entries, does not start with the entry it must start with, or has an entry that is
+            not one character.
     """
 
     kind = "char"
@@ -239,7 +240,7 @@ class CharTokenizer(ListTokenizer):
         return cls(cls.vocabulary_of(counts, vocab_size))
 
     def lookup(self, text: str) -> Ids:
-        """Returns the ids [characters] of characters, int32, with -1 for unknown characters."""
+        """Returns the id of each character in `text`, int32 [len(text)], with -1 for characters outside the vocabulary."""
         points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
         return self._table.take(points, mode="clip")
 

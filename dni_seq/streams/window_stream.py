@@ -38,9 +38,9 @@ class WindowStream:
         document_reset: whether lanes end with each document.
 
     Attributes:
-        lanes: B.
-        bptt: T.
-        lookahead: m.
+        lanes: B, the number of texts read side by side.
+        bptt: T, the window length in steps.
+        lookahead: m, the steps after each window that are attached to it; 0 for none.
         document_reset: whether lanes end with each document.
         epoch: number of finished epochs. It is already increased when the last window of an epoch is yielded.
 

@@ -37,7 +37,7 @@ class ExactFuture(nn.Module):
     Args:
         model: `model(inputs, state) -> (outputs, state)`. It is not registered as a submodule.
         loss_fn: `loss_fn(outputs, targets)`, unreduced losses [n, B].
-        steps: n.
+        steps: n, the number of steps run.
         window: T, the length of the trainer's windows. With the reduction "mean" each step weighs 1 / (T · B).
         reduction: the trainer's reduction, "mean", "lane-mean" or "sum". With "mean", the steps of a masked window weigh as
             much as those of a full window.
@@ -49,7 +49,6 @@ class ExactFuture(nn.Module):
     Attributes:
         steps: n.
         window: T.
-        reduction: the argument.
         tail: the tail, or None.
         self_supervised: whether the tail trains on its context, so that targets only measure it.
 
@@ -119,7 +118,7 @@ class ExactFuture(nn.Module):
 
         Args:
             trigger: the state.
-            context: its context.
+            context: the context at that state.
             targets: two entries, for the exact gradient and for the tail; the first is ignored.
 
         Returns:

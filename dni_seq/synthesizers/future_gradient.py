@@ -76,8 +76,6 @@ class FutureGradient(PackedSynthesizer):
         batch_dim: dimension of the lanes in the state's leaves, an int or a nest.
 
     Attributes:
-        window: T.
-        reduction: the argument.
         limit: the argument; it may be set at any time.
         self_supervised: True.
 

@@ -29,30 +29,31 @@ SEEN = 4
 
 
 class FutureModel(nn.Module):
-    """Predicts the outputs of the next m steps from a state and their inputs, and differentiates their loss.
+    """Predicts the outputs of the next m steps from a state and the steps' inputs; the gradient of its loss is a message.
+
+    For step j = 1..m, with the state s, the encoded inputs x_j, hidden units z_j, predicted outputs q_j and their loss ℓ_j:
 
         z_j = tanh(W_p s + Σ_{i < SEEN} U_i x_{j-i} + b_j),   q_j = D z_j + C_p s + d_p,   step j in part p
         features of p = Σ_{j in p} (Dᵀ ∂ℓ_j/∂q_j) ⊙ (1 - z_j²) = ∂(Σ_{j in p} ℓ_j) / ∂(W_p s)
 
-    Each step sees its own input and the SEEN - 1 inputs before it, never a later one, which in a language model would be its
-    target. Inputs before the first of the m steps count as zero. Each of the K parts reads the state with its own weights
-    W_p, C_p, because a state holds different information about near and far steps.
+    SEEN is 4: each step sees its own input and the 3 inputs before it, never a later one, which in a language model would be
+    its target. Inputs before the first of the m steps count as zero. The m steps are cut into K equal parts. Each part p
+    reads the state with its own weights W_p, C_p, because a state holds different information about near and far steps.
 
     Args:
-        size: S.
-        steps: m.
+        size: S, the width of a lane's packed state.
+        steps: m, the number of steps predicted.
         inputs: module from `Lookahead.inputs` [m, B, ...] to [m, B, E]. It is registered as a submodule.
-        inputs_width: E.
+        inputs_width: E, the width of an encoded input.
         outputs: Q, the width of the outputs that `loss_fn` takes.
         loss_fn: `loss_fn(outputs [m, B, Q], targets [m, B, ...])`, unreduced losses [m, B].
         units: F, number of hidden units.
         parts: K, number of equal parts of the m steps.
 
     Attributes:
-        steps: m.
-        units: F.
-        features: K F, number of features that `forward` returns for each lane.
-        loss_fn: the argument.
+        steps: the number of steps predicted.
+        units: the number of hidden units.
+        features: K · units, the number of features that `forward` returns for each lane.
 
     Raises:
         ValueError: `steps`, `outputs`, `units` or `parts` is not positive, or `steps` is not a multiple of `parts`.

@@ -20,14 +20,14 @@ class LookaheadEncoder(nn.Module):
     step counts in the loss.
 
     Args:
-        steps: m.
+        steps: m, the number of steps encoded.
         inputs: module from `Lookahead.inputs` [m, B, ...] to [m, B, E_inputs], such as `nn.Embedding` for tokens or
             `nn.Linear` for vectors. It is registered as a submodule and trains with the synthesizer.
         targets: module from `Lookahead.targets` [m, B, ...] to [m, B, E_targets], in the same way.
         features: E_inputs + E_targets. None to read both widths from an `nn.Embedding` or `nn.Linear`.
 
     Attributes:
-        steps: m.
+        steps: the number of steps encoded.
         features: size of a lane's vector, m (E_inputs + E_targets + 2).
 
     Raises:

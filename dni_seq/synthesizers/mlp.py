@@ -34,9 +34,7 @@ class BasicSynthesizer(nn.Module):
         context_dim: size of the context's last dimension. None for a synthesizer without context.
 
     Attributes:
-        output_dim: the argument.
         trigger_dim: the trigger's last dimension, resolved.
-        context_dim: the argument.
 
     Raises:
         ValueError: a size is not positive or `n_hidden` is negative.

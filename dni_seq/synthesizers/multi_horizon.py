@@ -41,16 +41,13 @@ class Horizons(nn.Module):
 
     Args:
         heads: module whose `predict(trigger, context)` returns the messages E_1..E_K, then the tail.
-        horizons: K.
+        horizons: K, the number of windows that get a message of their own.
         tail: whether a last head predicts the gradient of all windows after the K-th.
         draw: train only one head per window, drawn at random. This costs one vector-Jacobian product instead of K.
             Self-supervised heads ignore it and train at every window.
 
     Attributes:
         horizons: K.
-        tail: the argument.
-        draw: the argument.
-        heads: the argument.
         weights: w, a list with one number for each head, the tail's last. All start at 1 and may be set at any
             time; 0 skips a head's injection. They are not part of the state dict.
         self_supervised: whether the heads train on their context, so that targets only measure them.
@@ -132,7 +129,7 @@ class MultiHorizonSynthesizer(Horizons):
 
     Args:
         example: a state of the model, such as `model.initial_state(1)`.
-        horizons: K.
+        horizons: K, the number of windows that get a message of their own.
         tail: whether a last head predicts the gradient of all windows after the K-th.
         draw: train only one head per window, drawn at random; see `Horizons`.
         **settings: `cells`, `decay`, `limit`, `hidden`, `batch_dim`, `encoder` and `future`; see `StateHeads`.

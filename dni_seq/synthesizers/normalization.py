@@ -31,7 +31,6 @@ class GatedCells(nn.Module):
 
     Attributes:
         synthesizer: the wrapped module.
-        cells: the argument.
     """
 
     def __init__(self, synthesizer: nn.Module, cells: Any = LSTM_CELLS) -> None:
@@ -140,7 +139,6 @@ class Normalized(nn.Module):
     Attributes:
         synthesizer: the wrapped module.
         rms: the `RunningRMS` of the targets.
-        limit: the argument.
         tiny: the smallest root mean square by which a target is divided, 1e-30.
 
     Raises:
@@ -170,11 +168,11 @@ class Normalized(nn.Module):
         return message
 
     def regress(self, trigger: State, context: Any, targets: list[State | None]) -> Regression:
-        """Updates the running root mean square with the targets, then computes the mean squared error in its unit.
+        """Updates the running root mean square of the targets, and computes the mean squared error after dividing by it.
 
         Args:
             trigger: the state.
-            context: its context.
+            context: the context at that state, as `forward` takes it.
             targets: one raw target for each horizon, None for a horizon without a target.
 
         Raises:

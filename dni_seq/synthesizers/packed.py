@@ -51,9 +51,6 @@ class PackedSynthesizer(nn.Module):
             limit.
 
     Attributes:
-        network: the argument.
-        decay: the argument.
-        limit: the argument.
         cells: the slices of the packed state that hold LSTM cells.
         across_ranks: a `Collective` that reduces the statistics over all ranks, or None.
         mean_square: buffer [N, G], the running mean square of the targets of each segment (see `Packing`).

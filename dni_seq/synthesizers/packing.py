@@ -26,7 +26,7 @@ class Packing(nn.Module):
         batch_dim: dimension of the lanes in the state's leaves, an int or a nest.
 
     Attributes:
-        size: S.
+        size: the width of a lane's packed state.
         segment: buffer [S], the segment of each number, 0 to G - 1.
         lengths: buffer [G], the number of elements of each segment.
     """

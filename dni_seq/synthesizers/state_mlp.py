@@ -34,7 +34,7 @@ class StateTrunk(nn.Module):
 
     Attributes:
         packing: the `Packing` of the state.
-        horizons: N.
+        horizons: the number of messages.
         future: the `FutureModel`, or None.
         width: number of features: the last hidden size (S + E if `hidden` is empty) plus those of the future model.
 
