@@ -90,7 +90,7 @@ class WindowRunner:
 
     @torch.no_grad()
     def state_template(self, inputs: Tensor, lanes: int) -> State:
-        """Returns a state with the structure of the model's, whatever its values; without an initial state the model runs once."""
+        """Returns a state with the structure of the model's, with any values; may run the model once."""
         initial = self.initial_state(lanes)
         if initial is None:
             with torch.random.fork_rng():

@@ -20,8 +20,8 @@ from dni_seq.synthesizers.base import Regression
 class ForwardInterface(Interface):
     """Gives part B of a network a prediction of the activation that the part before it, A, would send.
 
-    Training the synthesizer adds gradients to its parameters; the caller steps the synthesizer's optimizer. In `eval()` a call
-    returns the real activation.
+    Training the synthesizer adds gradients to its parameters; the caller steps the synthesizer's optimizer. In `eval()` a
+    call returns the real activation.
 
     Args:
         synthesizer: any module with `forward(trigger, context)` that returns a message of the activation's shape.

@@ -207,8 +207,8 @@ class CharTokenizer(ListTokenizer):
         vocabulary: distinct characters; the first one is U+FFFD.
 
     Raises:
-        DataError: the vocabulary has duplicate entries, does not start with the entry it must start with, or has an entry that is
-            not one character.
+        DataError: the vocabulary has duplicate entries, does not start with the entry it must start with, or has an entry
+            that is not one character.
     """
 
     kind = "char"

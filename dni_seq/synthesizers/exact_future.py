@@ -47,8 +47,8 @@ class ExactFuture(nn.Module):
         batch_dim: dimension of the lanes in the state's leaves, an int or a nest. Used with a tail only.
 
     Attributes:
-        steps: n.
-        window: T.
+        steps: the number of steps run.
+        window: the window length.
         tail: the tail, or None.
         self_supervised: whether the tail trains on its context, so that targets only measure it.
 

@@ -47,7 +47,7 @@ class Horizons(nn.Module):
             Self-supervised heads ignore it and train at every window.
 
     Attributes:
-        horizons: K.
+        horizons: K, the number of windows that get a message of their own.
         weights: w, a list with one number for each head, the tail's last. All start at 1 and may be set at any
             time; 0 skips a head's injection. They are not part of the state dict.
         self_supervised: whether the heads train on their context, so that targets only measure them.
