@@ -395,7 +395,7 @@ class SequenceTrainer:
         return parts
 
     def initial_state(self, lanes: int) -> State | None:
-        """Returns the initial state of `lanes` sequences, or None if the model creates its own."""
+        """Returns the initial state of `lanes` sequences, or None if the model creates it itself when called with None."""
         return self.runner.initial_state(lanes)
 
     def _start(self, inputs: Tensor, lanes: int) -> State | None:

@@ -21,17 +21,18 @@ from dni_seq.distributed.data_parallel import DataParallel
 
 @dataclass
 class WindowRunner:
-    """Runs a model on windows and reduces its losses to a scalar, in training and when windows are run again.
+    """Runs a model on windows and reduces its losses to a scalar, in training and in replays of recorded windows.
 
     Attributes:
         model: `model(inputs, state) -> (outputs, state)`.
         loss_fn: `loss_fn(outputs, targets)`, a scalar or unreduced losses [T, B].
-        reduction: how losses [T, B] are reduced. "mean": over all steps that the mask marks; "lane-mean": the sum over time,
-            averaged over lanes; "sum": over all.
+        reduction: how losses [T, B] are reduced. "mean": over all steps that the mask marks; "lane-mean": their sum over
+            time, averaged over lanes; "sum": their sum.
         autocast: dtype of `torch.autocast`, or None for full precision.
         batch_dim: the lanes' dimension in inputs and targets.
-        state_batch_dim: the lanes' dimension in the state's leaves, an int, or a nest of ints like the state.
-        start: the initial state, a function of the number of lanes, or None for `model.initial_state`.
+        state_batch_dim: the lanes' dimension in the state's leaves, an int, or ints nested like the state.
+        start: the initial state with all lanes, a function that makes it from the number of lanes, or None for
+            `model.initial_state`.
         parallel: this rank's share of the lanes in data-parallel training, None in one process.
     """
 
@@ -45,7 +46,7 @@ class WindowRunner:
     parallel: DataParallel | None = None
 
     def initial_state(self, lanes: int) -> State | None:
-        """Returns the initial state of `lanes` sequences, or None if the model creates its own."""
+        """Returns the initial state of `lanes` sequences, or None if the model creates it itself when called with None."""
         if callable(self.start):
             return self.start(lanes)
         if self.start is not None:

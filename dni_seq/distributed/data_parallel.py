@@ -104,7 +104,7 @@ class DataParallel:
         return self.ranks.sum_(tensor.detach().clone())
 
     def norm(self, own: Tensor) -> Tensor:
-        """Returns the norm over all lanes, given the norm `own` over this rank's lanes, 0-d; a collective call."""
+        """Combines the ranks' norms `own`, each over its lanes (0-d), into the norm over all lanes; a collective call."""
         return self.sum(own.double().square()).sqrt().to(own.dtype)
 
     def sums(self, tensors: Sequence[Tensor]) -> list[Tensor]:

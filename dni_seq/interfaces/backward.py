@@ -161,7 +161,7 @@ class BackwardInterface(Interface):
 
     @uncompiled
     def receive(self, trigger: State) -> State:
-        """Returns the synthetic gradient at `trigger`, without a graph: the weighted sum over all horizons.
+        """Returns the synthetic gradient at `trigger`, the weighted sum of the messages of all horizons, detached.
 
         Raises:
             ValueError: the message does not have the trigger's shape and dtype.

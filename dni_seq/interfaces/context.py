@@ -14,7 +14,7 @@ _contexts: ContextVar[tuple[Any, ...]] = ContextVar("dni_seq_contexts", default=
 def synthesizer_context(context: Any) -> Iterator[None]:
     """Passes `context` to the synthesizers of all interfaces that are called in the block.
 
-    Blocks may be nested: the innermost context counts.
+    A context manager. Blocks may be nested: the innermost context applies.
 
     Args:
         context: the input that the synthesizers need; for `BasicSynthesizer` a tensor [..., context_dim], such as one-hot

@@ -29,9 +29,14 @@ class ForwardInterface(Interface):
 
     @uncompiled
     def forward(self, message: State, trigger: State) -> State:
-        """Trains the synthesizer on the real activation `message`, and returns the activation predicted from `trigger`.
+        """Returns the activation predicted from `trigger`, and adds the gradients of its error against the real one.
 
-        In `eval()` it returns `message`.
+        The gradients go to the synthesizer's parameters; the caller steps the synthesizer's optimizer. In `eval()` the real
+        activation is returned.
+
+        Args:
+            message: the real activation.
+            trigger: what the synthesizer predicts from.
         """
         if not self.training:
             return message

@@ -42,7 +42,7 @@ class Corpus:
 
 
 def known_datasets() -> list[str]:
-    """Returns the names of the data sets that `open_corpus` opens without an "owner/name"."""
+    """Returns the short names of data sets that `open_corpus` accepts; others on the Hub need their id, "owner/name"."""
     return [*CORPORA, EMBEDDED]
 
 

@@ -24,12 +24,12 @@ class ShuffledDocuments(Documents):
     """Documents in a random order that changes with each epoch.
 
     A text that is held in memory is shuffled in blocks of 1,000,000 documents, a streamed text in blocks of 10,000 documents
-    or 16 Mi characters.
+    or 2**24 characters, whichever comes first.
 
     Args:
         documents: the documents in their own order.
-        seed: the order is a function of the seed and the epoch.
-        epoch: the epoch, counted from 0.
+        seed: random seed; seed and epoch together determine the order.
+        epoch: the epoch whose order is used, counted from 0.
     """
 
     def __init__(self, documents: Documents, seed: int, epoch: int = 0) -> None:

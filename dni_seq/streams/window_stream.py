@@ -20,12 +20,12 @@ class WindowStream:
 
     A window is a `Window` with inputs [T, B] and targets [T, B], int64; the target of a step is the lane's next token.
     Iterating yields the rest of the current epoch from the current position, so a loop that stopped early can be resumed.
-    The last window of an epoch holds the remaining steps, and its `ends` is True in all lanes. With m > 0 each window has a
-    lookahead, which is not valid after the end of the epoch.
+    The last window of an epoch holds the remaining steps, and its `ends` is True for all lanes. With `lookahead` > 0 each
+    window has a lookahead, whose steps after the end of the epoch are marked as not valid.
 
     Without `document_reset`, lanes are continuous: a lane of n tokens has n - 1 steps per epoch, and only the last window of
-    an epoch has `ends`. With `document_reset`, a lane ends with each document: the rest of its window is padded under
-    `mask`, the lane's next window starts another document, and the lookahead is not valid after the document's end.
+    an epoch has `ends`. With `document_reset`, a lane ends with each document: the rest of its window is padded and masked
+    out, the lane's next window starts another document, and the lookahead is not valid after the document's end.
 
     Inputs, targets and lookahead of a window share memory, so copy a tensor before you change it in place.
 
@@ -38,11 +38,11 @@ class WindowStream:
         document_reset: whether lanes end with each document.
 
     Attributes:
-        lanes: B, the number of texts read side by side.
+        lanes: B, the batch size.
         bptt: T, the window length in steps.
         lookahead: m, the steps after each window that are attached to it; 0 for none.
         document_reset: whether lanes end with each document.
-        epoch: number of finished epochs. It is already increased when the last window of an epoch is yielded.
+        epoch: number of finished epochs. It is incremented before the last window of an epoch is yielded.
 
     Raises:
         ValueError: a size is out of range.

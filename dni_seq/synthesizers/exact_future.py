@@ -110,7 +110,7 @@ class ExactFuture(nn.Module):
         return [exact, *messages], loss
 
     def forward(self, trigger: State, context: Any = None) -> State:
-        """Returns the gradient of the next n steps' loss at `trigger`; a tail's message is injected after the n-th step."""
+        """Returns the gradient of the next n steps' loss at `trigger`, plus what the tail predicts after the n-th step."""
         return self._exact(trigger, context)
 
     def regress(self, trigger: State, context: Any, targets: list[State | None]) -> Regression:
@@ -134,7 +134,9 @@ class ExactFuture(nn.Module):
         return Regression(of_tail.loss, *rows)
 
     def target_rule(self, scale: float, discount: float) -> TargetRule:
-        """Returns the coefficients that inject the exact gradient and train the tail towards its own bootstrapped target.
+        """Returns how the trainer weighs the messages: it injects the exact gradient, and bootstraps the tail's target.
+
+        The trainer calls this once for each window.
 
         Args:
             scale: c, the trainer's `synthetic_scale`.

@@ -111,9 +111,10 @@ class FutureGradient(PackedSynthesizer):
         return model
 
     def target_rule(self, scale: float, discount: float) -> TargetRule:
-        """Returns the coefficients of the injection, and of the targets by which the messages are measured.
+        """Returns how the trainer weighs the messages: in the gradient that it injects, and in the targets.
 
-        The targets do not train the future model, which is trained at every window on the next m steps.
+        The targets serve only to report how good the messages are. The future model trains on the next m steps instead. The
+        trainer calls this once for each window.
 
         Args:
             scale: c, the trainer's `synthetic_scale`.

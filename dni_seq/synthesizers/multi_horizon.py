@@ -72,7 +72,7 @@ class Horizons(nn.Module):
         self.register_buffer("draws", torch.zeros((), dtype=torch.int64))
 
     def predict(self, trigger: State, context: Any) -> list[State]:
-        """Returns the messages of the horizons 1 to K, then the tail's if there is one, each in the trigger's structure.
+        """Returns the messages for horizons 1 to K, then the tail's if there is one, each with the trigger's structure.
 
         Messages are gradients of the trainer's loss, before scale, discount and `weights`.
         """
@@ -87,7 +87,7 @@ class Horizons(nn.Module):
         return predict_and_train(self.heads, trigger, context)
 
     def forward(self, trigger: State, context: Any = None) -> State:
-        """Returns the sum of all messages, the tail's included, each times its entry of `weights`, without discount."""
+        """Returns the weighted sum of all messages, the tail's included, with the entries of `weights` and no discount."""
         messages = self.predict(trigger, context)
         return states.with_floating(trigger, combine(messages, self.target_rule(1.0, 1.0).injection))
 
@@ -106,7 +106,9 @@ class Horizons(nn.Module):
         return regress(self.heads, trigger, context, targets)
 
     def target_rule(self, scale: float, discount: float) -> TargetRule:
-        """Returns the coefficients of the targets and of the injection for one window.
+        """Returns how the trainer weighs the messages: in the gradient that it injects, and in each head's target.
+
+        The trainer calls this once for each window.
 
         Args:
             scale: c, the trainer's `synthetic_scale`.
