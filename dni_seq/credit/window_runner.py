@@ -117,7 +117,7 @@ class WindowRunner:
         return torch.autocast(like.device.type, dtype=self.autocast)
 
     def check_window(self, inputs: Tensor, targets: Tensor, ends: Tensor | None) -> None:
-        """Raises a ValueError if the shapes of a window do not agree, or if gradients are disabled."""
+        """Raises a ValueError if the shapes of `inputs`, `targets` and `ends` do not match, or if gradients are disabled."""
         if not torch.is_grad_enabled():
             raise ValueError("step needs gradients: call it outside of torch.no_grad() and torch.inference_mode()")
         for name, tensor in (("inputs", inputs), ("targets", targets)):

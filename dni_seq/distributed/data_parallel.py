@@ -104,7 +104,11 @@ class DataParallel:
         return self.ranks.sum_(tensor.detach().clone())
 
     def norm(self, own: Tensor) -> Tensor:
-        """Combines the ranks' norms `own`, each over its lanes (0-d), into the norm over all lanes; a collective call."""
+        """Returns the L2 norm over all lanes; a collective call, which every rank must make.
+
+        Args:
+            own: 0-d, the norm over this rank's lanes.
+        """
         return self.sum(own.double().square()).sqrt().to(own.dtype)
 
     def sums(self, tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -42,7 +42,7 @@ class BackwardInterface(Interface):
 
     @uncompiled
     def forward(self, trigger: State) -> State:
-        """Backpropagates the synthetic gradient into `trigger`; returns a detached trigger that receives the true one."""
+        """Backpropagates the synthetic gradient into `trigger`; returns a detached copy that receives the true gradient."""
         if not self.training or not torch.is_grad_enabled():
             return trigger
         if any(leaf.requires_grad for leaf in states.floating(trigger)):

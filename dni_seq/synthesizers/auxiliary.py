@@ -22,8 +22,8 @@ from dni_seq.synthesizers.state_mlp import StateNetwork
 class AuxiliaryTask(nn.Module):
     """Predicts the synthetic gradient at a window's last state from the state after the window's first step.
 
-    The prediction's loss is backpropagated into the RNN, which learns early in a window how its last state will matter. The
-    task sees no lookahead, because the RNN sees none.
+    The prediction's loss is backpropagated into the RNN, which learns early in a window how its last state affects later
+    losses. The task gets no lookahead, because the RNN has none.
 
     Source: the auxiliary task of Jaderberg et al. 2017, section 3.1 ("DNI + Aux"). We differ in one point: the target is
     divided by its running root mean square, so that the weight of the task does not depend on the gradient's scale.
@@ -41,10 +41,10 @@ class AuxiliaryTask(nn.Module):
         self.rms = RunningRMS(decay)
 
     def forward(self, state: State, message: Sequence[Tensor]) -> Tensor:
-        """Computes the task's loss, and takes `message` into its running mean square first.
+        """Updates the running mean square with `message`, and computes the task's loss.
 
         Args:
-            state: the state after the window's first step, with its graph.
+            state: the state after the window's first step, attached to its graph.
             message: the floating-point leaves of the gradient that is injected at the window's last state.
 
         Returns:

@@ -41,8 +41,8 @@ class Regression(NamedTuple):
 
     Attributes:
         loss: 0-d, the loss to backpropagate. For a regression this is the mean squared error over all elements of all
-            horizons that have a target, in the unit in which the synthesizer regresses (normalised for `Normalized`,
-            `StateHeads` and `LeastSquaresHeads`, else raw), plus the loss of a `FutureModel` that provides features. For a
+            horizons that have a target, on the scale of the synthesizer's training (normalised for `Normalized`, `StateHeads`
+            and `LeastSquaresHeads`, otherwise that of the gradients), plus the loss of a `FutureModel` that provides features. For a
             self-supervised synthesizer it is the synthesizer's own loss.
         error: [N], the mean squared error of each horizon in the same unit, detached.
         power: [N], the mean square of each horizon's target in the same unit. R² is 1 - error / power.

@@ -110,7 +110,17 @@ class ExactFuture(nn.Module):
         return [exact, *messages], loss
 
     def forward(self, trigger: State, context: Any = None) -> State:
-        """Returns the gradient of the next n steps' loss at `trigger`, plus what the tail predicts after the n-th step."""
+        """Returns the exact gradient at `trigger`: that of the next n steps' loss.
+
+        If there is a tail, its message at the state after the n-th step is backpropagated to `trigger` and added.
+
+        Args:
+            trigger: the state.
+            context: a `Lookahead` of at least n steps.
+
+        Raises:
+            ValueError: the context is not a `Lookahead` of at least n steps, or `loss_fn` does not return [n, B].
+        """
         return self._exact(trigger, context)
 
     def regress(self, trigger: State, context: Any, targets: list[State | None]) -> Regression:

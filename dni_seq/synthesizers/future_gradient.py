@@ -123,7 +123,16 @@ class FutureGradient(PackedSynthesizer):
         return increments(scale, discount, [1.0] * self.network.horizons, False)._replace(self_supervised=True)
 
     def outputs(self, bounded: Tensor, gate: Tensor, context: Any) -> Outputs:
-        """Returns the messages [B, K, S] before clamping, without a graph, in the unit of the loss over all ranks' lanes."""
+        """Computes one message for each of the K parts of the next m steps, detached and not yet clamped to `limit`.
+
+        Args:
+            bounded: packed states [B, S], with tanh applied to LSTM cells.
+            gate: [B, S], 1 - tanh² at LSTM cells and 1 elsewhere; messages are multiplied by it.
+            context: a `Lookahead` of at least m steps.
+
+        Returns:
+            `Outputs` with messages [B, K, S] in the unit of the trainer's loss, and neither features nor loss.
+        """
         return self._weighted(self.model.gradients(bounded, context), gate, 1)
 
     def predict(self, trigger: State, context: Any) -> list[State]:

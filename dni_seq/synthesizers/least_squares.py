@@ -88,7 +88,16 @@ class LeastSquaresHeads(PackedSynthesizer):
         self.register_buffer("regressions", torch.zeros((), dtype=torch.int64))
 
     def outputs(self, bounded: Tensor, gate: Tensor, context: Any) -> Outputs:
-        """Returns the heads' outputs times the gate [B, N, S], the features [B, F], and the future model's loss or None."""
+        """Computes one message for each of the N horizons, in units of the targets' running root mean square.
+
+        Args:
+            bounded: packed states [B, S], with tanh applied to LSTM cells.
+            gate: [B, S], 1 - tanh² at LSTM cells and 1 elsewhere; messages are multiplied by it.
+            context: the input of the encoder and the future model, such as a `Lookahead`; None without them.
+
+        Returns:
+            `Outputs` with messages [B, N, S], the trunk's features [B, F], and the future model's loss or None.
+        """
         trunk, loss = self.network.features(bounded, context)
         features = torch.cat([trunk.new_ones(len(trunk), 1), trunk], dim=1)
         found = torch.matmul(features, self.solution).transpose(0, 1)

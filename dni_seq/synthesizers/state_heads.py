@@ -49,7 +49,16 @@ class StateHeads(PackedSynthesizer):
         super().__init__(StateNetwork(example, horizons, **network), example, cells, decay, limit)
 
     def outputs(self, bounded: Tensor, gate: Tensor, context: Any) -> Outputs:
-        """Returns the gated outputs of the heads, [B, N, S], and the loss of the future model; see `PackedSynthesizer`."""
+        """Computes one message for each of the N horizons, in units of the targets' running root mean square.
+
+        Args:
+            bounded: packed states [B, S], with tanh applied to LSTM cells.
+            gate: [B, S], 1 - tanh² at LSTM cells and 1 elsewhere; messages are multiplied by it.
+            context: the input of the encoder and the future model, such as a `Lookahead`; None without them.
+
+        Returns:
+            `Outputs` with messages [B, N, S], and the future model's loss or None.
+        """
         found, loss = self.network.packed(bounded, context)
         return Outputs(found * gate[:, None], None, loss)
 
