@@ -49,18 +49,17 @@ class SequenceTrainer:
         synthesizer: predicts the gradient of all later losses with respect to a window's last state. None for plain
             truncated BPTT.
         synthesizer_optimizer: of the synthesizer's parameters. Default: Adam with learning rate 1e-3.
-        synthetic_scale: c, the share of the message that is injected. "auto" starts at 0 and follows comparisons with exact
-            gradients, for each horizon on its own; it needs `fidelity_every`.
+        synthetic_scale: c, the share of the message that is injected. "auto" starts at 0 and is adjusted for each horizon by
+            comparisons with exact gradients; it needs `fidelity_every`.
         discount: γ, the weight of the message after a window in that window's target.
         targets: "bootstrap" trains the synthesizer towards a target that holds its own next message. "lambda" trains it on
             λ-targets every `replay_windows` windows, by replaying them.
         lam: λ of "lambda": 0 is the bootstrapped target, 1 that of exact BPTT over the replayed windows.
         replay_windows: number of windows in a replay.
-        regress_every: n: one window of n, drawn at random, computes targets. A synthesizer that fits targets trains only
-            there; `FutureGradient` needs no targets and trains at every window. With n > 1, one horizon and no auxiliary
-            task, nothing is injected at windows that train, because the gradient that arrives is then the target itself.
-        target_network: windows between two copies of the synthesizer whose messages go into the targets; 0 for none.
-        fidelity_every: windows between two comparisons of messages with exact gradients; 0 for none.
+        regress_every: n: targets are computed at one window in n, chosen at random. A synthesizer that fits targets trains
+            only there; `FutureGradient` needs no targets and trains at every window.
+        target_network: number of windows between updates of a frozen copy that supplies the messages in targets; 0 for none.
+        fidelity_every: number of windows between comparisons of messages with exact gradients; 0 for none.
         auxiliary: an `AuxiliaryTask`. Its loss is added to the window's, and its parameters belong to
             `synthesizer_optimizer`. The model's outputs must be one time-major tensor.
         auxiliary_weight: weight of that loss.
@@ -75,13 +74,13 @@ class SequenceTrainer:
             mean over lanes) or "sum".
         autocast: dtype of `torch.autocast` for the model and the loss, None for full precision.
         skip_limit: number of windows in a row that may be skipped for a NaN or an infinity before `step` raises.
-        parallel: this rank's part if the lanes are spread over several processes. Each rank steps with its own lanes.
+        parallel: the `DataParallel` of this rank if the lanes are split over processes. Each rank steps with its own lanes.
             Gradients are summed over the ranks. A scalar `loss_fn` must average over lanes. `state_dict` is then a
             collective call and holds all lanes.
 
     Attributes:
         state: the hidden state that the next window starts from, None before the first window.
-        steps: windows so far, skipped ones included.
+        steps: number of windows so far, skipped ones included.
 
     Raises:
         ValueError: a setting is out of its range, a parameter is in both optimizers, or the model is wrapped in

@@ -51,9 +51,9 @@ class FilteredInterface(BackwardInterface):
         self.valid = torch.ones((), dtype=torch.bool)
         self.largest: float | Tensor = 0.0
 
-    def injection(self, messages: list[State], rule: TargetRule) -> list[Tensor]:
+    def _injection(self, messages: list[State], rule: TargetRule) -> list[Tensor]:
         """Returns the weighted sum of the messages if it is valid, else zeros; sets `norm` and `valid`."""
-        injected = super().injection(messages, rule)
+        injected = super()._injection(messages, rule)
         self.norm = total_norm(injected)
         norm = self._of_all_ranks(self.norm)
         if not nonfinite.readable_without_sync(norm):

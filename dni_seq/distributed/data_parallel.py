@@ -82,7 +82,7 @@ class DataParallel:
     def share(self, loss_fn: Callable[[Any, Tensor], Tensor]) -> Callable[[Any, Tensor], Tensor]:
         """Returns `loss_fn` divided by W, the number of ranks: the ranks' means then add up to the mean over all lanes.
 
-        Use it for the loss of `ExactFuture` if the trainer's reduction is "mean" or "lane-mean".
+        Wrap the loss passed to `ExactFuture` in it if the trainer's reduction is "mean" or "lane-mean".
         """
         size = self.ranks.size
         return lambda outputs, targets: loss_fn(outputs, targets) / size

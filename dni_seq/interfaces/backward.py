@@ -122,7 +122,7 @@ class BackwardInterface(Interface):
         else:
             messages = self.messages(trigger, context)
         messages = self._checked(messages, trigger, ends, batch_dim)
-        injected = self.injection(messages, rule)
+        injected = self._injection(messages, rule)
         if rule.skip_injection:
             injected = [torch.zeros_like(leaf) for leaf in injected]
             rule = rule._replace(injection=[0.0] * len(rule.injection))
@@ -137,7 +137,7 @@ class BackwardInterface(Interface):
                 accumulator.add(leaf, gradient)
             accumulator.deliver()
 
-    def injection(self, messages: list[State], rule: TargetRule) -> list[Tensor]:
+    def _injection(self, messages: list[State], rule: TargetRule) -> list[Tensor]:
         """Returns the gradient to inject, leaf by leaf: the weighted sum of the messages of all horizons."""
         return combine(messages, rule.injection)
 

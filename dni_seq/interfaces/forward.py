@@ -102,15 +102,19 @@ class BidirectionalInterface(nn.Module):
 
     @uncompiled
     def send(self, message: State, trigger: State) -> Regression | None:
-        """Called by part A: backpropagates a predicted gradient from A's activation `message`.
+        """Called by part A: trains A with a predicted gradient, and the forward synthesizer with A's real activation.
 
-        `message` also trains the forward synthesizer at `trigger`.
+        Args:
+            message: A's activation, attached to A's graph; the gradient that the backward synthesizer predicts for it is
+                backpropagated into A.
+            trigger: what the forward synthesizer predicts the activation from.
 
         Returns:
-            The regression of the synthetic input, as `ForwardInterface.send` returns it.
+            The `Regression` of the forward synthesizer. None in `eval()`, under `torch.no_grad()`, or if it has no trainable
+            parameter.
 
         Raises:
-            ValueError: `message` does not require a gradient, or a synthesizer's message does not have its shape and dtype.
+            ValueError: `message` does not require a gradient, or a prediction does not have its shape and dtype.
         """
         regression = self.forward_interface.send(message, trigger)
         self.backward_interface.backward(message)

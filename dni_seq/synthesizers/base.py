@@ -37,15 +37,15 @@ class Collective(Protocol):
 class Regression(NamedTuple):
     """The loss and the diagnostics of one regression step of a synthesizer, before its backward pass.
 
-    A horizon without a target has NaN in `error`, `power` and `cosine`.
+    N is the number of horizons. A horizon without a target has NaN in `error`, `power` and `cosine`.
 
     Attributes:
-        loss: 0-d, the loss to backpropagate. For a regression this is the mean squared error over all elements of all
-            horizons that have a target, on the scale of the synthesizer's training (normalised for `Normalized`, `StateHeads`
-            and `LeastSquaresHeads`, otherwise that of the gradients), plus the loss of a `FutureModel` that provides features. For a
-            self-supervised synthesizer it is the synthesizer's own loss.
-        error: [N], the mean squared error of each horizon in the same unit, detached.
-        power: [N], the mean square of each horizon's target in the same unit. R² is 1 - error / power.
+        loss: 0-d, the loss to backpropagate. For a synthesizer that fits targets: the mean squared error over all elements
+            of all horizons with a target, plus the loss of its `FutureModel` if it has one for features. For a
+            self-supervised synthesizer: its own loss. `Normalized`, `StateHeads` and `LeastSquaresHeads` divide targets by
+            their running root mean square first; others use gradients as they are.
+        error: [N], the mean squared error of each horizon on the same scale, detached.
+        power: [N], the mean square of each horizon's target on the same scale. R² is 1 - error / power.
         cosine: [N], the cosine between prediction and target over all elements of a horizon, 0 if either is zero.
     """
 

@@ -144,13 +144,15 @@ class ExactFuture(nn.Module):
         return Regression(of_tail.loss, *rows)
 
     def target_rule(self, scale: float, discount: float) -> TargetRule:
-        """Returns how the trainer weighs the messages: it injects the exact gradient, and bootstraps the tail's target.
+        """Returns the weights with which the trainer injects messages and forms targets: the exact gradient times `scale`.
+
+        A tail is not injected on its own. Its target is bootstrapped, with `discount`.
 
         The trainer calls this once for each window.
 
         Args:
             scale: c, the trainer's `synthetic_scale`.
-            discount: γ, the trainer's `discount`, used in the tail's target.
+            discount: γ, the trainer's `discount`.
         """
         if self.tail is None:
             return TargetRule(local=[1.0], bootstrap=[[0.0]], injection=[scale], active=[False])

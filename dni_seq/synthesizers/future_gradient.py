@@ -111,7 +111,7 @@ class FutureGradient(PackedSynthesizer):
         return model
 
     def target_rule(self, scale: float, discount: float) -> TargetRule:
-        """Returns how the trainer weighs the messages: in the gradient that it injects, and in the targets.
+        """Returns the weights with which the trainer injects the messages and forms their targets.
 
         The targets serve only to report how good the messages are. The future model trains on the next m steps instead. The
         trainer calls this once for each window.
@@ -122,7 +122,7 @@ class FutureGradient(PackedSynthesizer):
         """
         return increments(scale, discount, [1.0] * self.network.horizons, False)._replace(self_supervised=True)
 
-    def outputs(self, bounded: Tensor, gate: Tensor, context: Any) -> Outputs:
+    def _outputs(self, bounded: Tensor, gate: Tensor, context: Any) -> Outputs:
         """Computes one message for each of the K parts of the next m steps, detached and not yet clamped to `limit`.
 
         Args:
@@ -148,7 +148,7 @@ class FutureGradient(PackedSynthesizer):
             ValueError: the context is not a `Lookahead` of at least m steps, or the model's `loss_fn` does not return
                 losses [m, B].
         """
-        return self._unpacked(self.outputs(*self._bounded(trigger), context), trigger)
+        return self._unpacked(self._outputs(*self._bounded(trigger), context), trigger)
 
     def predict_and_train(self, trigger: State, context: Any) -> tuple[list[State], Tensor]:
         """Predicts, and adds the gradients of the future model's mean loss to its parameters, in one backward pass.
@@ -204,7 +204,7 @@ class FutureGradient(PackedSynthesizer):
         trained = [i for i, target in enumerate(targets) if target is not None]
         with torch.no_grad():
             wanted = self._wanted(trigger, targets, trained)
-            found = self.outputs(bounded, gate, context).messages[:, trained]
+            found = self._outputs(bounded, gate, context).messages[:, trained]
             scales = self._scales()[trained]
             # If all targets so far were zero, there is no unit to express a message in; it counts as zero.
             found = torch.where(scales > 0, found / scales, 0)

@@ -87,7 +87,7 @@ class LeastSquaresHeads(PackedSynthesizer):
         self.register_buffer("gate_power", zeros(horizons, 1, size))
         self.register_buffer("regressions", torch.zeros((), dtype=torch.int64))
 
-    def outputs(self, bounded: Tensor, gate: Tensor, context: Any) -> Outputs:
+    def _outputs(self, bounded: Tensor, gate: Tensor, context: Any) -> Outputs:
         """Computes one message for each of the N horizons, in units of the targets' running root mean square.
 
         Args:
@@ -103,7 +103,7 @@ class LeastSquaresHeads(PackedSynthesizer):
         found = torch.matmul(features, self.solution).transpose(0, 1)
         return Outputs(found * gate[:, None], features, loss)
 
-    def learn(self, trained: list[int], features: Tensor | None, gate: Tensor, wanted: Tensor) -> None:
+    def _learn(self, trained: list[int], features: Tensor | None, gate: Tensor, wanted: Tensor) -> None:
         """Adds normalised targets, those of all ranks, to the decaying sums, and solves the heads if a solution is due.
 
         Outputs are gated, so each output is a weighted fit with the squared gate as weight. One covariance serves all

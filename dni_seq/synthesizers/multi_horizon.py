@@ -106,7 +106,7 @@ class Horizons(nn.Module):
         return regress(self.heads, trigger, context, targets)
 
     def target_rule(self, scale: float, discount: float) -> TargetRule:
-        """Returns how the trainer weighs the messages: in the gradient that it injects, and in each head's target.
+        """Returns the weights with which the trainer injects the messages and forms the heads' targets.
 
         The trainer calls this once for each window.
 

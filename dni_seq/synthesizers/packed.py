@@ -80,7 +80,7 @@ class PackedSynthesizer(nn.Module):
         packing: Packing = self.network.packing
         return packing
 
-    def outputs(self, bounded: Tensor, gate: Tensor, context: Any) -> Outputs:
+    def _outputs(self, bounded: Tensor, gate: Tensor, context: Any) -> Outputs:
         """Computes gated messages in normalised units; every subclass implements it.
 
         Args:
@@ -90,13 +90,13 @@ class PackedSynthesizer(nn.Module):
         """
         raise NotImplementedError
 
-    def learn(self, trained: list[int], features: Tensor | None, gate: Tensor, wanted: Tensor) -> None:
+    def _learn(self, trained: list[int], features: Tensor | None, gate: Tensor, wanted: Tensor) -> None:
         """Learns from targets without gradients, in addition to the regression; does nothing by default.
 
         Args:
             trained: the n horizons that have a target.
-            features: the features that `outputs` returned.
-            gate: [B, S], as for `outputs`.
+            features: the features that `_outputs` returned.
+            gate: [B, S], as for `_outputs`.
             wanted: [B, n, S], the normalised targets.
         """
 
@@ -107,7 +107,7 @@ class PackedSynthesizer(nn.Module):
             trigger: the state.
             context: a `Lookahead` if the synthesizer has an encoder or a future model, else None.
         """
-        found = self.outputs(*self._bounded(trigger), context).messages
+        found = self._outputs(*self._bounded(trigger), context).messages
         messages = limited(found, self.limit) * self._scales()
         return [self.packing.unpack(message, trigger) for message in messages.unbind(1)]
 
@@ -132,12 +132,12 @@ class PackedSynthesizer(nn.Module):
         trained = [i for i, target in enumerate(targets) if target is not None]
         wanted = self._wanted(trigger, targets, trained)
         bounded, gate = self._bounded(trigger)
-        outputs = self.outputs(bounded, gate, context)
+        outputs = self._outputs(bounded, gate, context)
         found = outputs.messages[:, trained]
         error = (found - wanted).square().mean((0, 2))
         with torch.no_grad():
             rows = self._measured(error, found, wanted, trained, len(targets))
-            self.learn(trained, outputs.features, gate, wanted)
+            self._learn(trained, outputs.features, gate, wanted)
         loss = error.mean() if outputs.loss is None else error.mean() + outputs.loss
         return Regression(loss, *rows)
 

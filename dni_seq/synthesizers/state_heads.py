@@ -48,7 +48,7 @@ class StateHeads(PackedSynthesizer):
     ) -> None:
         super().__init__(StateNetwork(example, horizons, **network), example, cells, decay, limit)
 
-    def outputs(self, bounded: Tensor, gate: Tensor, context: Any) -> Outputs:
+    def _outputs(self, bounded: Tensor, gate: Tensor, context: Any) -> Outputs:
         """Computes one message for each of the N horizons, in units of the targets' running root mean square.
 
         Args:

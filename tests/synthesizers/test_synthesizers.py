@@ -401,7 +401,7 @@ def test_least_squares_heads_weigh_a_gated_output_by_its_gate():
     state = (torch.zeros(1, 50, 1).double(), torch.randn(1, 50, 1).double())
     heads = LeastSquaresHeads(state, 1, cells=dni.LSTM_CELLS, hidden=(), ridge=1e-9, solve_every=1).double()
     with torch.no_grad():
-        heads.learn([0], torch.ones(50, 1).double().expand(50, 3) * torch.tensor([1.0, 0.0, 0.0]), *gate_and_target(state))
+        heads._learn([0], torch.ones(50, 1).double().expand(50, 3) * torch.tensor([1.0, 0.0, 0.0]), *gate_and_target(state))
     gate, wanted = gate_and_target(state)
     expected = (gate * wanted[:, 0]).sum(0) / gate.square().sum(0)
     torch.testing.assert_close(heads.solution[0, 0], expected, rtol=1e-6, atol=0)
