@@ -18,10 +18,6 @@ Legend: T = window length in steps, B = lanes, m = reach in steps, D = inputs, S
 
 from __future__ import annotations
 
-import argparse
-import math
-import multiprocessing
-import statistics
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -29,7 +25,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from trials import Line, Trial, best_value, key_of, lines_by_key, work
+from trials import Line, Trial, best_value, lines_by_key, measure_in_turns, print_plan, study_parser, work
 
 import dni_seq as dni
 from dni_seq.app.runs.allocator import keep_freed_memory
@@ -331,29 +327,12 @@ def serve_updates(trial: Trial, pipe: Any) -> None:
         pipe.send((time.process_time() - begun) / updates)
 
 
-def measure_updates(results: Path, rounds: int = 9) -> None:
-    """CPU seconds of an update of each method at 19 vectors, median over rounds in which all take turns; one line."""
-    context = multiprocessing.get_context("spawn")
-    timed = {kind_of(trial): trial for trial in (trial_of(method, bptt, 1e-3, 0) for _, method, bptt in COLUMNS)}
-    pipes = {kind: context.Pipe() for kind in timed}
-    processes = [context.Process(target=serve_updates, args=(timed[kind], pipes[kind][1]), daemon=True) for kind in timed]
-    for process in processes:
-        process.start()
-    for ours, _ in pipes.values():
-        ours.recv()
-    samples: dict[str, list[float]] = {kind: [] for kind in timed}
-    for round_number in range(rounds + 1):
-        for kind, (ours, _) in pipes.items():
-            ours.send(max(5, 200 // timed[kind]["T"]))
-            seconds = ours.recv()
-            if round_number:  # the first round warms up
-                samples[kind].append(seconds)
-    for process in processes:
-        process.terminate()
-    medians = {kind: round(statistics.median(values), 6) for kind, values in samples.items()}
+def measure_updates(results: Path) -> None:
+    """Puts the CPU seconds of an update of each method at 19 vectors on record, measured in turns on an idle machine."""
+    trials = {kind_of(trial): trial for trial in (trial_of(method, bptt, 1e-3, 0) for _, method, bptt in COLUMNS)}
+    counts = {kind: max(5, 200 // trial["T"]) for kind, trial in trials.items()}
+    medians = measure_in_turns(serve_updates, {kind: (trial,) for kind, trial in trials.items()}, counts, "none T=40")
     append_line(results, {"study": "copying", "update_seconds": medians, "date": time.strftime("%Y-%m-%d")})
-    for kind, value in medians.items():
-        print(f"{1000 * value:8.2f} ms  {value / medians['none T=40']:5.2f}  {kind}")
 
 
 def update_times(results: Path) -> dict[str, float]:
@@ -400,19 +379,14 @@ def table(results: Path) -> Iterable[str]:
 
 def main() -> None:
     """The command."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=("time", "run", "table", "plan"))
-    parser.add_argument("--results", type=Path, default=Path("docs/results/predictive_messages.jsonl"), metavar="FILE")
-    parser.add_argument("--scratch", type=Path, default=Path("runs/predictive_messages"), metavar="DIR")
-    parser.add_argument("--max-minutes", type=float, default=math.inf, metavar="M", help="start no trial later than this")
+    parser = study_parser(__doc__ or "")
     options = parser.parse_args()
     torch.set_num_threads(1)
     keep_freed_memory()
     if options.part == "table":
         print("\n".join(table(options.results)))
     elif options.part == "plan":
-        known = lines_by_key(options.results)
-        print("\n".join(key_of(trial) for trial in plan(known) if key_of(trial) not in known))
+        print_plan(options.results, plan)
     elif options.part == "time":
         measure_updates(options.results)
     else:

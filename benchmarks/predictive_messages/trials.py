@@ -7,9 +7,12 @@ lines on record: a plan yields what can be run now, in order of value.
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
+import multiprocessing
 import os
+import statistics
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -97,3 +100,63 @@ def best_value(
 
 def _number(score: float) -> float:
     return score if math.isfinite(score) else math.inf
+
+
+def measure_in_turns(
+    serve: Callable[..., None],
+    arguments: dict[str, tuple[Any, ...]],
+    counts: dict[str, int],
+    reference: str,
+    rounds: int = 9,
+) -> dict[str, float]:
+    """Measures CPU seconds of a step by kind, median over rounds in which all kinds take turns; prints and returns them.
+
+    Each kind has a process of its own, as a user's run has, since what lies in memory decides a part of the time.
+
+    Args:
+        serve: `serve(*arguments, pipe)`: in its process, sends "ready", then for each number received makes as many steps
+            and sends the CPU seconds of one.
+        arguments: what `serve` gets, by kind.
+        counts: steps in a turn, by kind.
+        reference: the kind that the others are compared with.
+        rounds: turns that count; one more warms up.
+    """
+    context = multiprocessing.get_context("spawn")
+    pipes = {kind: context.Pipe() for kind in arguments}
+    processes = [
+        context.Process(target=serve, args=(*given, pipes[kind][1]), daemon=True) for kind, given in arguments.items()
+    ]
+    for process in processes:
+        process.start()
+    for ours, _ in pipes.values():
+        ours.recv()  # nobody loads beside a measurement
+    samples: dict[str, list[float]] = {kind: [] for kind in arguments}
+    for round_number in range(rounds + 1):
+        for kind, (ours, _) in pipes.items():
+            ours.send(counts[kind])
+            seconds = ours.recv()
+            if round_number:
+                samples[kind].append(seconds)
+    for process in processes:
+        process.terminate()
+    medians = {kind: round(statistics.median(values), 6) for kind, values in samples.items()}
+    for kind, value in medians.items():
+        spread = f"{1000 * min(samples[kind]):.2f} to {1000 * max(samples[kind]):.2f}"
+        print(f"{1000 * value:8.2f} ms ({spread})  {value / medians[reference]:5.2f}  {kind}")
+    return medians
+
+
+def print_plan(results: Path, plan: Callable[[dict[str, Line]], Iterable[Trial]]) -> None:
+    """Prints the trials that can be run now and are not on record."""
+    known = lines_by_key(results)
+    print("\n".join(key_of(trial) for trial in plan(known) if key_of(trial) not in known))
+
+
+def study_parser(description: str) -> argparse.ArgumentParser:
+    """Returns the options that both studies have."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=("time", "run", "table", "plan"))
+    parser.add_argument("--results", type=Path, default=Path("docs/results/predictive_messages.jsonl"), metavar="FILE")
+    parser.add_argument("--scratch", type=Path, default=Path("runs/predictive_messages"), metavar="DIR")
+    parser.add_argument("--max-minutes", type=float, default=math.inf, metavar="M", help="start no trial later than this")
+    return parser
