@@ -51,7 +51,8 @@ class SequenceTrainer:
         synthesizer_optimizer: of the synthesizer's parameters. Default: Adam with learning rate 1e-3.
         synthetic_scale: c, the share of the message that is injected. "auto" starts at 0 and is adjusted for each horizon by
             comparisons with exact gradients; it needs `fidelity_every`.
-        discount: γ, the weight of the message after a window in that window's target.
+        discount: γ: a window's target is the gradient of its own loss plus γ times the message at its last state,
+            backpropagated to its first state.
         targets: "bootstrap" trains the synthesizer towards a target that holds its own next message. "lambda" trains it on
             λ-targets every `replay_windows` windows, by replaying them.
         lam: λ of "lambda": 0 is the bootstrapped target, 1 that of exact BPTT over the replayed windows.
@@ -73,7 +74,7 @@ class SequenceTrainer:
         reduction: how losses [T, B] become one number: "mean" over the steps that count, "lane-mean" (sum over time,
             mean over lanes) or "sum".
         autocast: dtype of `torch.autocast` for the model and the loss, None for full precision.
-        skip_limit: number of windows in a row that may be skipped for a NaN or an infinity before `step` raises.
+        skip_limit: `step` raises a NonFiniteError at this many windows in a row that are skipped for a NaN or an infinity.
         parallel: the `DataParallel` of this rank if the lanes are split over processes. Each rank steps with its own lanes.
             Gradients are summed over the ranks. A scalar `loss_fn` must average over lanes. `state_dict` is then a
             collective call and holds all lanes.
@@ -193,7 +194,7 @@ class SequenceTrainer:
 
         A step is atomic. If it raises an exception, parameters, optimizers, buffers, hidden state, random state and counters
         are restored, and gradients are cleared. If the loss or the gradient holds a NaN or an infinity, the step is skipped:
-        the model and its optimizer do not change, `steps` goes up, and `ends` takes effect.
+        model, optimizer and hidden state stay, lanes in `ends` and lanes with a NaN are reset, and `steps` goes up.
 
         Args:
             inputs: [T, B, ...], the model's inputs.
@@ -205,7 +206,7 @@ class SequenceTrainer:
 
         Raises:
             ValueError: shapes do not agree. Nothing has changed then.
-            NonFiniteError: `skip_limit` windows in a row were skipped. The message names the first NaN or infinity.
+            NonFiniteError: this is the `skip_limit`-th skipped window in a row. The message names the first bad tensor.
             RuntimeError: another step of this trainer is running.
         """
         self.runner.check_window(inputs, targets, ends)
@@ -363,8 +364,8 @@ class SequenceTrainer:
 
         Args:
             saved: what `state_dict` returned. Skip counts may be missing, as in states that older versions saved.
-            lanes: B over all ranks, to restore and check the hidden state now, which needs an initial state. With None the
-                hidden state is restored at the next step.
+            lanes: B over all ranks. If given, the hidden state is restored and checked now; the trainer must then know its
+                initial state. None to restore it at the next `step`.
 
         Raises:
             ValueError: the saved trainer has other parts (a synthesizer, for example), or with `lanes` another hidden state.

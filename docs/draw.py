@@ -28,7 +28,8 @@ def public(module: ModuleType) -> dict[str, str]:
             for member, value in vars(thing).items():
                 function = value.fget if isinstance(value, property) else value
                 if not member.startswith("_") and inspect.isfunction(function) and function.__doc__:
-                    found[f"{module.__name__}.{name}.{member}"] = described(f"{name}.{member}", function)
+                    title = f"{name}.{member}" + (" (property)" if isinstance(value, property) else "")
+                    found[f"{module.__name__}.{name}.{member}"] = described(title, function)
     return found
 
 

@@ -48,7 +48,7 @@ class GradientAccumulator:
         self._participants: dict[Hashable, Participant] = {}
 
     def add(self, tensor: Tensor, gradient: Tensor | None = None) -> None:
-        """Adds `tensor` and the gradient of the objective with respect to it.
+        """Adds `tensor` and its upstream gradient, as for `tensor.backward(gradient)`, for the one backward pass.
 
         Args:
             tensor: a tensor that requires a gradient.
@@ -62,13 +62,19 @@ class GradientAccumulator:
         self._entries.append(Deferred(tensor, gradient))
 
     def participant(self, key: Hashable, make: Callable[[], ParticipantT]) -> ParticipantT:
-        """Returns the participant registered under `key`; calls `make` to create it at the first request."""
+        """Returns the participant registered under `key`, created with `make()` if there is none.
+
+        A participant has the hooks `before_backward()` and `after_backward()`, which `deliver` calls.
+        """
         if key not in self._participants:
             self._participants[key] = make()
         return self._participants[key]  # type: ignore[return-value]
 
     def deliver(self) -> None:
-        """Runs the backward pass, with the participants' hooks before and after it, and clears the accumulator."""
+        """Backpropagates all added tensors in one pass, and clears the accumulator.
+
+        `defer_backward` calls it at the block's end. The hooks of the participants run before and after the pass.
+        """
         participants, self._participants = list(self._participants.values()), {}
         for participant in participants:
             participant.before_backward()
@@ -102,7 +108,9 @@ def current_scope() -> GradientAccumulator | None:
 
 @contextmanager
 def defer_backward() -> Iterator[GradientAccumulator]:
-    """Collects everything passed to `backward` in the block, and backpropagates it in one pass at the block's end.
+    """Context manager: defers every `dni_seq.backward(...)` and injection in the block to one pass at the block's end.
+
+    `tensor.backward()` of PyTorch is not deferred. The block gets the `GradientAccumulator` that collects.
 
     If the block raises an exception, nothing is backpropagated. Blocks may be nested: the innermost one collects.
     """

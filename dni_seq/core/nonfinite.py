@@ -16,7 +16,7 @@ from dni_seq.core.states import State
 
 
 class NonFiniteError(ArithmeticError):
-    """Raised if too many windows in a row hold a NaN or an infinity; the message names the first place."""
+    """Raised by `SequenceTrainer.step` if too many windows in a row were skipped; names the first tensor that held a NaN."""
 
 
 def readable_without_sync(flag: Tensor) -> bool:

@@ -47,11 +47,11 @@ class StepResult(NamedTuple):
         loss: 0-d, the window's loss in the unit of `loss_fn` (nats for cross-entropy).
         outputs: the model's outputs.
         gradient_norm: 0-d, norm of the model's gradient before clipping, the synthetic part included.
-        synthetic: measurements of the synthesizer; None without a synthesizer, and at a step that the host skipped. A step
-            that a GPU skipped still has them.
+        synthetic: measurements of the synthesizer; None without a synthesizer, and at a skipped step on the CPU. On CUDA the
+            device decides to skip, so a skipped step still has them.
         skipped: 0-d bool, True if the step was skipped because the loss or the gradient held a NaN or an infinity.
         events: messages for the user: that the step was skipped, with the place of the first NaN, or that the synthesizer
-            was reset. On CUDA they arrive at a later step, when the counts are read.
+            diverged and was reset. On CUDA they arrive at a later step: counts are read every few steps only.
     """
 
     loss: Tensor

@@ -33,7 +33,7 @@ class WindowRunner:
         state_batch_dim: the lanes' dimension in the state's leaves, an int, or ints nested like the state.
         start: the initial state with all lanes, a function that makes it from the number of lanes, or None for
             `model.initial_state`.
-        parallel: this rank's share of the lanes in data-parallel training, None in one process.
+        parallel: the `DataParallel` of this rank, None in one process.
     """
 
     model: nn.Module
@@ -62,7 +62,11 @@ class WindowRunner:
         return result
 
     def run_in_two_parts(self, inputs: Tensor, state: State | None) -> tuple[Any, State, State]:
-        """Runs the first step, then the others; returns the outputs, the state after the first step, and the last state."""
+        """Runs step 0 and then steps 1 to T - 1, so that the state after step 0 is available for an `AuxiliaryTask`.
+
+        Returns:
+            The outputs, concatenated along time, the state after step 0, and the last state. With T = 1 both are the same.
+        """
         if len(inputs) == 1:
             outputs, last = self.run(inputs, state)
             return outputs, last, last
@@ -91,7 +95,10 @@ class WindowRunner:
 
     @torch.no_grad()
     def state_template(self, inputs: Tensor, lanes: int) -> State:
-        """Returns a state with the structure of the model's, with any values; may run the model once."""
+        """Returns a state with the structure and shapes of the model's for `lanes` lanes; its values are meaningless.
+
+        Without an initial state it runs the model on `inputs` once.
+        """
         initial = self.initial_state(lanes)
         if initial is None:
             with torch.random.fork_rng():
@@ -99,7 +106,12 @@ class WindowRunner:
         return initial
 
     def check_saved(self, leaves: list[Any], template: State) -> None:
-        """Raises a ValueError if the shape of a saved leaf, with the lanes of all ranks, does not fit `template`."""
+        """Raises a ValueError if a saved leaf does not have the shape of its leaf in `template`.
+
+        Args:
+            leaves: the flattened leaves of a saved hidden state, with the lanes of all ranks.
+            template: a state with this rank's lanes.
+        """
         dims = states.broadcast_to_leaves(self.state_batch_dim, template, "state_batch_dim")
         for leaf, like, dim in zip(leaves, states.flatten(template), dims, strict=True):
             if not isinstance(like, Tensor):

@@ -25,7 +25,7 @@ class DataParallel:
     Methods that communicate are collective calls: all ranks make them in the same order.
 
     Args:
-        ranks: the ranks that share the lanes.
+        ranks: the ranks that share the lanes, as `dni_seq.distributed.process_group.init_distributed` yields them.
     """
 
     def __init__(self, ranks: Ranks) -> None:
@@ -82,16 +82,21 @@ class DataParallel:
     def share(self, loss_fn: Callable[[Any, Tensor], Tensor]) -> Callable[[Any, Tensor], Tensor]:
         """Returns `loss_fn` divided by W, the number of ranks: the ranks' means then add up to the mean over all lanes.
 
-        Wrap the loss passed to `ExactFuture` in it if the trainer's reduction is "mean" or "lane-mean".
+        Wrap the loss passed to `ExactFuture` in it if the trainer's reduction is "mean" or "lane-mean": `ExactFuture` knows
+        nothing of ranks. The trainer scales its own loss.
         """
         size = self.ranks.size
         return lambda outputs, targets: loss_fn(outputs, targets) / size
 
     def share_of_mean(self, loss: Tensor, mask: Tensor | None) -> Tensor:
-        """Scales a mean loss over this rank's lanes to its share of the mean over all lanes.
+        """Returns `loss` times this rank's fraction of what is averaged over all lanes.
+
+        The ranks' results then add up to the mean over all lanes. The fraction is 1 / W; with a mask it is this rank's
+        counted steps divided by those of all ranks.
+
 
         Args:
-            loss: 0-d, the mean over this rank's lanes, or with a mask over the steps that count.
+            loss: 0-d, the mean over this rank's lanes; with a mask, over this rank's counted steps.
             mask: [T, B / W] bool, True for steps that count, or None. With a mask this is a collective call.
         """
         if mask is None:
@@ -104,21 +109,21 @@ class DataParallel:
         return self.ranks.sum_(tensor.detach().clone())
 
     def norm(self, own: Tensor) -> Tensor:
-        """Returns the L2 norm over all lanes; a collective call, which every rank must make.
+        """Combines the ranks' L2 norms into the norm of the whole tensor, sqrt(Σ own²); a collective call.
 
         Args:
-            own: 0-d, the norm over this rank's lanes.
+            own: 0-d, the L2 norm of this rank's part.
         """
         return self.sum(own.double().square()).sqrt().to(own.dtype)
 
     def sums(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Returns each tensor's sum over all ranks with a single all-reduce."""
+        """Returns new tensors: each tensor's sum over all ranks, with a single all-reduce; a collective call."""
         flat = self.ranks.sum_(torch.cat([tensor.detach().reshape(-1) for tensor in tensors]))
         pieces = flat.split([tensor.numel() for tensor in tensors])
         return [piece.view_as(tensor) for piece, tensor in zip(pieces, tensors, strict=True)]
 
     def mean(self, tensors: Sequence[Any]) -> list[Any]:
-        """Returns each tensor's mean over all ranks with a single all-reduce.
+        """Returns new tensors: each tensor's mean over all ranks, with a single all-reduce; a collective call.
 
         An entry that is None stays None, and must be None on all ranks.
         """
@@ -129,13 +134,24 @@ class DataParallel:
         return [None if tensor is None else next(sums) / self.size for tensor in tensors]
 
     def synchronize(self, module: nn.Module) -> None:
-        """Makes the running statistics in `module` cover the lanes of all ranks; call it before the first use."""
+        """Makes the running statistics of the synthesizers in `module` cover the lanes of all ranks from now on.
+
+        These are root mean squares of targets and the sums of `LeastSquaresHeads`; BatchNorm is not touched. Call it once,
+        before the first use.
+        """
         for part in module.modules():
             if hasattr(part, "across_ranks"):
                 part.across_ranks = self  # type: ignore[assignment]
 
     def first(self, place: int, text: str) -> str:
-        """Returns the text of the rank with the lowest `place`, followed by "on rank" and its number; a collective call."""
+        """Returns the text of the rank with the lowest `place`, followed by "on rank" and its number; a collective call.
+
+        The trainer uses it to report the first NaN. All ranks get the same text; of equal places the lowest rank wins.
+
+        Args:
+            place: position of this rank's finding in the order of the checks.
+            text: what this rank has found.
+        """
         found = self.ranks.gather((place, text))
         rank = min(range(self.size), key=lambda i: found[i][0])
         return f"{found[rank][1]} on rank {rank}"
@@ -151,7 +167,10 @@ class DataParallel:
         self.sum_gradients(learning)
 
     def divide_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Divides gradients by W, the number of ranks, in place, so that their sum over the ranks is a mean."""
+        """Divides gradients by W, the number of ranks, in place, without communication.
+
+        A sum over the ranks is then a mean. `average_gradients` does both.
+        """
         for parameter in parameters:
             if parameter.grad is not None:
                 parameter.grad /= self.ranks.size
@@ -163,7 +182,7 @@ class DataParallel:
 
         Args:
             parameters: the parameters whose gradients to sum, in the same order on all ranks.
-            numbers: further tensors to sum.
+            numbers: further tensors, which are overwritten with their sums.
         """
         learning = [parameter for parameter in parameters if parameter.requires_grad]
         there = [parameter.grad is not None for parameter in learning]

@@ -54,13 +54,13 @@ class BackwardInterface(Interface):
         """Returns `trigger` detached from its graph; the gradient that arrives at the result trains the synthesizer.
 
         The synthesizer is trained with the `synthesizer_context` of this call. In a `defer_backward` scope it is trained at
-        the scope's end, elsewhere when a backward pass has brought the gradient of every leaf. In `eval()` and under
+        the scope's end, elsewhere when a backward pass has computed the gradients of all its leaves. In `eval()` and under
         `torch.no_grad()` the trigger is returned unchanged.
 
         Args:
             trigger: a tensor or nest, such as the state that a window starts from.
-            watched: False if the scope has no target for this trigger, so that its gradient need not be computed. It has no
-                effect outside of a scope.
+            watched: False to detach only: no gradient is computed at this trigger, and the synthesizer does not train on it.
+                Ignored outside of a scope.
 
         Raises:
             ValueError: the trigger holds no floating-point tensor.
@@ -95,10 +95,11 @@ class BackwardInterface(Interface):
 
         Args:
             trigger: a tensor or nest that was computed with a graph.
-            factor: the share of the message that is injected, and its share in the targets of the scope's triggers.
+            factor: multiplies the message twice: in the gradient that is injected into `trigger`, and in the targets of the
+                states given to `make_trigger` in this scope.
             ends: [B] bool, True for lanes whose sequence ends here: their message is zero.
             batch_dim: the dimension of the lanes in the trigger's leaves, an int or a nest; used with `ends`.
-            rule: separate coefficients of injection and targets; replaces `factor`.
+            rule: a `TargetRule` with separate coefficients of injection and targets; `factor` is then ignored.
             bootstrap: a synthesizer whose messages go into the targets, in place of this interface's own messages.
 
         Raises:
@@ -161,7 +162,11 @@ class BackwardInterface(Interface):
 
     @uncompiled
     def receive(self, trigger: State) -> State:
-        """Returns the synthetic gradient at `trigger`, the weighted sum of the messages of all horizons, detached.
+        """Returns the synthetic gradient at `trigger`, detached; nothing is backpropagated or trained.
+
+        A synthesizer with several horizons gives the sum of their messages, without discount. The context is that of
+        `synthesizer_context`.
+
 
         Raises:
             ValueError: the message does not have the trigger's shape and dtype.
@@ -180,7 +185,13 @@ class BackwardInterface(Interface):
         return messages if ends is None else [zero_ended_lanes(message, ends, batch_dim) for message in messages]
 
     def exchange(self, scope: GradientAccumulator) -> ScopeExchange:
-        """Returns this interface's triggers and last states in a `defer_backward` scope, a record made at the first call."""
+        """Returns the record that this interface keeps in `scope`: its triggers, and the states given to `backward`.
+
+        The trainer uses it. The record is created at the first call in a scope.
+
+        Args:
+            scope: what `with defer_backward() as scope:` yields.
+        """
         return scope.participant(id(self), lambda: ScopeExchange(self, scope))
 
     def _intercept(self, state: State, context: Any) -> None:

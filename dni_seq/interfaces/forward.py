@@ -62,7 +62,7 @@ class ForwardInterface(Interface):
 
     @uncompiled
     def receive(self, trigger: State) -> State:
-        """Returns the activation predicted from `trigger`, without a graph."""
+        """Returns the activation predicted from `trigger`, detached; it does not require a gradient."""
         (message,) = self.messages(trigger, current_context())
         return message
 
@@ -122,8 +122,8 @@ class BidirectionalInterface(nn.Module):
 
     @uncompiled
     def receive(self, trigger: State) -> State:
-        """Called by part B: returns the activation predicted from `trigger`.
+        """Called by part B: returns the activation predicted from `trigger`, a leaf that requires a gradient.
 
-        The gradient that reaches this activation in B's backward pass trains the backward synthesizer.
+        The gradient that reaches it in B's backward pass trains the backward synthesizer at this predicted activation.
         """
         return self.backward_interface.make_trigger(self.forward_interface.receive(trigger))

@@ -54,7 +54,7 @@ class Reader(ABC):
 
 
 class Documents(ABC):
-    """The documents of one split. Iterating yields the text of each piece.
+    """The documents of one split of a corpus, a base class. Iterating yields their text, a long document in several pieces.
 
     Readers are independent of each other.
 
@@ -72,7 +72,10 @@ class Documents(ABC):
 
     @abstractmethod
     def read(self, position: Position | None = None) -> Reader:
-        """Returns a reader that starts at `position`, or at the first document if it is None."""
+        """Returns a reader that starts at `position`, or at the first document if it is None.
+
+        A reader yields pieces of text. Its `position()` is what `read` accepts to resume there.
+        """
 
     def in_epoch(self, epoch: int) -> Documents:
         """Returns the documents in the order of an epoch, counted from 0. Only shuffled documents change their order."""

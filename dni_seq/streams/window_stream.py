@@ -90,7 +90,7 @@ class WindowStream:
 
     @property
     def tokens_per_epoch(self) -> int | None:
-        """Number of tokens predicted in an epoch, (n - 1) B; None if it is not known, see `windows_per_epoch`."""
+        """Number of tokens predicted in an epoch; None if it is not known: for streamed text and with `document_reset`."""
         length = self._lanes.length
         return None if length is None else (length - 1) * self.lanes
 
@@ -106,7 +106,7 @@ class WindowStream:
 
     @property
     def words_per_token(self) -> float:
-        """Average number of words per token, newlines counted as words, over the text of `characters_per_token`.
+        """Average number of words per token, newlines counted as words, over the same text as `characters_per_token`.
 
         Perplexity per word is exp(nats per token / `words_per_token`). With a word tokenizer the value is 1.
         """
@@ -115,19 +115,19 @@ class WindowStream:
 
     @property
     def unknown_tokens(self) -> int:
-        """Number of tokens that are not in the vocabulary, in the text of `characters_per_token`."""
+        """Number of tokens outside the vocabulary, in the whole split or, for streamed text, in what was read so far."""
         return self._lanes.stats.unknown
 
     @property
     def unknown_share(self) -> float:
-        """Fraction of the stream's tokens that are not in the vocabulary, from 0 to 1."""
+        """Fraction of tokens outside the vocabulary, 0 to 1, counted as in `unknown_tokens`."""
         stats = self._lanes.stats
         return stats.unknown / stats.tokens
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the position of the next window as a dict of numbers, strings, lists and dicts.
 
-        The position does not depend on what is prefetched.
+        It is the position of the next window to be yielded, even if a background thread has read further.
         """
         return {
             "epoch": self.epoch,

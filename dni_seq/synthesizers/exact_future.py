@@ -31,8 +31,8 @@ class ExactFuture(nn.Module):
     buffers and the random state are restored, so dropout draws the same numbers as in the next window. The gradient is not
     discounted: the trainer's `discount` is used in the tail's target only.
 
-    `fidelity_every` compares the message with the gradient of one window, so its numbers are meaningful only if n = T and
-    there is no tail.
+    The trainer's `fidelity_every` compares the message with the gradient of one window, so its numbers are meaningful only
+    if n = T and there is no tail.
 
     Args:
         model: `model(inputs, state) -> (outputs, state)`. It is not registered as a submodule.
@@ -50,7 +50,8 @@ class ExactFuture(nn.Module):
         steps: the number of steps run.
         window: the window length.
         tail: the tail, or None.
-        self_supervised: whether the tail trains on its context, so that targets only measure it.
+        self_supervised: True if the tail learns from the lookahead's inputs and targets; the trainer's targets then only
+            measure its messages.
 
     Raises:
         ValueError: `steps` or `window` is not positive, or the reduction is unknown.
@@ -83,8 +84,8 @@ class ExactFuture(nn.Module):
     def predict(self, trigger: State, context: Any) -> list[State]:
         """Returns the exact gradient and, if there is a tail, the tail's own message at `trigger`.
 
-        The exact gradient includes the tail's message after the n steps. The second message is not injected; the tail is
-        trained on it.
+        The exact gradient includes the tail's message after the n steps. The second entry is what the tail predicts at
+        `trigger` itself. It is compared with the tail's target to train the tail, and is never injected.
 
         Args:
             trigger: the state.
@@ -124,7 +125,7 @@ class ExactFuture(nn.Module):
         return self._exact(trigger, context)
 
     def regress(self, trigger: State, context: Any, targets: list[State | None]) -> Regression:
-        """Computes one regression of the tail.
+        """Returns the error of the tail's message at `trigger` against its target, for the caller to backpropagate.
 
         Args:
             trigger: the state.
@@ -144,9 +145,10 @@ class ExactFuture(nn.Module):
         return Regression(of_tail.loss, *rows)
 
     def target_rule(self, scale: float, discount: float) -> TargetRule:
-        """Returns the weights with which the trainer injects messages and forms targets: the exact gradient times `scale`.
+        """Returns the rule that injects `scale` times the exact gradient, which itself has no target.
 
-        A tail is not injected on its own. Its target is bootstrapped, with `discount`.
+        The tail's target is the window's own gradient plus `discount` times its next message, backpropagated through the
+        window. Its message enters the injection only through the exact gradient.
 
         The trainer calls this once for each window.
 

@@ -56,8 +56,9 @@ class FutureGradient(PackedSynthesizer):
 
         M_n(s) = w g ⊙ ∂(Σ_{steps j of part n} ℓ_j)/∂u        n = 1..K
 
-    u is the state s with tanh applied to its LSTM cells, g is 1 - tanh² at these cells and 1 elsewhere, and w is the weight
-    of one step in the trainer's loss. With m = K T the parts are the next K windows.
+    u is the state s with tanh applied to its LSTM cells, g is 1 - tanh² at these cells and 1 elsewhere, ℓ_j is the
+    future model's loss at step j, and w is the weight of one step in the trainer's loss. With m = K T the parts are the
+    next K windows.
 
     The future model trains at every window on the targets of the next m steps. The targets of the trainer do not train it;
     they give R² and cosine, and the unit of `limit`. Messages have the unit of the trainer's loss from the first window on
@@ -65,19 +66,21 @@ class FutureGradient(PackedSynthesizer):
 
     Args:
         example: a state of the model, such as `model.initial_state(1)`. Its values and its number of lanes do not matter.
-        future: function that makes the `FutureModel`, with m steps and K parts, from S.
+        future: function `S -> FutureModel` with m steps and K parts, where S is the width of a lane's packed state.
         window: T, the length of the trainer's windows. With the reduction "mean" w = 1 / (T · B).
         reduction: the trainer's reduction, "mean", "lane-mean" or "sum". With "mean", the steps of a masked window weigh as
             much as those of a full window.
         cells: which leaves are LSTM cell states, such as `LSTM_CELLS`. False for none.
-        decay: share of the running mean square that an update keeps, after the first 1 / (1 - decay) updates.
+        decay: factor of the old value in the running mean of squared targets. The first 1 / (1 - decay) updates form a
+            plain mean instead.
         limit: the largest absolute value in a message, in units of the running root mean square of its targets. None for
             no limit; before the first target there is no limit either.
         batch_dim: dimension of the lanes in the state's leaves, an int or a nest.
 
     Attributes:
         limit: the argument; it may be set at any time.
-        self_supervised: True.
+        self_supervised: True: it learns from the lookahead's inputs and targets, and the trainer's targets only measure its
+            messages.
 
     Raises:
         ValueError: `window` or `limit` is not positive, or the reduction is unknown.
@@ -111,7 +114,7 @@ class FutureGradient(PackedSynthesizer):
         return model
 
     def target_rule(self, scale: float, discount: float) -> TargetRule:
-        """Returns the weights with which the trainer injects the messages and forms their targets.
+        """Returns the `TargetRule` of the next window: the coefficients of the injection and of the targets.
 
         The targets serve only to report how good the messages are. The future model trains on the next m steps instead. The
         trainer calls this once for each window.
@@ -186,7 +189,7 @@ class FutureGradient(PackedSynthesizer):
         return self._clamp_cache.range
 
     def regress(self, trigger: State, context: Any, targets: list[State | None]) -> Regression:
-        """Computes the future model's mean loss, which trains it, and compares the messages with the targets.
+        """Returns the future model's mean loss, for the caller to backpropagate, and compares the messages with the targets.
 
         Args:
             trigger: the state.

@@ -39,6 +39,8 @@ class FutureModel(nn.Module):
     SEEN is 4: each step sees its own input and the 3 inputs before it, never a later one, which in a language model would be
     its target. Inputs before the first of the m steps count as zero. The m steps are cut into K equal parts. Each part p
     reads the state with its own weights W_p, C_p, because a state holds different information about near and far steps.
+    W_p, U_i, b_j, D, C_p and d_p are learned. The features are the gradient at W_p s alone; `gradients` returns the whole
+    gradient with respect to s, which is a message.
 
     Args:
         size: S, the width of a lane's packed state.
@@ -92,8 +94,8 @@ class FutureModel(nn.Module):
     def forward(self, flat: Tensor, context: Any) -> tuple[Tensor, Tensor]:
         """Computes features from the gradient of the loss, and the mean loss.
 
-        Steps after the end of a sequence, and steps that do not count in the loss, contribute zero to both. Both are
-        differentiable, so a regression on the features trains this model too; ∂ℓ_j/∂q_j counts as a constant.
+        Steps after the end of a sequence, and steps that do not count in the loss, contribute zero to both. Both have a
+        graph, so a regression on the features trains this model too; in the features ∂ℓ_j/∂q_j is detached.
 
         Args:
             flat: packed states [B, S].
@@ -112,7 +114,7 @@ class FutureModel(nn.Module):
         return by_part.transpose(0, 1).flatten(1), total / lookahead.valid.numel()
 
     def loss(self, flat: Tensor, context: Any) -> Tensor:
-        """Computes the mean of the predicted outputs' losses, the second result of `forward`, without the features.
+        """Computes the loss that `forward` returns second, without the features.
 
         Args:
             flat: packed states [B, S].
@@ -153,7 +155,7 @@ class FutureModel(nn.Module):
         return found
 
     def learn(self, flat: Tensor, context: Any) -> tuple[Tensor, Tensor]:
-        """Adds the gradients of the mean loss to the parameters, and returns the loss's gradient with respect to the state.
+        """Computes what `gradients` does, divided by m B, and adds the gradients of the mean loss to the parameters.
 
         One backward pass computes both.
 

@@ -25,7 +25,8 @@ from dni_seq.synthesizers.state_mlp import StateTrunk
 class LeastSquaresHeads(PackedSynthesizer):
     """Predicts one message for each horizon with linear heads that are least-squares fits to the latest targets.
 
-    The features are the constant 1 and those of a trunk, which learns by gradient descent. For each horizon, the sums of the
+    The F features are the constant 1 and those of a trunk, a perceptron that learns by gradient descent. Outputs are
+    multiplied by a gate, 1 - tanh²(c) at LSTM cells and 1 elsewhere. For each horizon, the sums of the
     features' products with themselves and with the targets decay exponentially. The heads are solved from these sums at
     every `solve_every`-th regression. Messages are zero before the first solution.
 
@@ -36,13 +37,15 @@ class LeastSquaresHeads(PackedSynthesizer):
         ridge: share of the mean of the covariance's diagonal that is added to the diagonal.
         solve_every: regressions between two solutions.
         cells: which leaves are LSTM cell states, such as `LSTM_CELLS`. False for none.
-        decay: share of the running mean square that an update keeps, after the first 1 / (1 - decay) updates.
+        decay: factor of the old value in the running mean of squared targets. The first 1 / (1 - decay) updates form a
+            plain mean instead.
         limit: the largest absolute value in a message, in units of the running root mean square of its targets. None for
             no limit.
         hidden: sizes of the trunk's hidden layers. Default: (256,). Empty for none; F then grows with the lookahead.
         batch_dim: dimension of the lanes in the state's leaves, an int or a nest. Default: 1.
         encoder: module that encodes the context, such as `LookaheadEncoder`. Default: None, for no context.
-        future: function that makes a `FutureModel` from S, whose features are added to the trunk's. Default: None.
+        future: function `S -> FutureModel`, where S is the width of a lane's packed state; its features are added to the
+            trunk's. Default: None.
 
     Attributes:
         covariance: buffer [N, F, F], the decaying sum of the features' outer products.

@@ -16,19 +16,20 @@ from dni_seq.core.windows import next_steps
 class LookaheadEncoder(nn.Module):
     """Encodes the next m steps of each lane as one vector; steps after the end of a sequence are encoded as zeros.
 
-    A step's code is its encoded input, its encoded target, a flag that is 1 if the step exists, and a flag that is 1 if the
-    step counts in the loss.
+    Each step is encoded as the concatenation of its encoded input, its encoded target, a flag that is 1 if the step exists,
+    and a flag that is 1 if the step counts in the loss.
 
     Args:
         steps: m, the number of steps encoded.
         inputs: module from `Lookahead.inputs` [m, B, ...] to [m, B, E_inputs], such as `nn.Embedding` for tokens or
             `nn.Linear` for vectors. It is registered as a submodule and trains with the synthesizer.
         targets: module from `Lookahead.targets` [m, B, ...] to [m, B, E_targets], in the same way.
-        features: E_inputs + E_targets. None to read both widths from an `nn.Embedding` or `nn.Linear`.
+        features: E_inputs + E_targets, the width of one encoded step without its flags. If None, both widths are read from
+            an `nn.Embedding` or `nn.Linear`.
 
     Attributes:
         steps: the number of steps encoded.
-        features: size of a lane's vector, m (E_inputs + E_targets + 2).
+        features: width of the whole code, m (E_inputs + E_targets + 2).
 
     Raises:
         ValueError: `steps` is not positive, or a width is unknown.

@@ -40,7 +40,8 @@ class Horizons(nn.Module):
     without retraining the heads E_1..E_K; only the tail's target depends on γ.
 
     Args:
-        heads: module whose `predict(trigger, context)` returns the messages E_1..E_K, then the tail.
+        heads: `StateHeads`, `LeastSquaresHeads`, `FutureGradient`, or a module whose `predict(trigger, context)` returns the
+            messages E_1..E_K, then the tail.
         horizons: K, the number of windows that get a message of their own.
         tail: whether a last head predicts the gradient of all windows after the K-th.
         draw: train only one head per window, drawn at random. This costs one vector-Jacobian product instead of K.
@@ -50,7 +51,8 @@ class Horizons(nn.Module):
         horizons: K, the number of windows that get a message of their own.
         weights: w, a list with one number for each head, the tail's last. All start at 1 and may be set at any
             time; 0 skips a head's injection. They are not part of the state dict.
-        self_supervised: whether the heads train on their context, so that targets only measure them.
+        self_supervised: True if the heads learn from the lookahead's inputs and targets; the trainer's targets then only
+            measure their messages.
         draws: int64 buffer, 0-d, number of regressions so far; it seeds the next draw.
 
     Raises:
@@ -79,7 +81,9 @@ class Horizons(nn.Module):
         return predict(self.heads, trigger, context)
 
     def predict_and_train(self, trigger: State, context: Any) -> tuple[list[State], Tensor]:
-        """Predicts with self-supervised heads and adds the gradients of their own loss to their parameters.
+        """Does what `predict` does, and adds the gradients of the heads' own loss to their parameters.
+
+        Only for heads with `self_supervised`, such as `FutureGradient`.
 
         Returns:
             The messages as `predict` returns them, and the loss, 0-d.
@@ -92,12 +96,14 @@ class Horizons(nn.Module):
         return states.with_floating(trigger, combine(messages, self.target_rule(1.0, 1.0).injection))
 
     def regress(self, trigger: State, context: Any, targets: list[State | None]) -> Regression:
-        """Computes one regression of the heads towards their targets, and counts it in `draws`.
+        """Compares the messages at `trigger` with `targets`; the caller backpropagates the loss of the result.
+
+        The call counts in `draws`.
 
         Args:
             trigger: the state at which the targets were computed.
             context: the context that belongs to the trigger.
-            targets: one raw target for each head, None for a head that is not trained.
+            targets: one for each head, a gradient of the trainer's loss, or None for a head that is not trained.
 
         Raises:
             ValueError: a target and its message differ in the number of tensors, a shape or a dtype.
@@ -106,9 +112,9 @@ class Horizons(nn.Module):
         return regress(self.heads, trigger, context, targets)
 
     def target_rule(self, scale: float, discount: float) -> TargetRule:
-        """Returns the weights with which the trainer injects the messages and forms the heads' targets.
+        """Returns the `TargetRule` of the next window: the coefficients of injection and targets in the equations above.
 
-        The trainer calls this once for each window.
+        The trainer calls it once for each window; it changes nothing.
 
         Args:
             scale: c, the trainer's `synthetic_scale`.

@@ -39,7 +39,7 @@ class GatedCells(nn.Module):
         self.cells = cells
 
     def predict(self, trigger: State, context: Any) -> list[State]:
-        """Returns one message for each horizon, in the trigger's structure; the parts for the cells times 1 - tanh²(c).
+        """Does what `forward` does for a wrapped synthesizer with several horizons; returns one message for each.
 
         Raises:
             ValueError: `cells` is a nest whose structure differs from the trigger's.
@@ -55,7 +55,7 @@ class GatedCells(nn.Module):
         return gated
 
     def forward(self, trigger: State, context: Any = None) -> State:
-        """Returns the message of a wrapped synthesizer with one horizon; the part for the cells times 1 - tanh²(c)."""
+        """Calls the wrapped `forward` with tanh(c) in place of c, and multiplies its message for c by 1 - tanh²(c)."""
         (message,) = self.predict(trigger, context)
         return message
 
@@ -132,7 +132,8 @@ class Normalized(nn.Module):
 
     Args:
         synthesizer: the module to wrap. Its messages are in normalised units.
-        decay: share of the running mean square that an update keeps, after the first 1 / (1 - decay) updates.
+        decay: factor of the old value in the running mean of squared targets. The first 1 / (1 - decay) updates form a
+            plain mean instead.
         limit: the largest absolute value in a message, in units of the running root mean square of its targets; larger
             values are clamped. None for no limit.
 
@@ -173,7 +174,7 @@ class Normalized(nn.Module):
         Args:
             trigger: the state.
             context: the context at that state, as `forward` takes it.
-            targets: one raw target for each horizon, None for a horizon without a target.
+            targets: one for each horizon, a gradient of the trainer's loss, or None for a horizon without a target.
 
         Raises:
             ValueError: a target and its message differ in the number of tensors, a shape or a dtype.

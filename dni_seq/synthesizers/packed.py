@@ -46,7 +46,8 @@ class PackedSynthesizer(nn.Module):
         network: the trunk, with or without heads.
         example: a state of the model, such as `model.initial_state(1)`. Its values and its number of lanes do not matter.
         cells: which leaves are LSTM cell states, such as `LSTM_CELLS`. False for none.
-        decay: share of the running mean square that an update keeps, after the first 1 / (1 - decay) updates.
+        decay: factor of the old value in the running mean of squared targets. The first 1 / (1 - decay) updates form a
+            plain mean instead.
         limit: the largest absolute value in a message, in units of its segment's running root mean square. None for no
             limit.
 

@@ -24,13 +24,15 @@ class StateHeads(PackedSynthesizer):
         example: a state of the model, such as `model.initial_state(1)`. Its values and its number of lanes do not matter.
         horizons: N, number of messages.
         cells: which leaves are LSTM cell states, such as `LSTM_CELLS`. False for none.
-        decay: share of the running mean square that an update keeps, after the first 1 / (1 - decay) updates.
+        decay: factor of the old value in the running mean of squared targets. The first 1 / (1 - decay) updates form a
+            plain mean instead.
         limit: the largest absolute value in a message, in units of the running root mean square of its targets. None for
             no limit.
         hidden: sizes of the hidden layers. Default: (256,).
         batch_dim: dimension of the lanes in the state's leaves, an int or a nest. Default: 1.
         encoder: module that encodes the context, such as `LookaheadEncoder`. Default: None, for no context.
-        future: function that makes a `FutureModel` from S, whose features are added to the trunk's. Default: None.
+        future: function `S -> FutureModel`, where S is the width of a lane's packed state; its features are given to the
+            heads beside those of the hidden layers. Default: None.
 
     Raises:
         ValueError: `horizons` or `limit` is not positive.
@@ -67,7 +69,7 @@ class StateSynthesizer(StateHeads):
     """Predicts one message for a recurrent state: the gradient of all later losses, with a bootstrapped target.
 
     The target at s_k is a_k + γ J_kᵀ M(s_{k+1}), where a_k is the gradient of window k's loss with respect to s_k,
-    J_k = ∂s_{k+1}/∂s_k and γ is the trainer's `discount`.
+    J_k = ∂s_{k+1}/∂s_k, M is this synthesizer's message and γ is the trainer's `discount`.
 
     Args:
         example: a state of the model, such as `model.initial_state(1)`.

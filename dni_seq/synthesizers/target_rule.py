@@ -38,9 +38,10 @@ class TargetRule(NamedTuple):
         bootstrap: [N][N]; `bootstrap[i][j]` is the coefficient of the message of horizon j in the target of horizon i.
         injection: [N], the coefficient of each message in the injected gradient.
         active: [N], whether each horizon is trained at this window. Targets of the others are not computed.
-        skip_injection: whether injection is skipped at this window. The gradient that arrives at the state is then the
-            target, at no extra cost.
-        self_supervised: whether the synthesizer trains on its context, also at windows without targets.
+        skip_injection: True to inject nothing at s_{k+1} in this window. The ordinary backward pass then leaves a_k at s_k,
+            which is the target of the first horizon, without a vector-Jacobian product.
+        self_supervised: True if the synthesizer learns from the lookahead's inputs and targets. The targets above then only
+            measure its messages.
     """
 
     local: Sequence[float]
