@@ -142,8 +142,9 @@ def test_a_search_along_rates_brackets_the_best(study):
 def test_a_trial_on_copying_runs(study, tmp_path, method, bptt):
     copying = study("copying")
     trial = copying.trial_of(method, bptt, 2e-3, 0.1, "distractors")
-    line = copying.run(trial, tmp_path / "none.pt", {copying.kind_of(trial): 0.02})
-    assert line["updates"] == 5
+    line = copying.run(trial, tmp_path / "none.pt", {copying.kind_of(trial): copying.UpdateTime(0.01, 0.01 / bptt)})
+    assert line["updates"] >= 5
+    assert line["steps"] >= 4 * (line["updates"] - 1)
     assert line["peak_mib"] > 0
 
 

@@ -9,8 +9,8 @@ python benchmarks/predictive_messages/copying.py table
 
 LSTM 256, 32 lanes, clip 5, fused Adam, one thread. The length rises when 1,000 fresh sequences have less than 0.15 bits
 of error. The task "distractors" puts four random vectors, which are not to be copied, after each vector that is. A
-trial runs for a budget of CPU seconds, in updates of the time that an update takes on an idle machine. Each method is
-tried at three learning rates for a short budget, and then runs for the whole one at the best.
+trial runs for a budget of CPU seconds, counted by the time that an update of its window's length takes on an idle
+machine. Each method is tried at three learning rates for a short budget, and then runs for the whole one at the best.
 docs/results/predictive_messages.md has the results.
 
 Legend: T = window length in steps, B = lanes, m = reach in steps, D = inputs, S = numbers in a lane's packed state.
@@ -245,20 +245,22 @@ class Learner:
         return Steps(inputs, targets, counts)
 
 
-def run(trial: Trial, checkpoint: Path, seconds: dict[str, float]) -> Line:
-    """Trains for the trial's budget; the lengths solved, with the updates and idle CPU seconds until then."""
+def run(trial: Trial, checkpoint: Path, times: dict[str, UpdateTime]) -> Line:
+    """Trains for the trial's budget; the lengths solved, with the updates, steps and idle CPU seconds until then."""
     reset_peak()
     learner = Learner(trial)
     task = learner.task
-    updates = int(trial["seconds"] / seconds[kind_of(trial)])
+    time_of = times[kind_of(trial)]
     curriculum = Curriculum(task)
     stream = TaskStream(task, lanes=LANES, bptt=trial["T"], lookahead=learner.reach, seed=trial["seed"])
     fresh = torch.Generator().manual_seed(trial["seed"] + CHECK_SEED)
     curve: list[list[float]] = []
-    steps, loss, count = 0, 0.0, 0
-    for done, window in enumerate(stream, start=1):
+    updates, steps, loss, count, seconds = 0, 0, 0.0, 0, 0.0
+    for window in stream:
         loss += float(learner.step(window))
+        updates += 1
         steps += len(window.inputs)
+        seconds += time_of.seconds(len(window.inputs))
         assert window.mask is not None
         assert window.ends is not None
         count += int(window.mask[:, 0].sum())
@@ -266,10 +268,26 @@ def run(trial: Trial, checkpoint: Path, seconds: dict[str, float]) -> Line:
             error, loss, count = task.error_of_loss * loss / count, 0.0, 0
             if curriculum.observe(error) and curriculum.conclude(mean_error(learner.model, task, curriculum.stage, fresh)):
                 stream.stage = curriculum.stage
-                curve.append([curriculum.solved, done, steps, round(done * seconds[kind_of(trial)], 1)])
-        if done >= updates:
+                curve.append([curriculum.solved, updates, steps, round(seconds, 1)])
+        if seconds >= trial["seconds"]:
             break
     return {"solved": curriculum.solved, "updates": updates, "steps": steps, "curve": curve, "peak_mib": peak_mib()}
+
+
+class UpdateTime(NamedTuple):
+    """CPU seconds of an update on an idle machine, as a line through two window lengths.
+
+    Attributes:
+        fixed: of a window without steps.
+        per_step: of each step of the window.
+    """
+
+    fixed: float
+    per_step: float
+
+    def seconds(self, steps: int) -> float:
+        """Of an update of a window of `steps` steps."""
+        return self.fixed + self.per_step * steps
 
 
 def reset_peak() -> None:
@@ -311,12 +329,12 @@ COLUMNS: list[tuple[str, str, int]] = [
 """Task, method and T, in order of value."""
 
 
-def serve_updates(trial: Trial, pipe: Any) -> None:
+def serve_updates(trial: Trial, size: int, pipe: Any) -> None:
     """In a process of its own: makes as many updates as it is told, and returns CPU seconds of one."""
     torch.set_num_threads(1)
     keep_freed_memory()
     learner = Learner(trial)
-    stream = TaskStream(learner.task, lanes=LANES, bptt=trial["T"], lookahead=learner.reach, seed=0, stage=Stage(19))
+    stream = TaskStream(learner.task, lanes=LANES, bptt=trial["T"], lookahead=learner.reach, seed=0, stage=Stage(size))
     windows = iter(stream)
     pipe.send("ready")
     while True:
@@ -328,15 +346,22 @@ def serve_updates(trial: Trial, pipe: Any) -> None:
 
 
 def measure_updates(results: Path) -> None:
-    """Puts the CPU seconds of an update of each method at 19 vectors on record, measured in turns on an idle machine."""
-    trials = {kind_of(trial): trial for trial in (trial_of(method, bptt, 1e-3, 0) for _, method, bptt in COLUMNS)}
-    counts = {kind: max(5, 200 // trial["T"]) for kind, trial in trials.items()}
-    medians = measure_in_turns(serve_updates, {kind: (trial,) for kind, trial in trials.items()}, counts, "none T=40")
-    append_line(results, {"study": "copying", "update_seconds": medians, "date": time.strftime("%Y-%m-%d")})
+    """Puts the time of an update of each method on record: its windows full, and 4 steps long, on an idle machine."""
+    kinds = {kind_of(trial): trial for trial in (trial_of(method, bptt, 1e-3, 0) for _, method, bptt in COLUMNS)}
+    sizes = {f"{kind}, {size} vectors": (trial, size) for kind, trial in kinds.items() for size in (1, 19)}
+    counts = {name: max(5, 200 // trial["T"]) for name, (trial, _) in sizes.items()}
+    medians = measure_in_turns(serve_updates, sizes, counts, "none T=40, 19 vectors")
+    times = {}
+    for kind, trial in kinds.items():
+        short, full = (medians[f"{kind}, {size} vectors"] for size in (1, 19))
+        longer = trial["T"] - 4
+        per_step = (full - short) / longer if longer else 0.0
+        times[kind] = [round(full - per_step * trial["T"], 7), round(per_step, 7)]
+    append_line(results, {"study": "copying", "update_seconds": times, "date": time.strftime("%Y-%m-%d")})
 
 
-def update_times(results: Path) -> dict[str, float]:
-    """The latest update times on record, in seconds.
+def update_times(results: Path) -> dict[str, UpdateTime]:
+    """The latest update times on record.
 
     Raises:
         SystemExit: none are.
@@ -344,7 +369,7 @@ def update_times(results: Path) -> dict[str, float]:
     found = [line["update_seconds"] for line in read_lines(results) if line.get("study") == "copying"]
     if not found:
         raise SystemExit(f"{results} has no update times: run the part 'time' on an idle machine first")
-    return dict(found[-1])
+    return {kind: UpdateTime(*numbers) for kind, numbers in found[-1].items()}
 
 
 def progress_score(line: Line) -> float:
@@ -390,8 +415,8 @@ def main() -> None:
     elif options.part == "time":
         measure_updates(options.results)
     else:
-        seconds = update_times(options.results)
-        work(options.results, options.scratch, plan, lambda trial, path: run(trial, path, seconds), options.max_minutes)
+        times = update_times(options.results)
+        work(options.results, options.scratch, plan, lambda trial, path: run(trial, path, times), options.max_minutes)
 
 
 if __name__ == "__main__":

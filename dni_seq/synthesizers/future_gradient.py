@@ -189,7 +189,9 @@ class FutureGradient(PackedSynthesizer):
         return self._clamp_cache.range
 
     def regress(self, trigger: State, context: Any, targets: list[State | None]) -> Regression:
-        """Returns the future model's mean loss, for the caller to backpropagate, and compares the messages with the targets.
+        """Returns the loss that trains the future model, its mean loss on the next m steps, for the caller to backpropagate.
+
+        The targets are only compared with the messages.
 
         Args:
             trigger: the state.
