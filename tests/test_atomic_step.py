@@ -13,9 +13,8 @@ from dni_seq.core import nonfinite, states
 from dni_seq.core.nonfinite import NonFiniteError, SkipCounter, broken_lanes
 from dni_seq.core.snapshot import LARGE, TensorSnapshot, TrainingSnapshot, buffers_apart, buffers_of
 from tests import problems
+from tests.atomic import LANES, run, windows
 from tests.nests import assert_same
-
-LANES = 3
 
 
 def make(name="lstm", synthesizer="zero", dropout=False, **settings) -> dni.SequenceTrainer:
@@ -26,14 +25,6 @@ def make(name="lstm", synthesizer="zero", dropout=False, **settings) -> dni.Sequ
         synthesizer = dni.Normalized(dni.BasicSynthesizer(size, n_hidden=1).double())
     settings = {"optimizer": torch.optim.Adam(model.parameters(), 1e-2), "loss_fn": problems.mean} | settings
     return dni.SequenceTrainer(model, synthesizer=synthesizer, state_batch_dim=model.state_batch_dim, **settings)
-
-
-def windows(count=8, seed=1):
-    return list(problems.cut(problems.tokens(3 * count, LANES, seed), 3))
-
-
-def run(trainer, some):
-    return [trainer.step(w.inputs, w.targets, ends=w.ends) for w in some]
 
 
 def without_counts(saved):

@@ -14,29 +14,7 @@ from dni_seq.core import states
 from dni_seq.credit.window_runner import lookahead_at_start
 from dni_seq.synthesizers.base import Regression, predict
 from tests import problems, reference
-
-# Sums of products in another order, over at most 12 steps of gradients of size 1: a hundred times float64's epsilon.
-CLOSE = {"rtol": 1e-10, "atol": 1e-12}
-
-LANES, STEPS = 3, 11
-
-
-def run(trainer: dni.SequenceTrainer, windows) -> list[dict[str, torch.Tensor]]:
-    """Each window's parameter gradients."""
-    history = []
-    for window in windows:
-        trainer.step(window.inputs, window.targets, ends=window.ends, lookahead=window.lookahead)
-        history.append(problems.gradients(trainer.model))
-    return history
-
-
-def summed_gradients(history):
-    return {name: sum(window[name] for window in history) for name in history[0]}
-
-
-def assert_same(found, expected, **tolerance):
-    for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, msg=lambda text, name=name: f"{name}: {text}", **tolerance)
+from tests.training import CLOSE, LANES, STEPS, assert_same, run, summed_gradients, trainer_initial
 
 
 def zero_synthesizer(model: nn.Module) -> nn.Module:
@@ -71,10 +49,6 @@ def test_zero_synthesizer_is_truncated_bptt_bit_for_bit(name):
         result = trainer.step(window.inputs, window.targets, ends=window.ends)
         assert result.loss.item() == loss
         assert_same(problems.gradients(model), gradients, rtol=0, atol=0)
-
-
-def trainer_initial(model):
-    return model.initial_state(LANES) if hasattr(model, "initial_state") else torch.zeros(1, LANES, 5, dtype=torch.float64)
 
 
 def oracle_trainer(model, loss_fn=problems.summed, **settings):

@@ -11,7 +11,8 @@ from torch import nn
 
 import dni_seq as dni
 from tests import problems
-from tests.test_atomic_step import LANES, assert_same, run, windows
+from tests.atomic import LANES, run, windows
+from tests.nests import assert_same
 
 SETTINGS = {
     "none": {"synthesizer": None},

@@ -16,7 +16,7 @@ from dni_seq.credit.window_runner import WindowRunner
 from dni_seq.synthesizers.base import predict
 from dni_seq.synthesizers.target_rule import bootstrapped, increments
 from tests import problems, reference
-from tests.test_trainer import CLOSE, LANES, trainer_initial
+from tests.training import CLOSE, LANES, trainer_initial
 
 T, WINDOWS = 3, 4
 

@@ -17,7 +17,7 @@ from dni_seq.app.decoupled import train
 from dni_seq.distributed.decoupled_parts import RemoteEnd, remote_end
 from dni_seq.distributed.process_group import Ranks
 from dni_seq.models.two_part import RecentTokens, two_part_language_model
-from tests.app.lm.test_train import points
+from tests.events import points
 from tests.paths import SCRIPTS
 from tests.ranks import finish, start_ranks
 

@@ -22,7 +22,7 @@ from dni_seq.app.runs.lock import RunLock
 from dni_seq.distributed import process_group as distributed
 from dni_seq.distributed.data_parallel import DataParallel
 from dni_seq.distributed.process_group import RankError, Ranks, init_distributed
-from tests.app.lm.test_train import points
+from tests.events import points
 from tests.paths import SCRIPTS
 from tests.ranks import environment, finish, free_port, start_ranks
 

@@ -12,8 +12,8 @@ import dni_seq as dni
 from dni_seq.core import states
 from dni_seq.synthesizers.base import predict, regress
 from tests import problems, reference
-from tests.credit.test_synthetic_gradient import T, future_gradient, make_trainer, steps, windows_of
-from tests.test_trainer import LANES, trainer_initial
+from tests.credit.trainers import T, future_gradient, make_trainer, steps, windows_of
+from tests.training import LANES, trainer_initial
 
 
 def prepared(name="lstm", horizons=1, **settings):

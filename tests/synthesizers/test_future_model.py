@@ -9,7 +9,7 @@ from torch import nn
 import dni_seq as dni
 from dni_seq.synthesizers.multi_horizon import Horizons
 from tests import problems, reference
-from tests.test_trainer import LANES, trainer_initial
+from tests.training import LANES, trainer_initial
 
 SIZE, STEPS, WIDTH = 9, 6, 4
 

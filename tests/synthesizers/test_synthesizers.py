@@ -19,7 +19,7 @@ from dni_seq.synthesizers.state_mlp import StateNetwork
 from dni_seq.synthesizers.target_rule import increments
 from tests import problems, reference
 from tests.nests import assert_same as assert_same_nest
-from tests.test_trainer import CLOSE, LANES, assert_same, run, summed_gradients, trainer_initial
+from tests.training import CLOSE, LANES, assert_same, run, summed_gradients, trainer_initial
 
 STEPS, T = 12, 3
 

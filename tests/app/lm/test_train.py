@@ -18,12 +18,13 @@ import torch
 from dni_seq.app.runs.checkpoint import load_checkpoint
 from dni_seq.app.runs.tensorboard import KEYS
 from dni_seq.distributed.process_group import Ranks
+from tests.events import points
 from tests.nests import assert_same
 from tests.paths import SCRIPTS
 
-event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-
 TINY = ("--embed", "8", "--hidden", "8", "--layers", "2", "--dropout", "0.5", "--bptt", "4", "--batch-size", "64")
+
+
 MEASURED = ("--regress-every", "1")  # in six steps the default would hardly measure a message
 
 
@@ -43,18 +44,6 @@ def call(script: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess
     process = start(script, *arguments, cwd=cwd)
     out, err = process.communicate(timeout=600)
     return subprocess.CompletedProcess(arguments, process.returncode, out, err)
-
-
-def points(run: Path) -> dict[str, dict[int, float]]:
-    """Every scalar of a run by key and step; a step that came twice fails."""
-    events = event_accumulator.EventAccumulator(str(run), size_guidance={"scalars": 0})
-    events.Reload()
-    curves = {}
-    for key in events.Tags()["scalars"]:
-        steps = [event.step for event in events.Scalars(key)]
-        assert len(steps) == len(set(steps)), f"{key} has a step twice: {steps}"
-        curves[key] = {event.step: event.value for event in events.Scalars(key)}
-    return curves
 
 
 def snapshot(directory: Path) -> dict[str, bytes]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import runpy
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,10 +11,9 @@ import torch
 from dni_seq.app.runs.checkpoint import load_checkpoint
 from dni_seq.models.vector_rnn import VectorRNN
 from dni_seq.streams.algorithmic_tasks import TASKS, Stage, TaskStream
+from tests.events import points
 from tests.nests import assert_same
 from tests.paths import SCRIPTS
-
-event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
 
 SCRIPT = SCRIPTS / "train_tasks.py"
 TINY = ("--hidden", "8", "--batch-size", "4", "--synthesizer-hidden", "8", "--threads", "1", "--device", "cpu")
@@ -43,18 +41,6 @@ def one_thread():
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
-
-
-def points(run: Path) -> dict[str, dict[int, float]]:
-    """Every scalar of a run by key and update; an update that came twice fails."""
-    events = event_accumulator.EventAccumulator(str(run), size_guidance={"scalars": 0})
-    events.Reload()
-    curves = {}
-    for key in events.Tags()["scalars"]:
-        steps = [event.step for event in events.Scalars(key)]
-        assert len(steps) == len(set(steps)), f"{key} has an update twice: {steps}"
-        curves[key] = {event.step: event.value for event in events.Scalars(key)}
-    return curves
 
 
 KINDS = {
