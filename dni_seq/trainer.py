@@ -159,7 +159,7 @@ class SequenceTrainer:
                 for part in (synthesizer, auxiliary):
                     if part is not None:
                         parallel.synchronize(part)
-        self.nonfinite = NonFinitePolicy(skip_limit)
+        self.skip_policy = NonFinitePolicy(skip_limit)
         self._stepped = False
         self._buffers = TensorSnapshot(buffers_of([model]))
         self._reentrancy_guard = ReentrancyGuard(
@@ -169,7 +169,7 @@ class SequenceTrainer:
     @property
     def skipped(self) -> int:
         """Number of windows skipped so far because of a NaN or an infinity. Reading it synchronises with the GPU."""
-        return self.nonfinite.total
+        return self.skip_policy.total
 
     def skip_counts(self) -> dict[str, float]:
         """Returns the numbers of skipped windows by TensorBoard key; synchronises with the GPU.
@@ -257,24 +257,24 @@ class SequenceTrainer:
         norm = gradient_norm(self.optimizer)
         good = both_finite(measured, norm)
         result = StepResult(measured, states.detach(outputs), norm, None, ~good)
-        if self._decided_here(good, start) and not good:
+        if self._reads_on_host(good, start) and not good:
             return self._skip_step(window, result)
         last = states.detach_clone(last)
         # Everything that may fail runs before the optimizers' steps, which cannot be undone.
-        next_state = self.runner.reset(last if self._decided_here(good, start) else select_where(good, last, start), ends)
+        next_state = self.runner.reset(last if self._reads_on_host(good, start) else select_where(good, last, start), ends)
         synthetic = None
         if credit is not None and exchange is not None:
             past = None if start is None else window._replace(context=context)
             synthetic = credit.learn(exchange, past, last, lookahead)
         clipped_step(self.optimizer, self.clip, norm, good)
-        if not self._decided_here(good, start):
+        if not self._reads_on_host(good, start):
             self._buffers.restore_unless(good)
-        self.nonfinite.count(good)
+        self.skip_policy.count(good)
         self.state = next_state
         self.steps += 1
         return result._replace(synthetic=synthetic, events=self._events(window, result))
 
-    def _decided_here(self, good: Tensor, start: State | None) -> bool:
+    def _reads_on_host(self, good: Tensor, start: State | None) -> bool:
         """Returns whether to read `good` on the host: if that is free, or if no device can skip the step."""
         return nonfinite.readable_without_sync(good) or start is None or not supports_found_inf(self.optimizer)
 
@@ -294,7 +294,7 @@ class SequenceTrainer:
             self.credit.skip_step(broken_auxiliary=self._auxiliary_broken(result))
         self.state = next_state
         self.steps += 1
-        self.nonfinite.count_skipped(result.skipped, self.steps, where)
+        self.skip_policy.count_skipped(result.skipped, self.steps, where)
         events = [f"step {self.steps} skipped; first NaN or infinity in {where}"]
         return result._replace(events=(*events, *self._credit_events()))
 
@@ -321,7 +321,7 @@ class SequenceTrainer:
         events = self._credit_events()
         if nonfinite.readable_without_sync(result.skipped):
             return events
-        return (*self.nonfinite.read_counts(self.steps, lambda: self._diagnose(window, result)), *events)
+        return (*self.skip_policy.read_counts(self.steps, lambda: self._diagnose(window, result)), *events)
 
     def _diagnose(self, window: RecordedWindow, result: StepResult) -> str:
         return diagnose(self.model, self.auxiliary, window, result.outputs, result.loss, self.parallel)
@@ -357,7 +357,7 @@ class SequenceTrainer:
                 "state": None if self.state is None else states.flatten(self._of_all_ranks(self.state)),
                 "credit": None if self.credit is None else self.credit.state_dict(),
             }
-        return {**parts, **streaming, "steps": self.steps, "skipped": self.nonfinite.state_dict()}
+        return {**parts, **streaming, "steps": self.steps, "skipped": self.skip_policy.state_dict()}
 
     def load_state_dict(self, saved: dict[str, Any], lanes: int | None = None) -> None:
         """Restores what `state_dict` returned; the nesting of the hidden state comes from the initial state.
@@ -379,7 +379,7 @@ class SequenceTrainer:
         self.state = None
         self._saved = {"state": saved["state"], "credit": saved["credit"]}
         self.steps = saved["steps"]
-        self.nonfinite.load_state_dict(saved.get("skipped", {"total": 0, "in_a_row": 0}))
+        self.skip_policy.load_state_dict(saved.get("skipped", {"total": 0, "in_a_row": 0}))
         if lanes is not None:
             mine = lanes if self.parallel is None else lanes // self.parallel.ranks.size
             self._take_saved(self.initial_state(mine))
