@@ -122,7 +122,10 @@ def test_trials_run_once_and_resume_from_the_lines(study, tmp_path):
     known = trials.lines_by_key(results)
     assert trials.best_value(known, [{"lr": 1}, {"lr": 2}], "lr", lambda line: line["valid"]) == 2
     assert trials.best_value(known, [{"lr": 1}, {"lr": 3}], "lr", lambda line: line["valid"]) is None
-    assert not trials.claim(scratch, {"lr": 1}), "a process that is alive keeps its claim"
+    with trials.claim(scratch, {"lr": 1}):
+        assert trials.claim(scratch, {"lr": 1}) is None, "a process that is alive keeps its claim"
+    with trials.claim(scratch, {"lr": 1}) as lock:
+        assert lock is not None, "a claim ends with its holder"
 
 
 def test_a_search_along_rates_brackets_the_best(study):

@@ -8,15 +8,15 @@ lines on record: a plan yields what can be run now, in order of value.
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import math
 import multiprocessing
-import os
 import statistics
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from dni_seq.app.studies.records import append_line, read_lines
 
@@ -53,15 +53,32 @@ def work(
     scratch.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + 60 * max_minutes
     while time.monotonic() < deadline:
-        known = lines_by_key(results)
-        trial = next((t for t in plan(known) if key_of(t) not in known and claim(scratch, t)), None)
-        if trial is None:
+        taken = next_trial(results, scratch, plan)
+        if taken is None:
             break
-        begun = time.process_time()
-        line = run(trial, checkpoint_path(scratch, trial))
-        spent = time.process_time() - begun
-        append_line(results, {"trial": trial, **line, "process_seconds": round(spent, 1), "date": time.strftime("%Y-%m-%d")})
+        trial, lock = taken
+        with lock:
+            begun = time.process_time()
+            line = run(trial, checkpoint_path(scratch, trial))
+            spent = round(time.process_time() - begun, 1)
+            append_line(results, {"trial": trial, **line, "process_seconds": spent, "date": time.strftime("%Y-%m-%d")})
         print(key_of(trial), json.dumps({k: v for k, v in line.items() if k != "curve"}), f"{spent:.0f} s", flush=True)
+
+
+def next_trial(
+    results: Path, scratch: Path, plan: Callable[[dict[str, Line]], Iterable[Trial]]
+) -> tuple[Trial, TextIO] | None:
+    """Returns the first trial of the plan that is neither on record nor claimed, with its lock; None if there is none."""
+    for trial in plan(lines_by_key(results)):
+        if key_of(trial) in lines_by_key(results):
+            continue
+        lock = claim(scratch, trial)
+        if lock is None:
+            continue
+        if key_of(trial) not in lines_by_key(results):  # it may have ended between the two looks
+            return trial, lock
+        lock.close()
+    return None
 
 
 def checkpoint_path(scratch: Path, trial: Trial) -> Path:
@@ -70,20 +87,15 @@ def checkpoint_path(scratch: Path, trial: Trial) -> Path:
     return scratch / f"{name}.pt"
 
 
-def claim(scratch: Path, trial: Trial) -> bool:
-    """Whether this process may run the trial: nobody else who is alive has claimed it."""
-    path = checkpoint_path(scratch, trial).with_suffix(".claim")
+def claim(scratch: Path, trial: Trial) -> TextIO | None:
+    """Returns the trial's lock file, held until it is closed or the process ends; None if another process holds it."""
+    file = checkpoint_path(scratch, trial).with_suffix(".claim").open("a")
     try:
-        descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
-    except FileExistsError:
-        owner = path.read_text().strip()
-        if owner and Path(f"/proc/{owner}").exists():
-            return False
-        path.write_text(str(os.getpid()))
-        return True
-    with os.fdopen(descriptor, "w") as file:
-        file.write(str(os.getpid()))
-    return True
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        return None
+    return file
 
 
 def best_value(
