@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from dni_seq.core import states
 from dni_seq.core.states import State
-from dni_seq.core.windows import Lookahead, Reduction
-from dni_seq.distributed.data_parallel import DataParallel
+from dni_seq.core.windows import REDUCTIONS, Lookahead, Reduction
+from dni_seq.distributed.data_parallel import DataParallel, SingleProcess
 
 
 @dataclass
@@ -33,7 +33,11 @@ class WindowRunner:
         state_batch_dim: the lanes' dimension in the state's leaves, an int, or ints nested like the state.
         start: the initial state with all lanes, a function that makes it from the number of lanes, or None for
             `model.initial_state`.
-        parallel: the `DataParallel` of this rank, None in one process.
+        parallel: the `DataParallel` of this rank, or a `SingleProcess`.
+        reduces: whether `loss_fn` returned unreduced losses at the last window; `reduction` has no effect on a scalar.
+
+    Raises:
+        ValueError: the reduction is unknown, or the model is wrapped in DistributedDataParallel.
     """
 
     model: nn.Module
@@ -43,7 +47,15 @@ class WindowRunner:
     batch_dim: int = 1
     state_batch_dim: Any = 1
     start: State | Callable[[int], State] | None = None
-    parallel: DataParallel | None = None
+    parallel: DataParallel = field(default_factory=SingleProcess)
+    reduces: bool = field(default=True, init=False)
+
+    def __post_init__(self) -> None:
+        """Checks the model and the reduction."""
+        if self.reduction not in REDUCTIONS:
+            raise ValueError(f'reduction must be "mean", "lane-mean" or "sum", got {self.reduction!r}')
+        if isinstance(self.model, nn.parallel.DistributedDataParallel):
+            raise ValueError("SequenceTrainer reduces gradients itself: pass the bare model, not DDP, and parallel=")
 
     def initial_state(self, lanes: int) -> State | None:
         """Returns the initial state of `lanes` sequences, or None if the model creates it itself when called with None."""
@@ -61,6 +73,11 @@ class WindowRunner:
             result: tuple[Any, State] = self.model(inputs, state)
         return result
 
+    def run_whole(self, inputs: Tensor, state: State | None) -> tuple[Any, State, State]:
+        """Does what `run` does, in the form of `run_in_two_parts`: outputs, last state, and the last state again."""
+        outputs, last = self.run(inputs, state)
+        return outputs, last, last
+
     def run_in_two_parts(self, inputs: Tensor, state: State | None) -> tuple[Any, State, State]:
         """Runs step 0 and then steps 1 to T - 1, so that the state after step 0 is available for an `AuxiliaryTask`.
 
@@ -75,15 +92,16 @@ class WindowRunner:
         return torch.cat([first, rest]), early, last
 
     def loss(self, outputs: Any, targets: Tensor, mask: Tensor | None) -> Tensor:
-        """Returns the window's loss, 0-d; with `parallel` this rank's contribution to the loss of all lanes.
+        """Returns the window's loss, 0-d; on several ranks this rank's contribution to the loss of all lanes.
 
         Raises:
             ValueError: `mask` or the reduction does not fit the losses that `loss_fn` returns.
         """
         with self._autocast(targets):
             losses = self.loss_fn(outputs, targets)
+            self.reduces = losses.dim() > 0
             loss = window_loss(losses, mask, self.reduction)
-            if self.parallel is None or (self.reduction == "sum" and losses.dim() > 0):
+            if self.reduction == "sum" and losses.dim() > 0:
                 return loss
             return self.parallel.share_of_mean(loss, mask if self.reduction == "mean" else None)
 
@@ -117,8 +135,8 @@ class WindowRunner:
             if not isinstance(like, Tensor):
                 continue
             expected = list(like.shape)
-            if self.parallel is not None and expected:
-                expected[dim] *= self.parallel.ranks.size
+            if expected:
+                expected[dim] *= self.parallel.size
             found = list(leaf.shape) if isinstance(leaf, Tensor) else type(leaf).__name__
             if found != expected:
                 raise ValueError(f"the saved hidden state has a leaf {found}, this model's has {expected}")

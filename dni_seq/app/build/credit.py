@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -35,6 +36,7 @@ from dni_seq.synthesizers.normalization import GatedCells, Normalized
 from dni_seq.synthesizers.packed import PackedSynthesizer
 from dni_seq.synthesizers.state_heads import StateHeads
 from dni_seq.synthesizers.state_mlp import StateNetwork
+from dni_seq.synthesizers.token_classes import among_the_first
 
 LossFn = Callable[[Any, Tensor], Tensor]
 """`loss_fn(outputs, targets)`, unreduced losses [T, B]."""
@@ -118,15 +120,6 @@ def future_model(
         return FutureModel(size, steps, inputs=encode()[0], loss_fn=loss_fn, **sizes)
 
     return make
-
-
-def among_the_first(loss_fn: LossFn, count: int) -> LossFn:
-    """Returns `loss_fn` for `count` classes: target ids from count - 1 on share the last class."""
-
-    def losses(outputs: Any, targets: Tensor) -> Tensor:
-        return loss_fn(outputs, targets.clamp(max=count - 1))
-
-    return losses
 
 
 def build_learned(
@@ -216,7 +209,7 @@ def build_auxiliary(options: CreditOptions, example: State) -> nn.Module | None:
 
 
 def trainer_settings(options: CreditOptions) -> dict[str, Any]:
-    """Returns the keyword arguments of `SequenceTrainer` for credit assignment, without the modules and optimizers."""
+    """Returns the fields of `SyntheticGradientConfig`, without the auxiliary task."""
     chosen = scale_of(options)
     discount = DISCOUNTS.get(options.synthesizer, 1.0) if options.discount is None else options.discount
     usual_clip = 0.0 if options.fit == "future" else 1.0
@@ -232,7 +225,7 @@ def trainer_settings(options: CreditOptions) -> dict[str, Any]:
         "target_network": options.target_network,
         "fidelity_every": every,
         "auxiliary_weight": options.auxiliary,
-        "synthesizer_clip": clip or None,
+        "synthesizer_clip": clip or math.inf,
     }
 
 

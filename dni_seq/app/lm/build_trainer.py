@@ -13,10 +13,12 @@ from dni_seq.app.lm.options import LanguageModelOptions
 from dni_seq.core.optimizer_step import JoinedOptimizer
 from dni_seq.core.states import floating
 from dni_seq.core.windows import Lookahead
+from dni_seq.credit.config import SyntheticGradientConfig
 from dni_seq.distributed.data_parallel import DataParallel
 from dni_seq.models.language_model import LanguageModel, token_losses
 from dni_seq.models.lstm_kernels import native_up_to
 from dni_seq.synthesizers.normalization import LSTM_CELLS
+from dni_seq.synthesizers.token_classes import FirstTokens
 from dni_seq.trainer import SequenceTrainer
 
 
@@ -61,11 +63,10 @@ def build_trainer(
         token_losses,
         synthesizer=synthesizer,
         synthesizer_optimizer=adam(learning, options.synthesizer_lr, device) if learning else None,
-        auxiliary=auxiliary,
+        config=SyntheticGradientConfig(auxiliary=auxiliary, **trainer_settings(chosen)),
         clip=options.clip or None,
         autocast=lm.autocast_of(options),
         parallel=parallel,
-        **trainer_settings(chosen),
     )
 
 
@@ -73,14 +74,6 @@ def token_encoders(vocabulary_size: int, max_classes: int) -> tuple[nn.Module, n
     """Returns the synthesizer's own encoders of inputs and targets, one shared embedding. Rare tokens share one class."""
     embedding = FirstTokens(max_classes, EMBED) if max_classes < vocabulary_size else nn.Embedding(vocabulary_size, EMBED)
     return embedding, embedding
-
-
-class FirstTokens(nn.Embedding):
-    """An embedding of the first ids of a vocabulary. Ids from `num_embeddings - 1` on share the last row."""
-
-    def forward(self, ids: Tensor) -> Tensor:
-        """Returns embeddings [..., E] of ids [...]."""
-        return super().forward(ids.clamp(max=self.num_embeddings - 1))
 
 
 @torch.no_grad()

@@ -77,7 +77,10 @@ def describe_shapes(trainer: SequenceTrainer, window: Window) -> Iterator[str]:
 
 def describe_parameters(trainer: SequenceTrainer) -> Iterator[str]:
     """Yields the number of parameters of every part, and the memory of parameters, gradients and Adam's moments."""
-    parts: dict[str, nn.Module | None] = {"model": trainer.model, "auxiliary task": trainer.auxiliary}
+    parts: dict[str, nn.Module | None] = {
+        "model": trainer.model,
+        "auxiliary task": trainer.credit.auxiliary if trainer.credit else None,
+    }
     if trainer.credit is not None:
         parts["synthesizer"] = trainer.credit.synthesizer
     total = 0

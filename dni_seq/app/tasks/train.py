@@ -392,10 +392,9 @@ def build_trainer(options: TaskOptions, task: Task, model: VectorRNN, device: to
         task.losses,
         synthesizer=synthesizer,
         synthesizer_optimizer=adam(learning, options.synthesizer_lr, device) if learning else None,
-        auxiliary=auxiliary,
+        config=dni.SyntheticGradientConfig(auxiliary=auxiliary, **trainer_settings(chosen)),
         clip=options.clip or None,
         reduction="lane-mean",
-        **trainer_settings(chosen),
     )
 
 
