@@ -10,7 +10,7 @@ import pytest
 from torch import nn
 
 import dni_seq as dni
-from dni_seq.app.build.credit import EMBED, build_synthesizer, trainer_settings
+from dni_seq.app.build.credit import EMBED, ModelSpec, build_synthesizer, trainer_settings
 from dni_seq.app.build.credit_options import HORIZONS, default_horizons
 from dni_seq.app.lm.options import LanguageModelOptions
 from dni_seq.app.runs.options import build
@@ -76,22 +76,22 @@ def test_every_trial_can_be_built(arguments):
         == len(found)
     )
     model = VectorRNN(2, 2, hidden=8)
+    spec = ModelSpec(
+        model,
+        lambda outputs, targets: (outputs - targets).square().mean(-1),
+        example=model.initial_state(1),
+        cells=dni.LSTM_CELLS,
+        encode=lambda: (nn.Linear(2, EMBED), nn.Linear(2, EMBED)),
+        outputs=2,
+    )
     for trial in found:
         options = build({"train_lm": LanguageModelOptions, "train_tasks": TaskOptions}[trial.script], trial.options)
-        build_synthesizer(
-            options,
-            model,
-            lambda outputs, targets: (outputs - targets).square().mean(-1),
-            bptt=options.bptt,
-            example=model.initial_state(1),
-            cells=dni.LSTM_CELLS,
-            encode=lambda: (nn.Linear(2, EMBED), nn.Linear(2, EMBED)),
-            outputs=2,
-        )
+        credit = options.resolve(options.bptt)
+        build_synthesizer(credit, spec)
         CreditSettings(
             **{
                 name.removeprefix("synthetic_").removeprefix("synthesizer_"): value
-                for name, value in trainer_settings(options).items()
+                for name, value in trainer_settings(credit).items()
                 if name != "auxiliary_weight"
             }
         ).check()
