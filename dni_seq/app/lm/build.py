@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-from dni_seq.app.build.credit_options import lookahead_of
 from dni_seq.app.build.device import device_of, on_device
 from dni_seq.app.lm.evaluation import Score, evaluate, score_of
 from dni_seq.app.lm.generation import generate
@@ -89,7 +88,7 @@ def open_training(corpus: Corpus, tokenizer: Tokenizer, options: LanguageModelOp
         tokenizer,
         lanes=options.batch_size,
         bptt=options.bptt,
-        lookahead=lookahead_of(options, options.bptt),
+        lookahead=options.resolve(options.bptt).window_lookahead,
         document_reset=options.document_reset,
     )
 

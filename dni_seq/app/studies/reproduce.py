@@ -32,7 +32,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from dni_seq.app.build.credit_options import HORIZONS
 from dni_seq.app.runs.options import OneLineParser, report
 from dni_seq.app.runs.signals import StopSignals
 from dni_seq.app.studies.feedforward_table import main as feedforward_table
@@ -42,6 +41,7 @@ from dni_seq.app.studies.records import around_tables, read_lines, write_tables
 from dni_seq.app.studies.tables import MARKS, TASKS, Rates, tables
 from dni_seq.app.studies.trial_runner import Outcome, Study, Trial
 from dni_seq.app.studies.tuning import alike, rates_of, rates_to_try, reach, tied_rates
+from dni_seq.synthesizers.for_model import HORIZONS
 
 _PROG = "reproduce_paper"
 

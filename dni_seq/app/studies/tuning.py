@@ -8,9 +8,9 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from dni_seq.app.build.credit_options import HORIZONS, default_horizons
 from dni_seq.app.studies.grid import BUDGETS, COLUMNS, LEARNING_RATES, LEARNS, SYNTHESIZER_LEARNING_RATES
 from dni_seq.app.studies.tables import Rates, chosen, rates_in, tied
+from dni_seq.synthesizers.for_model import HORIZONS, default_horizons
 
 
 def reach(settings: Mapping[str, Any], bptt: int) -> dict[str, int]:

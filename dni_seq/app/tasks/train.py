@@ -41,8 +41,13 @@ import torch
 from torch import Tensor, nn
 
 import dni_seq as dni
-from dni_seq.app.build.credit import EMBED, build_auxiliary, build_synthesizer, learning_parameters, trainer_settings
-from dni_seq.app.build.credit_options import lookahead_of, resolve, state_products
+from dni_seq.app.build.credit import (
+    ModelSpec,
+    build_auxiliary,
+    build_synthesizer,
+    learning_parameters,
+    trainer_settings,
+)
 from dni_seq.app.build.device import device_of, on_device
 from dni_seq.app.build.optimizers import adam
 from dni_seq.app.build.unused_options import remarks
@@ -61,6 +66,7 @@ from dni_seq.core.windows import Window
 from dni_seq.models.lstm_kernels import native_up_to
 from dni_seq.models.vector_rnn import VectorRNN
 from dni_seq.streams.algorithmic_tasks import TASKS, Curriculum, Stage, Task, TaskStream, mean_error
+from dni_seq.synthesizers.for_model import EMBED
 
 LOG_EVERY = 100
 """Updates between two points of the TensorBoard curves."""
@@ -336,7 +342,7 @@ def prepare(plan: Plan[TaskOptions], lock: RunLock) -> Training:
         task,
         lanes=options.batch_size,
         bptt=options.bptt,
-        lookahead=lookahead_of(options, options.bptt),
+        lookahead=options.resolve(options.bptt).window_lookahead,
         seed=options.seed,
         stage=start,
     )
@@ -367,21 +373,18 @@ def prepare(plan: Plan[TaskOptions], lock: RunLock) -> Training:
 
 def build_trainer(options: TaskOptions, task: Task, model: VectorRNN, device: torch.device) -> dni.SequenceTrainer:
     """Returns the trainer with its optimizers. A window's loss is the sum over time and the mean over lanes."""
-    chosen = resolve(options, options.bptt)
-    example = model.initial_state(1)
-    model.native_steps = native_up_to(state_products(chosen))
-    synthesizer = build_synthesizer(
-        chosen,
+    chosen = options.resolve(options.bptt)
+    model.native_steps = native_up_to(chosen.state_products)
+    spec = ModelSpec(
         model,
         task.losses,
-        bptt=options.bptt,
-        example=example,
+        example=model.initial_state(1),
         cells=dni.LSTM_CELLS if options.model == "lstm" else False,
         encode=lambda: (nn.Linear(task.input_size, EMBED), nn.Linear(task.target_size, EMBED)),
         outputs=task.target_size,
-        reduction="lane-mean",
     )
-    auxiliary = build_auxiliary(options, example)
+    synthesizer = build_synthesizer(chosen, spec)
+    auxiliary = build_auxiliary(chosen, spec)
     for part in (synthesizer, auxiliary):
         if part is not None:
             part.to(device)

@@ -10,8 +10,7 @@ import pytest
 from torch import nn
 
 import dni_seq as dni
-from dni_seq.app.build.credit import EMBED, build_synthesizer, trainer_settings
-from dni_seq.app.build.credit_options import HORIZONS, default_horizons
+from dni_seq.app.build.credit import ModelSpec, build_synthesizer, trainer_settings
 from dni_seq.app.lm.options import LanguageModelOptions
 from dni_seq.app.runs.options import build
 from dni_seq.app.studies import grid, tuning
@@ -21,8 +20,8 @@ from dni_seq.app.studies.records import append_line, read_lines
 from dni_seq.app.studies.tables import COLUMNS, MARKS, better, beyond_spread, fidelity, tables
 from dni_seq.app.studies.trial_runner import Trial
 from dni_seq.app.tasks.options import TaskOptions
-from dni_seq.credit.config import CreditSettings
 from dni_seq.models.vector_rnn import VectorRNN
+from dni_seq.synthesizers.for_model import EMBED, HORIZONS, default_horizons
 
 PAGE = f"before\n{MARKS[0]}\n{MARKS[1]}\nbehind\n"
 
@@ -76,25 +75,19 @@ def test_every_trial_can_be_built(arguments):
         == len(found)
     )
     model = VectorRNN(2, 2, hidden=8)
+    spec = ModelSpec(
+        model,
+        lambda outputs, targets: (outputs - targets).square().mean(-1),
+        example=model.initial_state(1),
+        cells=dni.LSTM_CELLS,
+        encode=lambda: (nn.Linear(2, EMBED), nn.Linear(2, EMBED)),
+        outputs=2,
+    )
     for trial in found:
         options = build({"train_lm": LanguageModelOptions, "train_tasks": TaskOptions}[trial.script], trial.options)
-        build_synthesizer(
-            options,
-            model,
-            lambda outputs, targets: (outputs - targets).square().mean(-1),
-            bptt=options.bptt,
-            example=model.initial_state(1),
-            cells=dni.LSTM_CELLS,
-            encode=lambda: (nn.Linear(2, EMBED), nn.Linear(2, EMBED)),
-            outputs=2,
-        )
-        CreditSettings(
-            **{
-                name.removeprefix("synthetic_").removeprefix("synthesizer_"): value
-                for name, value in trainer_settings(options).items()
-                if name != "auxiliary_weight"
-            }
-        ).check()
+        credit = options.resolve(options.bptt)
+        build_synthesizer(credit, spec)
+        dni.SyntheticGradientConfig(**trainer_settings(credit))
 
 
 def test_the_trials_of_a_table():
