@@ -30,7 +30,7 @@ from dni_seq.credit.replay import RecordedWindow, lambda_targets
 from dni_seq.credit.replay_buffer import ReplayBuffer
 from dni_seq.credit.results import Synthetic
 from dni_seq.credit.synthesizer_step import SynthesizerStep
-from dni_seq.credit.target_network import TargetNetwork
+from dni_seq.credit.target_network import target_network_of
 from dni_seq.credit.window_runner import WindowRunner
 from dni_seq.interfaces.context import synthesizer_context
 from dni_seq.interfaces.exchange import ScopeExchange, zero_ended_lanes
@@ -72,8 +72,7 @@ class SyntheticCredit(Restorable):
         self.runner = runner
         self._filter = MessageFilter(runner.parallel)
         self.interface = FilteredInterface(synthesizer, self._filter)
-        every = settings.target_network
-        self.target_network = TargetNetwork(synthesizer, every, runner.model) if every else None
+        self.target_network = target_network_of(synthesizer, settings.target_network, runner.model)
         self._running = RunningFidelity()
         self._auto_scale = AutoScale()
         self._replay_buffer = ReplayBuffer(runner, settings.replay_windows)
