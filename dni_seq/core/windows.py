@@ -105,14 +105,14 @@ def counted(window: Window) -> Tensor:
     return torch.ones(window.inputs.shape[:2], dtype=torch.bool, device=window.inputs.device)
 
 
-def with_lookahead(windows: Iterable[Window], steps: int) -> Iterator[Window]:
+def with_lookahead(windows: Iterable[Window | tuple[Any, ...]], steps: int) -> Iterator[Window]:
     """Yields each window with a lookahead at the `steps` steps after it, read from the next windows.
 
     After the end of a lane's sequence the lookahead is not valid. The iterator reads only as many windows in advance as the
     lookahead spans. All windows must have the same B.
 
     Args:
-        windows: consecutive windows of a stream.
+        windows: consecutive windows of a stream, as `Window` or as tuples of its first fields, such as (inputs, targets).
         steps: m, the number of steps in each lookahead.
 
     Raises:
@@ -123,7 +123,7 @@ def with_lookahead(windows: Iterable[Window], steps: int) -> Iterator[Window]:
     source = iter(windows)
     pending: deque[Window] = deque()
     for window in source:
-        pending.append(window)
+        pending.append(window if isinstance(window, Window) else Window(*window))
         while sum(len(w.inputs) for w in list(pending)[1:]) >= steps:
             yield _attach(pending, steps)
             pending.popleft()
