@@ -16,7 +16,9 @@ ALLOWED = {
     ("core/nonfinite.py", SWITCH): "the switch",
     ("core/optimizer_step.py", "total_norm"): "the same number by fewer or more kernels; skips nothing",
     ("core/snapshot.py", "now"): "the random state of a GPU exists beside the CPU's",
-    ("distributed/process_group.py", "init_distributed"): "gloo or NCCL",
+    ("core/snapshot.py", "restore"): "the same",
+    ("core/vjp.py", "without_parameter_gradients"): "the random states to restore",
+    ("distributed/process_group.py", "_meet"): "gloo or NCCL",
     ("distributed/process_group.py", "local_device"): "the rank's GPU",
 }
 """Functions that look at a device, with what for."""
