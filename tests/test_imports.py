@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "credit": CREDIT,
     "trainer": {*CREDIT, "credit"},
     "dni_seq": {*CREDIT, "credit", "trainer"},
-    "app.runs": {"core", "distributed"},
+    "app.runs": {"core", "distributed", "streams", "credit", "trainer"},
     "app.build": {*LIBRARY, "app.runs"},
     "app.lm": {*LIBRARY, "app.runs", "app.build"},
     "app.tasks": {*LIBRARY, "app.runs", "app.build"},

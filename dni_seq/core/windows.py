@@ -105,6 +105,20 @@ def counted(window: Window) -> Tensor:
     return torch.ones(window.inputs.shape[:2], dtype=torch.bool, device=window.inputs.device)
 
 
+def on_device(window: Window, device: torch.device) -> Window:
+    """Returns the window with all its tensors on `device`."""
+    inputs, targets, mask, ends, lookahead = window
+    if lookahead is not None:
+        lookahead = Lookahead(*(None if field is None else field.to(device) for field in lookahead))  # type: ignore[arg-type]
+    return Window(
+        inputs.to(device),
+        targets.to(device),
+        None if mask is None else mask.to(device),
+        None if ends is None else ends.to(device),
+        lookahead,
+    )
+
+
 def with_lookahead(windows: Iterable[Window | tuple[Any, ...]], steps: int) -> Iterator[Window]:
     """Yields each window with a lookahead at the `steps` steps after it, read from the next windows.
 

@@ -19,7 +19,7 @@ from dni_seq.app.lm.build_trainer import build_trainer
 from dni_seq.app.lm.options import LanguageModelOptions, resolve_options
 from dni_seq.app.runs.tensorboard import peak_memory_mb
 from dni_seq.core.states import floating
-from dni_seq.core.windows import Window
+from dni_seq.core.windows import Window, on_device
 from dni_seq.models.language_model import LanguageModel
 from dni_seq.streams import WindowStream
 from dni_seq.trainer import SequenceTrainer
@@ -51,7 +51,7 @@ def dry_run(options: LanguageModelOptions) -> Iterator[str]:
     torch.manual_seed(options.seed)
     model = lm.build_model(options, tokenizer.vocabulary_size, device)
     trainer = build_trainer(options, model, device)
-    windows = (lm.on_device(window, device) for window in itertools.chain.from_iterable(itertools.repeat(stream)))
+    windows = (on_device(window, device) for window in itertools.chain.from_iterable(itertools.repeat(stream)))
     first = next(windows)
     yield from remarks(options, options.bptt, cells=options.model == "lstm")
     yield f"data: {corpus.name}, by {options.tokenizer}, vocabulary {tokenizer.vocabulary_size:,}"

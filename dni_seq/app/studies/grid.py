@@ -42,6 +42,22 @@ TUNING_SEED = 1000
 TUNING_SHARE = 4
 
 
+class TableCell(NamedTuple):
+    """A cell of the study's tables, which holds one trial per seed.
+
+    Attributes:
+        task: "ptb", "copy" or "repeat-copy".
+        bptt: T, the window length in steps.
+        column: a key of `COLUMNS`.
+        budget: a key of `BUDGETS`.
+    """
+
+    task: str
+    bptt: int
+    column: str
+    budget: str
+
+
 class Budget(NamedTuple):
     """The size of a study's networks and trainings.
 
