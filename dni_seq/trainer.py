@@ -20,18 +20,20 @@ from torch import Tensor, nn
 
 from dni_seq.core import nonfinite, states
 from dni_seq.core.deferred_backward import backward, defer_backward
-from dni_seq.core.nonfinite import both_finite, broken_lanes, select_where
+from dni_seq.core.nonfinite import all_finite, both_finite, broken_lanes, select_where
 from dni_seq.core.optimizer_step import check_disjoint, clipped_step, gradient_norm, supports_found_inf
 from dni_seq.core.snapshot import ReentrancyGuard, TensorSnapshot, TrainingSnapshot, buffers_of
 from dni_seq.core.states import State
-from dni_seq.core.windows import Lookahead, Reduction
+from dni_seq.core.windows import Lookahead, Reduction, Window
 from dni_seq.credit.config import SyntheticGradientConfig
 from dni_seq.credit.nonfinite_policy import NonFinitePolicy, diagnose
 from dni_seq.credit.replay import RecordedWindow
 from dni_seq.credit.results import StepResult
+from dni_seq.credit.step_gradients import StepGradients
 from dni_seq.credit.step_transaction import StepTransaction
 from dni_seq.credit.stream_state import StreamState
 from dni_seq.credit.synthetic_gradient import SyntheticCredit
+from dni_seq.credit.window_checks import check_window, finite_window, nothing_counts
 from dni_seq.credit.window_runner import WindowRunner, lookahead_at_start
 from dni_seq.distributed.data_parallel import DataParallel, SingleProcess
 from dni_seq.interfaces.exchange import ScopeExchange
@@ -59,7 +61,7 @@ class SequenceTrainer:
         clip: largest norm of the model's gradient, None for no limit.
         batch_dim: dimension of the lanes in `inputs` and `targets`; windows are time-major, so 1.
         state_batch_dim: dimension of the lanes in the state's leaves, an int or a nest like the state (nn.LSTM: 1,
-            nn.LSTMCell: 0).
+            nn.LSTMCell: 0). Default: the dimension of size B.
         initial_state: the state in which sequences start: a nest, or a function of the number of lanes. Default:
             `model.initial_state(B)` if it exists, else None for the first window and zeros for lanes that end.
         reduction: how losses [T, B] become one number: "mean" over the steps that count, "lane-mean" (sum over time,
@@ -90,12 +92,13 @@ class SequenceTrainer:
         config: SyntheticGradientConfig | None = None,
         clip: float | None = None,
         batch_dim: int = 1,
-        state_batch_dim: Any = 1,
+        state_batch_dim: Any = None,
         initial_state: State | Callable[[int], State] | None = None,
         reduction: Reduction = "mean",
         autocast: torch.dtype | None = None,
         parallel: DataParallel | None = None,
     ) -> None:
+        _check_kinds(model, optimizer, loss_fn, synthesizer, synthesizer_optimizer, config, autocast)
         if clip is not None and not clip > 0:
             raise ValueError(f"clip must be positive, or None for no limit, got {clip}")
         self.parallel = SingleProcess() if parallel is None else parallel
@@ -106,7 +109,7 @@ class SequenceTrainer:
             model, loss_fn, reduction, autocast, batch_dim, state_batch_dim, initial_state, self.parallel
         )
         self.steps = 0
-        config = _chosen_config(synthesizer, synthetic_scale, config)
+        config = _chosen_config(synthesizer, synthetic_scale, config, batch_dim)
         self.credit: SyntheticCredit | None = None
         if synthesizer is not None:
             self.credit = SyntheticCredit(synthesizer, synthesizer_optimizer, self.runner, config)
@@ -115,6 +118,7 @@ class SequenceTrainer:
         self._skip_policy = NonFinitePolicy(SKIP_LIMIT)
         self._stepped = False
         self._buffers = TensorSnapshot(buffers_of([model]))
+        self._gradients = StepGradients(model, self._optimizers)
         self._reentrancy_guard = ReentrancyGuard(
             "step was called while another step of this trainer is running: use one trainer per thread"
         )
@@ -126,7 +130,7 @@ class SequenceTrainer:
 
     @state.setter
     def state(self, state: State | None) -> None:
-        self._stream.state = state
+        self._stream.advance(state)
 
     @property
     def skip_limit(self) -> int:
@@ -180,8 +184,11 @@ class SequenceTrainer:
             NonFiniteError: this is the `skip_limit`-th skipped window in a row. The message names the first bad tensor.
             RuntimeError: another step of this trainer is running.
         """
-        self.runner.check_window(inputs, targets, ends)
+        window = Window(inputs, targets, mask, ends, lookahead)
+        check_window(window, self.runner.batch_dim)
+        inputs, targets, mask, ends, lookahead = finite_window(window)
         with self._reentrancy_guard:
+            self._gradients.check()
             start = self._stream.start(inputs, inputs.shape[self.runner.batch_dim])
             with self._transaction(inputs.device) as transaction:
                 result = self._step(RecordedWindow(inputs, targets, mask, ends, start, None), lookahead, transaction)
@@ -193,8 +200,12 @@ class SequenceTrainer:
         if not self._stepped:
             # An optimizer that cannot step (LBFGS, sparse gradients, memory for moments) fails at its first step: copy all.
             modules = [self.model, *(self.credit.modules if self.credit is not None else ())]
-            full = TrainingSnapshot(modules, [p for p in self._parts().values() if isinstance(p, torch.optim.Optimizer)])
-        return StepTransaction(device, self._buffers, self.credit, self._skip_policy, self._zero_gradients, full)
+            full = TrainingSnapshot(modules, self._optimizers())
+        return StepTransaction(device, self._buffers, self.credit, self._skip_policy, self._gradients, full)
+
+    def _optimizers(self) -> list[torch.optim.Optimizer]:
+        both = (self.optimizer, None if self.credit is None else self.credit.optimizer)
+        return [optimizer for optimizer in both if optimizer is not None]
 
     def _step(self, window: RecordedWindow, lookahead: Lookahead | None, transaction: StepTransaction) -> StepResult:
         """Performs one step on a checked window whose first state is `window.start`."""
@@ -202,8 +213,9 @@ class SequenceTrainer:
         context = None
         if lookahead is not None and credit is not None and credit.looks_back:
             context = lookahead_at_start(window.inputs, window.targets, window.mask, lookahead)
-        self._zero_gradients()
-        loss, outputs, last, exchange = self._backward(window, context, lookahead)
+        self._gradients.clear()
+        parts = (self.runner, credit, self._stream)
+        loss, outputs, last, exchange = _run_and_backpropagate(*parts, window, context, lookahead, self._stepped)
         # Ranks sum before the check, so that a NaN on one rank skips the step on all ranks.
         measured = _sum_over_ranks(self.parallel, self.optimizer, self.credit, loss, exchange)
         norm = gradient_norm(self.optimizer)
@@ -211,11 +223,12 @@ class SequenceTrainer:
         result = StepResult(measured, states.detach(outputs), norm, None, ~good)
         # Read on the host if that is free, or if no device can skip the step.
         on_host = nonfinite.readable_without_sync(good) or start is None or not supports_found_inf(self.optimizer)
-        if on_host and not good:
-            return self._skip_step(window, result, transaction)
         last = states.detach_clone(last)
+        if on_host and not good:
+            return self._skip_step(window, result, transaction, last)
         # Everything that may fail runs before the optimizers' steps, which cannot be undone.
-        next_state = self.runner.reset(last if on_host else select_where(good, last, start), window.ends)
+        passed = good if on_host else good | nothing_counts(measured, window.targets)
+        next_state = self.runner.reset(last if on_host else select_where(passed, last, start), window.ends)
         synthetic = None
         if credit is not None and exchange is not None:
             past = None if start is None else window._replace(context=context)
@@ -223,47 +236,35 @@ class SequenceTrainer:
         clipped_step(self.optimizer, self.clip, norm, good)
         if not on_host:
             self._buffers.restore_unless(good)
-        self._skip_policy.count(good)
-        self.state = next_state
+        self._skip_policy.count(passed)
+        self._stream.advance(next_state, window.ends)
         self.steps += 1
         return result._replace(synthetic=synthetic, events=self._events(window, result))
 
-    def _backward(
-        self, window: RecordedWindow, context: Lookahead | None, lookahead: Lookahead | None
-    ) -> tuple[Tensor, Any, State, ScopeExchange | None]:
-        """Runs the window and one backward pass through it; returns loss, outputs, last state and the exchange."""
-        credit, exchange = self.credit, None
-        auxiliary = credit is not None and credit.auxiliary is not None
-        with defer_backward() as scope:
-            start = window.start
-            trigger = states.detach(start) if credit is None or start is None else credit.make_trigger(start, context)
-            run = self.runner.run_in_two_parts if auxiliary else self.runner.run_whole
-            outputs, early, last = run(window.inputs, trigger)
-            loss = self.runner.loss(outputs, window.targets, window.mask)
-            backward(loss)
-            if credit is not None:
-                if not self._stepped:
-                    credit.bind(len(window.inputs))
-                exchange = credit.inject(scope, loss, last, window.ends, lookahead)
-                if (own := credit.auxiliary_loss(early, exchange)) is not None:
-                    backward(own)
-        return loss.detach(), outputs, last, exchange
-
-    def _skip_step(self, window: RecordedWindow, result: StepResult, transaction: StepTransaction) -> StepResult:
+    def _skip_step(
+        self, window: RecordedWindow, result: StepResult, transaction: StepTransaction, last: State
+    ) -> StepResult:
         """Skips the step, and resets lanes whose state holds a NaN or an infinity.
+
+        If no step of the window counts, this is no failure: the state becomes `last`, and nothing else changes.
 
         Raises:
             NonFiniteError: `skip_limit` windows in a row were skipped.
         """
+        if nothing_counts(result.loss, window.targets) and all_finite(result.outputs):
+            transaction.undo()
+            self._stream.advance(self.runner.reset(last, window.ends), window.ends)
+            self.steps += 1
+            return result
         where = self._diagnose(window, result)
-        next_state = window.start
+        next_state, broken = window.start, None
         if next_state is not None:
             broken = broken_lanes(next_state, self.runner.state_batch_dim)
             next_state = self.runner.reset(self.runner.reset(next_state, broken), window.ends)
         transaction.undo()
         if self.credit is not None:
             self.credit.skip_step(loss_is_finite=bool(result.loss.isfinite()))
-        self.state = next_state
+        self._stream.advance(next_state, window.ends, broken, self._stream.fresh)
         self.steps += 1
         self._skip_policy.count_skipped(result.skipped, self.steps, where)
         skipped = f"step {self.steps} skipped; first NaN or infinity in {where}"
@@ -312,7 +313,7 @@ class SequenceTrainer:
         """
         parts = self._parts()
         expected = {*parts, "state", "credit", "steps"}
-        if set(saved) - {"skipped"} != expected:
+        if set(saved) - {"skipped", "fresh"} != expected:
             raise ValueError(f"the saved trainer has the parts {sorted(saved)}, this trainer needs {sorted(expected)}")
         for name, part in parts.items():
             part.load_state_dict(saved[name])
@@ -320,7 +321,8 @@ class SequenceTrainer:
         self.steps = saved["steps"]
         self._skip_policy.load_state_dict(saved.get("skipped", {"total": 0, "in_a_row": 0}))
         if lanes is not None:
-            self._stream.restore(self.initial_state(lanes // self.parallel.size))
+            mine = lanes // self.parallel.size
+            self._stream.restore(self.initial_state(mine), mine)
 
     def _parts(self) -> dict[str, Any]:
         parts: dict[str, Any] = {"model": self.model, "optimizer": self.optimizer}
@@ -336,14 +338,69 @@ class SequenceTrainer:
         """Returns the initial state of `lanes` sequences, or None if the model creates it itself when called with None."""
         return self.runner.initial_state(lanes)
 
-    def _zero_gradients(self) -> None:
-        self.optimizer.zero_grad()
-        if self.credit is not None and self.credit.optimizer is not None:
-            self.credit.optimizer.zero_grad()
+
+def _run_and_backpropagate(
+    runner: WindowRunner,
+    credit: SyntheticCredit | None,
+    stream: StreamState,
+    window: RecordedWindow,
+    context: Lookahead | None,
+    lookahead: Lookahead | None,
+    bound: bool,
+) -> tuple[Tensor, Any, State, ScopeExchange | None]:
+    """Runs a window and one backward pass through it; returns loss, outputs, last state and the synthesizer's exchange.
+
+    Args:
+        runner: runs the model.
+        credit: injects a message, or None.
+        stream: knows where sequences start.
+        window: the window.
+        context: the synthesizer's context at the first state.
+        lookahead: its context at the last state.
+        bound: whether the synthesizer knows how it is trained; it is told at the first window.
+    """
+    exchange = None
+    auxiliary = credit is not None and credit.auxiliary is not None
+    with defer_backward() as scope:
+        start = window.start
+        trigger = states.detach(start) if credit is None or start is None else credit.make_trigger(start, context)
+        run = runner.run_in_two_parts if auxiliary else runner.run_whole
+        outputs, early, last = run(window.inputs, stream.attach(trigger))
+        runner.check_lanes(last, window.inputs.shape[runner.batch_dim])
+        loss = runner.loss(outputs, window.targets, window.mask)
+        backward(loss)
+        if credit is not None:
+            if not bound:
+                credit.bind(len(window.inputs), last)
+            exchange = credit.inject(scope, loss, last, window.ends, lookahead)
+            if (own := credit.auxiliary_loss(early, exchange)) is not None:
+                backward(own)
+    return loss.detach(), outputs, last, exchange
+
+
+def _check_kinds(
+    model: Any, optimizer: Any, loss_fn: Any, synthesizer: Any, synthesizer_optimizer: Any, config: Any, autocast: Any
+) -> None:
+    """Raises a TypeError if an argument of a trainer is of another kind than it must be, such as two in the wrong order."""
+    kinds: list[tuple[str, Any, Any, str]] = [
+        ("model", model, nn.Module, "an nn.Module"),
+        ("optimizer", optimizer, torch.optim.Optimizer, "an optimizer of the model's parameters"),
+        ("loss_fn", loss_fn, Callable, "a function of outputs and targets"),
+    ]
+    optional: list[tuple[str, Any, Any, str]] = [
+        ("synthesizer", synthesizer, nn.Module, "an nn.Module such as dni_seq.FutureGradient.for_model(...)"),
+        ("synthesizer_optimizer", synthesizer_optimizer, torch.optim.Optimizer, "an optimizer of its parameters"),
+        ("config", config, SyntheticGradientConfig, "a SyntheticGradientConfig"),
+        ("autocast", autocast, torch.dtype, "a dtype such as torch.bfloat16"),
+    ]
+    for name, value, kind, wanted in [*kinds, *(row for row in optional if row[1] is not None)]:
+        if not isinstance(value, kind):
+            found = repr(value) if isinstance(value, (str, bool)) else type(value).__name__
+            raise TypeError(f"{name} must be {wanted}, got {found}")
 
 
 def _chosen_config(
-    synthesizer: nn.Module | None, synthetic_scale: float | None, config: SyntheticGradientConfig | None
+    synthesizer: nn.Module | None, synthetic_scale: float | None, config: SyntheticGradientConfig | None, batch_dim: int
 ) -> SyntheticGradientConfig:
     """Returns the config that the arguments of a trainer describe.
 
@@ -356,6 +413,8 @@ def _chosen_config(
         config = SyntheticGradientConfig(synthetic_scale=synthetic_scale)
     if config.auxiliary is not None and synthesizer is None:
         raise ValueError("auxiliary predicts the messages of a synthesizer: give a synthesizer too")
+    if config.auxiliary is not None and batch_dim != 1:
+        raise ValueError("an auxiliary task needs time-major windows [T, B, ...]: use batch_dim=1")
     return config
 
 

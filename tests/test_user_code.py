@@ -396,7 +396,7 @@ def test_lanes_may_change_their_number_between_sequences():
     one = make()
     run(one, windows(2))
     window = windows(1)[0]
-    with pytest.raises(RuntimeError):
+    with pytest.raises(ValueError, match=r"the inputs have 2 lanes, the state has 3 .* call reset\(\) before a new stream"):
         one.step(window.inputs[:, :2], window.targets[:, :2])
     one.reset()
     assert one.step(window.inputs[:, :2], window.targets[:, :2]).loss.isfinite()

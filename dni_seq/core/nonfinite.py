@@ -34,6 +34,11 @@ def both_finite(one: Tensor, other: Tensor) -> Tensor:
     return total - total == 0
 
 
+def all_finite(nest: Any) -> bool:
+    """Returns whether no floating-point tensor of a nest holds a NaN or an infinity; waits for a GPU."""
+    return all(bool(leaf.detach().isfinite().all()) for leaf in states.floating(nest))
+
+
 def module_is_finite(module: nn.Module) -> bool:
     """Returns whether no parameter or buffer of a module holds a NaN or an infinity; waits for a GPU."""
     return all(bool(tensor.isfinite().all()) for tensor in (*module.parameters(), *module.buffers()))

@@ -15,6 +15,8 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from dni_seq.core import states
+
 Reduction = Literal["mean", "lane-mean", "sum"]
 """How a window's losses become one number; see `window_runner.window_loss`."""
 
@@ -96,6 +98,39 @@ class Window(NamedTuple):
     mask: Tensor | None = None
     ends: Tensor | None = None
     lookahead: Lookahead | None = None
+
+
+def finite_targets(targets: Any, counts: Tensor) -> Any:
+    """Returns targets with zeros in place of NaNs and infinities at steps that do not count.
+
+    A loss of such a target is left out of the sum, but its gradient would be 0 times NaN.
+
+    Args:
+        targets: [T, B, ...], a tensor or a nest of tensors.
+        counts: [T, B] bool, True for steps that count.
+    """
+    return states.map_floating(lambda leaf: torch.where(over(counts, leaf) | leaf.isfinite(), leaf, 0), targets)
+
+
+def finite_inputs(inputs: Any, counts: Tensor, ends: Tensor | None) -> Any:
+    """Returns inputs with zeros in place of NaNs and infinities after the last step that counts, in lanes that end.
+
+    Nothing that counts depends on these steps. Elsewhere a NaN stays, since later steps would depend on what replaces it.
+
+    Args:
+        inputs: [T, B, ...], a tensor or a nest of tensors.
+        counts: [T, B] bool, True for steps that count.
+        ends: [B] bool, True for lanes whose sequence ends with the window; None if no sequence ends.
+    """
+    if ends is None:
+        return inputs
+    needed = counts.flip(0).cumsum(0).flip(0).bool() | ~ends  # this step or a later one counts
+    return states.map_floating(lambda leaf: torch.where(over(needed, leaf) | leaf.isfinite(), leaf, 0), inputs)
+
+
+def over(counts: Tensor, leaf: Tensor) -> Tensor:
+    """Returns `counts` [T, B] in a shape that broadcasts over `leaf` [T, B, ...]."""
+    return counts.reshape(*counts.shape, *(1 for _ in range(leaf.dim() - 2)))
 
 
 def counted(window: Window) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 from dni_seq.core.nonfinite import NonFiniteError
 from dni_seq.core.snapshot import RNGState, TensorSnapshot, TrainingSnapshot
 from dni_seq.credit.nonfinite_policy import NonFinitePolicy
+from dni_seq.credit.step_gradients import StepGradients
 from dni_seq.credit.synthetic_gradient import SyntheticCredit
 
 
@@ -25,7 +25,7 @@ class StepTransaction:
         buffers: of the model.
         credit: the trainer's synthetic credit, or None.
         policy: the trainer's counters of skipped steps.
-        zero_gradients: clears all gradients.
+        gradients: clears all gradients, or marks them as those of a step.
         full: a copy of all parameters, buffers and optimizer states, or None. It is needed while nobody knows whether the
             optimizers can step at all.
     """
@@ -36,14 +36,14 @@ class StepTransaction:
         buffers: TensorSnapshot,
         credit: SyntheticCredit | None,
         policy: NonFinitePolicy,
-        zero_gradients: Callable[[], None],
+        gradients: StepGradients,
         full: TrainingSnapshot | None,
     ) -> None:
         self._device = device
         self._buffers = buffers
         self._credit = credit
         self._policy = policy
-        self._zero_gradients = zero_gradients
+        self._gradients = gradients
         self._full = full
 
     def __enter__(self) -> StepTransaction:
@@ -58,10 +58,11 @@ class StepTransaction:
         self._buffers.restore()
         if self._credit is not None:
             self._credit.undo(self._credit_before)
-        self._zero_gradients()
+        self._gradients.clear()
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if error is None or isinstance(error, NonFiniteError):
+            self._gradients.mark()
             return
         self.undo()
         self._policy.restore(self._counts)

@@ -118,11 +118,11 @@ class SyntheticCredit(Restorable):
         """Whether the synthesizer may be evaluated at the next window's first state after the window has run."""
         return any(self.rule.active) or self.settings.targets == "lambda" or self.settings.fidelity_every > 0
 
-    def bind(self, window: int) -> None:
-        """Tells the synthesizer and its copies the length T of the trainer's windows, its reduction and lane dimensions."""
+    def bind(self, window: int, state: State) -> None:
+        """Tells the synthesizer and its copies how they are trained; raises a ValueError if they were built otherwise."""
         reduction = self.runner.reduction if self.runner.reduces else None
         for module in self.modules:
-            bind(module, window=window, reduction=reduction, state_batch_dim=self.runner.state_batch_dim)
+            bind(module, window=window, reduction=reduction, state_batch_dim=self.runner.state_batch_dim, state=state)
 
     def make_trigger(self, start: State, context: Lookahead | None) -> State:
         """Returns the window's first state, detached; its gradient becomes a target of the synthesizer."""

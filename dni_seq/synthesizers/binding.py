@@ -10,10 +10,12 @@ from typing import Any
 
 from torch import nn
 
+from dni_seq.core import states
+from dni_seq.core.states import State
 from dni_seq.core.windows import REDUCTIONS, Reduction, step_weight
 
 
-def bind(synthesizer: nn.Module, *, window: int, reduction: Reduction | None, state_batch_dim: Any) -> None:
+def bind(synthesizer: nn.Module, *, window: int, reduction: Reduction | None, state_batch_dim: Any, state: State) -> None:
     """Tells a synthesizer's parts how it is trained; the trainer calls it at its first window.
 
     Args:
@@ -21,14 +23,26 @@ def bind(synthesizer: nn.Module, *, window: int, reduction: Reduction | None, st
         window: T, the length of the trainer's windows.
         reduction: the trainer's reduction; None if its loss_fn returns a scalar, so that the trainer reduces nothing.
         state_batch_dim: dimension of the lanes in the state's leaves, an int or a nest.
+        state: a state of the model.
 
     Raises:
-        ValueError: a part was built for another window length, reduction or dimension.
+        ValueError: a part was built for another window length, reduction, dimension or state.
     """
     for part in synthesizer.modules():
         own: Callable[..., None] | None = getattr(part, "bind", None)
         if own is not None:
-            own(window=window, reduction=reduction, state_batch_dim=state_batch_dim)
+            own(window=window, reduction=reduction, state_batch_dim=state_batch_dim, state=state)
+
+
+def check_dtype(synthesizer: nn.Module, state: State) -> None:
+    """Raises a ValueError if a synthesizer's parameters have another dtype than a state, whose half precision is float32."""
+    wanted = {states.to_float32(leaf).dtype for leaf in states.floating(state)}
+    found = {parameter.dtype for parameter in synthesizer.parameters() if parameter.is_floating_point()}
+    if len(wanted) == 1 and not found <= wanted:
+        (dtype,) = wanted
+        raise ValueError(
+            f"the synthesizer's parameters are {found.pop()}, the model's state is {dtype}: call synthesizer.to({dtype})"
+        )
 
 
 class StepWeight:

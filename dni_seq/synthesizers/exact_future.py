@@ -92,7 +92,7 @@ class ExactFuture(nn.Module):
         self.batch_dim = 1 if batch_dim is None else batch_dim
         self.self_supervised = tail is not None and self_supervised(tail)
 
-    def bind(self, *, window: int, reduction: Reduction | None, state_batch_dim: Any) -> None:
+    def bind(self, *, window: int, reduction: Reduction | None, state_batch_dim: Any, state: State) -> None:
         """Takes over the trainer's window length, reduction and lanes; see `dni_seq.synthesizers.binding.bind`.
 
         Raises:

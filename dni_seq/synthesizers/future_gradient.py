@@ -165,8 +165,9 @@ class FutureGradient(PackedSynthesizer):
         leaf = states.floating(example)[0]
         return found.to(leaf.device, states.to_float32(leaf).dtype)
 
-    def bind(self, *, window: int, reduction: Reduction | None, state_batch_dim: Any) -> None:
+    def bind(self, *, window: int, reduction: Reduction | None, state_batch_dim: Any, state: State) -> None:
         """Takes over the trainer's window length and reduction; see `dni_seq.synthesizers.binding.bind`."""
+        super().bind(window=window, reduction=reduction, state_batch_dim=state_batch_dim, state=state)
         self.step_weight.bind(window, reduction)
 
     @property

@@ -57,11 +57,11 @@ class Packing(nn.Module):
         numbers = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
         self.register_buffer("segment", numbers, persistent=False)
 
-    def bind(self, *, window: int, reduction: str | None, state_batch_dim: Any) -> None:
-        """Checks the lanes' dimensions against the trainer's; see `dni_seq.synthesizers.binding.bind`.
+    def bind(self, *, window: int, reduction: str | None, state_batch_dim: Any, state: State) -> None:
+        """Checks the lanes' dimensions and the sizes against the trainer's; see `dni_seq.synthesizers.binding.bind`.
 
         Raises:
-            ValueError: the trainer's states have their lanes elsewhere.
+            ValueError: the trainer's states have their lanes elsewhere, or have other sizes.
         """
         dims = [state_batch_dim] * len(self._leaves)
         if isinstance(state_batch_dim, (tuple, list, dict)):
@@ -73,6 +73,13 @@ class Packing(nn.Module):
                 f"the synthesizer was built for states with lanes along the dimensions {self._dims}, the trainer's "
                 f"state_batch_dim says {found}: pass batch_dim={state_batch_dim!r} to the synthesizer, or correct "
                 "state_batch_dim"
+            )
+        sizes = [list(leaf.movedim(d, 0).shape[1:]) for leaf, d in zip(states.floating(state), found, strict=True)]
+        expected = [list(shape) for shape in self._shapes]
+        if sizes != expected:
+            raise ValueError(
+                f"the synthesizer was built for a state whose leaves have the sizes {expected} in each lane, this model's "
+                f"have {sizes}: build it from a state of this model"
             )
 
     def pack(self, leaves: Sequence[Tensor]) -> Tensor:

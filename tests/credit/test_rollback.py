@@ -12,6 +12,7 @@ from torch import nn
 import dni_seq as dni
 from dni_seq.core.snapshot import Restorable, TensorSnapshot, buffers_of
 from dni_seq.credit.divergence_monitor import DivergenceMonitor
+from dni_seq.credit.step_gradients import StepGradients
 from dni_seq.credit.step_transaction import StepTransaction
 from tests import problems
 from tests.credit.trainers import KINDS, make_trainer, steps, windows_of
@@ -173,8 +174,9 @@ def test_a_transaction_without_credit_clears_gradients_and_restores_buffers():
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     plain = dni.SequenceTrainer(nn.Module(), torch.optim.SGD([nn.Parameter(torch.zeros(1))], 0.1), lambda *_: None)
+    gradients = StepGradients(model, lambda: [torch.optim.SGD(model.parameters(), 0.1)])
     buffers = TensorSnapshot(buffers_of([model]))
-    transaction = StepTransaction(torch.device("cpu"), buffers, None, plain._skip_policy, model.zero_grad, None)
+    transaction = StepTransaction(torch.device("cpu"), buffers, None, plain._skip_policy, gradients, None)
 
     def step():
         with transaction:

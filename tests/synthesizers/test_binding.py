@@ -111,10 +111,11 @@ def test_a_state_of_other_rank_needs_its_lanes():
 
 def test_copies_are_told_too():
     model = problems.make_model("gru")
-    exact = dni.ExactFuture(model, problems.unreduced, steps=2, tail=dni.StateSynthesizer(trainer_initial(model)))
+    exact = dni.ExactFuture(model, problems.unreduced, steps=2, tail=dni.StateSynthesizer(trainer_initial(model)).double())
     config = dni.SyntheticGradientConfig(target_network=2)
-    trainer = dni.SequenceTrainer(model, problems.frozen(model), problems.mean, synthesizer=exact, config=config)
-    trainer.credit.bind(7)
+    settings = {"synthesizer": exact, "config": config, "state_batch_dim": 1}
+    trainer = dni.SequenceTrainer(model, problems.frozen(model), problems.mean, **settings)
+    trainer.credit.bind(7, trainer_initial(model))
     assert trainer.credit.target_network.module.step_weight.window == exact.step_weight.window == 7
 
 
@@ -142,8 +143,10 @@ def test_every_part_that_can_be_told_is():
             self.told = told
 
     outer = nn.Sequential(Listener(), nn.Sequential(Listener(), nn.Linear(1, 1)))
-    bind(outer, window=3, reduction="sum", state_batch_dim=0)
+    bind(outer, window=3, reduction="sum", state_batch_dim=0, state=torch.zeros(1, 1))
     expected = {"window": 3, "reduction": "sum", "state_batch_dim": 0}
+    for listener in (outer[0], outer[1][0]):
+        del listener.told["state"]
     assert outer[0].told == outer[1][0].told == expected
 
 

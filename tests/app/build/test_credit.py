@@ -43,7 +43,7 @@ def made(**given: Any) -> tuple[nn.Module, tuple[torch.Tensor, torch.Tensor], Lo
     )
     synthesizer = build_synthesizer(credit, spec)
     assert synthesizer is not None
-    bind(synthesizer, window=BPTT, reduction="mean", state_batch_dim=1)
+    bind(synthesizer, window=BPTT, reduction="mean", state_batch_dim=1, state=model.initial_state(1))
     for parameter in synthesizer.parameters():
         nn.init.normal_(parameter, std=0.3)
     state = (torch.randn(1, LANES, 8), torch.full((1, LANES, 8), 20.0))
