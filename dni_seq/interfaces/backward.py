@@ -50,7 +50,7 @@ class BackwardInterface(Interface):
         return self.make_trigger(trigger)
 
     @uncompiled
-    def make_trigger(self, trigger: State, *, watched: bool = True) -> State:
+    def make_trigger(self, trigger: State, *, watched: bool = True, attached: bool = False) -> State:
         """Returns `trigger` detached from its graph; the gradient that arrives at the result trains the synthesizer.
 
         The synthesizer is trained with the `synthesizer_context` of this call. In a `defer_backward` scope it is trained at
@@ -61,6 +61,8 @@ class BackwardInterface(Interface):
             trigger: a tensor or nest, such as the state that a window starts from.
             watched: False to detach only: no gradient is computed at this trigger, and the synthesizer does not train on it.
                 Ignored outside of a scope.
+            attached: True to let the gradient that arrives flow on into the graph of `trigger`, as dni-pytorch does: for a
+                trigger that another network computed in the same step, such as an encoder's state.
 
         Raises:
             ValueError: the trigger holds no floating-point tensor.
@@ -76,6 +78,9 @@ class BackwardInterface(Interface):
             self.exchange(scope).add_trigger(state, current_context())
         elif self.learns:
             self._intercept(state, current_context())
+        if attached:  # adds zeros, through which the gradient flows on
+            pairs = zip(states.floating(state), states.floating(trigger), strict=True)
+            return states.with_floating(state, [leaf + (source - source.detach()) for leaf, source in pairs])
         return state
 
     @uncompiled
