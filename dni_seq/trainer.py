@@ -19,8 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from dni_seq.core import nonfinite, states
-from dni_seq.core.deferred_backward import backward, defer_backward
-from dni_seq.core.nonfinite import all_finite, both_finite, broken_lanes, select_where
+from dni_seq.core.nonfinite import all_finite, both_finite, select_where
 from dni_seq.core.optimizer_step import check_disjoint, clipped_step, gradient_norm, supports_found_inf
 from dni_seq.core.snapshot import ReentrancyGuard, TensorSnapshot, TrainingSnapshot, buffers_of
 from dni_seq.core.states import State
@@ -33,10 +32,11 @@ from dni_seq.credit.step_gradients import StepGradients
 from dni_seq.credit.step_transaction import StepTransaction
 from dni_seq.credit.stream_state import StreamState
 from dni_seq.credit.synthetic_gradient import SyntheticCredit
+from dni_seq.credit.trainer_arguments import check_kinds, chosen_config
 from dni_seq.credit.window_checks import check_window, finite_window, nothing_counts
+from dni_seq.credit.window_pass import run_and_backpropagate, sum_over_ranks
 from dni_seq.credit.window_runner import WindowRunner, lookahead_at_start
 from dni_seq.distributed.data_parallel import DataParallel, SingleProcess
-from dni_seq.interfaces.exchange import ScopeExchange
 
 SKIP_LIMIT = 10
 """Skipped windows in a row after which a trainer gives up, unless `skip_limit` is set."""
@@ -98,9 +98,7 @@ class SequenceTrainer:
         autocast: torch.dtype | None = None,
         parallel: DataParallel | None = None,
     ) -> None:
-        _check_kinds(model, optimizer, loss_fn, synthesizer, synthesizer_optimizer, config, autocast)
-        if clip is not None and not clip > 0:
-            raise ValueError(f"clip must be positive, or None for no limit, got {clip}")
+        check_kinds(model, optimizer, loss_fn, synthesizer, synthesizer_optimizer, config, autocast, clip)
         self.parallel = SingleProcess() if parallel is None else parallel
         self.model = model
         self.optimizer = optimizer
@@ -109,7 +107,7 @@ class SequenceTrainer:
             model, loss_fn, reduction, autocast, batch_dim, state_batch_dim, initial_state, self.parallel
         )
         self.steps = 0
-        config = _chosen_config(synthesizer, synthetic_scale, config, batch_dim)
+        config = chosen_config(synthesizer, synthetic_scale, config, batch_dim)
         self.credit: SyntheticCredit | None = None
         if synthesizer is not None:
             self.credit = SyntheticCredit(synthesizer, synthesizer_optimizer, self.runner, config)
@@ -142,15 +140,26 @@ class SequenceTrainer:
         self._skip_policy.limit = limit
 
     @property
+    def accumulate(self) -> int:
+        """n: the gradients of n windows are summed for one update of the model. 1; may be set at any time."""
+        return self._gradients.windows_per_update
+
+    @accumulate.setter
+    def accumulate(self, windows: int) -> None:
+        self._gradients.windows_per_update = windows
+
+    @property
+    def updates(self) -> int:
+        """Number of updates of the model so far; without accumulation that of windows that were not skipped on the host."""
+        return self._gradients.updates
+
+    @property
     def skipped(self) -> int:
         """Number of windows skipped so far because of a NaN or an infinity. Reading it synchronises with the GPU."""
         return self._skip_policy.total
 
     def skip_counts(self) -> dict[str, float]:
-        """Returns the numbers of skipped windows by TensorBoard key; synchronises with the GPU.
-
-        "train/skipped" counts steps; "synthetic/skipped" counts windows whose message or regression was skipped.
-        """
+        """Returns, by TensorBoard key, the numbers of windows skipped and of windows whose message or regression was."""
         counts: dict[str, float] = {"train/skipped": self.skipped}
         if self.credit is not None:
             counts["synthetic/skipped"] = self.credit.monitor.total
@@ -215,9 +224,9 @@ class SequenceTrainer:
             context = lookahead_at_start(window.inputs, window.targets, window.mask, lookahead)
         self._gradients.clear()
         parts = (self.runner, credit, self._stream)
-        loss, outputs, last, exchange = _run_and_backpropagate(*parts, window, context, lookahead, self._stepped)
+        loss, outputs, last, exchange = run_and_backpropagate(*parts, window, context, lookahead, self._stepped)
         # Ranks sum before the check, so that a NaN on one rank skips the step on all ranks.
-        measured = _sum_over_ranks(self.parallel, self.optimizer, self.credit, loss, exchange)
+        measured = sum_over_ranks(self.parallel, self.optimizer, self.credit, loss, exchange)
         norm = gradient_norm(self.optimizer)
         good = both_finite(measured, norm)
         result = StepResult(measured, states.detach(outputs), norm, None, ~good)
@@ -233,7 +242,9 @@ class SequenceTrainer:
         if credit is not None and exchange is not None:
             past = None if start is None else window._replace(context=context)
             synthetic = credit.learn(exchange, past, last, lookahead)
-        clipped_step(self.optimizer, self.clip, norm, good)
+        due, norm, finite = self._gradients.collect(norm, good)
+        if due:
+            clipped_step(self.optimizer, self.clip, norm, finite)
         if not on_host:
             self._buffers.restore_unless(good)
         self._skip_policy.count(passed)
@@ -253,18 +264,16 @@ class SequenceTrainer:
         """
         if nothing_counts(result.loss, window.targets) and all_finite(result.outputs):
             transaction.undo()
+            if self.credit is not None:
+                self.credit.skip_step(loss_is_finite=False)
             self._stream.advance(self.runner.reset(last, window.ends), window.ends)
             self.steps += 1
             return result
         where = self._diagnose(window, result)
-        next_state, broken = window.start, None
-        if next_state is not None:
-            broken = broken_lanes(next_state, self.runner.state_batch_dim)
-            next_state = self.runner.reset(self.runner.reset(next_state, broken), window.ends)
         transaction.undo()
         if self.credit is not None:
             self.credit.skip_step(loss_is_finite=bool(result.loss.isfinite()))
-        self._stream.advance(next_state, window.ends, broken, self._stream.fresh)
+        self._stream.stay(window.start, window.ends)
         self.steps += 1
         self._skip_policy.count_skipped(result.skipped, self.steps, where)
         skipped = f"step {self.steps} skipped; first NaN or infinity in {where}"
@@ -298,7 +307,8 @@ class SequenceTrainer:
         The global random state is not included. With `parallel` this is a collective call and the result holds all lanes.
         """
         parts = {name: part.state_dict() for name, part in self._parts().items()}
-        return {**parts, **self._stream.state_dict(), "steps": self.steps, "skipped": self._skip_policy.state_dict()}
+        counts = {"steps": self.steps, "skipped": self._skip_policy.state_dict(), "gradients": self._gradients.state_dict()}
+        return {**parts, **self._stream.state_dict(), **counts}
 
     def load_state_dict(self, saved: dict[str, Any], lanes: int | None = None) -> None:
         """Restores what `state_dict` returned; the nesting of the hidden state comes from the initial state.
@@ -313,127 +323,21 @@ class SequenceTrainer:
         """
         parts = self._parts()
         expected = {*parts, "state", "credit", "steps"}
-        if set(saved) - {"skipped", "fresh"} != expected:
+        if set(saved) - {"skipped", "fresh", "gradients"} != expected:
             raise ValueError(f"the saved trainer has the parts {sorted(saved)}, this trainer needs {sorted(expected)}")
         for name, part in parts.items():
             part.load_state_dict(saved[name])
         self._stream.load_state_dict(saved)
         self.steps = saved["steps"]
         self._skip_policy.load_state_dict(saved.get("skipped", {"total": 0, "in_a_row": 0}))
+        self._gradients.load_state_dict(saved.get("gradients", {"collected": 0, "sums": [], "updates": saved["steps"]}))
         if lanes is not None:
             mine = lanes // self.parallel.size
-            self._stream.restore(self.initial_state(mine), mine)
+            self._stream.restore(self.runner.initial_state(mine), mine)
 
     def _parts(self) -> dict[str, Any]:
         parts: dict[str, Any] = {"model": self.model, "optimizer": self.optimizer}
-        if self.credit is not None:
-            parts["synthesizer"] = self.credit.synthesizer
-            if self.credit.auxiliary is not None:
-                parts["auxiliary"] = self.credit.auxiliary
-            if self.credit.optimizer is not None:
-                parts["synthesizer_optimizer"] = self.credit.optimizer
-        return parts
-
-    def initial_state(self, lanes: int) -> State | None:
-        """Returns the initial state of `lanes` sequences, or None if the model creates it itself when called with None."""
-        return self.runner.initial_state(lanes)
-
-
-def _run_and_backpropagate(
-    runner: WindowRunner,
-    credit: SyntheticCredit | None,
-    stream: StreamState,
-    window: RecordedWindow,
-    context: Lookahead | None,
-    lookahead: Lookahead | None,
-    bound: bool,
-) -> tuple[Tensor, Any, State, ScopeExchange | None]:
-    """Runs a window and one backward pass through it; returns loss, outputs, last state and the synthesizer's exchange.
-
-    Args:
-        runner: runs the model.
-        credit: injects a message, or None.
-        stream: knows where sequences start.
-        window: the window.
-        context: the synthesizer's context at the first state.
-        lookahead: its context at the last state.
-        bound: whether the synthesizer knows how it is trained; it is told at the first window.
-    """
-    exchange = None
-    auxiliary = credit is not None and credit.auxiliary is not None
-    with defer_backward() as scope:
-        start = window.start
-        trigger = states.detach(start) if credit is None or start is None else credit.make_trigger(start, context)
-        run = runner.run_in_two_parts if auxiliary else runner.run_whole
-        outputs, early, last = run(window.inputs, stream.attach(trigger))
-        runner.check_lanes(last, window.inputs.shape[runner.batch_dim])
-        loss = runner.loss(outputs, window.targets, window.mask)
-        backward(loss)
-        if credit is not None:
-            if not bound:
-                credit.bind(len(window.inputs), last)
-            exchange = credit.inject(scope, loss, last, window.ends, lookahead)
-            if (own := credit.auxiliary_loss(early, exchange)) is not None:
-                backward(own)
-    return loss.detach(), outputs, last, exchange
-
-
-def _check_kinds(
-    model: Any, optimizer: Any, loss_fn: Any, synthesizer: Any, synthesizer_optimizer: Any, config: Any, autocast: Any
-) -> None:
-    """Raises a TypeError if an argument of a trainer is of another kind than it must be, such as two in the wrong order."""
-    kinds: list[tuple[str, Any, Any, str]] = [
-        ("model", model, nn.Module, "an nn.Module"),
-        ("optimizer", optimizer, torch.optim.Optimizer, "an optimizer of the model's parameters"),
-        ("loss_fn", loss_fn, Callable, "a function of outputs and targets"),
-    ]
-    optional: list[tuple[str, Any, Any, str]] = [
-        ("synthesizer", synthesizer, nn.Module, "an nn.Module such as dni_seq.FutureGradient.for_model(...)"),
-        ("synthesizer_optimizer", synthesizer_optimizer, torch.optim.Optimizer, "an optimizer of its parameters"),
-        ("config", config, SyntheticGradientConfig, "a SyntheticGradientConfig"),
-        ("autocast", autocast, torch.dtype, "a dtype such as torch.bfloat16"),
-    ]
-    for name, value, kind, wanted in [*kinds, *(row for row in optional if row[1] is not None)]:
-        if not isinstance(value, kind):
-            found = repr(value) if isinstance(value, (str, bool)) else type(value).__name__
-            raise TypeError(f"{name} must be {wanted}, got {found}")
-
-
-def _chosen_config(
-    synthesizer: nn.Module | None, synthetic_scale: float | None, config: SyntheticGradientConfig | None, batch_dim: int
-) -> SyntheticGradientConfig:
-    """Returns the config that the arguments of a trainer describe.
-
-    Raises:
-        ValueError: they contradict each other.
-    """
-    if config is not None and synthetic_scale is not None:
-        raise ValueError("synthetic_scale is a field of config: give it in one of the two places")
-    if config is None:
-        config = SyntheticGradientConfig(synthetic_scale=synthetic_scale)
-    if config.auxiliary is not None and synthesizer is None:
-        raise ValueError("auxiliary predicts the messages of a synthesizer: give a synthesizer too")
-    if config.auxiliary is not None and batch_dim != 1:
-        raise ValueError("an auxiliary task needs time-major windows [T, B, ...]: use batch_dim=1")
-    return config
-
-
-def _sum_over_ranks(
-    parallel: DataParallel,
-    optimizer: torch.optim.Optimizer,
-    credit: SyntheticCredit | None,
-    loss: Tensor,
-    exchange: ScopeExchange | None,
-) -> Tensor:
-    """Sums gradients, the loss and the regressions over the ranks by one all-reduce; returns the loss of all lanes."""
-    if parallel.size == 1:
-        return loss
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    numbers = [loss.clone()]
-    if credit is not None and exchange is not None:
-        if credit.auxiliary is not None:
-            parameters += credit.auxiliary.parameters()
-        parameters += credit.synthesizer.parameters()
-        numbers += credit.share_regressions(exchange)
-    parallel.sum_gradients(parameters, numbers)
-    return numbers[0]
+        if (credit := self.credit) is not None:
+            parts |= {"synthesizer": credit.synthesizer, "auxiliary": credit.auxiliary}
+            parts["synthesizer_optimizer"] = credit.optimizer
+        return {name: part for name, part in parts.items() if part is not None}

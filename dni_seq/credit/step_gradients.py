@@ -1,34 +1,87 @@
-"""StepGradients: clears the gradients of a step, and notices gradients that something else has added."""
+"""StepGradients: clears the gradients of a step, sums them over windows, and refuses gradients of others."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import FunctionType, MethodType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from dni_seq.core.nonfinite import both_finite
+from dni_seq.core.optimizer_step import gradient_norm
+from dni_seq.core.snapshot import Restorable
 
 MARK = "left_by_step_at_version"
 """Attribute of a gradient tensor that a step has left in `.grad`: its version counter then. Every write increases it."""
 
 
-class StepGradients:
-    """Clears the gradients that a step leaves in `.grad`, and refuses others.
+class StepGradients(Restorable):
+    """Clears gradients before a window, sums those of several windows for one update, and refuses others.
 
     A step clears all gradients when it begins. Gradients that the user's own backward pass has put there would be lost.
 
     Args:
         model: names the parameters in messages.
-        optimizers: returns the optimizers of the parameters.
+        optimizers: returns the optimizers of the parameters, that of the model first.
+
+    Attributes:
+        updates: number of updates of the model so far.
     """
+
+    UNCHANGING = (FunctionType, MethodType)
 
     def __init__(self, model: nn.Module, optimizers: Callable[[], list[torch.optim.Optimizer]]) -> None:
         self._model = model
         self._optimizers = optimizers
+        self._windows_per_update = 1
+        self._collected = 0
+        self._sums: list[Tensor | None] = []
+        self.updates = 0
+
+    @property
+    def windows_per_update(self) -> int:
+        """n, the number of windows whose gradients are summed for one update of the model."""
+        return self._windows_per_update
+
+    @windows_per_update.setter
+    def windows_per_update(self, windows: int) -> None:
+        if windows < 1:
+            raise ValueError(f"accumulate must be 1 or more windows, got {windows}")
+        self._windows_per_update = windows
 
     def clear(self) -> None:
-        """Clears all gradients."""
+        """Clears all gradients; the sums stay."""
         for optimizer in self._optimizers():
             optimizer.zero_grad()
+
+    def collect(self, norm: Tensor, good: Tensor) -> tuple[bool, Tensor, Tensor]:
+        """Adds a window's gradients to the update under way; puts the sums in place of the gradients if it is complete.
+
+        Args:
+            norm: 0-d, norm of the window's gradients.
+            good: 0-d bool, whether the window counts.
+
+        Returns:
+            Whether the model is to be updated now, the norm of the gradients that are there, and whether they are finite.
+        """
+        if self._windows_per_update == 1 and not self._collected:
+            self.updates += 1
+            return True, norm, good
+        optimizer = self._optimizers()[0]
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        before = self._sums or [None] * len(parameters)
+        self._sums = [_added(total, p.grad, good) for total, p in zip(before, parameters, strict=True)]
+        self._collected += 1
+        if self._collected < self._windows_per_update:
+            return False, norm, good
+        for parameter, total in zip(parameters, self._sums, strict=True):
+            parameter.grad = total
+        self._sums, self._collected = [], 0
+        self.updates += 1
+        norm = gradient_norm(optimizer)
+        return True, norm, both_finite(norm, norm)
 
     def mark(self) -> None:
         """Marks all gradients that are there as those of a step."""
@@ -46,9 +99,19 @@ class StepGradients:
             if bool(values.any()):
                 raise ValueError(
                     f"{self._name_of(parameter)} has a gradient that this trainer did not compute, and a step would discard "
-                    "it: call zero_grad() on its optimizer before the step, or make that loss a part of loss_fn (a trainer "
-                    "does not accumulate gradients over windows)"
+                    "it: call zero_grad() on its optimizer before the step, or make that loss a part of loss_fn. To sum the "
+                    "gradients of n windows, set trainer.accumulate = n"
                 )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the sums of the update under way and the number of updates."""
+        return {"collected": self._collected, "sums": list(self._sums), "updates": self.updates}
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """Restores what `state_dict` returned."""
+        self._collected, self.updates = saved["collected"], saved["updates"]
+        parameters = self._parameters()[: len(saved["sums"])]  # those of the model
+        self._sums = [None if total is None else total.to(p) for total, p in zip(saved["sums"], parameters, strict=True)]
 
     def _parameters(self) -> list[Tensor]:
         return [p for optimizer in self._optimizers() for group in optimizer.param_groups for p in group["params"]]
@@ -56,3 +119,12 @@ class StepGradients:
     def _name_of(self, parameter: Tensor) -> str:
         names = [name for name, other in self._model.named_parameters() if other is parameter]
         return f"the parameter {names[0]}" if names else "a parameter of the synthesizer"
+
+
+def _added(total: Tensor | None, gradient: Tensor | None, good: Tensor) -> Tensor | None:
+    """Returns total + gradient, in which None counts as zero; a gradient that is not good counts as zero too."""
+    if gradient is None:
+        return total
+    if not gradient.is_sparse:  # a sparse gradient comes with an optimizer that decides on the host
+        gradient = torch.where(good, gradient, 0)
+    return gradient if total is None else total + gradient

@@ -50,6 +50,7 @@ class StepTransaction:
         self._randomness = RNGState.now(self._device)
         self._buffers.keep()
         self._counts = self._policy.snapshot()
+        self._gradients_before = self._gradients.snapshot()
         self._credit_before: dict[str, Any] = {} if self._credit is None else self._credit.begin_step()
         return self
 
@@ -66,6 +67,7 @@ class StepTransaction:
             return
         self.undo()
         self._policy.restore(self._counts)
+        self._gradients.restore(self._gradients_before)
         if self._full is not None:
             self._full.restore()
         self._randomness.restore()

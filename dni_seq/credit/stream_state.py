@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dni_seq.core import states
+from dni_seq.core.nonfinite import broken_lanes
 from dni_seq.core.states import State
 from dni_seq.credit.synthetic_gradient import SyntheticCredit, without_chain
 from dni_seq.credit.window_runner import WindowRunner
@@ -93,6 +94,14 @@ class StreamState:
         if masks and self._learned is None and not needs_gradient(self._runner.initial_state(lanes)):
             masks = []
         self._fresh = torch.stack(masks).any(0) if masks else None
+
+    def stay(self, start: State | None, ends: Tensor | None) -> None:
+        """Sets the state after a window that is skipped: its first state, with broken lanes and lanes in `ends` reset."""
+        broken = None
+        if start is not None:
+            broken = broken_lanes(start, self._runner.state_batch_dim)
+            start = self._runner.reset(self._runner.reset(start, broken), ends)
+        self.advance(start, ends, broken, self._fresh)
 
     @property
     def fresh(self) -> Tensor | None:

@@ -107,7 +107,7 @@ def test_it_learns_at_the_first_window_too_where_the_model_chooses_its_state():
     """There is no trigger then, and a last state all the same."""
     model = problems.make_model("lstm")
     trainer = make_trainer(model, "future-gradient")
-    trainer.initial_state = lambda lanes: None
+    trainer.runner.start = lambda lanes: None
     (result,) = steps(trainer, windows_of(2 * T)[:1])
     assert result.synthetic.loss > 0
     assert result.synthetic.gradient_norm > 0

@@ -65,7 +65,7 @@ def dry_run(options: LanguageModelOptions) -> Iterator[str]:
 def describe_shapes(trainer: SequenceTrainer, window: Window) -> Iterator[str]:
     """Yields the shapes of a window, of the model's outputs and state, and of the lookahead."""
     lanes = window.inputs.shape[1]
-    start = trainer.initial_state(lanes)
+    start = trainer.runner.initial_state(lanes)
     with torch.no_grad():
         outputs, _ = trainer.model(window.inputs, start)
     yield f"inputs and targets [T, B]: {list(window.inputs.shape)}"
