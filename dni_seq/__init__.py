@@ -8,6 +8,7 @@ from dni_seq.core.deferred_backward import GradientAccumulator, backward, defer_
 from dni_seq.core.nonfinite import NonFiniteError
 from dni_seq.core.windows import Lookahead, Window, with_lookahead
 from dni_seq.credit.config import SyntheticGradientConfig
+from dni_seq.credit.description import TrainerDescription
 from dni_seq.credit.fidelity import fidelity
 from dni_seq.credit.replay import RecordedWindow
 from dni_seq.credit.results import StepResult, Synthetic
@@ -59,6 +60,7 @@ __all__ = [
     "Synthetic",
     "SyntheticGradientConfig",
     "TargetRule",
+    "TrainerDescription",
     "Window",
     "WindowRunner",
     "backward",

@@ -24,8 +24,9 @@ from dni_seq.core.nonfinite import both_finite, broken_lanes, select_where
 from dni_seq.core.optimizer_step import check_disjoint, clipped_step, gradient_norm, supports_found_inf
 from dni_seq.core.snapshot import ReentrancyGuard, TensorSnapshot, TrainingSnapshot, buffers_of
 from dni_seq.core.states import State
-from dni_seq.core.windows import Lookahead, Reduction
+from dni_seq.core.windows import Lookahead, Reduction, Window
 from dni_seq.credit.config import SyntheticGradientConfig
+from dni_seq.credit.description import TrainerDescription, describe
 from dni_seq.credit.nonfinite_policy import NonFinitePolicy, diagnose
 from dni_seq.credit.replay import RecordedWindow
 from dni_seq.credit.results import StepResult
@@ -323,18 +324,16 @@ class SequenceTrainer:
             self._stream.restore(self.initial_state(lanes // self.parallel.size))
 
     def _parts(self) -> dict[str, Any]:
-        parts: dict[str, Any] = {"model": self.model, "optimizer": self.optimizer}
-        if self.credit is not None:
-            parts["synthesizer"] = self.credit.synthesizer
-            if self.credit.auxiliary is not None:
-                parts["auxiliary"] = self.credit.auxiliary
-            if self.credit.optimizer is not None:
-                parts["synthesizer_optimizer"] = self.credit.optimizer
-        return parts
+        own = {} if self.credit is None else _parts_of(self.credit)
+        return {"model": self.model, "optimizer": self.optimizer, **own}
 
     def initial_state(self, lanes: int) -> State | None:
         """Returns the initial state of `lanes` sequences, or None if the model creates it itself when called with None."""
         return self.runner.initial_state(lanes)
+
+    def describe(self, window: Window | None = None) -> TrainerDescription:
+        """Returns which optimizer trains each parameter, and which gradients reach it on `window`; `print` shows a table."""
+        return describe(self.runner, self.optimizer, self.credit, window)
 
     def _zero_gradients(self) -> None:
         self.optimizer.zero_grad()
@@ -357,6 +356,12 @@ def _chosen_config(
     if config.auxiliary is not None and synthesizer is None:
         raise ValueError("auxiliary predicts the messages of a synthesizer: give a synthesizer too")
     return config
+
+
+def _parts_of(credit: SyntheticCredit) -> dict[str, Any]:
+    """Returns the modules of a synthetic credit and their optimizer, by their keys in a saved trainer."""
+    parts = {"synthesizer": credit.synthesizer, "auxiliary": credit.auxiliary, "synthesizer_optimizer": credit.optimizer}
+    return {name: part for name, part in parts.items() if part is not None}
 
 
 def _sum_over_ranks(
