@@ -4,6 +4,7 @@ There are three levels of use: the command `python scripts/train_lm.py`, `Sequen
 the interfaces such as `BackwardInterface`. `import dni_seq` needs only torch.
 """
 
+from dni_seq.check import check_model
 from dni_seq.core.deferred_backward import GradientAccumulator, backward, defer_backward
 from dni_seq.core.nonfinite import NonFiniteError
 from dni_seq.core.windows import Lookahead, Window, with_lookahead
@@ -17,6 +18,7 @@ from dni_seq.distributed.data_parallel import DataParallel
 from dni_seq.interfaces.backward import BackwardInterface
 from dni_seq.interfaces.context import synthesizer_context
 from dni_seq.interfaces.forward import BidirectionalInterface, ForwardInterface
+from dni_seq.model_checks.report import ModelReport
 from dni_seq.synthesizers.auxiliary import AuxiliaryTask
 from dni_seq.synthesizers.base import Regression
 from dni_seq.synthesizers.exact_future import ExactFuture
@@ -48,6 +50,7 @@ __all__ = [
     "LeastSquaresHeads",
     "Lookahead",
     "LookaheadEncoder",
+    "ModelReport",
     "MultiHorizonSynthesizer",
     "NonFiniteError",
     "Normalized",
@@ -64,6 +67,7 @@ __all__ = [
     "Window",
     "WindowRunner",
     "backward",
+    "check_model",
     "defer_backward",
     "fidelity",
     "synthesizer_context",
