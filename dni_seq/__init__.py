@@ -4,10 +4,12 @@ There are three levels of use: the command `python scripts/train_lm.py`, `Sequen
 the interfaces such as `BackwardInterface`. `import dni_seq` needs only torch.
 """
 
+from dni_seq.check import check_model
 from dni_seq.core.deferred_backward import GradientAccumulator, backward, defer_backward
 from dni_seq.core.nonfinite import NonFiniteError
 from dni_seq.core.windows import Lookahead, Window, with_lookahead
 from dni_seq.credit.config import SyntheticGradientConfig
+from dni_seq.credit.description import TrainerDescription
 from dni_seq.credit.fidelity import fidelity
 from dni_seq.credit.replay import RecordedWindow
 from dni_seq.credit.results import StepResult, Synthetic
@@ -16,6 +18,7 @@ from dni_seq.distributed.data_parallel import DataParallel
 from dni_seq.interfaces.backward import BackwardInterface
 from dni_seq.interfaces.context import synthesizer_context
 from dni_seq.interfaces.forward import BidirectionalInterface, ForwardInterface
+from dni_seq.model_checks.report import ModelReport
 from dni_seq.synthesizers.auxiliary import AuxiliaryTask
 from dni_seq.synthesizers.base import Regression
 from dni_seq.synthesizers.exact_future import ExactFuture
@@ -47,6 +50,7 @@ __all__ = [
     "LeastSquaresHeads",
     "Lookahead",
     "LookaheadEncoder",
+    "ModelReport",
     "MultiHorizonSynthesizer",
     "NonFiniteError",
     "Normalized",
@@ -59,9 +63,11 @@ __all__ = [
     "Synthetic",
     "SyntheticGradientConfig",
     "TargetRule",
+    "TrainerDescription",
     "Window",
     "WindowRunner",
     "backward",
+    "check_model",
     "defer_backward",
     "fidelity",
     "synthesizer_context",

@@ -25,6 +25,7 @@ from dni_seq.core.snapshot import ReentrancyGuard, TensorSnapshot, TrainingSnaps
 from dni_seq.core.states import State
 from dni_seq.core.windows import Lookahead, Reduction, Window
 from dni_seq.credit.config import SyntheticGradientConfig
+from dni_seq.credit.description import TrainerDescription, describe
 from dni_seq.credit.nonfinite_policy import NonFinitePolicy, diagnose
 from dni_seq.credit.replay import RecordedWindow
 from dni_seq.credit.results import StepResult
@@ -262,19 +263,16 @@ class SequenceTrainer:
         Raises:
             NonFiniteError: `skip_limit` windows in a row were skipped.
         """
-        if nothing_counts(result.loss, window.targets) and all_finite(result.outputs):
-            transaction.undo()
-            if self.credit is not None:
-                self.credit.skip_step(loss_is_finite=False)
-            self._stream.advance(self.runner.reset(last, window.ends), window.ends)
-            self.steps += 1
-            return result
-        where = self._diagnose(window, result)
+        empty = bool(nothing_counts(result.loss, window.targets)) and all_finite(result.outputs)
+        where = "" if empty else self._diagnose(window, result)
         transaction.undo()
+        self.steps += 1
         if self.credit is not None:
             self.credit.skip_step(loss_is_finite=bool(result.loss.isfinite()))
+        if empty:
+            self._stream.advance(self.runner.reset(last, window.ends), window.ends)
+            return result
         self._stream.stay(window.start, window.ends)
-        self.steps += 1
         self._skip_policy.count_skipped(result.skipped, self.steps, where)
         skipped = f"step {self.steps} skipped; first NaN or infinity in {where}"
         return result._replace(events=(skipped, *self._credit_events()))
@@ -341,3 +339,7 @@ class SequenceTrainer:
             parts |= {"synthesizer": credit.synthesizer, "auxiliary": credit.auxiliary}
             parts["synthesizer_optimizer"] = credit.optimizer
         return {name: part for name, part in parts.items() if part is not None}
+
+    def describe(self, window: Window | None = None) -> TrainerDescription:
+        """Returns which optimizer trains each parameter, and which gradients reach it on `window`; `print` shows a table."""
+        return describe(self.runner, self.optimizer, self.credit, window)

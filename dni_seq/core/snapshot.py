@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import random
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -95,6 +96,35 @@ def buffers_apart(model: nn.Module) -> Iterator[None]:
         for table, entries in zip(tables, kept, strict=True):
             table.clear()
             table.update(entries)
+
+
+@contextmanager
+def undo_runs(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Undoes after the block what forward and backward passes of `model` change, except values of parameters.
+
+    Restores buffers, `.grad`, training mode, all other attributes of its modules, and the random state of torch and Python.
+    In the block all `.grad` are None.
+
+    Args:
+        model: the model.
+        device: the device whose random state is restored besides the CPU's.
+    """
+    randomness, python_randomness = RNGState.now(device), random.getstate()
+    attributes = [(vars(part), dict(vars(part))) for part in model.modules()]
+    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
+    for parameter, _ in gradients:
+        parameter.grad = None
+    try:
+        with buffers_apart(model):
+            yield
+    finally:
+        for table, kept in attributes:
+            table.clear()
+            table.update(kept)
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
+        randomness.restore()
+        random.setstate(python_randomness)
 
 
 def parameters_of(modules: Iterable[nn.Module | None]) -> list[dict[str, Tensor | None]]:

@@ -16,6 +16,9 @@ from torch import Tensor
 State = Any
 """A nest of tensors, which Python's type system cannot describe more exactly."""
 
+SEE_CHECK = "dni_seq.check_model(model, inputs) shows what the model does"
+"""The end of messages about states that do not fit."""
+
 
 def flatten(state: State) -> list[Any]:
     """Returns the leaves of `state` in a fixed order: by position, and by insertion in dicts."""
@@ -133,11 +136,13 @@ def lane_mask(keep: Tensor, leaf: Tensor, batch_dim: int) -> Tensor:
         ValueError: the leaf has no dimension `batch_dim`, or not as many lanes as `keep`.
     """
     if leaf.dim() == 0 or not -leaf.dim() <= batch_dim < leaf.dim():
-        raise ValueError(f"a state of shape {tuple(leaf.shape)} has no dimension {batch_dim}: set state_batch_dim")
+        raise ValueError(
+            f"a state of shape {tuple(leaf.shape)} has no dimension {batch_dim}: set state_batch_dim; {SEE_CHECK}"
+        )
     if leaf.shape[batch_dim] != keep.shape[0]:
         raise ValueError(
             f"ends has {keep.shape[0]} lanes, the state of shape {tuple(leaf.shape)} has {leaf.shape[batch_dim]} "
-            f"along dimension {batch_dim}: set state_batch_dim"
+            f"along dimension {batch_dim}: set state_batch_dim; {SEE_CHECK}"
         )
     shape = [1] * leaf.dim()
     shape[batch_dim] = -1
@@ -155,7 +160,7 @@ def reset_lanes(state: State, ends: Tensor, initial: State | None, batch_dim: An
     leaves = flatten(state)
     starts = [None] * len(leaves) if initial is None else flatten(initial)
     if len(starts) != len(leaves):
-        raise ValueError(f"the initial state has {len(starts)} leaves, the state has {len(leaves)}")
+        raise ValueError(f"the initial state has {len(starts)} leaves, the state has {len(leaves)}; {SEE_CHECK}")
     fresh = []
     for leaf, start, dim in zip(leaves, starts, broadcast_to_leaves(batch_dim, state, "state_batch_dim"), strict=True):
         if not isinstance(leaf, Tensor):

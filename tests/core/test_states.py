@@ -93,6 +93,8 @@ def test_reset_lanes_says_what_to_set():
         states.reset_lanes(state, ends, None, 0)
     with pytest.raises(ValueError, match="state_batch_dim"):
         states.reset_lanes(state, ends, None, 3)
+    with pytest.raises(ValueError, match=r"set state_batch_dim; dni_seq\.check_model\(model, inputs\) shows"):
+        states.reset_lanes(state, ends, None, 0)
     with pytest.raises(ValueError, match="initial state has 2 leaves"):
         states.reset_lanes(state, ends, (state, state), 1)
 

@@ -1,4 +1,4 @@
-"""Reports a run's shapes, parameters, memory and time per epoch before it is started.
+"""Reports a run's shapes, parameters, what trains them, memory and time per epoch before it is started.
 
 Builds all parts as in a run and trains on a few windows. Writes nothing.
 """
@@ -57,6 +57,7 @@ def dry_run(options: LanguageModelOptions) -> Iterator[str]:
     yield f"data: {corpus.name}, by {options.tokenizer}, vocabulary {tokenizer.vocabulary_size:,}"
     yield from describe_shapes(trainer, first)
     yield from describe_parameters(trainer)
+    yield from trainer.describe(first).lines()
     seconds = time_steps(trainer, itertools.chain([first], windows))
     yield f"memory: {peak_memory_mb(device):,.0f} MiB at its peak after {trainer.steps} steps, data and libraries included"
     yield from describe_time(options, stream, valid, model, seconds)

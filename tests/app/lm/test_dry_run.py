@@ -36,6 +36,10 @@ def test_it_says_shapes_parameters_memory_and_time_and_writes_nothing(capsys, tm
     parameters = 6 * vocabulary + rnn + 9 * vocabulary
     assert f"parameters of the model: {parameters:,} (embedding {6 * vocabulary:,}, rnn {rnn:,}, " in text
     assert "parameters of the synthesizer: " in text
+    assert re.search(rf"^model.rnn +8 \({rnn:,} values\) ", text, re.MULTILINE)
+    assert re.search(r"^model.projection +2 .* model's +window$", text, re.MULTILINE)
+    assert re.search(r"^model.rnn .* model's +window \+ message$", text, re.MULTILINE)
+    assert re.search(r"^synthesizer.*synthesizer's +own loss$", text, re.MULTILINE)
     assert int(re.search(r"memory: ([\d,]+) MiB at its peak", text)[1].replace(",", "")) > 50
     step = float(re.search(r"speed: ([\d.]+) ms per step", text)[1])
     steps = int(re.search(r"an epoch of ([\d,]+) steps", text)[1].replace(",", ""))
