@@ -312,7 +312,7 @@ def prepare(plan: Plan[LanguageModelOptions], ranks: Ranks, lock: RunLock) -> Tr
         with checkpoint_errors(run.path):
             training.log.load_state_dict(saved["log"], training.device)
         training.resumed_at = training.steps
-    for note in (plan.note, lock.missing, *remarks(options, options.bptt, cells=options.model == "lstm")):
+    for note in (plan.note, lock.missing, *corpus.notes, *remarks(options, options.bptt, cells=options.model == "lstm")):
         if note:
             training.progress.write_line(note)
     report_unknown_words(training)
