@@ -40,7 +40,6 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from dni_seq.app.build.credit_options import lookahead_of
 from dni_seq.app.lm.build_trainer import build_trainer
 from dni_seq.app.lm.options import LanguageModelOptions
 from dni_seq.app.runs.allocator import keep_freed_memory
@@ -196,7 +195,7 @@ def our_step(setting: Setting, bptt: int, options: Mapping[str, Any]) -> Step:
     settled = build(LanguageModelOptions, common, options)
     trainer = build_trainer(settled, model_of(setting), torch.device("cpu"))
     tokens = torch.randint(setting.vocabulary, (bptt, setting.lanes))
-    steps = lookahead_of(settled, bptt)
+    steps = settled.resolve(bptt).window_lookahead
     ahead = torch.randint(setting.vocabulary, (steps, setting.lanes))
     lookahead = Lookahead(ahead, ahead, torch.ones_like(ahead, dtype=torch.bool)) if steps else None
 

@@ -7,6 +7,7 @@ the interfaces such as `BackwardInterface`. `import dni_seq` needs only torch.
 from dni_seq.core.deferred_backward import GradientAccumulator, backward, defer_backward
 from dni_seq.core.nonfinite import NonFiniteError
 from dni_seq.core.windows import Lookahead, Window, with_lookahead
+from dni_seq.credit.config import SyntheticGradientConfig
 from dni_seq.credit.fidelity import fidelity
 from dni_seq.credit.replay import RecordedWindow
 from dni_seq.credit.results import StepResult, Synthetic
@@ -56,6 +57,7 @@ __all__ = [
     "StateSynthesizer",
     "StepResult",
     "Synthetic",
+    "SyntheticGradientConfig",
     "TargetRule",
     "Window",
     "WindowRunner",

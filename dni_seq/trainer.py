@@ -13,26 +13,33 @@ Legend: T = window length in steps, B = lanes (batch), H = hidden units, N = hor
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dni_seq.core import nonfinite, states
 from dni_seq.core.deferred_backward import backward, defer_backward
-from dni_seq.core.nonfinite import NonFiniteError, both_finite, broken_lanes, select_where
+from dni_seq.core.nonfinite import all_finite, both_finite, broken_lanes, select_where
 from dni_seq.core.optimizer_step import check_disjoint, clipped_step, gradient_norm, supports_found_inf
-from dni_seq.core.snapshot import ReentrancyGuard, RNGState, TensorSnapshot, TrainingSnapshot, buffers_of
+from dni_seq.core.snapshot import ReentrancyGuard, TensorSnapshot, TrainingSnapshot, buffers_of
 from dni_seq.core.states import State
-from dni_seq.core.windows import REDUCTIONS, Lookahead, Reduction
-from dni_seq.credit.config import CreditSettings
+from dni_seq.core.windows import Lookahead, Reduction, Window
+from dni_seq.credit.config import SyntheticGradientConfig
 from dni_seq.credit.nonfinite_policy import NonFinitePolicy, diagnose
 from dni_seq.credit.replay import RecordedWindow
 from dni_seq.credit.results import StepResult
-from dni_seq.credit.synthetic_gradient import SyntheticCredit, without_chain
+from dni_seq.credit.step_gradients import StepGradients
+from dni_seq.credit.step_transaction import StepTransaction
+from dni_seq.credit.stream_state import StreamState
+from dni_seq.credit.synthetic_gradient import SyntheticCredit
+from dni_seq.credit.window_checks import check_window, finite_window, nothing_counts
 from dni_seq.credit.window_runner import WindowRunner, lookahead_at_start
-from dni_seq.distributed.data_parallel import DataParallel
+from dni_seq.distributed.data_parallel import DataParallel, SingleProcess
 from dni_seq.interfaces.exchange import ScopeExchange
+
+SKIP_LIMIT = 10
+"""Skipped windows in a row after which a trainer gives up, unless `skip_limit` is set."""
 
 
 class SequenceTrainer:
@@ -49,39 +56,24 @@ class SequenceTrainer:
         synthesizer: predicts the gradient of all later losses with respect to a window's last state. None for plain
             truncated BPTT.
         synthesizer_optimizer: of the synthesizer's parameters. Default: Adam with learning rate 1e-3.
-        synthetic_scale: c, the share of the message that is injected. "auto" starts at 0 and is adjusted for each horizon by
-            comparisons with exact gradients; it needs `fidelity_every`.
-        discount: γ: a window's target is the gradient of its own loss plus γ times the message at its last state,
-            backpropagated to its first state.
-        targets: "bootstrap" trains the synthesizer towards a target that holds its own next message. "lambda" trains it on
-            λ-targets every `replay_windows` windows, by replaying them.
-        lam: λ of "lambda": 0 is the bootstrapped target, 1 that of exact BPTT over the replayed windows.
-        replay_windows: number of windows in a replay.
-        regress_every: n: targets are computed at one window in n, chosen at random. A synthesizer that fits targets trains
-            only there; `FutureGradient` needs no targets and trains at every window.
-        target_network: number of windows between updates of a frozen copy that supplies the messages in targets; 0 for none.
-        fidelity_every: number of windows between comparisons of messages with exact gradients; 0 for none.
-        auxiliary: an `AuxiliaryTask`. Its loss is added to the window's, and its parameters belong to
-            `synthesizer_optimizer`. The model's outputs must be one time-major tensor.
-        auxiliary_weight: weight of that loss.
+        synthetic_scale: short for `config=SyntheticGradientConfig(synthetic_scale=...)`.
+        config: the settings of the synthetic gradient. Default: what the synthesizer recommends.
         clip: largest norm of the model's gradient, None for no limit.
-        synthesizer_clip: largest norm of the synthesizer's gradient, None for no limit.
         batch_dim: dimension of the lanes in `inputs` and `targets`; windows are time-major, so 1.
         state_batch_dim: dimension of the lanes in the state's leaves, an int or a nest like the state (nn.LSTM: 1,
-            nn.LSTMCell: 0).
+            nn.LSTMCell: 0). Default: the dimension of size B.
         initial_state: the state in which sequences start: a nest, or a function of the number of lanes. Default:
             `model.initial_state(B)` if it exists, else None for the first window and zeros for lanes that end.
         reduction: how losses [T, B] become one number: "mean" over the steps that count, "lane-mean" (sum over time,
             mean over lanes) or "sum".
         autocast: dtype of `torch.autocast` for the model and the loss, None for full precision.
-        skip_limit: `step` raises a NonFiniteError at this many windows in a row that are skipped for a NaN or an infinity.
         parallel: the `DataParallel` of this rank if the lanes are split over processes. Each rank steps with its own lanes.
             Gradients are summed over the ranks. A scalar `loss_fn` must average over lanes. `state_dict` is then a
             collective call and holds all lanes.
 
     Attributes:
-        state: the hidden state that the next window starts from, None before the first window.
         steps: number of windows so far, skipped ones included.
+        credit: manages the synthesizer; None without one.
 
     Raises:
         ValueError: a setting is out of its range, a parameter is in both optimizers, or the model is wrapped in
@@ -96,80 +88,63 @@ class SequenceTrainer:
         *,
         synthesizer: nn.Module | None = None,
         synthesizer_optimizer: torch.optim.Optimizer | None = None,
-        synthetic_scale: float | Literal["auto"] = 0.1,
-        discount: float = 0.9,
-        targets: Literal["bootstrap", "lambda"] = "bootstrap",
-        lam: float = 0.9,
-        replay_windows: int = 8,
-        regress_every: int = 1,
-        target_network: int = 0,
-        fidelity_every: int = 0,
-        auxiliary: nn.Module | None = None,
-        auxiliary_weight: float = 0.1,
+        synthetic_scale: float | None = None,
+        config: SyntheticGradientConfig | None = None,
         clip: float | None = None,
-        synthesizer_clip: float | None = 1.0,
         batch_dim: int = 1,
-        state_batch_dim: Any = 1,
+        state_batch_dim: Any = None,
         initial_state: State | Callable[[int], State] | None = None,
         reduction: Reduction = "mean",
         autocast: torch.dtype | None = None,
-        skip_limit: int = 10,
         parallel: DataParallel | None = None,
     ) -> None:
-        settings = CreditSettings(
-            synthetic_scale,
-            discount,
-            synthesizer_clip,
-            targets,
-            lam,
-            replay_windows,
-            regress_every,
-            target_network,
-            fidelity_every,
-        )
-        settings.check()
+        _check_kinds(model, optimizer, loss_fn, synthesizer, synthesizer_optimizer, config, autocast)
         if clip is not None and not clip > 0:
             raise ValueError(f"clip must be positive, or None for no limit, got {clip}")
-        if reduction not in REDUCTIONS:
-            raise ValueError(f'reduction must be "mean", "lane-mean" or "sum", got {reduction!r}')
-        if auxiliary is not None and synthesizer is None:
-            raise ValueError("auxiliary predicts the messages of a synthesizer: give a synthesizer too")
-        if not 0 <= auxiliary_weight < float("inf"):
-            raise ValueError(f"auxiliary_weight must be 0 or more, got {auxiliary_weight}")
-        if isinstance(model, nn.parallel.DistributedDataParallel):
-            raise ValueError("SequenceTrainer reduces gradients itself: pass the bare model, not DDP, and parallel=")
-        self.parallel = parallel
-        self.auxiliary = auxiliary
-        self.auxiliary_weight = auxiliary_weight
+        self.parallel = SingleProcess() if parallel is None else parallel
         self.model = model
         self.optimizer = optimizer
         self.clip = clip
-        self.runner = WindowRunner(model, loss_fn, reduction, autocast, batch_dim, state_batch_dim, initial_state, parallel)
-        self.state: State | None = None
+        self.runner = WindowRunner(
+            model, loss_fn, reduction, autocast, batch_dim, state_batch_dim, initial_state, self.parallel
+        )
         self.steps = 0
-        self._saved: dict[str, Any] | None = None
+        config = _chosen_config(synthesizer, synthetic_scale, config, batch_dim)
         self.credit: SyntheticCredit | None = None
         if synthesizer is not None:
-            learning = [p for part in (synthesizer, auxiliary) if part is not None for p in part.parameters()]
-            if synthesizer_optimizer is None and any(p.requires_grad for p in learning):
-                synthesizer_optimizer = torch.optim.Adam(learning, lr=1e-3)
-            check_disjoint(optimizer, synthesizer_optimizer)
-            self.credit = SyntheticCredit(synthesizer, synthesizer_optimizer, self.runner, settings, auxiliary, parallel)
-            if parallel is not None:
-                for part in (synthesizer, auxiliary):
-                    if part is not None:
-                        parallel.synchronize(part)
-        self.skip_policy = NonFinitePolicy(skip_limit)
+            self.credit = SyntheticCredit(synthesizer, synthesizer_optimizer, self.runner, config)
+            check_disjoint(optimizer, self.credit.optimizer)
+        self._stream = StreamState(self.runner, self.credit)
+        self._skip_policy = NonFinitePolicy(SKIP_LIMIT)
         self._stepped = False
         self._buffers = TensorSnapshot(buffers_of([model]))
+        self._gradients = StepGradients(model, self._optimizers)
         self._reentrancy_guard = ReentrancyGuard(
             "step was called while another step of this trainer is running: use one trainer per thread"
         )
 
     @property
+    def state(self) -> State | None:
+        """The hidden state that the next window starts from, None before the first window."""
+        return self._stream.state
+
+    @state.setter
+    def state(self, state: State | None) -> None:
+        self._stream.advance(state)
+
+    @property
+    def skip_limit(self) -> int:
+        """Number of windows skipped in a row, for a NaN or an infinity, at which `step` raises a NonFiniteError."""
+        return self._skip_policy.limit
+
+    @skip_limit.setter
+    def skip_limit(self, limit: int) -> None:
+        self._skip_policy.limit = limit
+
+    @property
     def skipped(self) -> int:
         """Number of windows skipped so far because of a NaN or an infinity. Reading it synchronises with the GPU."""
-        return self.skip_policy.total
+        return self._skip_policy.total
 
     def skip_counts(self) -> dict[str, float]:
         """Returns the numbers of skipped windows by TensorBoard key; synchronises with the GPU.
@@ -178,7 +153,7 @@ class SequenceTrainer:
         """
         counts: dict[str, float] = {"train/skipped": self.skipped}
         if self.credit is not None:
-            counts["synthetic/skipped"] = self.credit.skipped
+            counts["synthetic/skipped"] = self.credit.monitor.total
         return counts
 
     def step(
@@ -209,108 +184,91 @@ class SequenceTrainer:
             NonFiniteError: this is the `skip_limit`-th skipped window in a row. The message names the first bad tensor.
             RuntimeError: another step of this trainer is running.
         """
-        self.runner.check_window(inputs, targets, ends)
+        window = Window(inputs, targets, mask, ends, lookahead)
+        check_window(window, self.runner.batch_dim)
+        inputs, targets, mask, ends, lookahead = finite_window(window)
         with self._reentrancy_guard:
-            start = self._start(inputs, inputs.shape[self.runner.batch_dim])
-            randomness = RNGState.now(inputs.device)
-            self._buffers.keep()
-            if self.credit is not None:
-                self.credit.keep()
-            # An optimizer that cannot step (LBFGS, sparse gradients, memory for moments) fails at its first step: copy all.
-            snapshot = None if self._stepped else self._full_snapshot()
-            try:
-                result = self._step(RecordedWindow(inputs, targets, mask, ends, start, None), lookahead)
-            except NonFiniteError:
-                raise
-            except BaseException:
-                self._undo()
-                if snapshot is not None:
-                    snapshot.restore()
-                randomness.restore()
-                raise
+            self._gradients.check()
+            start = self._stream.start(inputs, inputs.shape[self.runner.batch_dim])
+            with self._transaction(inputs.device) as transaction:
+                result = self._step(RecordedWindow(inputs, targets, mask, ends, start, None), lookahead, transaction)
             self._stepped = True
             return result
 
-    def _step(self, window: RecordedWindow, lookahead: Lookahead | None) -> StepResult:
+    def _transaction(self, device: torch.device) -> StepTransaction:
+        full = None
+        if not self._stepped:
+            # An optimizer that cannot step (LBFGS, sparse gradients, memory for moments) fails at its first step: copy all.
+            modules = [self.model, *(self.credit.modules if self.credit is not None else ())]
+            full = TrainingSnapshot(modules, self._optimizers())
+        return StepTransaction(device, self._buffers, self.credit, self._skip_policy, self._gradients, full)
+
+    def _optimizers(self) -> list[torch.optim.Optimizer]:
+        both = (self.optimizer, None if self.credit is None else self.credit.optimizer)
+        return [optimizer for optimizer in both if optimizer is not None]
+
+    def _step(self, window: RecordedWindow, lookahead: Lookahead | None, transaction: StepTransaction) -> StepResult:
         """Performs one step on a checked window whose first state is `window.start`."""
-        inputs, targets, mask, ends, start, _ = window
-        credit = self.credit
+        start, credit = window.start, self.credit
         context = None
         if lookahead is not None and credit is not None and credit.looks_back:
-            context = lookahead_at_start(inputs, targets, mask, lookahead)
-        self._zero_gradients()
-        with defer_backward() as scope:
-            trigger = states.detach(start) if credit is None or start is None else credit.make_trigger(start, context)
-            if self.auxiliary is None:
-                outputs, last = self.runner.run(inputs, trigger)
-                early = last
-            else:
-                outputs, early, last = self.runner.run_in_two_parts(inputs, trigger)
-            loss = self.runner.loss(outputs, targets, mask)
-            backward(loss)
-            exchange = None if credit is None else credit.inject(scope, loss, last, ends, lookahead)
-            if self.auxiliary is not None and credit is not None and exchange is not None and not credit.disabled:
-                share = self.auxiliary_weight if self.parallel is None else self.auxiliary_weight / self.parallel.ranks.size
-                backward(share * self.auxiliary(early, exchange.injected[0]))
+            context = lookahead_at_start(window.inputs, window.targets, window.mask, lookahead)
+        self._gradients.clear()
+        parts = (self.runner, credit, self._stream)
+        loss, outputs, last, exchange = _run_and_backpropagate(*parts, window, context, lookahead, self._stepped)
         # Ranks sum before the check, so that a NaN on one rank skips the step on all ranks.
-        measured = loss.detach() if self.parallel is None else self._join(self.parallel, loss.detach(), exchange)
+        measured = _sum_over_ranks(self.parallel, self.optimizer, self.credit, loss, exchange)
         norm = gradient_norm(self.optimizer)
         good = both_finite(measured, norm)
         result = StepResult(measured, states.detach(outputs), norm, None, ~good)
-        if self._reads_on_host(good, start) and not good:
-            return self._skip_step(window, result)
+        # Read on the host if that is free, or if no device can skip the step.
+        on_host = nonfinite.readable_without_sync(good) or start is None or not supports_found_inf(self.optimizer)
         last = states.detach_clone(last)
+        if on_host and not good:
+            return self._skip_step(window, result, transaction, last)
         # Everything that may fail runs before the optimizers' steps, which cannot be undone.
-        next_state = self.runner.reset(last if self._reads_on_host(good, start) else select_where(good, last, start), ends)
+        passed = good if on_host else good | nothing_counts(measured, window.targets)
+        next_state = self.runner.reset(last if on_host else select_where(passed, last, start), window.ends)
         synthetic = None
         if credit is not None and exchange is not None:
             past = None if start is None else window._replace(context=context)
             synthetic = credit.learn(exchange, past, last, lookahead)
         clipped_step(self.optimizer, self.clip, norm, good)
-        if not self._reads_on_host(good, start):
+        if not on_host:
             self._buffers.restore_unless(good)
-        self.skip_policy.count(good)
-        self.state = next_state
+        self._skip_policy.count(passed)
+        self._stream.advance(next_state, window.ends)
         self.steps += 1
         return result._replace(synthetic=synthetic, events=self._events(window, result))
 
-    def _reads_on_host(self, good: Tensor, start: State | None) -> bool:
-        """Returns whether to read `good` on the host: if that is free, or if no device can skip the step."""
-        return nonfinite.readable_without_sync(good) or start is None or not supports_found_inf(self.optimizer)
-
-    def _skip_step(self, window: RecordedWindow, result: StepResult) -> StepResult:
+    def _skip_step(
+        self, window: RecordedWindow, result: StepResult, transaction: StepTransaction, last: State
+    ) -> StepResult:
         """Skips the step, and resets lanes whose state holds a NaN or an infinity.
+
+        If no step of the window counts, this is no failure: the state becomes `last`, and nothing else changes.
 
         Raises:
             NonFiniteError: `skip_limit` windows in a row were skipped.
         """
+        if nothing_counts(result.loss, window.targets) and all_finite(result.outputs):
+            transaction.undo()
+            self._stream.advance(self.runner.reset(last, window.ends), window.ends)
+            self.steps += 1
+            return result
         where = self._diagnose(window, result)
-        next_state = window.start
+        next_state, broken = window.start, None
         if next_state is not None:
             broken = broken_lanes(next_state, self.runner.state_batch_dim)
             next_state = self.runner.reset(self.runner.reset(next_state, broken), window.ends)
-        self._undo()
+        transaction.undo()
         if self.credit is not None:
-            self.credit.skip_step(broken_auxiliary=self._auxiliary_broken(result))
-        self.state = next_state
+            self.credit.skip_step(loss_is_finite=bool(result.loss.isfinite()))
+        self._stream.advance(next_state, window.ends, broken, self._stream.fresh)
         self.steps += 1
-        self.skip_policy.count_skipped(result.skipped, self.steps, where)
-        events = [f"step {self.steps} skipped; first NaN or infinity in {where}"]
-        return result._replace(events=(*events, *self._credit_events()))
-
-    def _full_snapshot(self) -> TrainingSnapshot:
-        """Returns a copy of all parameters, buffers and optimizer states."""
-        modules = [self.model, *(self.credit.modules if self.credit is not None else ())]
-        return TrainingSnapshot(
-            modules, [part for part in self._parts().values() if isinstance(part, torch.optim.Optimizer)]
-        )
-
-    def _undo(self) -> None:
-        """Undoes what a step has changed before its optimizers run."""
-        self._buffers.restore()
-        if self.credit is not None:
-            self.credit.undo()
-        self._zero_gradients()
+        self._skip_policy.count_skipped(result.skipped, self.steps, where)
+        skipped = f"step {self.steps} skipped; first NaN or infinity in {where}"
+        return result._replace(events=(skipped, *self._credit_events()))
 
     def _events(self, window: RecordedWindow, result: StepResult) -> tuple[str, ...]:
         """Returns the messages for an accepted step. On CUDA, skip counts are read only every `skip_limit` steps.
@@ -321,29 +279,18 @@ class SequenceTrainer:
         events = self._credit_events()
         if nonfinite.readable_without_sync(result.skipped):
             return events
-        return (*self.skip_policy.read_counts(self.steps, lambda: self._diagnose(window, result)), *events)
+        return (*self._skip_policy.read_counts(self.steps, lambda: self._diagnose(window, result)), *events)
 
     def _diagnose(self, window: RecordedWindow, result: StepResult) -> str:
-        return diagnose(self.model, self.auxiliary, window, result.outputs, result.loss, self.parallel)
+        auxiliary = None if self.credit is None else self.credit.auxiliary
+        return diagnose(self.model, auxiliary, window, result.outputs, result.loss, self.parallel)
 
     def _credit_events(self) -> tuple[str, ...]:
-        return () if self.credit is None else self.credit.take_events(self.steps)
-
-    def _auxiliary_broken(self, result: StepResult) -> bool:
-        """Returns whether the auxiliary task's own tensors hold a NaN or an infinity although the loss is finite."""
-        if self.auxiliary is None or not result.loss.isfinite():
-            return False
-        tensors = (*self.auxiliary.parameters(), *self.auxiliary.buffers())
-        return not all(bool(tensor.isfinite().all()) for tensor in tensors)
+        return () if self.credit is None else self.credit.monitor.take_events(self.steps)
 
     def reset(self) -> None:
         """Resets all lanes: the next window starts from the initial state and does not continue an earlier window."""
-        self.state = None
-        if self._saved is not None:
-            credit = self._saved["credit"]
-            self._saved = {"state": None, "credit": None if credit is None else without_chain(credit)}
-        if self.credit is not None:
-            self.credit.break_chain()
+        self._stream.reset()
 
     def state_dict(self) -> dict[str, Any]:
         """Returns everything needed to resume training, as nested dicts and lists of tensors and numbers.
@@ -351,13 +298,7 @@ class SequenceTrainer:
         The global random state is not included. With `parallel` this is a collective call and the result holds all lanes.
         """
         parts = {name: part.state_dict() for name, part in self._parts().items()}
-        streaming = self._saved
-        if streaming is None:
-            streaming = {
-                "state": None if self.state is None else states.flatten(self._of_all_ranks(self.state)),
-                "credit": None if self.credit is None else self.credit.state_dict(),
-            }
-        return {**parts, **streaming, "steps": self.steps, "skipped": self.skip_policy.state_dict()}
+        return {**parts, **self._stream.state_dict(), "steps": self.steps, "skipped": self._skip_policy.state_dict()}
 
     def load_state_dict(self, saved: dict[str, Any], lanes: int | None = None) -> None:
         """Restores what `state_dict` returned; the nesting of the hidden state comes from the initial state.
@@ -372,24 +313,23 @@ class SequenceTrainer:
         """
         parts = self._parts()
         expected = {*parts, "state", "credit", "steps"}
-        if set(saved) - {"skipped"} != expected:
+        if set(saved) - {"skipped", "fresh"} != expected:
             raise ValueError(f"the saved trainer has the parts {sorted(saved)}, this trainer needs {sorted(expected)}")
         for name, part in parts.items():
             part.load_state_dict(saved[name])
-        self.state = None
-        self._saved = {"state": saved["state"], "credit": saved["credit"]}
+        self._stream.load_state_dict(saved)
         self.steps = saved["steps"]
-        self.skip_policy.load_state_dict(saved.get("skipped", {"total": 0, "in_a_row": 0}))
+        self._skip_policy.load_state_dict(saved.get("skipped", {"total": 0, "in_a_row": 0}))
         if lanes is not None:
-            mine = lanes if self.parallel is None else lanes // self.parallel.ranks.size
-            self._take_saved(self.initial_state(mine))
+            mine = lanes // self.parallel.size
+            self._stream.restore(self.initial_state(mine), mine)
 
     def _parts(self) -> dict[str, Any]:
         parts: dict[str, Any] = {"model": self.model, "optimizer": self.optimizer}
         if self.credit is not None:
             parts["synthesizer"] = self.credit.synthesizer
-            if self.auxiliary is not None:
-                parts["auxiliary"] = self.auxiliary
+            if self.credit.auxiliary is not None:
+                parts["auxiliary"] = self.credit.auxiliary
             if self.credit.optimizer is not None:
                 parts["synthesizer_optimizer"] = self.credit.optimizer
         return parts
@@ -398,50 +338,102 @@ class SequenceTrainer:
         """Returns the initial state of `lanes` sequences, or None if the model creates it itself when called with None."""
         return self.runner.initial_state(lanes)
 
-    def _start(self, inputs: Tensor, lanes: int) -> State | None:
-        """Returns the state that the window starts from; restores a loaded state first."""
-        if self._saved is not None:
-            self._take_saved(self.runner.state_template(inputs, lanes))
-        return self.initial_state(lanes) if self.state is None else self.state
 
-    def _take_saved(self, nest: State) -> None:
-        """Restores the loaded hidden state, in the nesting and shapes of `nest`.
+def _run_and_backpropagate(
+    runner: WindowRunner,
+    credit: SyntheticCredit | None,
+    stream: StreamState,
+    window: RecordedWindow,
+    context: Lookahead | None,
+    lookahead: Lookahead | None,
+    bound: bool,
+) -> tuple[Tensor, Any, State, ScopeExchange | None]:
+    """Runs a window and one backward pass through it; returns loss, outputs, last state and the synthesizer's exchange.
 
-        Raises:
-            ValueError: a leaf does not have the shape of its leaf in `nest`.
-        """
-        if self._saved is None:
-            return
-        leaves = self._saved["state"]
-        if leaves is not None:
-            state = states.unflatten(nest, leaves)
-            self.runner.check_saved(leaves, nest)
-        if self.credit is not None:
-            self.credit.load_state_dict(self._saved["credit"], nest)
-        if leaves is not None:
-            self.state = self._of_this_rank(state)
-        self._saved = None
+    Args:
+        runner: runs the model.
+        credit: injects a message, or None.
+        stream: knows where sequences start.
+        window: the window.
+        context: the synthesizer's context at the first state.
+        lookahead: its context at the last state.
+        bound: whether the synthesizer knows how it is trained; it is told at the first window.
+    """
+    exchange = None
+    auxiliary = credit is not None and credit.auxiliary is not None
+    with defer_backward() as scope:
+        start = window.start
+        trigger = states.detach(start) if credit is None or start is None else credit.make_trigger(start, context)
+        run = runner.run_in_two_parts if auxiliary else runner.run_whole
+        outputs, early, last = run(window.inputs, stream.attach(trigger))
+        runner.check_lanes(last, window.inputs.shape[runner.batch_dim])
+        loss = runner.loss(outputs, window.targets, window.mask)
+        backward(loss)
+        if credit is not None:
+            if not bound:
+                credit.bind(len(window.inputs), last)
+            exchange = credit.inject(scope, loss, last, window.ends, lookahead)
+            if (own := credit.auxiliary_loss(early, exchange)) is not None:
+                backward(own)
+    return loss.detach(), outputs, last, exchange
 
-    def _of_all_ranks(self, state: State) -> State:
-        return state if self.parallel is None else states.map_lanes(self.parallel.all, state, self.runner.state_batch_dim)
 
-    def _of_this_rank(self, state: State) -> State:
-        return state if self.parallel is None else states.map_lanes(self.parallel.own, state, self.runner.state_batch_dim)
+def _check_kinds(
+    model: Any, optimizer: Any, loss_fn: Any, synthesizer: Any, synthesizer_optimizer: Any, config: Any, autocast: Any
+) -> None:
+    """Raises a TypeError if an argument of a trainer is of another kind than it must be, such as two in the wrong order."""
+    kinds: list[tuple[str, Any, Any, str]] = [
+        ("model", model, nn.Module, "an nn.Module"),
+        ("optimizer", optimizer, torch.optim.Optimizer, "an optimizer of the model's parameters"),
+        ("loss_fn", loss_fn, Callable, "a function of outputs and targets"),
+    ]
+    optional: list[tuple[str, Any, Any, str]] = [
+        ("synthesizer", synthesizer, nn.Module, "an nn.Module such as dni_seq.FutureGradient.for_model(...)"),
+        ("synthesizer_optimizer", synthesizer_optimizer, torch.optim.Optimizer, "an optimizer of its parameters"),
+        ("config", config, SyntheticGradientConfig, "a SyntheticGradientConfig"),
+        ("autocast", autocast, torch.dtype, "a dtype such as torch.bfloat16"),
+    ]
+    for name, value, kind, wanted in [*kinds, *(row for row in optional if row[1] is not None)]:
+        if not isinstance(value, kind):
+            found = repr(value) if isinstance(value, (str, bool)) else type(value).__name__
+            raise TypeError(f"{name} must be {wanted}, got {found}")
 
-    def _join(self, parallel: DataParallel, loss: Tensor, exchange: ScopeExchange | None) -> Tensor:
-        """Sums gradients, the loss and the regressions over the ranks by one all-reduce; returns the loss of all lanes."""
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        numbers = [loss.clone()]
-        if self.auxiliary is not None:
-            parameters += self.auxiliary.parameters()
-        if self.credit is not None and exchange is not None:
-            exchange.regressions = [self.credit.divided(regression) for regression in exchange.regressions]
-            parameters += self.credit.synthesizer.parameters()
-            numbers += [number for regression in exchange.regressions for number in regression]
-        parallel.sum_gradients(parameters, numbers)
-        return numbers[0]
 
-    def _zero_gradients(self) -> None:
-        self.optimizer.zero_grad()
-        if self.credit is not None and self.credit.optimizer is not None:
-            self.credit.optimizer.zero_grad()
+def _chosen_config(
+    synthesizer: nn.Module | None, synthetic_scale: float | None, config: SyntheticGradientConfig | None, batch_dim: int
+) -> SyntheticGradientConfig:
+    """Returns the config that the arguments of a trainer describe.
+
+    Raises:
+        ValueError: they contradict each other.
+    """
+    if config is not None and synthetic_scale is not None:
+        raise ValueError("synthetic_scale is a field of config: give it in one of the two places")
+    if config is None:
+        config = SyntheticGradientConfig(synthetic_scale=synthetic_scale)
+    if config.auxiliary is not None and synthesizer is None:
+        raise ValueError("auxiliary predicts the messages of a synthesizer: give a synthesizer too")
+    if config.auxiliary is not None and batch_dim != 1:
+        raise ValueError("an auxiliary task needs time-major windows [T, B, ...]: use batch_dim=1")
+    return config
+
+
+def _sum_over_ranks(
+    parallel: DataParallel,
+    optimizer: torch.optim.Optimizer,
+    credit: SyntheticCredit | None,
+    loss: Tensor,
+    exchange: ScopeExchange | None,
+) -> Tensor:
+    """Sums gradients, the loss and the regressions over the ranks by one all-reduce; returns the loss of all lanes."""
+    if parallel.size == 1:
+        return loss
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    numbers = [loss.clone()]
+    if credit is not None and exchange is not None:
+        if credit.auxiliary is not None:
+            parameters += credit.auxiliary.parameters()
+        parameters += credit.synthesizer.parameters()
+        numbers += credit.share_regressions(exchange)
+    parallel.sum_gradients(parameters, numbers)
+    return numbers[0]

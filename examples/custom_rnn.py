@@ -40,10 +40,10 @@ def main(updates: int = 900) -> None:
     torch.manual_seed(0)
     model, losses, log = TwoTimescales(), [], RunLog(Path("runs/custom_rnn"))  # tensorboard --logdir runs
     encoder = dni.LookaheadEncoder(WINDOW, nn.Linear(2, 16), nn.Linear(1, 16))
-    synthesizer = dni.MultiHorizonSynthesizer(model.initial_state(1), hidden=(64,), batch_dim=0, encoder=encoder)
-    settings = {"synthetic_scale": "auto", "fidelity_every": 7, "discount": 1.0, "state_batch_dim": 0, "clip": 1.0}
-    adam = torch.optim.Adam(model.parameters(), lr=3e-3)
-    trainer = dni.SequenceTrainer(model, adam, ADDING.losses, synthesizer=synthesizer, **settings)
+    synthesizer = dni.MultiHorizonSynthesizer(model.initial_state(1), hidden=(64,), encoder=encoder)
+    config = dni.SyntheticGradientConfig(synthetic_scale="auto", fidelity_every=7, discount=1.0)
+    adam, both = torch.optim.Adam(model.parameters(), lr=3e-3), {"synthesizer": synthesizer, "config": config}
+    trainer = dni.SequenceTrainer(model, adam, ADDING.losses, state_batch_dim=0, clip=1.0, **both)
     windows = TaskStream(ADDING, lanes=32, bptt=WINDOW, lookahead=WINDOW, seed=0, stage=Stage(10))
     for _, (inputs, targets, mask, ends, lookahead) in zip(range(updates), windows, strict=False):
         result = trainer.step(inputs, targets, mask=mask, ends=ends, lookahead=lookahead)

@@ -63,9 +63,9 @@ def train(text: Tensor, vocabulary: int, network: nn.Module, windows: int) -> fl
     # Gradients are small numbers, and a cell's gradient fades where it is saturated: two wrappers see to that.
     synthesizer = dni.Normalized(dni.GatedCells(network, dni.LSTM_CELLS))
     model = Model(vocabulary)
-    settings = {"synthetic_scale": "auto", "discount": 0.0, "fidelity_every": 10, "replay_windows": 1, "clip": 1.0}
+    config = dni.SyntheticGradientConfig(synthetic_scale="auto", discount=0.0, fidelity_every=10, replay_windows=1)
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
-    trainer = dni.SequenceTrainer(model, optimizer, losses, synthesizer=synthesizer, **settings)
+    trainer = dni.SequenceTrainer(model, optimizer, losses, synthesizer=synthesizer, config=config, clip=1.0)
     pieces = [dni.Window(text[i : i + WINDOW], text[i + 1 : i + 1 + WINDOW]) for i in range(0, windows * WINDOW, WINDOW)]
     cosines = []
     for window in dni.with_lookahead(pieces, WINDOW):

@@ -70,9 +70,9 @@ def train(windows: list[dni.Window], encoder: nn.Module | None, synthetic: bool)
     torch.manual_seed(0)
     model = Forecaster()
     synthesizer = dni.MultiHorizonSynthesizer(model.initial_state(1), hidden=(64,), encoder=encoder) if synthetic else None
-    settings = {"synthetic_scale": "auto", "fidelity_every": 5, "discount": 1.0} if synthetic else {}
+    config = dni.SyntheticGradientConfig(synthetic_scale="auto", fidelity_every=5, discount=1.0)
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
-    trainer = dni.SequenceTrainer(model, optimizer, losses, synthesizer=synthesizer, clip=1.0, **settings)
+    trainer = dni.SequenceTrainer(model, optimizer, losses, synthesizer=synthesizer, config=config, clip=1.0)
     errors, cosines = [], []
     for window in dni.with_lookahead(windows, WINDOW):
         result = trainer.step(window.inputs, window.targets, lookahead=window.lookahead if encoder is not None else None)

@@ -19,11 +19,12 @@ def two_runs(tmp_path_factory) -> Path:
     """A directory with two runs, `none` by truncated BPTT and `multi-horizon` with synthetic gradients: 60 steps each,
     validations every 20, histograms every 20 and points of the training curves every 10."""
     from dni_seq.app.lm import train as train_lm
+    from dni_seq.app.lm.training import LanguageModelRun
 
     directory = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_lm, "HISTOGRAM_EVERY", 20)
-        patch.setattr(train_lm, "LOG_EVERY", 10)
+        patch.setattr(LanguageModelRun, "HISTOGRAM_EVERY", 20)
+        patch.setattr(LanguageModelRun, "LOG_EVERY", 10)
         for name, options in (("none", ()), ("multi-horizon", SYNTHETIC)):
             line = [*TINY, *LIMITS, *options, "--synthesizer", name, "--run-dir", str(directory / name)]
             assert train_lm.main(line) == 0

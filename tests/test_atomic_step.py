@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from dni_seq.core.snapshot import LARGE, TensorSnapshot, TrainingSnapshot, buffe
 from tests import problems
 from tests.atomic import LANES, run, windows
 from tests.nests import assert_same
+from tests.training import sequence_trainer
 
 
 def make(name="lstm", synthesizer="zero", dropout=False, **settings) -> dni.SequenceTrainer:
@@ -24,7 +26,7 @@ def make(name="lstm", synthesizer="zero", dropout=False, **settings) -> dni.Sequ
         size = sum(leaf.shape[-1] for leaf in states.floating(state))
         synthesizer = dni.Normalized(dni.BasicSynthesizer(size, n_hidden=1).double())
     settings = {"optimizer": torch.optim.Adam(model.parameters(), 1e-2), "loss_fn": problems.mean} | settings
-    return dni.SequenceTrainer(model, synthesizer=synthesizer, state_batch_dim=model.state_batch_dim, **settings)
+    return sequence_trainer(model, synthesizer=synthesizer, state_batch_dim=model.state_batch_dim, **settings)
 
 
 def without_counts(saved):
@@ -68,7 +70,7 @@ def test_a_bad_loss_changes_nothing(name, synthesizer, value, decides):
     if decides == "on the device":
         one.optimizer = fused(one.model)
         if one.credit is not None:
-            one.credit.optimizer = fused(one.credit.synthesizer)
+            one.credit.step_optimizer.optimizer = fused(one.credit.synthesizer)
     first, second, *rest = windows(6)
     assert not any(result.skipped for result in run(one, [first, second]))
     before = copy.deepcopy(one.state_dict())
@@ -159,7 +161,7 @@ def test_too_many_in_a_row_stop_with_a_diagnosis(decides):
     loss = Poison()
     one = make(loss_fn=loss, skip_limit=3)
     if decides == "on the device":
-        one.optimizer, one.credit.optimizer = fused(one.model), fused(one.credit.synthesizer)
+        one.optimizer, one.credit.step_optimizer.optimizer = fused(one.model), fused(one.credit.synthesizer)
     some = windows(12)
     run(one, some[:2])
     before = copy.deepcopy(one.state_dict()["model"])
@@ -220,7 +222,7 @@ def test_a_bad_message_leaves_the_rnn_a_step_of_truncated_bptt(value, decides):
     before = copy.deepcopy(synthesizer.state_dict())
     (result,) = run(one, [second])
     assert not result.skipped
-    assert (one.skipped, one.credit.skipped) == (0, 1)
+    assert (one.skipped, one.credit.monitor.total) == (0, 1)
     run(plain, [second])
     assert_same(one.model.state_dict(), plain.model.state_dict())
     assert_same(dict(synthesizer.state_dict()), dict(before))
@@ -247,7 +249,7 @@ def test_a_synthesizer_that_diverges_is_reset_and_switched_off_at_last():
             assert_same(dict(synthesizer.state_dict()), dict(fresh))
             resets.append(one.steps)
     assert resets == [3, 6, 9, 12]
-    assert (one.credit.resets, one.credit.disabled) == (3, True)
+    assert (one.credit.monitor.resets, one.credit.monitor.disabled) == (3, True)
     assert events[-1] == "step 12: the synthesizer has diverged and was disabled"
     assert "step 3: the synthesizer has diverged and was reset, 1 of 3 times" in events
     assert_same(dict(synthesizer.state_dict()), dict(fresh))
@@ -256,7 +258,7 @@ def test_a_synthesizer_that_diverges_is_reset_and_switched_off_at_last():
     again.load_state_dict(copy.deepcopy(saved))
     more = windows(6, seed=2)
     assert [r.loss.item() for r in run(one, more)] == [r.loss.item() for r in run(again, more)]
-    assert again.credit.disabled
+    assert again.credit.monitor.disabled
 
 
 def test_a_synthesizer_that_explodes_is_caught_within_its_limit():
@@ -266,13 +268,13 @@ def test_a_synthesizer_that_explodes_is_caught_within_its_limit():
     def trainer_with(synthesizer, rate):
         model = problems.make_model("gru")
         optimizer = None if synthesizer is None else torch.optim.SGD(synthesizer.parameters(), rate)
-        return dni.SequenceTrainer(
+        return sequence_trainer(
             model,
             torch.optim.Adam(model.parameters(), 1e-2),
             problems.mean,
             synthesizer=synthesizer,
             synthesizer_optimizer=optimizer,
-            synthesizer_clip=None,
+            synthesizer_clip=math.inf,
             synthetic_scale=0.5,
             clip=1.0,
         )
@@ -281,8 +283,8 @@ def test_a_synthesizer_that_explodes_is_caught_within_its_limit():
     one, plain = trainer_with(Synthesizer(), 1000.0), trainer_with(None, 0.0)
     results = [run(t, problems.cut(text, 3)) for t in (one, plain)]
     losses = [[r.loss for r in each] for each in results]
-    assert one.credit.resets == 3
-    assert one.credit.disabled
+    assert one.credit.monitor.resets == 3
+    assert one.credit.monitor.disabled
     assert one.skipped == 0
     last, expected = (torch.stack(each[-40:]).mean() for each in losses)
     assert last < 1.02 * expected
@@ -301,7 +303,7 @@ def test_a_bad_normaliser_is_not_taken_in():
     for key in before:
         if "mean_square" in key:
             assert after[key].isfinite().all(), key
-    assert any(r.skipped for r in results) or one.credit.skipped
+    assert any(r.skipped for r in results) or one.credit.monitor.total
     assert all(r.loss.isfinite() for r in run(one, windows(2)))
 
 
@@ -309,7 +311,7 @@ def test_a_bad_auxiliary_task_is_reset_with_the_synthesizer():
     model = problems.make_model("gru")
     torch.manual_seed(1)
     auxiliary = dni.AuxiliaryTask(torch.zeros(1, LANES, 5, dtype=torch.float64)).double()
-    one = dni.SequenceTrainer(
+    one = sequence_trainer(
         model,
         torch.optim.Adam(model.parameters(), 1e-2),
         problems.mean,
@@ -325,7 +327,7 @@ def test_a_bad_auxiliary_task_is_reset_with_the_synthesizer():
     (result,) = run(one, [some[5]])
     assert result.skipped
     assert "the parameter auxiliary.network" in result.events[0]
-    assert one.credit.resets == 1
+    assert one.credit.monitor.resets == 1
     assert_same(dict(auxiliary.state_dict()), dict(fresh))
     assert not any(r.skipped for r in run(one, some[6:]))
 

@@ -19,6 +19,7 @@ from dni_seq.core import states
 from dni_seq.credit.window_runner import window_loss
 from tests import problems
 from tests.nests import assert_same
+from tests.training import sequence_trainer
 
 FEW = settings(max_examples=25, deadline=None, derandomize=True, database=None)
 MANY = settings(max_examples=100, deadline=None, derandomize=True, database=None)
@@ -160,7 +161,7 @@ def cases(draw, least=1, most=5):
 def make(case, synthesizer=None, **more):
     torch.manual_seed(0)
     model = NestModel(case.nest, case.dtype)
-    return dni.SequenceTrainer(
+    return sequence_trainer(
         model,
         torch.optim.SGD(model.parameters(), 0.1, momentum=0.5),
         unreduced,
@@ -234,7 +235,7 @@ def test_the_trainer_is_the_plain_loop(case):
 @given(cases().filter(has_gradients))
 def test_a_synthesizer_that_sends_zeros_changes_nothing(case):
     plain, silent = make(case), make(case, Blind(case), synthesizer_optimizer=None, synthetic_scale=0.5)
-    silent.credit.optimizer = None  # so that it says nothing in later windows too
+    silent.credit.step_optimizer.optimizer = None  # so that it says nothing in later windows too
     for window in case.windows:
         assert torch.equal(step(plain, window).loss, step(silent, window).loss)
     for name, value in plain.model.state_dict().items():

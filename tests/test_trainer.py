@@ -14,7 +14,7 @@ from dni_seq.core import states
 from dni_seq.credit.window_runner import lookahead_at_start
 from dni_seq.synthesizers.base import Regression, predict
 from tests import problems, reference
-from tests.training import CLOSE, LANES, STEPS, assert_same, run, summed_gradients, trainer_initial
+from tests.training import CLOSE, LANES, STEPS, assert_same, run, sequence_trainer, summed_gradients, trainer_initial
 
 
 def zero_synthesizer(model: nn.Module) -> nn.Module:
@@ -36,7 +36,7 @@ def test_zero_synthesizer_is_truncated_bptt_bit_for_bit(name):
         plain, problems.mean, torch.optim.Adam(plain.parameters(), 1e-2), problems.cut(text, 3), initial, clip=0.5
     )
     synthesizer = zero_synthesizer(model)
-    trainer = dni.SequenceTrainer(
+    trainer = sequence_trainer(
         model,
         torch.optim.Adam(model.parameters(), 1e-2),
         problems.mean,
@@ -52,7 +52,7 @@ def test_zero_synthesizer_is_truncated_bptt_bit_for_bit(name):
 
 
 def oracle_trainer(model, loss_fn=problems.summed, **settings):
-    return dni.SequenceTrainer(
+    return sequence_trainer(
         model,
         problems.frozen(model),
         loss_fn,
@@ -114,7 +114,7 @@ def test_ended_lanes_inject_nothing_and_take_nothing_in():
 
     def targets(ends, scale, discount):
         recorder = Recorder(5)
-        trainer = dni.SequenceTrainer(
+        trainer = sequence_trainer(
             model, problems.frozen(model), problems.summed, synthesizer=recorder, synthetic_scale=scale, discount=discount
         )
         history = run(trainer, problems.cut(text, 3, ends))
@@ -139,7 +139,7 @@ def test_a_reset_lane_changes_no_other_lane(name):
     model = problems.make_model(name)
 
     def outputs(ends):
-        trainer = dni.SequenceTrainer(model, problems.frozen(model), problems.mean, state_batch_dim=model.state_batch_dim)
+        trainer = sequence_trainer(model, problems.frozen(model), problems.mean, state_batch_dim=model.state_batch_dim)
         return [trainer.step(w.inputs, w.targets, ends=w.ends).outputs for w in problems.cut(text, 3, ends)]
 
     free, reset = outputs({}), outputs({0: [1]})
@@ -158,7 +158,7 @@ def test_duplicated_lanes_change_nothing(name):
     def history(text):
         model = problems.make_model(name)
         synthesizer = zero_synthesizer(model)
-        trainer = dni.SequenceTrainer(
+        trainer = sequence_trainer(
             model,
             problems.frozen(model),
             problems.mean,
@@ -191,7 +191,7 @@ def test_no_graph_outlives_its_window():
     torch.manual_seed(0)
     model = nn.RNN(1, 1)
     synthesizer = dni.Normalized(dni.BasicSynthesizer(1, n_hidden=1))
-    trainer = dni.SequenceTrainer(
+    trainer = sequence_trainer(
         model,
         torch.optim.SGD(model.parameters(), 1e-3),
         nn.functional.mse_loss,
@@ -224,7 +224,7 @@ def test_separate_scale_and_discount_equal_their_definitions():
     model = problems.make_model("lstm")
     start = model.initial_state(LANES)
     recorder = Recorder(5)
-    trainer = dni.SequenceTrainer(
+    trainer = sequence_trainer(
         model, problems.frozen(model), problems.summed, synthesizer=recorder, synthetic_scale=0.3, discount=0.8
     )
     window = next(problems.cut(text, 3))
@@ -254,7 +254,7 @@ def test_saved_and_loaded_resumes_bit_identically(name, with_synthesizer, tmp_pa
 
     def make():
         model = problems.make_model(name)
-        return dni.SequenceTrainer(
+        return sequence_trainer(
             model,
             torch.optim.Adam(model.parameters(), 1e-2),
             problems.mean,
@@ -302,7 +302,7 @@ def test_mask_counts_its_steps_alone():
     counted = losses[mask]
     expected = {"mean": counted.mean(), "sum": counted.sum(), "lane-mean": counted.sum() / LANES}
     for reduction, value in expected.items():
-        trainer = dni.SequenceTrainer(model, problems.frozen(model), problems.unreduced, reduction=reduction)
+        trainer = sequence_trainer(model, problems.frozen(model), problems.unreduced, reduction=reduction)
         result = trainer.step(window.inputs, window.targets, mask=mask)
         torch.testing.assert_close(result.loss, value.detach(), **CLOSE)
 
@@ -313,7 +313,7 @@ def test_a_summed_scalar_and_its_unreduced_form_agree():
     model = problems.make_model("gru")
     losses = []
     for loss_fn, reduction in ((problems.summed, "mean"), (problems.unreduced, "sum")):
-        trainer = dni.SequenceTrainer(model, problems.frozen(model), loss_fn, reduction=reduction)
+        trainer = sequence_trainer(model, problems.frozen(model), loss_fn, reduction=reduction)
         losses.append(trainer.step(window.inputs, window.targets).loss)
     torch.testing.assert_close(*losses, **CLOSE)
 
@@ -322,7 +322,7 @@ def test_initial_state_argument_is_where_lanes_start_and_restart():
     text = problems.tokens(6, LANES)
     model = problems.make_model("gru")
     start = torch.full((1, LANES, 5), 0.3, dtype=torch.float64)
-    trainer = dni.SequenceTrainer(model, problems.frozen(model), problems.mean, initial_state=start)
+    trainer = sequence_trainer(model, problems.frozen(model), problems.mean, initial_state=start)
     first, second = problems.cut(text, 3, {0: [0, 1, 2]})
     outputs = [trainer.step(w.inputs, w.targets, ends=w.ends).outputs for w in (first, second)]
     for window, found in zip((first, second), outputs, strict=True):
@@ -342,7 +342,7 @@ BAD_SETTINGS = {
 def test_settings_are_checked_at_construction(name):
     model = problems.make_model("gru")
     with pytest.raises(ValueError, match=name):
-        dni.SequenceTrainer(model, problems.frozen(model), problems.mean, **{name: BAD_SETTINGS[name]})
+        sequence_trainer(model, problems.frozen(model), problems.mean, **{name: BAD_SETTINGS[name]})
 
 
 def test_one_parameter_in_both_optimizers_is_refused():
@@ -350,7 +350,7 @@ def test_one_parameter_in_both_optimizers_is_refused():
     synthesizer = zero_synthesizer(model)
     both = torch.optim.SGD([*model.parameters(), *synthesizer.parameters()], lr=0.1)
     with pytest.raises(ValueError, match="both optimizers"):
-        dni.SequenceTrainer(
+        sequence_trainer(
             model,
             both,
             problems.mean,
@@ -361,7 +361,7 @@ def test_one_parameter_in_both_optimizers_is_refused():
 
 def test_bad_windows_are_refused_and_change_nothing():
     model = problems.make_model("lstm")
-    trainer = dni.SequenceTrainer(model, torch.optim.Adam(model.parameters()), problems.mean)
+    trainer = sequence_trainer(model, torch.optim.Adam(model.parameters()), problems.mean)
     window = next(problems.cut(problems.tokens(3, LANES), 3))
     before = copy.deepcopy(trainer.state_dict())
     with pytest.raises(ValueError, match="lanes"):
@@ -379,8 +379,8 @@ def test_bad_windows_are_refused_and_change_nothing():
 
 def test_another_trainers_state_is_refused():
     model = problems.make_model("gru")
-    plain = dni.SequenceTrainer(model, problems.frozen(model), problems.mean)
-    other = dni.SequenceTrainer(model, problems.frozen(model), problems.mean, synthesizer=zero_synthesizer(model))
+    plain = sequence_trainer(model, problems.frozen(model), problems.mean)
+    other = sequence_trainer(model, problems.frozen(model), problems.mean, synthesizer=zero_synthesizer(model))
     with pytest.raises(ValueError, match="synthesizer"):
         other.load_state_dict(plain.state_dict())
 
@@ -389,7 +389,7 @@ def test_bfloat16_autocast_keeps_the_synthesizer_in_float32():
     torch.manual_seed(0)
     model = problems.PlainGRU()
     synthesizer = dni.Normalized(dni.BasicSynthesizer(5, n_hidden=1))
-    trainer = dni.SequenceTrainer(
+    trainer = sequence_trainer(
         model, torch.optim.Adam(model.parameters(), 1e-2), problems.mean, synthesizer=synthesizer, autocast=torch.bfloat16
     )
     text = problems.tokens(30, LANES)

@@ -13,6 +13,7 @@ import dni_seq as dni
 from tests import problems
 from tests.atomic import LANES, run, windows
 from tests.nests import assert_same
+from tests.training import sequence_trainer
 
 SETTINGS = {
     "none": {"synthesizer": None},
@@ -80,7 +81,7 @@ def make(kind="bootstrap", model=None, loss_fn=problems.mean, **more):
     if settings.get("auxiliary"):
         settings["auxiliary"] = dni.AuxiliaryTask(model.initial_state(1))
     optimizer = settings.pop("optimizer", None) or torch.optim.Adam(model.parameters(), 1e-2)
-    return dni.SequenceTrainer(model, optimizer, loss_fn, **settings)
+    return sequence_trainer(model, optimizer, loss_fn, **settings)
 
 
 def everything(trainer):
@@ -395,7 +396,7 @@ def test_lanes_may_change_their_number_between_sequences():
     one = make()
     run(one, windows(2))
     window = windows(1)[0]
-    with pytest.raises(RuntimeError):
+    with pytest.raises(ValueError, match=r"the inputs have 2 lanes, the state has 3 .* call reset\(\) before a new stream"):
         one.step(window.inputs[:, :2], window.targets[:, :2])
     one.reset()
     assert one.step(window.inputs[:, :2], window.targets[:, :2]).loss.isfinite()

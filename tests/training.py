@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 
 import dni_seq as dni
@@ -34,3 +36,16 @@ def assert_same(found, expected, **tolerance):
 
 def trainer_initial(model):
     return model.initial_state(LANES) if hasattr(model, "initial_state") else torch.zeros(1, LANES, 5, dtype=torch.float64)
+
+
+CONFIG = {field.name for field in dataclasses.fields(dni.SyntheticGradientConfig)}
+
+
+def sequence_trainer(*parts, **settings) -> dni.SequenceTrainer:
+    """A trainer; settings of the synthetic gradient may stand beside the trainer's own."""
+    limit = settings.pop("skip_limit", None)
+    config = {name: settings.pop(name) for name in CONFIG & set(settings)}
+    trainer = dni.SequenceTrainer(*parts, config=dni.SyntheticGradientConfig(**config), **settings)
+    if limit is not None:
+        trainer.skip_limit = limit
+    return trainer

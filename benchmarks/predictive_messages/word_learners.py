@@ -6,6 +6,7 @@ Legend: T = window length in steps, B = lanes, m = steps predicted, S = numbers 
 from __future__ import annotations
 
 import collections
+import math
 from pathlib import Path
 from typing import Any
 
@@ -231,11 +232,10 @@ class Trained:
             token_losses,
             synthesizer=synthesizer,
             synthesizer_optimizer=second,
-            synthetic_scale=1.0,
-            discount=1.0,
+            config=dni.SyntheticGradientConfig(
+                synthetic_scale=1.0, discount=1.0, synthesizer_clip=math.inf, regress_every=100 if learns else 1
+            ),
             clip=CLIP,
-            synthesizer_clip=None,
-            regress_every=100 if learns else 1,
         )
         self.optimizers = [optimizer] + ([] if second is None else [second])
         self.window = trial["T"]

@@ -9,9 +9,10 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dni_seq.core import states
+from dni_seq.core.snapshot import Restorable
 from dni_seq.core.states import State
 
 
@@ -33,13 +34,23 @@ def both_finite(one: Tensor, other: Tensor) -> Tensor:
     return total - total == 0
 
 
+def all_finite(nest: Any) -> bool:
+    """Returns whether no floating-point tensor of a nest holds a NaN or an infinity; waits for a GPU."""
+    return all(bool(leaf.detach().isfinite().all()) for leaf in states.floating(nest))
+
+
+def module_is_finite(module: nn.Module) -> bool:
+    """Returns whether no parameter or buffer of a module holds a NaN or an infinity; waits for a GPU."""
+    return all(bool(tensor.isfinite().all()) for tensor in (*module.parameters(), *module.buffers()))
+
+
 def select_where(good: Tensor, new: State, old: State) -> State:
     """Returns `new` if `good` (0-d bool) is true, else `old`; selects leaf by leaf on the device."""
     pairs = zip(states.flatten(new), states.flatten(old), strict=True)
     return states.unflatten(new, [torch.where(good, n, o.to(n)) if isinstance(n, Tensor) else n for n, o in pairs])
 
 
-class SkipCounter:
+class SkipCounter(Restorable):
     """Counts how often a flag was False, in total and in a row, on the device of the flag."""
 
     def __init__(self) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
-from typing import NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -123,6 +124,87 @@ class TrainingSnapshot:
         self._tensors.restore()
         for optimizer, state in self._optimizers:
             optimizer.load_state_dict(state)
+
+
+class Restorable:
+    """Base class of objects that a training step changes, so that the step can be undone.
+
+    A snapshot covers every attribute: nobody lists names, so a new attribute cannot be forgotten. Attributes that are
+    `Restorable` are covered with their own attributes. Lists, deques, dicts and sets are copied, one level deep. Numbers,
+    texts, tuples and tensors are kept by reference: a subclass replaces them, and never writes into a tensor.
+    `check_attributes` rejects everything else, unless the class names its type in `UNCHANGING`.
+    """
+
+    UNCHANGING: ClassVar[tuple[type, ...]] = ()
+    """Further types of attributes that a step does not change, or that have a snapshot of their own."""
+
+    def snapshot(self) -> dict[str, Any]:
+        """Returns the values of all attributes, for `restore`."""
+        return {name: _kept(value) for name, value in vars(self).items()}
+
+    def restore(self, kept: dict[str, Any]) -> None:
+        """Restores what `snapshot` returned; removes attributes added since. May be called several times.
+
+        Raises:
+            RuntimeError: a tensor of the snapshot was written to in place.
+        """
+        attributes = vars(self)
+        for name in attributes.keys() - kept.keys():
+            del attributes[name]
+        for name, value in kept.items():
+            attributes[name] = _restored(value, f"{type(self).__name__}.{name}")
+
+    def check_attributes(self) -> None:
+        """Raises a TypeError if an attribute has a type that a snapshot does not cover."""
+        for name, value in vars(self).items():
+            if isinstance(value, Restorable):
+                value.check_attributes()
+            elif not isinstance(value, (*_BY_REFERENCE, *_CONTAINERS, *self.UNCHANGING)):
+                raise TypeError(
+                    f"{type(self).__name__}.{name} is a {type(value).__name__}, which a snapshot does not cover: make it "
+                    "Restorable, or name its type in UNCHANGING if a step does not change it"
+                )
+
+
+_CONTAINERS = (list, deque, dict, set)
+
+_BY_REFERENCE = (bool, int, float, str, type(None), tuple, Tensor, nn.Module, torch.optim.Optimizer)
+"""Modules and optimizers have snapshots of their own, `TensorSnapshot` and `TrainingSnapshot`."""
+
+
+class _Nested(NamedTuple):
+    """A `Restorable` attribute and its snapshot."""
+
+    part: Restorable
+    kept: dict[str, Any]
+
+
+class _Versioned(NamedTuple):
+    """A tensor and its version counter, which every write in place increases."""
+
+    tensor: Tensor
+    version: int
+
+
+def _kept(value: Any) -> Any:
+    if isinstance(value, Restorable):
+        return _Nested(value, value.snapshot())
+    if isinstance(value, _CONTAINERS):
+        return copy.copy(value)
+    return _Versioned(value, value._version) if isinstance(value, Tensor) else value
+
+
+def _restored(kept: Any, name: str) -> Any:
+    if isinstance(kept, _Nested):
+        kept.part.restore(kept.kept)
+        return kept.part
+    if isinstance(kept, _CONTAINERS):
+        return copy.copy(kept)
+    if isinstance(kept, _Versioned):
+        if kept.tensor._version != kept.version:
+            raise RuntimeError(f"{name} was written to in place, so that the step cannot be undone: assign a new tensor")
+        return kept.tensor
+    return kept
 
 
 class RNGState(NamedTuple):

@@ -15,6 +15,8 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from dni_seq.core import states
+
 Reduction = Literal["mean", "lane-mean", "sum"]
 """How a window's losses become one number; see `window_runner.window_loss`."""
 
@@ -98,6 +100,39 @@ class Window(NamedTuple):
     lookahead: Lookahead | None = None
 
 
+def finite_targets(targets: Any, counts: Tensor) -> Any:
+    """Returns targets with zeros in place of NaNs and infinities at steps that do not count.
+
+    A loss of such a target is left out of the sum, but its gradient would be 0 times NaN.
+
+    Args:
+        targets: [T, B, ...], a tensor or a nest of tensors.
+        counts: [T, B] bool, True for steps that count.
+    """
+    return states.map_floating(lambda leaf: torch.where(over(counts, leaf) | leaf.isfinite(), leaf, 0), targets)
+
+
+def finite_inputs(inputs: Any, counts: Tensor, ends: Tensor | None) -> Any:
+    """Returns inputs with zeros in place of NaNs and infinities after the last step that counts, in lanes that end.
+
+    Nothing that counts depends on these steps. Elsewhere a NaN stays, since later steps would depend on what replaces it.
+
+    Args:
+        inputs: [T, B, ...], a tensor or a nest of tensors.
+        counts: [T, B] bool, True for steps that count.
+        ends: [B] bool, True for lanes whose sequence ends with the window; None if no sequence ends.
+    """
+    if ends is None:
+        return inputs
+    needed = counts.flip(0).cumsum(0).flip(0).bool() | ~ends  # this step or a later one counts
+    return states.map_floating(lambda leaf: torch.where(over(needed, leaf) | leaf.isfinite(), leaf, 0), inputs)
+
+
+def over(counts: Tensor, leaf: Tensor) -> Tensor:
+    """Returns `counts` [T, B] in a shape that broadcasts over `leaf` [T, B, ...]."""
+    return counts.reshape(*counts.shape, *(1 for _ in range(leaf.dim() - 2)))
+
+
 def counted(window: Window) -> Tensor:
     """Returns which steps of `window` count in the loss, [T, B] bool."""
     if window.mask is not None:
@@ -105,14 +140,28 @@ def counted(window: Window) -> Tensor:
     return torch.ones(window.inputs.shape[:2], dtype=torch.bool, device=window.inputs.device)
 
 
-def with_lookahead(windows: Iterable[Window], steps: int) -> Iterator[Window]:
+def on_device(window: Window, device: torch.device) -> Window:
+    """Returns the window with all its tensors on `device`."""
+    inputs, targets, mask, ends, lookahead = window
+    if lookahead is not None:
+        lookahead = Lookahead(*(None if field is None else field.to(device) for field in lookahead))  # type: ignore[arg-type]
+    return Window(
+        inputs.to(device),
+        targets.to(device),
+        None if mask is None else mask.to(device),
+        None if ends is None else ends.to(device),
+        lookahead,
+    )
+
+
+def with_lookahead(windows: Iterable[Window | tuple[Any, ...]], steps: int) -> Iterator[Window]:
     """Yields each window with a lookahead at the `steps` steps after it, read from the next windows.
 
     After the end of a lane's sequence the lookahead is not valid. The iterator reads only as many windows in advance as the
     lookahead spans. All windows must have the same B.
 
     Args:
-        windows: consecutive windows of a stream.
+        windows: consecutive windows of a stream, as `Window` or as tuples of its first fields, such as (inputs, targets).
         steps: m, the number of steps in each lookahead.
 
     Raises:
@@ -123,7 +172,7 @@ def with_lookahead(windows: Iterable[Window], steps: int) -> Iterator[Window]:
     source = iter(windows)
     pending: deque[Window] = deque()
     for window in source:
-        pending.append(window)
+        pending.append(window if isinstance(window, Window) else Window(*window))
         while sum(len(w.inputs) for w in list(pending)[1:]) >= steps:
             yield _attach(pending, steps)
             pending.popleft()

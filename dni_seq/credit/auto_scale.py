@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dni_seq.core.snapshot import Restorable
+
 DECAY = 0.9
 """Weight of the earlier comparisons in the running mean at each new one."""
 
@@ -29,7 +31,7 @@ COLUMNS = 6
 """Number of running means for each horizon."""
 
 
-class AutoScale:
+class AutoScale(Restorable):
     """Estimates the share of each horizon's message to inject, from 0 to 1, by comparisons with exact gradients.
 
     The estimate is overlap / power, the share with which the messages come closest to the exact gradients.
@@ -95,7 +97,7 @@ class AutoScale:
         self.shares = self._found()
 
 
-class RunningFidelity:
+class RunningFidelity(Restorable):
     """Computes R² of each horizon from running means; R² of a single window is mostly noise."""
 
     decay = 0.98

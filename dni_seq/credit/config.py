@@ -1,40 +1,110 @@
-"""CreditSettings: the settings of synthetic gradients in training."""
+"""SyntheticGradientConfig: how a trainer uses a synthesizer; CreditSettings: the same with every default filled in."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
+
+from torch import nn
+
+from dni_seq.synthesizers.base import Recommended
 
 
 class CreditSettings(NamedTuple):
-    """Settings of synthetic gradients; `SequenceTrainer` describes each of them and its range."""
+    """The settings that are in force; `SyntheticGradientConfig` describes each of them."""
 
-    scale: float | Literal["auto"] = 0.1
-    discount: float = 0.9
-    clip: float | None = 1.0
+    scale: float | Literal["auto"]
+    discount: float
+    clip: float | None
+    targets: Literal["bootstrap", "lambda"]
+    lam: float
+    replay_windows: int
+    regress_every: int
+    target_network: int
+    fidelity_every: int
+
+
+@dataclass(frozen=True)
+class SyntheticGradientConfig:
+    """Settings of synthetic gradients for `SequenceTrainer`. None stands for what the synthesizer recommends.
+
+    Raises:
+        ValueError: a setting is out of its range, or needs another one.
+    """
+
+    synthetic_scale: float | Literal["auto"] | None = None
+    """c, the share of the message that is injected. "auto" starts at 0 and adjusts it for each horizon by comparisons
+    with exact gradients; it needs `fidelity_every`."""
+
+    discount: float | None = None
+    """γ: a window's target is the gradient of its own loss plus γ times the message at its last state, backpropagated to
+    its first state. Horizon n is injected with γ^(n-1)."""
+
+    synthesizer_clip: float | None = None
+    """Largest norm of the synthesizer's gradient; `math.inf` for no limit."""
+
     targets: Literal["bootstrap", "lambda"] = "bootstrap"
-    lam: float = 0.9
-    replay_windows: int = 8
-    regress_every: int = 1
-    target_network: int = 0
-    fidelity_every: int = 0
+    """"bootstrap": targets hold the synthesizer's own next message. "lambda": λ-targets every `replay_windows` windows,
+    computed by replaying them."""
 
-    def check(self) -> None:
-        """Raises a ValueError if a setting is out of its range."""
-        if self.scale != "auto" and not (isinstance(self.scale, (int, float)) and 0 <= self.scale < math.inf):
-            raise ValueError(f'synthetic_scale must be 0 or more, or "auto", got {self.scale!r}')
+    lam: float = 0.9
+    """λ of "lambda": 0 is the bootstrapped target, 1 that of exact BPTT over the replayed windows."""
+
+    replay_windows: int = 8
+    """Number of windows in a replay."""
+
+    regress_every: int | None = None
+    """n: targets are computed at one window in n, chosen at random. A synthesizer that fits targets trains only there;
+    `FutureGradient` needs no targets and trains at every window."""
+
+    target_network: int = 0
+    """Number of windows between updates of a frozen copy that supplies the messages in targets; 0 for none."""
+
+    fidelity_every: int = 0
+    """Number of windows between comparisons of messages with exact gradients; 0 for none."""
+
+    auxiliary: nn.Module | None = None
+    """An `AuxiliaryTask`: its loss is added to the window's, and the synthesizer's optimizer trains it. The model's outputs
+    must be one time-major tensor."""
+
+    auxiliary_weight: float = 0.1
+    """Weight of that loss."""
+
+    def __post_init__(self) -> None:
+        """Checks every field."""
+        scale = self.synthetic_scale
+        if scale is not None and scale != "auto" and not (isinstance(scale, (int, float)) and 0 <= scale < math.inf):
+            raise ValueError(f'synthetic_scale must be 0 or more, or "auto", got {scale!r}')
         for name, value in (("discount", self.discount), ("lam", self.lam)):
-            if not 0 <= value <= 1:
+            if value is not None and not 0 <= value <= 1:
                 raise ValueError(f"{name} must be between 0 and 1, got {value}")
-        if self.clip is not None and not self.clip > 0:
-            raise ValueError(f"synthesizer_clip must be positive, or None for no limit, got {self.clip}")
+        if self.synthesizer_clip is not None and not self.synthesizer_clip > 0:
+            raise ValueError(f"synthesizer_clip must be positive, or math.inf for no limit, got {self.synthesizer_clip}")
         if self.targets not in ("bootstrap", "lambda"):
             raise ValueError(f'targets must be "bootstrap" or "lambda", got {self.targets!r}')
         for name, count in (("replay_windows", self.replay_windows), ("regress_every", self.regress_every)):
-            if count < 1:
+            if count is not None and count < 1:
                 raise ValueError(f"{name} must be positive, got {count}")
         for name, count in (("target_network", self.target_network), ("fidelity_every", self.fidelity_every)):
             if count < 0:
                 raise ValueError(f"{name} must be 0 (off) or more windows, got {count}")
-        if self.scale == "auto" and self.fidelity_every == 0:
+        if scale == "auto" and self.fidelity_every == 0:
             raise ValueError('synthetic_scale="auto" needs comparisons with exact gradients: set fidelity_every, e.g. to 50')
+        if not 0 <= self.auxiliary_weight < math.inf:
+            raise ValueError(f"auxiliary_weight must be 0 or more, got {self.auxiliary_weight}")
+
+    def resolve(self, recommended: Recommended) -> CreditSettings:
+        """Returns the settings with the synthesizer's recommendations in place of None."""
+        clip = recommended.synthesizer_clip if self.synthesizer_clip is None else self.synthesizer_clip
+        return CreditSettings(
+            scale=recommended.synthetic_scale if self.synthetic_scale is None else self.synthetic_scale,
+            discount=recommended.discount if self.discount is None else self.discount,
+            clip=None if clip == math.inf else clip,
+            targets=self.targets,
+            lam=self.lam,
+            replay_windows=self.replay_windows,
+            regress_every=recommended.regress_every if self.regress_every is None else self.regress_every,
+            target_network=self.target_network,
+            fidelity_every=self.fidelity_every,
+        )

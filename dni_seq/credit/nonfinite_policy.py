@@ -8,11 +8,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from dni_seq.core.nonfinite import NonFiniteError, SkipCounter, first_nonfinite
+from dni_seq.core.snapshot import Restorable
 from dni_seq.credit.replay import RecordedWindow
 from dni_seq.distributed.data_parallel import DataParallel
 
 
-class NonFinitePolicy:
+class NonFinitePolicy(Restorable):
     """Counts skipped windows, and raises a NonFiniteError after too many in a row.
 
     Args:
@@ -23,11 +24,20 @@ class NonFinitePolicy:
     """
 
     def __init__(self, limit: int) -> None:
-        if limit < 1:
-            raise ValueError(f"skip_limit must be 1 or more, got {limit}")
         self.limit = limit
         self._counter = SkipCounter()
         self._reported = 0
+
+    @property
+    def limit(self) -> int:
+        """Windows in a row that may be skipped before an error."""
+        return self._limit
+
+    @limit.setter
+    def limit(self, limit: int) -> None:
+        if limit < 1:
+            raise ValueError(f"skip_limit must be 1 or more, got {limit}")
+        self._limit = limit
 
     @property
     def total(self) -> int:
@@ -92,7 +102,7 @@ def diagnose(
     window: RecordedWindow,
     outputs: Any,
     loss: Tensor,
-    parallel: DataParallel | None,
+    parallel: DataParallel,
 ) -> str:
     """Returns a text that names the first NaN or infinity of a window, in the order of computation, and its rank."""
     parts = [(name, module) for name, module in (("", model), ("auxiliary.", auxiliary)) if module is not None]
@@ -107,8 +117,7 @@ def diagnose(
         *((f"the parameter auxiliary.{n}", p) for pre, m in parts if pre for n, p in m.named_parameters()),
         *((f"the gradient of {pre}{n}", dense(p.grad)) for pre, m in parts for n, p in m.named_parameters()),
     ]
-    found = first_nonfinite(named)
-    return found[1] if parallel is None else parallel.first(*found)
+    return parallel.first(*first_nonfinite(named))
 
 
 def dense(gradient: Tensor | None) -> Tensor | None:

@@ -161,12 +161,12 @@ def map_recorded(function: Callable[[Tensor, int], Tensor], window: RecordedWind
 
 def gather_lanes(window: RecordedWindow, runner: WindowRunner) -> RecordedWindow:
     """Returns the window with the lanes of all ranks; a collective call."""
-    return window if runner.parallel is None else map_recorded(runner.parallel.all, window, runner)
+    return map_recorded(runner.parallel.all, window, runner)
 
 
 def own_lanes(window: RecordedWindow, runner: WindowRunner) -> RecordedWindow:
     """Returns this rank's lanes of a window with the lanes of all ranks."""
-    return window if runner.parallel is None else map_recorded(runner.parallel.own, window, runner)
+    return map_recorded(runner.parallel.own, window, runner)
 
 
 def _mix(message: State, target: State, lam: float) -> State:

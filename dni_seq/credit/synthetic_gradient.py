@@ -9,140 +9,120 @@ Legend: B = lanes, N = horizons, K = windows in the replay buffer.
 
 from __future__ import annotations
 
-import copy
-from collections import deque
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dni_seq.core import nonfinite, states
 from dni_seq.core.deferred_backward import GradientAccumulator
-from dni_seq.core.nonfinite import SkipCounter, both_finite
-from dni_seq.core.optimizer_step import clear_optimizer_state, clipped_step, gradient_norm, total_norm
-from dni_seq.core.snapshot import TensorSnapshot, TrainingSnapshot, buffers_of
+from dni_seq.core.nonfinite import module_is_finite
+from dni_seq.core.optimizer_step import total_norm
+from dni_seq.core.snapshot import Restorable, TensorSnapshot, TrainingSnapshot, buffers_of
 from dni_seq.core.states import State
 from dni_seq.core.windows import Lookahead
 from dni_seq.credit.auto_scale import AutoScale, RunningFidelity
-from dni_seq.credit.config import CreditSettings
-from dni_seq.credit.fidelity import FidelityProbe, StateFidelity, fidelity
-from dni_seq.credit.message_filter import FilteredInterface
-from dni_seq.credit.replay import RecordedWindow, gather_lanes, lambda_targets, own_lanes, pack, unpack
+from dni_seq.credit.config import CreditSettings, SyntheticGradientConfig
+from dni_seq.credit.divergence_monitor import DivergenceMonitor
+from dni_seq.credit.fidelity import StateFidelity
+from dni_seq.credit.fidelity_probe import FidelityProbe
+from dni_seq.credit.message_filter import FilteredInterface, MessageFilter
+from dni_seq.credit.replay import RecordedWindow, lambda_targets
+from dni_seq.credit.replay_buffer import ReplayBuffer
 from dni_seq.credit.results import Synthetic
+from dni_seq.credit.synthesizer_step import SynthesizerStep
+from dni_seq.credit.target_network import target_network_of
 from dni_seq.credit.window_runner import WindowRunner
-from dni_seq.distributed.data_parallel import DataParallel
 from dni_seq.interfaces.context import synthesizer_context
 from dni_seq.interfaces.exchange import ScopeExchange, zero_ended_lanes
-from dni_seq.synthesizers.base import Regression
-from dni_seq.synthesizers.exact_future import ExactFuture
+from dni_seq.synthesizers.base import Regression, recommended, supports_auto_scale
+from dni_seq.synthesizers.binding import bind
 from dni_seq.synthesizers.target_rule import TargetRule, drawn, rule_of
 
-BAD_WINDOWS = 3
-"""Number of windows in a row with a rejected message or regression after which the synthesizer is reset."""
 
-READ_EVERY = 20
-"""Number of windows between two reads of the GPU's counts."""
-
-RESETS = 3
-"""Number of resets after which the next divergence disables the synthesizer."""
-
-
-class SyntheticCredit:
+class SyntheticCredit(Restorable):
     """Manages the synthetic gradients of one trainer.
+
+    Its parts hold everything that a step changes beside the tensors of modules: each part is `Restorable`.
 
     Args:
         synthesizer: the module that predicts.
-        optimizer: of the synthesizer's parameters, None if it has none to train.
-        runner: replays windows.
-        settings: the settings of injection and targets.
-        auxiliary: a module that shares the optimizer and is reset with the synthesizer.
-        parallel: this rank's part if the lanes are spread over several ranks. The synthesizer's running statistics,
-            comparisons and validity then cover the lanes of all ranks; `Synthetic.injected_ratio` and `fidelity` cover
-            this rank's lanes.
+        optimizer: of the parameters of synthesizer and auxiliary task. Default: Adam with learning rate 1e-3.
+        runner: replays windows. On several ranks, running statistics, comparisons and validity cover the lanes of all ranks;
+            `Synthetic.injected_ratio` and `fidelity` cover this rank's lanes.
+        config: the settings of injection and targets.
 
-    Attributes:
-        resets: number of times that the synthesizer has diverged and was reset.
-        disabled: whether it has diverged once more, so that nothing is injected or trained any longer.
+    Raises:
+        ValueError: a setting does not apply to this synthesizer.
     """
+
+    UNCHANGING = (WindowRunner, SynthesizerStep, TensorSnapshot, TrainingSnapshot)
 
     def __init__(
         self,
         synthesizer: nn.Module,
         optimizer: torch.optim.Optimizer | None,
         runner: WindowRunner,
-        settings: CreditSettings,
-        auxiliary: nn.Module | None = None,
-        parallel: DataParallel | None = None,
+        config: SyntheticGradientConfig,
     ) -> None:
-        settings.check()
-        self.parallel = parallel
+        settings = config.resolve(recommended(synthesizer))
         self.settings = settings
         self.synthesizer = synthesizer
-        self.optimizer = optimizer
+        self.auxiliary = config.auxiliary
+        self._auxiliary_weight = config.auxiliary_weight
         self.runner = runner
-        self.interface = FilteredInterface(synthesizer, parallel)
-        # `ExactFuture` holds the RNN, which must not be copied.
-        memo = {id(runner.model): runner.model}
-        self._target_network = copy.deepcopy(synthesizer, memo) if settings.target_network else None
+        self._filter = MessageFilter(runner.parallel)
+        self.interface = FilteredInterface(synthesizer, self._filter)
+        self.target_network = target_network_of(synthesizer, settings.target_network, runner.model)
         self._running = RunningFidelity()
-        self._reliability = AutoScale()
-        self._replay_buffer: deque[RecordedWindow] = deque()
-        self._probe = FidelityProbe()
+        self._auto_scale = AutoScale()
+        self._replay_buffer = ReplayBuffer(runner, settings.replay_windows)
+        self._probe = FidelityProbe(runner, settings)
+        self.monitor = DivergenceMonitor()
+        self.step_optimizer = SynthesizerStep(self._learners, optimizer, settings.clip, runner.parallel)
         self._steps = 0
-        self._auxiliary = auxiliary
-        self._modules = (synthesizer, auxiliary)
-        self._fresh = TrainingSnapshot(self._modules, [])
-        self._buffers = TensorSnapshot(buffers_of(self._modules))
-        self._full_snapshot: TrainingSnapshot | None = None
-        self._largest = self.interface.largest
-        self._bad = SkipCounter()
-        self._events: list[str] = []
-        self.resets = 0
-        self.disabled = False
-        self._before = self._remember()
+        self._fresh = TrainingSnapshot(self._learners, [])
+        self._buffers = TensorSnapshot(buffers_of(self._learners))
+        self._before_replay: TrainingSnapshot | None = None
         self.rule = self._rule()
-        if settings.scale == "auto" and isinstance(synthesizer, ExactFuture):
-            raise ValueError('ExactFuture rejects synthetic_scale="auto": give a number')
-        if settings.targets == "lambda" and not self.interface.learns:
-            raise ValueError('targets="lambda" needs a synthesizer with trainable parameters: use "bootstrap"')
-        if self.rule.self_supervised and settings.targets == "lambda":
-            raise ValueError('targets="lambda" does not apply to a self-supervised synthesizer: use "bootstrap"')
+        check_settings(synthesizer, settings, self.rule, learns=self.interface.learns)
+        self.check_attributes()
+        for module in self._learners:
+            runner.parallel.synchronize(module)
 
     def _rule(self) -> TargetRule:
         """Returns the coefficients of targets and injection at the next window."""
-        scale = 1.0 if self.settings.scale == "auto" else self.settings.scale
-        rule = rule_of(self.synthesizer, scale, self.settings.discount)
-        # Drawn at random: with a fixed period, short sequences would train at the same windows each time.
-        if self.settings.targets == "lambda" or drawn(self.settings.regress_every, self._steps):
-            rule = rule._replace(active=[False] * len(rule.local))
-        elif self._can_skip_injection(rule):
-            rule = rule._replace(skip_injection=True)
-        if self.settings.scale == "auto":
-            trust = self._reliability.shares or [0.0] * len(rule.injection)
-            rule = rule._replace(injection=[w * r for w, r in zip(rule.injection, trust, strict=True)])
-        if self.disabled:
-            rule = rule._replace(
-                injection=[0.0] * len(rule.injection), active=[False] * len(rule.local), self_supervised=False
-            )
+        can_skip = self.interface.learns and self.auxiliary is None
+        rule = step_rule(self.synthesizer, self.settings, self._steps, self._auto_scale.shares, can_skip=can_skip)
+        if self.monitor.disabled:
+            nothing = [0.0] * len(rule.injection)
+            rule = rule._replace(injection=nothing, active=[False] * len(rule.local), self_supervised=False)
         return rule
 
-    def _can_skip_injection(self, rule: TargetRule) -> bool:
-        """Returns whether to skip injection at this window, which trains: its target then needs no extra product."""
-        if self.settings.regress_every == 1 or rule.self_supervised or not (any(rule.active) and self.interface.learns):
-            return False
-        return self._auxiliary is None and not any(map(any, rule.bootstrap))
+    @property
+    def _learners(self) -> list[nn.Module]:
+        """The modules that the synthesizer's optimizer trains."""
+        return [module for module in (self.synthesizer, self.auxiliary) if module is not None]
 
     @property
     def modules(self) -> list[nn.Module]:
         """The modules whose tensors a step may change."""
-        return [module for module in (*self._modules, self._target_network) if module is not None]
+        return self._learners if self.target_network is None else [*self._learners, self.target_network.module]
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer | None:
+        """The optimizer of the synthesizer's parameters, None if it has none to train."""
+        return self.step_optimizer.optimizer
 
     @property
     def looks_back(self) -> bool:
         """Whether the synthesizer may be evaluated at the next window's first state after the window has run."""
-        settings = self.settings
-        return any(self.rule.active) or settings.targets == "lambda" or settings.fidelity_every > 0
+        return any(self.rule.active) or self.settings.targets == "lambda" or self.settings.fidelity_every > 0
+
+    def bind(self, window: int, state: State) -> None:
+        """Tells the synthesizer and its copies how they are trained; raises a ValueError if they were built otherwise."""
+        reduction = self.runner.reduction if self.runner.reduces else None
+        for module in self.modules:
+            bind(module, window=window, reduction=reduction, state_batch_dim=self.runner.state_batch_dim, state=state)
 
     def make_trigger(self, start: State, context: Lookahead | None) -> State:
         """Returns the window's first state, detached; its gradient becomes a target of the synthesizer."""
@@ -154,17 +134,34 @@ class SyntheticCredit:
         self, scope: GradientAccumulator, loss: Tensor, last: State, ends: Tensor | None, context: Lookahead | None
     ) -> ScopeExchange:
         """Injects the synthetic gradient of the future losses into the window's last state."""
-        if not self.disabled:
+        if not self.monitor.disabled:
             self.interface.observe(loss, scope, self._steps)
         with synthesizer_context(context):
             self.interface.backward(
                 last,
                 rule=self.rule,
-                bootstrap=self._target_network,
+                bootstrap=None if self.target_network is None else self.target_network.module,
                 ends=ends,
                 batch_dim=self.runner.state_batch_dim,
             )
         return self.interface.exchange(scope)
+
+    def auxiliary_loss(self, early: State, exchange: ScopeExchange) -> Tensor | None:
+        """Returns this rank's share of the auxiliary task's weighted loss, 0-d, or None if there is none.
+
+        Args:
+            early: the state after the window's first step, with its graph.
+            exchange: the exchange of the window's scope, after `inject`.
+        """
+        if self.auxiliary is None or self.monitor.disabled:
+            return None
+        loss: Tensor = self.auxiliary(early, exchange.injected[0])
+        return self._auxiliary_weight / self.runner.parallel.size * loss
+
+    def share_regressions(self, exchange: ScopeExchange) -> list[Tensor]:
+        """Turns the exchange's regressions into this rank's shares; returns their numbers, which are summed over ranks."""
+        exchange.regressions = [self.step_optimizer.share(regression) for regression in exchange.regressions]
+        return [number for regression in exchange.regressions for number in regression]
 
     def learn(
         self, exchange: ScopeExchange, window: RecordedWindow | None, last: State, last_context: Lookahead | None
@@ -178,25 +175,37 @@ class SyntheticCredit:
             last_context: the synthesizer's context at that state.
         """
         self._steps += 1
-        if self.disabled:
+        if self.monitor.disabled:
             window = None
-        if window is not None and self._replay_is_due():
-            self._full_snapshot = TrainingSnapshot(self._modules, [self.optimizer])
-        if exchange.regressions:
-            regression = exchange.regressions[0]
-            norm, valid = self._step_optimizer(regression.loss, self.interface.valid, self._buffers)
-        else:
-            regression, norm, valid = None, torch.zeros(()), self.interface.valid
-            if self._auxiliary is not None and not self.disabled:
-                # Only the auxiliary task's parameters have gradients here.
-                norm, valid = self._step_optimizer(torch.zeros(()), valid, self._buffers)
+        replays = self._probe.due(self._steps) or (self.settings.targets == "lambda" and self._replay_buffer.fills)
+        if window is not None and replays:  # a replay may fail after the synthesizer has been stepped
+            self._before_replay = TrainingSnapshot(self._learners, [self.optimizer])
+        valid, norm = self.interface.valid, torch.zeros(())
+        regression = exchange.regressions[0] if exchange.regressions else None
+        if regression is not None:
+            norm, valid = self.step_optimizer(regression.loss, valid, self._buffers)
+        elif self.auxiliary is not None and not self.monitor.disabled:
+            # Only the auxiliary task's parameters have gradients here.
+            norm, valid = self.step_optimizer(torch.zeros(()), valid, self._buffers)
         if self.settings.targets == "lambda" and window is not None:
             regression, norm, valid = self._replay(window, last, last_context, valid)
         measured = None if window is None else self._measure(window)
         # After everything that may fail and be undone.
-        if self._target_network is not None and self._steps % self.settings.target_network == 0:
-            self._target_network.load_state_dict(self.synthesizer.state_dict())
-        self._check_divergence(valid)
+        if self.target_network is not None:
+            self.target_network.update(self._steps)
+        if self.monitor.diverged(valid, self._steps) and self.interface.learns:
+            self._reset_synthesizer()
+        return self._measurements(exchange, regression, norm, valid, measured)
+
+    def _measurements(
+        self,
+        exchange: ScopeExchange,
+        regression: Regression | None,
+        norm: Tensor,
+        valid: Tensor,
+        measured: StateFidelity | None,
+    ) -> Synthetic:
+        """Returns the measurements of a step, and adds its regression to the running R²."""
         injected = torch.where(self.interface.valid, self.interface.norm, 0)
         own = exchange.own_gradients[0] if exchange.own_gradients else None
         unknown = injected.new_full((), float("nan"))
@@ -214,12 +223,6 @@ class SyntheticCredit:
             fidelity=measured,
         )
 
-    def _replay_is_due(self) -> bool:
-        """Returns whether windows are replayed after this one: that may fail after the synthesizer has been stepped."""
-        every = self.settings.fidelity_every
-        due = self._probe.messages is not None or (every > 0 and self._steps % every == 0)
-        return due or (self.settings.targets == "lambda" and len(self._replay_buffer) + 1 >= self.settings.replay_windows)
-
     def _replay(
         self, window: RecordedWindow, last: State, last_context: Lookahead | None, valid: Tensor
     ) -> tuple[Regression | None, Tensor, Tensor]:
@@ -230,213 +233,153 @@ class SyntheticCredit:
         if not self.interface.learns:  # frozen meanwhile: the buffer would only grow
             self._replay_buffer.clear()
             return None, torch.zeros(()), valid
-        self._replay_buffer.append(states.clone(window))
-        if len(self._replay_buffer) < self.settings.replay_windows:
-            return None, torch.zeros(()), valid
-        windows = list(self._replay_buffer)
-        self._replay_buffer.clear()
-        teacher = self._target_network or self.synthesizer
+        windows = self._replay_buffer.add(window)
+        regression, norm = None, torch.zeros(())
+        for past, target in zip(windows, self._targets(windows, last, last_context, window.ends), strict=True):
+            self.step_optimizer.zero_grad()
+            buffers = TensorSnapshot(buffers_of(self._learners)).keep()
+            regression = self.step_optimizer.sum_gradients(self.interface.regress(past.start, past.context, list(target)))
+            norm, valid = self.step_optimizer(regression.loss, valid, buffers)
+        return regression, norm, valid
+
+    def _targets(
+        self, windows: list[RecordedWindow], last: State, last_context: Lookahead | None, ends: Tensor | None
+    ) -> list[list[State]]:
+        """Returns the λ-targets at the first states of K windows, an empty list for no windows."""
+        if not windows:
+            return []
+        teacher = self.synthesizer if self.target_network is None else self.target_network.module
         scale = 1.0 if self.settings.scale == "auto" else self.settings.scale
         rule = rule_of(self.synthesizer, scale, self.settings.discount)
         after = self.interface.messages(last, last_context, teacher)
-        if window.ends is not None:
-            after = [zero_ended_lanes(message, window.ends, self.runner.state_batch_dim) for message in after]
-        targets = lambda_targets(
-            self.runner,
-            windows,
-            after,
-            rule,
-            lambda past: self.interface.messages(past.start, past.context, teacher),
-            self.settings.lam,
+        if ends is not None:
+            after = [zero_ended_lanes(message, ends, self.runner.state_batch_dim) for message in after]
+
+        def predict(past: RecordedWindow) -> list[State]:
+            return self.interface.messages(past.start, past.context, teacher)
+
+        return lambda_targets(self.runner, windows, after, rule, predict, self.settings.lam)
+
+    def _measure(self, window: RecordedWindow) -> StateFidelity | None:
+        """Compares messages with exact gradients if a comparison is due, and updates the automatic scale."""
+        # A last message that bootstraps on itself (a tail, or the only one) predicts all later windows.
+        found = self._probe.measure(
+            window,
+            self._steps,
+            lambda: self.interface.messages(window.start, window.context),
+            bootstrapped=bool(self.rule.bootstrap[-1][-1]),
         )
-        for past, target in zip(windows, targets, strict=True):
-            if self.optimizer is not None:
-                self.optimizer.zero_grad()
-            buffers = TensorSnapshot(buffers_of(self._modules)).keep()
-            regression = self.interface.regress(past.start, past.context, list(target))
-            if self.parallel is not None:
-                regression = self.divided(regression)
-                self.parallel.sum_gradients(self.synthesizer.parameters(), regression)
-            norm, valid = self._step_optimizer(regression.loss, valid, buffers)
-        return regression, norm, valid
-
-    def divided(self, regression: Regression) -> Regression:
-        """Divides a regression and, in place, its gradients by the number of ranks, for the sum over ranks."""
-        assert self.parallel is not None
-        self.parallel.divide_gradients(self.synthesizer.parameters())
-        return Regression(*(number / self.parallel.size for number in regression))
-
-    def _step_optimizer(self, loss: Tensor, valid: Tensor, buffers: TensorSnapshot) -> tuple[Tensor, Tensor]:
-        """Steps the synthesizer's optimizer if `valid` is true and the loss and the gradient norm are finite.
-
-        Otherwise parameters and moments do not change, and the tensors in `buffers` are restored.
-        Returns the gradient norm, and whether the step was valid, 0-d bool.
-        """
-        if self.optimizer is None:
-            return torch.zeros(()), valid & torch.isfinite(loss)
-        norm = gradient_norm(self.optimizer)
-        valid = valid & both_finite(loss, norm)
-        clipped_step(self.optimizer, self.settings.clip, norm, valid)
-        if not nonfinite.readable_without_sync(valid):
-            buffers.restore_unless(valid)
-        elif not valid:
-            buffers.restore()
-        return norm, valid
-
-    def _check_divergence(self, valid: Tensor) -> None:
-        """Counts windows with a rejected message or regression; resets the synthesizer after too many in a row."""
-        if self.disabled:
-            return
-        self._bad.add(valid)
-        if not nonfinite.readable_without_sync(valid) and self._steps % READ_EVERY:
-            return
-        row = self._bad.in_a_row
-        if row:
-            self._events.append(f"skipped a synthetic message or regression, not finite or too large ({row} in a row)")
-        if row >= BAD_WINDOWS and self.interface.learns:
-            self._reset_synthesizer()
+        if found is not None:
+            rows = [[float(number) for number in (h.overlap, h.power, h.exact_power)] for h in found.horizons]
+            self._auto_scale.update(self.runner.parallel.sum(torch.tensor(rows, dtype=torch.float64)))
+        return found
 
     def _reset_synthesizer(self) -> None:
-        """Restores the synthesizer's initial parameters; disables it if it was reset `RESETS` times before."""
-        self.disabled = self.resets == RESETS
-        self.resets += not self.disabled
-        then = "disabled" if self.disabled else f"reset, {self.resets} of {RESETS} times"
-        self._events.append(f"the synthesizer has diverged and was {then}")
+        """Restores the synthesizer's initial parameters; its monitor disables it after too many resets."""
+        self.monitor.count_reset()
         self._fresh.restore()
-        if self.optimizer is not None:
-            clear_optimizer_state(self.optimizer)
-        if self._target_network is not None:
-            self._target_network.load_state_dict(self.synthesizer.state_dict())
+        self.step_optimizer.clear_state()
+        if self.target_network is not None:
+            self.target_network.copy()
         self._running = RunningFidelity()
-        self._reliability = AutoScale()
-        self._bad.end_row()
+        self._auto_scale = AutoScale()
         self.break_chain()
 
     def break_chain(self) -> None:
         """Clears the recorded windows, because the next window does not follow them."""
         self._replay_buffer.clear()
-        self._probe = FidelityProbe()
+        self._probe.clear()
 
-    def keep(self) -> None:
-        """Prepares a window: sets its rule, and records what `undo` restores."""
+    def begin_step(self) -> dict[str, Any]:
+        """Sets the rule of the next window; returns what `undo` needs."""
         self.rule = self._rule()
         self._buffers.keep()
-        self._full_snapshot = None
-        self._before = self._remember()
-        self._largest = self.interface.largest
+        self._before_replay = None
+        return self.snapshot()
 
-    def _remember(self) -> dict[str, Any]:
-        """Returns the attributes that a step changes, apart from module tensors; containers are copied."""
-        return {
-            "_bad": copy.copy(self._bad),
-            "_events": list(self._events),
-            "resets": self.resets,
-            "disabled": self.disabled,
-            "_steps": self._steps,
-            "_replay_buffer": deque(self._replay_buffer),
-            "_probe": FidelityProbe(self._probe.messages, self._probe.windows),
-            "_running": copy.copy(self._running),
-            "_reliability": copy.copy(self._reliability),
-        }
-
-    def undo(self) -> None:
-        """Restores everything that has changed since `keep`, except one optimizer step outside of replays."""
-        if self._full_snapshot is not None:
-            self._full_snapshot.restore()
+    def undo(self, before: dict[str, Any]) -> None:
+        """Restores everything that has changed since `begin_step`, except one optimizer step outside of replays."""
+        if self._before_replay is not None:
+            self._before_replay.restore()
         self._buffers.restore()
-        vars(self).update(self._before)
-        self.interface.largest = self._largest
+        self.restore(before)
 
-    def skip_step(self, *, broken_auxiliary: bool) -> None:
-        """Counts a skipped window, after `undo`, and clears the recorded windows, which the next one does not follow."""
+    def skip_step(self, *, loss_is_finite: bool) -> None:
+        """Counts a skipped window, after `undo`, and clears the recorded windows, which the next one does not follow.
+
+        If the loss was finite, but the auxiliary task holds a NaN or an infinity, the synthesizer is reset with it.
+        """
         self._steps += 1
         self.break_chain()
-        if broken_auxiliary:
+        if self.auxiliary is not None and loss_is_finite and not module_is_finite(self.auxiliary):
             self._reset_synthesizer()
-
-    @property
-    def skipped(self) -> int:
-        """Number of windows so far whose message or regression was skipped; reading it waits for a GPU."""
-        return self._bad.total
-
-    def take_events(self, step: int) -> tuple[str, ...]:
-        """Returns the messages for the user since the last call."""
-        if not self._events:
-            return ()
-        events, self._events = tuple(f"step {step}: {event}" for event in self._events), []
-        return events
-
-    def _measure(self, window: RecordedWindow) -> StateFidelity | None:
-        """Compares messages with exact gradients if a comparison is due, and updates the automatic scale."""
-        every = self.settings.fidelity_every
-        if not every:
-            return None
-        if not self._probe.windows and self._steps % every == 0:
-            self._probe.messages = self.interface.messages(window.start, window.context)
-        if self._probe.messages is None:
-            return None
-        self._probe.windows.append(states.clone(window))
-        horizons = len(self._probe.messages)
-        # A last message that bootstraps on itself (a tail, or the only one) predicts all later windows.
-        bootstrapped = bool(self.rule.bootstrap[-1][-1])
-        needed = horizons - 1 + self.settings.replay_windows if bootstrapped else horizons
-        if len(self._probe.windows) < needed:
-            return None
-        discount = self.settings.discount
-        found = fidelity(self.runner, self._probe.windows, self._probe.messages, discount, bootstrapped=bootstrapped)
-        self._probe = FidelityProbe()
-        self._trust(found)
-        return found
-
-    def _trust(self, found: StateFidelity) -> None:
-        """Adds a comparison, summed over ranks, to the automatic scale."""
-        rows = [[float(number) for number in (h.overlap, h.power, h.exact_power)] for h in found.horizons]
-        sums = torch.tensor(rows, dtype=torch.float64)
-        self._reliability.update(sums if self.parallel is None else self.parallel.sum(sums))
 
     def state_dict(self) -> dict[str, Any]:
         """Returns all state but the synthesizer's and its optimizer's; a collective call on several ranks."""
-        messages = self._probe.messages
-        if self.parallel is not None and messages is not None:
-            messages = [self._leaves(self.parallel.all, message) for message in messages]
         return {
             "running": self._running.state_dict(),
-            **self._reliability.state_dict(),
-            "ring": [pack(gather_lanes(window, self.runner)) for window in self._replay_buffer],
-            "probe_windows": [pack(gather_lanes(window, self.runner)) for window in self._probe.windows],
-            "probe_messages": None if messages is None else [states.flatten(message) for message in messages],
-            "target_network": None if self._target_network is None else self._target_network.state_dict(),
+            **self._auto_scale.state_dict(),
+            **self._replay_buffer.state_dict(),
+            **self._probe.state_dict(),
+            "target_network": None if self.target_network is None else self.target_network.state_dict(),
             "steps": self._steps,
-            "bad": self._bad.state_dict(),
-            "largest": self.interface.largest,
-            "resets": self.resets,
-            "disabled": self.disabled,
+            "largest": self._filter.largest,
+            **self.monitor.state_dict(),
         }
 
     def load_state_dict(self, saved: dict[str, Any], like: State) -> None:
         """Restores what `state_dict` returned; hidden states are nested like `like`."""
         self._running.load_state_dict(saved["running"])
-        self._reliability.load_state_dict(saved)
-        messages = saved["probe_messages"]
-        if messages is not None:
-            messages = [states.unflatten(like, leaves) for leaves in messages]
-            if self.parallel is not None:
-                messages = [self._leaves(self.parallel.own, message) for message in messages]
-        self._replay_buffer = deque(own_lanes(unpack(window, like), self.runner) for window in saved["ring"])
-        self._probe = FidelityProbe(
-            messages, [own_lanes(unpack(window, like), self.runner) for window in saved["probe_windows"]]
-        )
-        if self._target_network is not None:
-            # If none was saved, it starts as a copy of the synthesizer.
-            self._target_network.load_state_dict(saved["target_network"] or self.synthesizer.state_dict())
+        self._auto_scale.load_state_dict(saved)
+        self._replay_buffer.load_state_dict(saved, like)
+        self._probe.load_state_dict(saved, like)
+        if self.target_network is not None:
+            self.target_network.load_state_dict(saved["target_network"])
         self._steps = saved["steps"]
         if "bad" in saved:  # missing in what older versions saved
-            self._bad.load_state_dict(saved["bad"])
-            self.interface.largest = saved["largest"]
-            self.resets, self.disabled = saved["resets"], saved["disabled"]
+            self.monitor.load_state_dict(saved)
+            self._filter.largest = saved["largest"]
 
-    def _leaves(self, function: Callable[[Tensor, int], Tensor], state: State) -> State:
-        return states.map_lanes(function, state, self.runner.state_batch_dim)
+
+def step_rule(
+    synthesizer: nn.Module, settings: CreditSettings, steps: int, shares: list[float] | None, *, can_skip: bool
+) -> TargetRule:
+    """Returns the coefficients of targets and injection at one window.
+
+    Args:
+        synthesizer: the module that predicts.
+        settings: the settings in force.
+        steps: the number of windows before this one; it seeds the draw of windows with targets.
+        shares: the automatic scale of each horizon; None before the first comparison, or if the scale is a number.
+        can_skip: whether injection may be skipped at a window with targets, if a target then needs no extra product.
+    """
+    rule = rule_of(synthesizer, 1.0 if settings.scale == "auto" else settings.scale, settings.discount)
+    # Drawn at random: with a fixed period, short sequences would train at the same windows each time.
+    if settings.targets == "lambda" or drawn(settings.regress_every, steps):
+        rule = rule._replace(active=[False] * len(rule.local))
+    elif settings.regress_every > 1 and can_skip and not rule.self_supervised and any(rule.active):
+        rule = rule._replace(skip_injection=not any(map(any, rule.bootstrap)))
+    if settings.scale == "auto":
+        trust = shares or [0.0] * len(rule.injection)
+        rule = rule._replace(injection=[w * r for w, r in zip(rule.injection, trust, strict=True)])
+    return rule
+
+
+def check_settings(synthesizer: nn.Module, settings: CreditSettings, rule: TargetRule, *, learns: bool) -> None:
+    """Raises a ValueError if a setting does not apply to the synthesizer.
+
+    Args:
+        synthesizer: the module that predicts.
+        settings: the settings in force.
+        rule: the synthesizer's rule.
+        learns: whether it has a trainable parameter.
+    """
+    if settings.scale == "auto" and not supports_auto_scale(synthesizer):
+        raise ValueError(f'{type(synthesizer).__name__} rejects synthetic_scale="auto": give a number')
+    if settings.targets == "lambda" and not learns:
+        raise ValueError('targets="lambda" needs a synthesizer with trainable parameters: use "bootstrap"')
+    if rule.self_supervised and settings.targets == "lambda":
+        raise ValueError('targets="lambda" does not apply to a self-supervised synthesizer: use "bootstrap"')
 
 
 def without_chain(saved: dict[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from dni_seq.core import states
 from dni_seq.core.states import State
-from dni_seq.core.windows import Lookahead, Reduction
-from dni_seq.distributed.data_parallel import DataParallel
+from dni_seq.core.windows import REDUCTIONS, Lookahead, Reduction, over
+from dni_seq.credit.window_checks import check_ignored, check_lanes, lane_dims
+from dni_seq.distributed.data_parallel import DataParallel, SingleProcess
 
 
 @dataclass
@@ -30,10 +31,15 @@ class WindowRunner:
             time, averaged over lanes; "sum": their sum.
         autocast: dtype of `torch.autocast`, or None for full precision.
         batch_dim: the lanes' dimension in inputs and targets.
-        state_batch_dim: the lanes' dimension in the state's leaves, an int, or ints nested like the state.
+        state_batch_dim: the lanes' dimension in the state's leaves, an int, or ints nested like the state; None until
+            `check_lanes` has found them.
         start: the initial state with all lanes, a function that makes it from the number of lanes, or None for
             `model.initial_state`.
-        parallel: the `DataParallel` of this rank, None in one process.
+        parallel: the `DataParallel` of this rank, or a `SingleProcess`.
+        reduces: whether `loss_fn` returned unreduced losses at the last window; `reduction` has no effect on a scalar.
+
+    Raises:
+        ValueError: the reduction is unknown, or the model is wrapped in DistributedDataParallel.
     """
 
     model: nn.Module
@@ -43,7 +49,17 @@ class WindowRunner:
     batch_dim: int = 1
     state_batch_dim: Any = 1
     start: State | Callable[[int], State] | None = None
-    parallel: DataParallel | None = None
+    parallel: DataParallel = field(default_factory=SingleProcess)
+    reduces: bool = field(default=True, init=False)
+
+    def __post_init__(self) -> None:
+        """Checks the model and the reduction."""
+        if self.reduction not in REDUCTIONS:
+            raise ValueError(f'reduction must be "mean", "lane-mean" or "sum", got {self.reduction!r}')
+        if self.batch_dim != 1 and self.reduction == "lane-mean":
+            raise ValueError('reduction="lane-mean" needs time-major windows [T, B, ...]: use batch_dim=1')
+        if isinstance(self.model, nn.parallel.DistributedDataParallel):
+            raise ValueError("SequenceTrainer reduces gradients itself: pass the bare model, not DDP, and parallel=")
 
     def initial_state(self, lanes: int) -> State | None:
         """Returns the initial state of `lanes` sequences, or None if the model creates it itself when called with None."""
@@ -61,6 +77,11 @@ class WindowRunner:
             result: tuple[Any, State] = self.model(inputs, state)
         return result
 
+    def run_whole(self, inputs: Tensor, state: State | None) -> tuple[Any, State, State]:
+        """Does what `run` does, in the form of `run_in_two_parts`: outputs, last state, and the last state again."""
+        outputs, last = self.run(inputs, state)
+        return outputs, last, last
+
     def run_in_two_parts(self, inputs: Tensor, state: State | None) -> tuple[Any, State, State]:
         """Runs step 0 and then steps 1 to T - 1, so that the state after step 0 is available for an `AuxiliaryTask`.
 
@@ -75,15 +96,19 @@ class WindowRunner:
         return torch.cat([first, rest]), early, last
 
     def loss(self, outputs: Any, targets: Tensor, mask: Tensor | None) -> Tensor:
-        """Returns the window's loss, 0-d; with `parallel` this rank's contribution to the loss of all lanes.
+        """Returns the window's loss, 0-d; on several ranks this rank's contribution to the loss of all lanes.
 
         Raises:
             ValueError: `mask` or the reduction does not fit the losses that `loss_fn` returns.
         """
         with self._autocast(targets):
+            if mask is not None:
+                outputs = finite_gradients(outputs, mask)
             losses = self.loss_fn(outputs, targets)
+            check_ignored(losses, targets, mask)
+            self.reduces = losses.dim() > 0
             loss = window_loss(losses, mask, self.reduction)
-            if self.parallel is None or (self.reduction == "sum" and losses.dim() > 0):
+            if self.reduction == "sum" and losses.dim() > 0:
                 return loss
             return self.parallel.share_of_mean(loss, mask if self.reduction == "mean" else None)
 
@@ -91,7 +116,31 @@ class WindowRunner:
         """Returns `state` with the lanes that `ends` [B] marks back in the initial state."""
         if ends is None:
             return state
-        return states.reset_lanes(state, ends, self.initial_state(len(ends)), self.state_batch_dim)
+        initial = self.initial_state(len(ends))
+        initial = None if initial is None else states.detach(initial)
+        return states.reset_lanes(state, ends, initial, self.state_batch_dim)
+
+    def check_lanes(self, state: State, lanes: int) -> None:
+        """Raises a ValueError if a state has other lanes than the inputs. Finds the lanes' dimensions if nobody gave them.
+
+        They are the dimensions of size B. Where several have this size, the initial state of B + 1 lanes decides.
+        """
+        if self.state_batch_dim is None:
+            try:
+                self.state_batch_dim = lane_dims(state, lanes, None)
+            except ValueError:
+                larger = self._larger_state(lanes)
+                if larger is None:
+                    raise
+                self.state_batch_dim = lane_dims(state, lanes, larger)
+        check_lanes(state, lanes, self.state_batch_dim)
+
+    def _larger_state(self, lanes: int) -> State | None:
+        """Returns the initial state of one more lane, None if the initial state is fixed or unknown."""
+        if self.start is not None and not callable(self.start):
+            return None
+        with torch.random.fork_rng():
+            return self.initial_state(lanes + 1)
 
     @torch.no_grad()
     def state_template(self, inputs: Tensor, lanes: int) -> State:
@@ -117,8 +166,8 @@ class WindowRunner:
             if not isinstance(like, Tensor):
                 continue
             expected = list(like.shape)
-            if self.parallel is not None and expected:
-                expected[dim] *= self.parallel.ranks.size
+            if expected:
+                expected[dim] *= self.parallel.size
             found = list(leaf.shape) if isinstance(leaf, Tensor) else type(leaf).__name__
             if found != expected:
                 raise ValueError(f"the saved hidden state has a leaf {found}, this model's has {expected}")
@@ -128,20 +177,24 @@ class WindowRunner:
             return contextlib.nullcontext()
         return torch.autocast(like.device.type, dtype=self.autocast)
 
-    def check_window(self, inputs: Tensor, targets: Tensor, ends: Tensor | None) -> None:
-        """Raises a ValueError if the shapes of `inputs`, `targets` and `ends` do not match, or if gradients are disabled."""
-        if not torch.is_grad_enabled():
-            raise ValueError("step needs gradients: call it outside of torch.no_grad() and torch.inference_mode()")
-        for name, tensor in (("inputs", inputs), ("targets", targets)):
-            if tensor.dim() <= self.batch_dim:
-                raise ValueError(f"{name} has shape {tuple(tensor.shape)}, and no dimension batch_dim={self.batch_dim}")
-            if tensor.shape[0] == 0:
-                raise ValueError(f"{name} has no steps: a window needs at least one")
-        lanes = inputs.shape[self.batch_dim]
-        if targets.shape[self.batch_dim] != lanes:
-            raise ValueError(f"inputs have {lanes} lanes, targets {targets.shape[self.batch_dim]}: they must agree")
-        if ends is not None and (ends.shape != (lanes,) or ends.dtype != torch.bool):
-            raise ValueError(f"ends must be a bool tensor [{lanes}], got {ends.dtype} {list(ends.shape)}")
+
+def finite_gradients(outputs: Any, mask: Tensor) -> Any:
+    """Returns outputs whose gradients are 0, not NaN or infinite, at steps that do not count.
+
+    Such a step has the weight 0 in the loss, but the derivative of its own loss may be infinite.
+
+    Args:
+        outputs: [T, B, ...], a tensor or a nest of tensors.
+        mask: [T, B] bool, True for steps that count.
+    """
+
+    def guarded(leaf: Tensor) -> Tensor:
+        if leaf.requires_grad and leaf.shape[:2] == mask.shape:
+            leaf = leaf.view_as(leaf)  # a hook on the model's own tensor would stay with it
+            leaf.register_hook(lambda gradient: torch.where(over(mask, gradient) | gradient.isfinite(), gradient, 0))
+        return leaf
+
+    return states.map_floating(guarded, outputs)
 
 
 def window_loss(losses: Tensor, mask: Tensor | None, reduction: Reduction) -> Tensor:

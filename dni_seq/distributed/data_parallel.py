@@ -199,3 +199,68 @@ class DataParallel:
                 parameter.grad = total.view_as(parameter).to(parameter.dtype)
         for number, total in zip(numbers, sums[len(learning) :], strict=True):
             number.copy_(total.view_as(number))
+
+
+class SingleProcess(DataParallel):
+    """Stands for a process that holds all lanes: every method returns what it is given, and nothing is communicated."""
+
+    def __init__(self) -> None:
+        pass
+
+    @property
+    def size(self) -> int:
+        """Number of ranks, 1."""
+        return 1
+
+    def lanes(self, total: int) -> slice:
+        """Returns the slice of all `total` lanes."""
+        return slice(0, total)
+
+    def window(self, window: Window) -> Window:
+        """Returns the window."""
+        return window
+
+    def own(self, leaf: Tensor, dim: int) -> Tensor:
+        """Returns `leaf`."""
+        return leaf
+
+    def all(self, leaf: Tensor, dim: int) -> Tensor:
+        """Returns `leaf`."""
+        return leaf
+
+    def share(self, loss_fn: Callable[[Any, Tensor], Tensor]) -> Callable[[Any, Tensor], Tensor]:
+        """Returns `loss_fn`."""
+        return loss_fn
+
+    def share_of_mean(self, loss: Tensor, mask: Tensor | None) -> Tensor:
+        """Returns `loss`."""
+        return loss
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Returns `tensor`."""
+        return tensor
+
+    def norm(self, own: Tensor) -> Tensor:
+        """Returns `own`."""
+        return own
+
+    def sums(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Returns the tensors."""
+        return list(tensors)
+
+    def mean(self, tensors: Sequence[Any]) -> list[Any]:
+        """Returns the tensors."""
+        return list(tensors)
+
+    def synchronize(self, module: nn.Module) -> None:
+        """Leaves the module as it is: its statistics cover all lanes already."""
+
+    def first(self, place: int, text: str) -> str:
+        """Returns `text`."""
+        return text
+
+    def divide_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Leaves the gradients as they are."""
+
+    def sum_gradients(self, parameters: Iterable[nn.Parameter], numbers: Sequence[Tensor] = ()) -> None:
+        """Leaves the gradients and numbers as they are."""

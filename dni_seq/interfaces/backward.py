@@ -50,7 +50,7 @@ class BackwardInterface(Interface):
         return self.make_trigger(trigger)
 
     @uncompiled
-    def make_trigger(self, trigger: State, *, watched: bool = True) -> State:
+    def make_trigger(self, trigger: State, *, watched: bool = True, attached: bool = False) -> State:
         """Returns `trigger` detached from its graph; the gradient that arrives at the result trains the synthesizer.
 
         The synthesizer is trained with the `synthesizer_context` of this call. In a `defer_backward` scope it is trained at
@@ -61,6 +61,8 @@ class BackwardInterface(Interface):
             trigger: a tensor or nest, such as the state that a window starts from.
             watched: False to detach only: no gradient is computed at this trigger, and the synthesizer does not train on it.
                 Ignored outside of a scope.
+            attached: True to let the gradient that arrives flow on into the graph of `trigger`, as dni-pytorch does: for a
+                trigger that another network computed in the same step, such as an encoder's state.
 
         Raises:
             ValueError: the trigger holds no floating-point tensor.
@@ -76,6 +78,9 @@ class BackwardInterface(Interface):
             self.exchange(scope).add_trigger(state, current_context())
         elif self.learns:
             self._intercept(state, current_context())
+        if attached:  # adds zeros, through which the gradient flows on
+            pairs = zip(states.floating(state), states.floating(trigger), strict=True)
+            return states.with_floating(state, [leaf + (source - source.detach()) for leaf, source in pairs])
         return state
 
     @uncompiled
@@ -117,26 +122,26 @@ class BackwardInterface(Interface):
         if rule is None:
             rule = rule_of(self.synthesizer, float(factor), float(factor))
         scope, context = current_scope(), current_context()
-        if rule.self_supervised and scope is not None and self.learns:
-            messages, loss = self._predict_and_train(trigger, context)
-            self.exchange(scope).learned.append(loss)
-        else:
-            messages = self.messages(trigger, context)
-        messages = self._checked(messages, trigger, ends, batch_dim)
+        messages = self._checked(self._predicted(trigger, context, rule, scope), trigger, ends, batch_dim)
         injected = self._injection(messages, rule)
         if rule.skip_injection:
             injected = [torch.zeros_like(leaf) for leaf in injected]
             rule = rule._replace(injection=[0.0] * len(rule.injection))
-        if scope is not None:
-            others = None
-            if bootstrap is not None:
-                others = self._checked(self.messages(trigger, context, bootstrap), trigger, ends, batch_dim)
-            self.exchange(scope).add_end(InjectionPoint(leaves, injected, others or messages, rule, others is None))
-        else:
-            accumulator = GradientAccumulator()  # the leaves of a nest share a graph, which the first backward pass frees
-            for leaf, gradient in with_gradients_wanted(leaves, injected):
-                accumulator.add(leaf, gradient)
-            accumulator.deliver()
+        if scope is None:
+            deliver(leaves, injected)
+            return
+        others = None
+        if bootstrap is not None:
+            others = self._checked(self.messages(trigger, context, bootstrap), trigger, ends, batch_dim)
+        self.exchange(scope).add_end(InjectionPoint(leaves, injected, others or messages, rule, others is None))
+
+    def _predicted(self, trigger: State, context: Any, rule: TargetRule, scope: GradientAccumulator | None) -> list[State]:
+        """Returns the messages at `trigger`; a self-supervised synthesizer trains on its context in a scope."""
+        if not rule.self_supervised or scope is None or not self.learns:
+            return self.messages(trigger, context)
+        messages, loss = self._predict_and_train(trigger, context)
+        self.exchange(scope).learned.append(loss)
+        return messages
 
     def _injection(self, messages: list[State], rule: TargetRule) -> list[Tensor]:
         """Returns the gradient to inject, leaf by leaf: the weighted sum of the messages of all horizons."""
@@ -208,3 +213,11 @@ class BackwardInterface(Interface):
 
         for leaf in leaves:
             leaf.register_post_accumulate_grad_hook(arrived)
+
+
+def deliver(leaves: list[Tensor], gradients: list[Tensor]) -> None:
+    """Backpropagates gradients into the leaves of a nest at once: they share a graph, which the first pass frees."""
+    accumulator = GradientAccumulator()
+    for leaf, gradient in with_gradients_wanted(leaves, gradients):
+        accumulator.add(leaf, gradient)
+    accumulator.deliver()

@@ -96,30 +96,56 @@ def open_corpus(
     """
     errors = {"error": "strict", "replace": "replace"}[invalid_utf8]
     form = FileFormat(column=text_column or "text", errors=errors, nulls=null_text)
+    _check_sources(dataset, data_file, valid_file, test_file, text_column, config, revision)
     if data_file is not None:
-        if dataset is not None:
-            raise DataError(f"--dataset {dataset} and --data-file {data_file} exclude each other: remove one of them")
-        if config is not None or revision is not None:
-            raise DataError("--dataset-config and --dataset-revision cannot be used with --data-file: remove them")
         own = load_own_files(data_file, valid_file, test_file, form, needs_columns=text_column is not None)
         return _corpus(str(data_file), own.splits, "char", own.notes)
-    if valid_file is not None or test_file is not None:
-        raise DataError("--valid-file and --test-file need a --data-file for training: give --data-file too")
     if dataset is None or dataset == EMBEDDED:
-        if config is not None or revision is not None or text_column is not None:
-            raise DataError(
-                "--dataset-config, --dataset-revision and --text-column cannot be used with the embedded corpus "
-                f"{EMBEDDED}: remove them, or give a --dataset on the Hub"
-            )
         return _corpus(EMBEDDED, load_pydoc(), "char")
+    return _open_named(dataset, data_dir, text_column, config, revision, form)
+
+
+def _open_named(
+    dataset: str, data_dir: str | Path | None, column: str | None, config: str | None, revision: str | None, form: FileFormat
+) -> Corpus:
+    """Returns a data set in `data_dir` or on the Hub; see `open_corpus`.
+
+    Raises:
+        DataError: the name is unknown, a file cannot be used, or the Hub does not answer.
+    """
     if dataset not in CORPORA and Path(dataset).is_file():
         raise DataError(f"--dataset {dataset} is a file: give it with --data-file")
-    corpus = find_corpus(dataset, config, revision, text_column)
+    corpus = find_corpus(dataset, config, revision, column)
     if corpus is None:
         raise _unknown(dataset)
     directory = expand_home(data_dir) if data_dir is not None else default_data_dir()
     splits = local_corpus(dataset, corpus, directory, form) if config is None and revision is None else None
-    return _corpus(dataset, splits or hub_corpus(dataset, corpus, null_text), corpus.level)
+    return _corpus(dataset, splits or hub_corpus(dataset, corpus, form.nulls), corpus.level)
+
+
+def _check_sources(
+    dataset: str | None,
+    data_file: str | Path | None,
+    valid_file: str | Path | None,
+    test_file: str | Path | None,
+    text_column: str | None,
+    config: str | None,
+    revision: str | None,
+) -> None:
+    """Raises a DataError if arguments of `open_corpus` contradict each other."""
+    hub_version = config is not None or revision is not None
+    if data_file is not None:
+        if dataset is not None:
+            raise DataError(f"--dataset {dataset} and --data-file {data_file} exclude each other: remove one of them")
+        if hub_version:
+            raise DataError("--dataset-config and --dataset-revision cannot be used with --data-file: remove them")
+    elif valid_file is not None or test_file is not None:
+        raise DataError("--valid-file and --test-file need a --data-file for training: give --data-file too")
+    elif (dataset is None or dataset == EMBEDDED) and (hub_version or text_column is not None):
+        raise DataError(
+            "--dataset-config, --dataset-revision and --text-column cannot be used with the embedded corpus "
+            f"{EMBEDDED}: remove them, or give a --dataset on the Hub"
+        )
 
 
 def _unknown(name: str) -> DataError:

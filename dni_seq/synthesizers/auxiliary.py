@@ -31,12 +31,14 @@ class AuxiliaryTask(nn.Module):
     Args:
         example: a state of the model, such as `model.initial_state(1)`. Its values and its number of lanes do not matter.
         hidden: sizes of the hidden layers.
-        batch_dim: dimension of the lanes in the state's leaves, an int or a nest.
+        batch_dim: dimension of the lanes in the state's leaves, an int or a nest. Default: see `Packing`.
         decay: factor of the old value in the running mean of squared targets. The first 1 / (1 - decay) updates form a
             plain mean instead.
     """
 
-    def __init__(self, example: State, *, hidden: Sequence[int] = (256,), batch_dim: Any = 1, decay: float = 0.99) -> None:
+    def __init__(
+        self, example: State, *, hidden: Sequence[int] = (256,), batch_dim: Any = None, decay: float = 0.99
+    ) -> None:
         super().__init__()
         self.network = StateNetwork(example, 1, hidden=hidden, batch_dim=batch_dim)
         self.rms = RunningRMS(decay)

@@ -55,6 +55,36 @@ class Regression(NamedTuple):
     cosine: Tensor
 
 
+class Recommended(NamedTuple):
+    """What a synthesizer recommends to the trainer where the user leaves a setting open; the defaults are the general ones.
+
+    Attributes:
+        synthetic_scale: c, the share of the message that is injected.
+        discount: γ.
+        synthesizer_clip: largest norm of the synthesizer's gradient, infinite for no limit.
+        regress_every: number of windows from one computation of targets to the next, on average.
+    """
+
+    synthetic_scale: float = 0.1
+    discount: float = 0.9
+    synthesizer_clip: float = 1.0
+    regress_every: int = 1
+
+
+def recommended(synthesizer: nn.Module) -> Recommended:
+    """Returns the attribute `recommended` of a synthesizer, or of the one that it wraps, else the general defaults."""
+    own: Recommended | None = getattr(synthesizer, "recommended", None)
+    if own is not None:
+        return own
+    wrapped = getattr(synthesizer, "synthesizer", None)
+    return recommended(wrapped) if isinstance(wrapped, nn.Module) else Recommended()
+
+
+def supports_auto_scale(synthesizer: nn.Module) -> bool:
+    """Returns whether comparisons with exact gradients may set the injected share; not for messages that are exact."""
+    return bool(getattr(synthesizer, "supports_auto_scale", True))
+
+
 def predict(synthesizer: nn.Module, trigger: State, context: Any) -> list[State]:
     """Returns the messages of `synthesizer`, one for each horizon; a module without `predict` has one horizon."""
     by_horizon: Callable[[State, Any], list[State]] | None = getattr(synthesizer, "predict", None)

@@ -19,8 +19,17 @@ from torch.nn import functional as F
 from dni_seq.core import states
 from dni_seq.core.states import State
 from dni_seq.core.vjp import without_parameter_gradients
-from dni_seq.core.windows import Lookahead, Reduction, check_unreduced, next_steps, step_weight
-from dni_seq.synthesizers.base import Regression, predict, predict_and_train, regress, self_supervised
+from dni_seq.core.windows import Lookahead, Reduction, check_unreduced, next_steps
+from dni_seq.synthesizers.base import (
+    Recommended,
+    Regression,
+    predict,
+    predict_and_train,
+    recommended,
+    regress,
+    self_supervised,
+)
+from dni_seq.synthesizers.binding import StepWeight
 from dni_seq.synthesizers.target_rule import TargetRule
 
 
@@ -38,17 +47,18 @@ class ExactFuture(nn.Module):
         model: `model(inputs, state) -> (outputs, state)`. It is not registered as a submodule.
         loss_fn: `loss_fn(outputs, targets)`, unreduced losses [n, B].
         steps: n, the number of steps run.
-        window: T, the length of the trainer's windows. With the reduction "mean" each step weighs 1 / (T · B).
+        window: T, the length of the trainer's windows. With the reduction "mean" each step weighs 1 / (T · B). Default: the
+            trainer's, at its first window.
         reduction: the trainer's reduction, "mean", "lane-mean" or "sum". With "mean", the steps of a masked window weigh as
-            much as those of a full window.
+            much as those of a full window. Default: the trainer's; "mean" without a trainer.
         tail: a synthesizer with one horizon, for all steps after the n-th. None for no tail. In lanes whose sequence ends
             within the n steps its message is zero. A sequence that ends with the n-th step is recognised only if the
             lookahead has at least n + 1 steps.
-        batch_dim: dimension of the lanes in the state's leaves, an int or a nest. Used with a tail only.
+        batch_dim: dimension of the lanes in the state's leaves, an int or a nest. Used with a tail only. Default:
+            the trainer's; 1 without a trainer.
 
     Attributes:
         steps: the number of steps run.
-        window: the window length.
         tail: the tail, or None.
         self_supervised: True if the tail learns from the lookahead's inputs and targets; the trainer's targets then only
             measure its messages.
@@ -57,29 +67,50 @@ class ExactFuture(nn.Module):
         ValueError: `steps` or `window` is not positive, or the reduction is unknown.
     """
 
+    supports_auto_scale = False
+
     def __init__(
         self,
         model: nn.Module,
         loss_fn: Callable[[Any, Tensor], Tensor],
         *,
         steps: int,
-        window: int,
-        reduction: Reduction = "mean",
+        window: int | None = None,
+        reduction: Reduction | None = None,
         tail: nn.Module | None = None,
-        batch_dim: Any = 1,
+        batch_dim: Any = None,
     ) -> None:
         super().__init__()
         if steps < 1:
             raise ValueError(f"ExactFuture: steps must be positive, got {steps}")
-        step_weight(reduction, window, 1)  # raises if either is invalid
+        self.step_weight = StepWeight("ExactFuture", window, reduction)
         self._model = (model,)  # a tuple hides the model from nn.Module, which would register it
         self.loss_fn = loss_fn
         self.steps = steps
-        self.window = window
-        self.reduction = reduction
         self.tail = tail
-        self.batch_dim = batch_dim
+        self._given_dim = batch_dim
+        self.batch_dim = 1 if batch_dim is None else batch_dim
         self.self_supervised = tail is not None and self_supervised(tail)
+
+    def bind(self, *, window: int, reduction: Reduction | None, state_batch_dim: Any, state: State) -> None:
+        """Takes over the trainer's window length, reduction and lanes; see `dni_seq.synthesizers.binding.bind`.
+
+        Raises:
+            ValueError: another one was given at construction.
+        """
+        self.step_weight.bind(window, reduction)
+        if self._given_dim not in (None, state_batch_dim):
+            raise ValueError(
+                f"ExactFuture was built with batch_dim={self._given_dim!r}, but the trainer's state_batch_dim is "
+                f"{state_batch_dim!r}: leave batch_dim out"
+            )
+        self.batch_dim = state_batch_dim
+
+    @property
+    def recommended(self) -> Recommended:
+        """What it recommends to the trainer: the whole message, and for its tail what the tail recommends."""
+        of_tail = Recommended() if self.tail is None else recommended(self.tail)
+        return Recommended(1.0, 0.9, of_tail.synthesizer_clip, of_tail.regress_every)
 
     def predict(self, trigger: State, context: Any) -> list[State]:
         """Returns the exact gradient and, if there is a tail, the tail's own message at `trigger`.
@@ -193,4 +224,4 @@ class ExactFuture(nn.Module):
 
     def _reduce(self, losses: Tensor, lookahead: Lookahead) -> Tensor:
         check_unreduced(losses, lookahead)
-        return torch.where(lookahead.counts, losses, 0).sum() * step_weight(self.reduction, self.window, losses.shape[1])
+        return torch.where(lookahead.counts, losses, 0).sum() * self.step_weight(losses.shape[1])

@@ -15,20 +15,36 @@ Legend: B = lanes, S = numbers in one lane's packed state, m = lookahead in step
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from dni_seq.core import states
 from dni_seq.core.states import State
-from dni_seq.core.windows import Reduction, step_weight
-from dni_seq.synthesizers.base import Regression
+from dni_seq.core.windows import Reduction
+from dni_seq.synthesizers.base import Recommended, Regression
+from dni_seq.synthesizers.binding import StepWeight
+from dni_seq.synthesizers.for_model import HORIZONS, example_state, future_for, lstm_cells
 from dni_seq.synthesizers.future_model import FutureModel
 from dni_seq.synthesizers.packed import Outputs, PackedSynthesizer
 from dni_seq.synthesizers.packing import Packing
 from dni_seq.synthesizers.state_mlp import StateTrunk
 from dni_seq.synthesizers.target_rule import TargetRule, increments
+
+MEASURE_EVERY = 100
+"""Windows between two targets of a self-supervised synthesizer. Its targets only measure the messages."""
+
+
+MESSAGE_LIMIT = 10.0
+"""Default of `limit` in `FutureGradient.for_model`."""
+
+
+def default_scale(horizons: int) -> float:
+    """Returns the default c for K = `horizons`, min(1, 2 / K): with K = 4, c = 0.5 was better than 1."""
+    return min(1.0, HORIZONS / horizons)
 
 
 class ClampCache(NamedTuple):
@@ -67,15 +83,16 @@ class FutureGradient(PackedSynthesizer):
     Args:
         example: a state of the model, such as `model.initial_state(1)`. Its values and its number of lanes do not matter.
         future: function `S -> FutureModel` with m steps and K parts, where S is the width of a lane's packed state.
-        window: T, the length of the trainer's windows. With the reduction "mean" w = 1 / (T · B).
+        window: T, the length of the trainer's windows. With the reduction "mean" w = 1 / (T · B). Default: the trainer's, at
+            its first window.
         reduction: the trainer's reduction, "mean", "lane-mean" or "sum". With "mean", the steps of a masked window weigh as
-            much as those of a full window.
+            much as those of a full window. Default: the trainer's; "mean" without a trainer.
         cells: which leaves are LSTM cell states, such as `LSTM_CELLS`. False for none.
         decay: factor of the old value in the running mean of squared targets. The first 1 / (1 - decay) updates form a
             plain mean instead.
         limit: the largest absolute value in a message, in units of the running root mean square of its targets. None for
             no limit; before the first target there is no limit either.
-        batch_dim: dimension of the lanes in the state's leaves, an int or a nest.
+        batch_dim: dimension of the lanes in the state's leaves, an int or a nest. Default: see `Packing`.
 
     Attributes:
         limit: the argument; it may be set at any time.
@@ -93,19 +110,79 @@ class FutureGradient(PackedSynthesizer):
         example: State,
         future: Callable[[int], FutureModel],
         *,
-        window: int,
-        reduction: Reduction = "mean",
+        window: int | None = None,
+        reduction: Reduction | None = None,
         cells: Any = False,
         decay: float = 0.99,
         limit: float | None = None,
-        batch_dim: Any = 1,
+        batch_dim: Any = None,
     ) -> None:
         model = future(Packing(example, batch_dim).size)
         trunk = StateTrunk(example, model.parts, hidden=(), batch_dim=batch_dim, future=lambda _: model)
         super().__init__(trunk, example, cells, decay, limit)
-        self.window, self.reduction = window, reduction
+        self.step_weight = StepWeight("FutureGradient", window, reduction)
         self._clamp_cache: ClampCache | None = None
-        step_weight(reduction, window, 1)  # raises if either is invalid
+
+    @classmethod
+    def for_model(
+        cls,
+        model: nn.Module,
+        loss_fn: Callable[[Any, Tensor], Tensor],
+        *,
+        example_inputs: Tensor,
+        vocabulary: int | None = None,
+        outputs: int | None = None,
+        horizons: int | None = None,
+        classes: int = 500,
+        units: int = 256,
+        cells: Any = None,
+        state: State | None = None,
+    ) -> FutureGradient:
+        """Builds the recommended synthesizer for a model: one message for each of the next K windows.
+
+        The future model has an embedding of its own. Give windows a lookahead of `lookahead` = K T steps.
+
+        Args:
+            model: `model(inputs, state) -> (outputs, state)`.
+            loss_fn: `loss_fn(outputs, targets)`, unreduced losses [T, B].
+            example_inputs: [T, B, ...], the inputs of one window; the values do not matter. T is read from it.
+            vocabulary: V, if inputs and targets are token ids and the outputs are logits [T, B, V].
+            outputs: Q, if inputs are vectors [T, B, E] and the outputs are [T, B, Q].
+            horizons: K. Default: max(2, 4 / T), rounded up; 1 if the vocabulary exceeds `classes`, as for words.
+            classes: number of tokens that the future model distinguishes; ids from classes - 1 on share one class.
+            units: hidden units of the future model.
+            cells: see `FutureGradient`. Default: `LSTM_CELLS` for a model with an LSTM of PyTorch whose state is a pair.
+            state: an example of the model's state. Default: `model.initial_state(1)`, or the state after `model` has run on
+                one lane of `example_inputs` from None.
+
+        Raises:
+            ValueError: not exactly one of `vocabulary` and `outputs` is given, or `example_inputs` does not fit it.
+        """
+        future = future_for(loss_fn, example_inputs, vocabulary, outputs, horizons, classes, units)
+        example = example_state(model, example_inputs) if state is None else state
+        marks = lstm_cells(model, example) if cells is None else cells
+        found = cls(example, future, window=len(example_inputs), cells=marks, limit=MESSAGE_LIMIT)
+        leaf = states.floating(example)[0]
+        return found.to(leaf.device, states.to_float32(leaf).dtype)
+
+    def bind(self, *, window: int, reduction: Reduction | None, state_batch_dim: Any, state: State) -> None:
+        """Takes over the trainer's window length and reduction; see `dni_seq.synthesizers.binding.bind`."""
+        super().bind(window=window, reduction=reduction, state_batch_dim=state_batch_dim, state=state)
+        self.step_weight.bind(window, reduction)
+
+    @property
+    def lookahead(self) -> int:
+        """m, the number of steps that `dni_seq.with_lookahead` must attach to each window."""
+        return self.model.steps
+
+    @property
+    def recommended(self) -> Recommended:
+        """What this synthesizer recommends to the trainer.
+
+        c is 1 for up to 2 horizons and 2 / K for more, so that more horizons do not weigh more in all. Targets only measure,
+        so they are computed at one window in 100. Gradients of a loss need no limit.
+        """
+        return Recommended(default_scale(self.network.horizons), 1.0, math.inf, MEASURE_EVERY)
 
     @property
     def model(self) -> FutureModel:
@@ -165,8 +242,8 @@ class FutureGradient(PackedSynthesizer):
 
     def _weighted(self, found: Tensor, gate: Tensor, of: int) -> Outputs:
         """Returns messages, given the gradients [K, B, S] of (summed losses) / `of` with respect to bounded states."""
-        ranks = 1 if self.across_ranks is None or self.reduction == "sum" else self.across_ranks.size
-        weight = of * step_weight(self.reduction, self.window, len(gate) * ranks)
+        ranks = 1 if self.across_ranks is None or self.step_weight.reduction == "sum" else self.across_ranks.size
+        weight = of * self.step_weight(len(gate) * ranks)
         return Outputs((found * (weight * gate)).transpose(0, 1), None, None)
 
     def _unpacked(self, outputs: Outputs, trigger: State) -> list[State]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from dni_seq.core.states import State
 from dni_seq.core.windows import Lookahead
+from dni_seq.synthesizers.base import Recommended
 from dni_seq.synthesizers.mlp import BasicSynthesizer
 
 
@@ -62,6 +63,9 @@ class Jaderberg2017Synthesizer(nn.Module):
         encoder: module from the context to [B, E] with an attribute `features` = E. None for no context.
         horizons: number of messages.
     """
+
+    recommended = Recommended(synthetic_scale=0.1, discount=0.1)
+    """What the paper uses."""
 
     def __init__(self, width: int, *, hidden: int, encoder: nn.Module | None = None, horizons: int = 1) -> None:
         super().__init__()

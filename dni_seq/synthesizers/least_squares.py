@@ -42,7 +42,7 @@ class LeastSquaresHeads(PackedSynthesizer):
         limit: the largest absolute value in a message, in units of the running root mean square of its targets. None for
             no limit.
         hidden: sizes of the trunk's hidden layers. Default: (256,). Empty for none; F then grows with the lookahead.
-        batch_dim: dimension of the lanes in the state's leaves, an int or a nest. Default: 1.
+        batch_dim: dimension of the lanes in the state's leaves, an int or a nest. Default: see `Packing`.
         encoder: module that encodes the context, such as `LookaheadEncoder`. Default: None, for no context.
         future: function `S -> FutureModel`, where S is the width of a lane's packed state; its features are added to the
             trunk's. Default: None.

@@ -17,9 +17,11 @@ from torch import Tensor, nn
 from dni_seq.core import states
 from dni_seq.core.states import State
 from dni_seq.synthesizers.base import (
+    Recommended,
     Regression,
     predict,
     predict_and_train,
+    recommended,
     regress,
     self_supervised,
 )
@@ -72,6 +74,11 @@ class Horizons(nn.Module):
         self.heads = heads
         self.self_supervised = self_supervised(heads)
         self.register_buffer("draws", torch.zeros((), dtype=torch.int64))
+
+    @property
+    def recommended(self) -> Recommended:
+        """What the heads recommend to the trainer."""
+        return recommended(self.heads)
 
     def predict(self, trigger: State, context: Any) -> list[State]:
         """Returns the messages for horizons 1 to K, then the tail's if there is one, each with the trigger's structure.

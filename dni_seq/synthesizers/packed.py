@@ -12,11 +12,13 @@ from torch import Tensor, nn
 
 from dni_seq.core import states
 from dni_seq.core.states import State
+from dni_seq.core.windows import Reduction
 from dni_seq.synthesizers.base import (
     Collective,
     Regression,
     check_like,
 )
+from dni_seq.synthesizers.binding import check_dtype
 from dni_seq.synthesizers.normalization import Normalized, checked_limit, limited
 from dni_seq.synthesizers.packing import Packing
 from dni_seq.synthesizers.state_mlp import StateTrunk
@@ -74,6 +76,10 @@ class PackedSynthesizer(nn.Module):
         zeros = states.to_float32(states.floating(example)[0]).new_zeros  # the dtype in which states arrive
         self.register_buffer("mean_square", zeros(network.horizons, len(self.packing.lengths)))
         self.register_buffer("counts", zeros(network.horizons, 1))
+
+    def bind(self, *, window: int, reduction: Reduction | None, state_batch_dim: Any, state: State) -> None:
+        """Checks the dtype of the trainer's states; see `dni_seq.synthesizers.binding.bind`."""
+        check_dtype(self, state)
 
     @property
     def packing(self) -> Packing:

@@ -23,20 +23,28 @@ class Packing(nn.Module):
 
     Args:
         example: a state with leaves [L, B, H] or [B, H]; only structure and shapes are used, except B.
-        batch_dim: dimension of the lanes in the state's leaves, an int or a nest.
+        batch_dim: dimension of the lanes in the state's leaves, an int or a nest. Default: 1 in leaves [L, B, H], 0 in
+            leaves [B, H].
 
     Attributes:
         size: the width of a lane's packed state.
         segment: buffer [S], the segment of each number, 0 to G - 1.
         lengths: buffer [G], the number of elements of each segment.
+
+    Raises:
+        ValueError: a leaf has another number of dimensions than 2 or 3, and `batch_dim` is not given.
     """
 
     segment: Tensor
     lengths: Tensor
 
-    def __init__(self, example: State, batch_dim: Any = 1) -> None:
+    def __init__(self, example: State, batch_dim: Any = None) -> None:
         super().__init__()
-        dims = states.broadcast_to_leaves(batch_dim, example, "batch_dim")
+        if batch_dim is None:
+            dims = [usual_lane_dim(leaf) for leaf in states.flatten(example)]
+        else:
+            dims = states.broadcast_to_leaves(batch_dim, example, "batch_dim")
+        self._leaves = [states.is_floating(leaf) for leaf in states.flatten(example)]
         floating = [(leaf, d) for leaf, d in zip(states.flatten(example), dims, strict=True) if states.is_floating(leaf)]
         self._dims = [d % leaf.dim() for leaf, d in floating]
         self._shapes = [leaf.movedim(d, 0).shape[1:] for leaf, d in floating]
@@ -48,6 +56,31 @@ class Packing(nn.Module):
         self.register_buffer("lengths", torch.tensor(lengths), persistent=False)
         numbers = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
         self.register_buffer("segment", numbers, persistent=False)
+
+    def bind(self, *, window: int, reduction: str | None, state_batch_dim: Any, state: State) -> None:
+        """Checks the lanes' dimensions and the sizes against the trainer's; see `dni_seq.synthesizers.binding.bind`.
+
+        Raises:
+            ValueError: the trainer's states have their lanes elsewhere, or have other sizes.
+        """
+        dims = [state_batch_dim] * len(self._leaves)
+        if isinstance(state_batch_dim, (tuple, list, dict)):
+            dims = states.flatten(state_batch_dim)
+        shapes = iter(self._shapes)
+        found = [d % (len(next(shapes)) + 1) for d, there in zip(dims, self._leaves, strict=True) if there]
+        if found != self._dims:
+            raise ValueError(
+                f"the synthesizer was built for states with lanes along the dimensions {self._dims}, the trainer's "
+                f"state_batch_dim says {found}: pass batch_dim={state_batch_dim!r} to the synthesizer, or correct "
+                "state_batch_dim"
+            )
+        sizes = [list(leaf.movedim(d, 0).shape[1:]) for leaf, d in zip(states.floating(state), found, strict=True)]
+        expected = [list(shape) for shape in self._shapes]
+        if sizes != expected:
+            raise ValueError(
+                f"the synthesizer was built for a state whose leaves have the sizes {expected} in each lane, this model's "
+                f"have {sizes}: build it from a state of this model"
+            )
 
     def pack(self, leaves: Sequence[Tensor]) -> Tensor:
         """Returns a state's floating-point leaves concatenated, [B, S]."""
@@ -71,3 +104,14 @@ class Packing(nn.Module):
         """Returns the mean of `values` [N, S] over each segment, [N, G]."""
         sums = values.new_zeros(len(values), len(self.lengths)).index_add_(1, self.segment, values)
         return sums / self.lengths
+
+
+def usual_lane_dim(leaf: Any) -> int:
+    """Returns the lanes' dimension in a leaf of PyTorch's recurrent modules: 1 in [L, B, H], 0 in [B, H].
+
+    Raises:
+        ValueError: a floating-point leaf has another number of dimensions.
+    """
+    if states.is_floating(leaf) and leaf.dim() not in (2, 3):
+        raise ValueError(f"a state's leaf has shape {tuple(leaf.shape)}: pass batch_dim, the dimension of its lanes")
+    return 1 if isinstance(leaf, Tensor) and leaf.dim() == 3 else 0

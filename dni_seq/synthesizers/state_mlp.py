@@ -27,7 +27,7 @@ class StateTrunk(nn.Module):
         example: a state with leaves [L, B, H] or [B, H]; only structure and shapes are used, except B.
         horizons: N, number of messages.
         hidden: sizes of the hidden layers, with GELU after each. Empty for none.
-        batch_dim: dimension of the lanes in the state's leaves, an int or a nest.
+        batch_dim: dimension of the lanes in the state's leaves, an int or a nest. Default: see `Packing`.
         encoder: module from a context to [B, E] with an attribute `features` = E. None for no encoded context.
         future: function that makes a `FutureModel` from S; its features are concatenated to those of the hidden layers.
             None for no future model.
@@ -48,7 +48,7 @@ class StateTrunk(nn.Module):
         horizons: int = 1,
         *,
         hidden: Sequence[int] = (256,),
-        batch_dim: Any = 1,
+        batch_dim: Any = None,
         encoder: nn.Module | None = None,
         future: Callable[[int], FutureModel] | None = None,
     ) -> None:

@@ -16,7 +16,7 @@ from dni_seq.synthesizers.mlp import zero_
 from dni_seq.synthesizers.target_rule import increments
 from tests import problems, reference
 from tests.credit.trainers import KINDS, T, make_trainer, steps, windows_of
-from tests.training import LANES, assert_same, trainer_initial
+from tests.training import LANES, assert_same, sequence_trainer, trainer_initial
 
 
 @pytest.mark.parametrize("name", ["lstm", "odd-nest"])
@@ -69,7 +69,7 @@ def test_ended_lanes_send_and_receive_nothing_from_later_windows(kind):
     ends = {k: list(range(LANES)) for k in range(10)}
     windows = windows_of(30, ends)
     trainer = make_trainer(model, kind)
-    reset = dni.SequenceTrainer(
+    reset = sequence_trainer(
         plain, torch.optim.Adam(plain.parameters(), 1e-2), problems.mean, initial_state=lambda lanes: trainer_initial(plain)
     )
     for window in windows:
@@ -117,7 +117,7 @@ class Fixed(nn.Module):
 @pytest.mark.parametrize("useful", [True, False])
 def test_automatic_scale_trusts_true_messages_alone(useful):
     model = problems.make_model("lstm")
-    trainer = dni.SequenceTrainer(
+    trainer = sequence_trainer(
         model,
         problems.frozen(model),
         problems.mean,
@@ -160,7 +160,7 @@ def told_targets(weight, later=None, ends=None, **settings):
     """The targets of a frozen RNN's 8 windows, for messages weight · s, or `later` · s once the trainer is made."""
     model = problems.make_model("lstm")
     told = Told(weight)
-    trainer = dni.SequenceTrainer(
+    trainer = sequence_trainer(
         model,
         problems.frozen(model),
         problems.summed,
@@ -239,7 +239,7 @@ def test_auxiliary_task_trains_the_rnn_through_the_windows_first_step(name):
             return states.map_floating(lambda t: 2 * torch.ones_like(t), trigger)
 
     def gradients(weight):
-        trainer = dni.SequenceTrainer(
+        trainer = sequence_trainer(
             model,
             problems.frozen(model),
             problems.mean,
@@ -274,7 +274,7 @@ def test_auxiliary_task_is_saved_with_the_trainer():
     other.load_state_dict(trainer.state_dict())
     assert_same(dict(other_task.named_parameters()), dict(task.named_parameters()), rtol=0, atol=0)
     with pytest.raises(ValueError, match="synthesizer"):
-        dni.SequenceTrainer(model, problems.frozen(model), problems.mean, auxiliary=task)
+        sequence_trainer(model, problems.frozen(model), problems.mean, auxiliary=task)
 
 
 def test_regressions_can_be_thinned_out_without_thinning_messages():
@@ -282,7 +282,7 @@ def test_regressions_can_be_thinned_out_without_thinning_messages():
     text = problems.tokens(1200, 3)
     model = problems.make_model("gru")
     synthesizer = dni.StateSynthesizer(torch.zeros(1, 3, 5), hidden=(4,)).double()
-    trainer = dni.SequenceTrainer(
+    trainer = sequence_trainer(
         model, problems.frozen(model), problems.mean, synthesizer=synthesizer, synthetic_scale=1.0, regress_every=3
     )
     learned, injected = [], []
@@ -307,7 +307,7 @@ def test_a_window_that_trains_one_horizon_skips_injection():
     for parameter in heads.parameters():
         nn.init.normal_(parameter, std=0.3)
     seen = []
-    trainer = dni.SequenceTrainer(
+    trainer = sequence_trainer(
         model,
         problems.frozen(model),
         problems.mean,
@@ -329,6 +329,7 @@ def test_a_window_that_trains_one_horizon_skips_injection():
         leaves = [leaf.clone().requires_grad_() for leaf in start]
         problems.mean(model(window.inputs, tuple(leaves))[0], window.targets).backward()
         plain = problems.gradients(model)
+        model.zero_grad()
         if seen:
             quiet += 1
             assert_same(found, plain, rtol=1e-10, atol=1e-14)
@@ -402,7 +403,7 @@ def test_the_auxiliary_task_learns_at_every_window(kind):
     synthesizer = exact if kind == "exact" else dni.StateSynthesizer(trainer_initial(model), hidden=(8,)).double()
     if kind != "exact":
         nn.init.normal_(synthesizer.network.heads.weight, std=0.1)
-    trainer = dni.SequenceTrainer(
+    trainer = sequence_trainer(
         model,
         torch.optim.Adam(model.parameters(), 1e-3),
         problems.mean,
@@ -454,7 +455,7 @@ def test_states_in_half_precision_are_compared_and_replayed(kind, settings):
     model = HalfState()
     basic = dni.Normalized(dni.BasicSynthesizer(5, n_hidden=1))
     synthesizer = basic if kind == "basic" else dni.StateSynthesizer(model.initial_state(1).bfloat16(), hidden=(8,))
-    trainer = dni.SequenceTrainer(
+    trainer = sequence_trainer(
         model,
         torch.optim.Adam(model.parameters(), 1e-2),
         problems.unreduced,
@@ -465,7 +466,7 @@ def test_states_in_half_precision_are_compared_and_replayed(kind, settings):
     results = steps(trainer, list(problems.cut(problems.tokens(3 * 12, LANES), T)))
     assert trainer.state.dtype == torch.bfloat16
     assert results[-1].loss.isfinite()
-    assert trainer.credit.skipped == 0
+    assert trainer.credit.monitor.total == 0
     assert results[-1].synthetic.r2.isfinite().all() or settings.get("targets") == "lambda"
 
 
@@ -492,9 +493,7 @@ def test_what_is_run_again_leaves_the_models_buffers(kind):
     exact = dni.ExactFuture(model, problems.unreduced, steps=2, window=T)
     synthesizer = exact if kind == "exact" else dni.StateSynthesizer(example, hidden=(8,)).double()
     optimizer = torch.optim.Adam(model.parameters(), 1e-2)
-    trainer = dni.SequenceTrainer(
-        model, optimizer, problems.mean, synthesizer=synthesizer, initial_state=example, **settings
-    )
+    trainer = sequence_trainer(model, optimizer, problems.mean, synthesizer=synthesizer, initial_state=example, **settings)
     kept = model.runs
     for window in windows_of(3 * 12):
         trainer.step(window.inputs, window.targets, lookahead=window.lookahead if kind == "exact" else None)
@@ -508,7 +507,7 @@ def test_an_exact_gradient_is_sent_at_every_window(every):
 
     def losses(regress_every):
         model = problems.make_model("lstm")
-        trainer = dni.SequenceTrainer(
+        trainer = sequence_trainer(
             model,
             torch.optim.Adam(model.parameters(), 1e-2),
             problems.mean,
@@ -525,7 +524,7 @@ def test_lambda_targets_of_nothing_to_train_are_refused():
     model = problems.make_model("lstm")
     exact = dni.ExactFuture(model, problems.unreduced, steps=2, window=T)
     with pytest.raises(ValueError, match="needs a synthesizer with trainable parameters"):
-        dni.SequenceTrainer(model, problems.frozen(model), problems.mean, synthesizer=exact, targets="lambda")
+        sequence_trainer(model, problems.frozen(model), problems.mean, synthesizer=exact, targets="lambda")
 
 
 def test_a_synthesizer_that_is_frozen_later_keeps_no_windows():
@@ -569,13 +568,13 @@ def test_a_synthesizer_that_is_reset_keeps_nothing_of_the_old_one(kind):
         for parameter in trainer.credit.synthesizer.parameters():
             parameter.fill_(float("nan"))
     steps(trainer, windows[9:])  # the last of them begins a comparison, and fills the ring by a quarter
-    assert trainer.credit.resets == 1
+    assert trainer.credit.monitor.resets == 1
     found = trainer.credit.state_dict()
     assert_same(trainer.credit.synthesizer.state_dict(), fresh, rtol=0, atol=0)
     assert_same(found["target_network"], fresh, rtol=0, atol=0)
     assert not trainer.credit.optimizer.state
     assert not any(found["running"].values())
-    for name in ("ring", "probe_windows", "probe_messages", *trainer.credit._reliability.state_dict()):
+    for name in ("ring", "probe_windows", "probe_messages", *trainer.credit._auto_scale.state_dict()):
         assert str(found[name]) == str(first[name]), name
 
 
@@ -597,7 +596,7 @@ def test_an_automatic_scale_of_an_exact_gradient_is_refused():
     model = problems.make_model("lstm")
     exact = dni.ExactFuture(model, problems.unreduced, steps=2, window=T)
     with pytest.raises(ValueError, match='ExactFuture rejects synthetic_scale="auto"'):
-        dni.SequenceTrainer(
+        sequence_trainer(
             model, problems.frozen(model), problems.mean, synthesizer=exact, synthetic_scale="auto", fidelity_every=3
         )
 
@@ -606,7 +605,7 @@ def test_a_target_network_beside_an_exact_future_copies_the_tail_alone():
     model = problems.make_model("lstm")
     tail = dni.StateSynthesizer(trainer_initial(model), hidden=(8,)).double()
     exact = dni.ExactFuture(model, problems.unreduced, steps=2, window=T, tail=tail)
-    trainer = dni.SequenceTrainer(model, problems.frozen(model), problems.mean, synthesizer=exact, target_network=2)
+    trainer = sequence_trainer(model, problems.frozen(model), problems.mean, synthesizer=exact, target_network=2)
     copied = next(module for module in trainer.credit.modules if isinstance(module, dni.ExactFuture) and module is not exact)
     assert copied.tail is not tail
     assert copied._model[0] is model

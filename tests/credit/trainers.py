@@ -8,7 +8,7 @@ from torch import nn
 import dni_seq as dni
 from dni_seq.synthesizers.multi_horizon import Horizons
 from tests import problems
-from tests.training import LANES, trainer_initial
+from tests.training import LANES, sequence_trainer, trainer_initial
 
 T = 3
 
@@ -39,7 +39,7 @@ def make_trainer(model, kind, lr=1e-2, synthesizer_lr=1e-2, **settings):
     else:
         synthesizer = dni.StateSynthesizer(trainer_initial(model), **common)
     synthesizer.double()
-    return dni.SequenceTrainer(
+    return sequence_trainer(
         model,
         torch.optim.Adam(model.parameters(), lr),
         problems.mean,
@@ -65,7 +65,7 @@ def future_gradient(model, horizons=1, **settings):
         return dni.FutureModel(size, T, inputs=embedding, loss_fn=problems.unreduced, parts=horizons, **sizes)
 
     common = {"cells": model.cells, "batch_dim": model.state_batch_dim, "limit": 10.0}
-    heads = dni.FutureGradient(trainer_initial(model), future, window=T // horizons, **common | settings)
+    heads = dni.FutureGradient(trainer_initial(model), future, **common | settings)
     return Horizons(heads, horizons=horizons).double()
 
 

@@ -15,6 +15,7 @@ from dni_seq.distributed.process_group import Ranks
 from dni_seq.synthesizers.jaderberg2017 import Jaderberg2017Synthesizer
 from dni_seq.synthesizers.least_squares import LeastSquaresHeads
 from dni_seq.synthesizers.multi_horizon import Horizons
+from tests.training import sequence_trainer
 
 LANES, STEPS, WIDTH = 4, 3, 5
 WINDOWS = 16
@@ -141,7 +142,7 @@ def trainer_of(case: str, parallel: DataParallel | None, reduction: str = "mean"
         for parameter in options["synthesizer"].parameters():  # from the start on there are messages
             parameter.data += 0.1 * torch.randn_like(parameter)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-    return dni.SequenceTrainer(model, optimizer, losses, clip=0.5, parallel=parallel, reduction=reduction, **options)
+    return sequence_trainer(model, optimizer, losses, clip=0.5, parallel=parallel, reduction=reduction, **options)
 
 
 ROWS = ("loss", "norm", "skipped", "r2", "regression", "scale")
@@ -356,6 +357,6 @@ def test_a_wrapped_model_is_refused(tmp_path):
     try:
         wrapped = nn.parallel.DistributedDataParallel(Net())
         with pytest.raises(ValueError, match="reduces gradients itself"):
-            dni.SequenceTrainer(wrapped, torch.optim.SGD(wrapped.parameters(), 0.1), losses)
+            sequence_trainer(wrapped, torch.optim.SGD(wrapped.parameters(), 0.1), losses)
     finally:
         torch.distributed.destroy_process_group()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import threading
 import weakref
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -766,3 +767,27 @@ def test_a_batch_norm_network_with_a_full_unlock_trains_and_evaluates_its_real_p
     modules.eval()
     error = (part_b(interface(part_a(x), x)).argmax(1) != y).double().mean()
     assert error < 0.1
+
+
+@pytest.mark.parametrize("scoped", [True, False])
+@pytest.mark.parametrize("attached", [True, False])
+def test_an_attached_trigger_hands_the_true_gradient_on(scoped, attached):
+    """A decoder that starts from an encoder's state: the encoder learns as it does without the interface."""
+    torch.manual_seed(0)
+    encoder, decoder = nn.Linear(3, WIDTH).double(), nn.GRU(2, WIDTH).double()
+    before, inputs = torch.randn(1, 4, 3).double(), torch.randn(5, 4, 2).double()
+    interface = dni.BackwardInterface(synthesizer())
+
+    def loss(state):
+        return decoder(inputs, state)[0].square().mean()
+
+    expected = torch.autograd.grad(loss(torch.tanh(encoder(before))), list(encoder.parameters()))
+    with dni.defer_backward() if scoped else nullcontext():
+        found = loss(interface.make_trigger(torch.tanh(encoder(before)), attached=attached))
+        dni.backward(found) if scoped else found.backward()
+    if attached:
+        for parameter, gradient in zip(encoder.parameters(), expected, strict=True):
+            torch.testing.assert_close(parameter.grad, gradient)
+    else:
+        assert all(parameter.grad is None for parameter in encoder.parameters())
+    assert any(parameter.grad is not None and parameter.grad.any() for parameter in interface.parameters())

@@ -291,7 +291,7 @@ def test_the_exact_future_makes_windows_full_bptt(name, cell):
     windows = [in_double(w) for w in dni.with_lookahead(cut(generate(name), 3), 12)]
     assert len(windows[-1].inputs) < 3
     exact = dni.ExactFuture(model, task.losses, steps=12, window=3, reduction="lane-mean")
-    settings = {"synthetic_scale": 1.0, "discount": 1.0, "reduction": "lane-mean"}
+    settings = {"config": dni.SyntheticGradientConfig(1.0, discount=1.0), "reduction": "lane-mean"}
     trainer = dni.SequenceTrainer(model, problems.frozen(model), task.losses, synthesizer=exact, **settings)
     plain = dni.SequenceTrainer(model, problems.frozen(model), task.losses, reduction="lane-mean")
     summed = {which: {n: torch.zeros_like(p) for n, p in model.named_parameters()} for which in ("exact", "plain")}

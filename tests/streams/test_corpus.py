@@ -122,6 +122,8 @@ def test_options_that_contradict_are_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "own.txt", "a\n" * 100)
     with pytest.raises(DataError, match="exclude each other"):
         open_corpus("ptb", data_file=path)
+    with pytest.raises(DataError, match="cannot be used with --data-file"):
+        open_corpus(data_file=path, revision="main")
     with pytest.raises(DataError, match="give --data-file too"):
         open_corpus(valid_file=path)
     with pytest.raises(DataError, match="cannot be used with the embedded corpus pydoc"):

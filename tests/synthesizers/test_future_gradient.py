@@ -13,14 +13,14 @@ from dni_seq.core import states
 from dni_seq.synthesizers.base import predict, regress
 from tests import problems, reference
 from tests.credit.trainers import T, future_gradient, make_trainer, steps, windows_of
-from tests.training import LANES, trainer_initial
+from tests.training import LANES, sequence_trainer, trainer_initial
 
 
 def prepared(name="lstm", horizons=1, **settings):
     """A synthesizer with something to say, a state of its model and what lies ahead of it, lanes that end among it."""
     torch.manual_seed(0)
     model = problems.make_model(name)
-    synthesizer = future_gradient(model, horizons, **settings)
+    synthesizer = future_gradient(model, horizons, window=T // horizons, **settings)
     for layer in (synthesizer.heads.model.output, *synthesizer.heads.model.from_state):
         nn.init.normal_(layer.weight)
     state = states.map_floating(torch.randn_like, trainer_initial(model))
@@ -197,7 +197,7 @@ def test_switched_off_it_learns_nothing():
     trainer = make_trainer(problems.make_model("lstm"), "future-gradient")
     windows = windows_of(30)
     steps(trainer, windows[:3])
-    trainer.credit.disabled = True
+    trainer.credit.monitor.disabled = True
     before = copy.deepcopy(trainer.credit.synthesizer.state_dict())
     steps(trainer, windows[3:])
     assert all(torch.equal(value, before[key]) for key, value in trainer.credit.synthesizer.state_dict().items())
@@ -215,7 +215,7 @@ def test_unsupported_cases_are_reported():
     model = problems.make_model("lstm")
     with pytest.raises(ValueError, match="steps must be a multiple of parts, got 3 steps and 2 parts"):
         future_gradient(model, 2)
-    with pytest.raises(ValueError, match="reduction one of"):
+    with pytest.raises(ValueError, match="reduction must be one of"):
         future_gradient(model, reduction="median")
     with pytest.raises(ValueError, match="self-supervised synthesizer"):
         make_trainer(model, "future-gradient", targets="lambda")
@@ -225,7 +225,7 @@ def left_by(synthesizer, updates=400):
     """The error that training leaves on recalling a bit over one window of one step, which truncated BPTT cannot learn."""
     torch.manual_seed(1)
     model = Recall()
-    trainer = dni.SequenceTrainer(
+    trainer = sequence_trainer(
         model,
         torch.optim.Adam(model.parameters(), 1e-2),
         recall_loss,

@@ -9,7 +9,7 @@ from torch import nn
 import dni_seq as dni
 from dni_seq.synthesizers.multi_horizon import Horizons
 from tests import problems, reference
-from tests.training import LANES, trainer_initial
+from tests.training import LANES, sequence_trainer, trainer_initial
 
 SIZE, STEPS, WIDTH = 9, 6, 4
 
@@ -133,7 +133,7 @@ def share_explained(future):
         encoder=encoder,
         future=make_future if future else None,
     )
-    trainer = dni.SequenceTrainer(
+    trainer = sequence_trainer(
         model,
         problems.frozen(model),
         problems.mean,

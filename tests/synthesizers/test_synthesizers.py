@@ -19,7 +19,7 @@ from dni_seq.synthesizers.state_mlp import StateNetwork
 from dni_seq.synthesizers.target_rule import increments
 from tests import problems, reference
 from tests.nests import assert_same as assert_same_nest
-from tests.training import CLOSE, LANES, assert_same, run, summed_gradients, trainer_initial
+from tests.training import CLOSE, LANES, assert_same, run, sequence_trainer, summed_gradients, trainer_initial
 
 STEPS, T = 12, 3
 
@@ -63,7 +63,7 @@ def test_partial_sums_of_exact_heads_are_exact_gradients(name):
     model = problems.make_model(name)
     windows = list(problems.cut(text, T, {1: [2]}))
     heads = ExactHeads(model, horizons=3, tail=True)
-    trainer = dni.SequenceTrainer(
+    trainer = sequence_trainer(
         model,
         problems.frozen(model),
         problems.summed,
@@ -109,7 +109,7 @@ def multi_horizon(model, **settings):
 
 def train(model, synthesizer, text, **settings):
     """The trainer after one pass over `text`, frozen RNN, learning synthesizer."""
-    trainer = dni.SequenceTrainer(
+    trainer = sequence_trainer(
         model,
         problems.frozen(model),
         problems.mean,
@@ -164,7 +164,7 @@ def test_messages_start_at_exactly_zero_and_are_truncated_bptt():
         plain, problems.mean, problems.frozen(plain), problems.cut(text, T), trainer_initial(plain)
     )
     synthesizer = multi_horizon(model, horizons=2, tail=True)
-    trainer = dni.SequenceTrainer(
+    trainer = sequence_trainer(
         model,
         problems.frozen(model),
         problems.mean,
@@ -185,7 +185,7 @@ def test_exact_future_is_the_oracle(name, ends):
     windows = list(problems.cut(text, 5, ends))
     exact = dni.ExactFuture(model, problems.unreduced, steps=STEPS, window=5, reduction="sum")
     assert not list(exact.parameters())
-    trainer = dni.SequenceTrainer(
+    trainer = sequence_trainer(
         model,
         problems.frozen(model),
         problems.summed,
@@ -208,7 +208,7 @@ def test_exact_steps_with_an_exact_tail_are_full_bptt():
     exact = dni.ExactFuture(
         model, problems.unreduced, steps=2, window=T, reduction="sum", tail=reference.Oracle(model, problems.unreduced)
     )
-    trainer = dni.SequenceTrainer(
+    trainer = sequence_trainer(
         model, problems.frozen(model), problems.summed, synthesizer=exact, synthetic_scale=1.0, discount=1.0
     )
     found = summed_gradients(run(trainer, dni.with_lookahead(windows, STEPS)))
@@ -462,7 +462,7 @@ def test_least_squares_heads_resume_exactly_from_what_was_saved():
         model = problems.make_model("lstm")
         encoder = dni.LookaheadEncoder(2, nn.Embedding(problems.VOCABULARY, 4), nn.Embedding(problems.VOCABULARY, 4))
         heads = LeastSquaresHeads(trainer_initial(model), 1, cells=model.cells, hidden=(16,), encoder=encoder).double()
-        return dni.SequenceTrainer(
+        return sequence_trainer(
             model,
             torch.optim.Adam(model.parameters(), 1e-3),
             problems.mean,

@@ -1,14 +1,16 @@
-"""The credit-assignment options that all commands share, and the settings derived from them and the window length T."""
+"""The credit-assignment options that all commands share. `CreditOptions.resolve` derives the settings in force from them."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, Literal, TypeVar
 
+from dni_seq.app.build.resolved_credit import ResolvedCredit
 from dni_seq.app.runs.options import above_zero, at_least, fraction, option
+from dni_seq.synthesizers.for_model import HORIZONS, LEAST_STEPS, default_horizons
+from dni_seq.synthesizers.future_gradient import MEASURE_EVERY, default_scale
 
 GROUP = "credit assignment"
 
@@ -30,14 +32,6 @@ horizons with their own automatic scales do not."""
 
 REGRESS_EVERY: Mapping[str, int] = MappingProxyType({"basic": 1, "paper": 1, "state": 3, "multi-horizon": 4, "exact": 1})
 """Defaults of `--regress-every` by synthesizer: a large synthesizer is costly to train (docs/performance.md)."""
-
-HORIZONS, LEAST_STEPS = 2, 4
-"""The default K of multi-horizon with a future model is at least HORIZONS, and at least LEAST_STEPS / T. With fewer horizons
-copy tasks learn less; with fewer steps text learns less at T = 1 (docs/synthetic-gradients.md). `default_scale` keeps the
-total weight of more horizons at that of `HORIZONS`."""
-
-MEASURE_EVERY = 100
-"""Windows between two targets of a self-supervised synthesizer. Its targets only measure the messages."""
 
 AUTO_FIDELITY_EVERY = 47
 """Windows between two comparisons for an automatic scale. A prime, because with a multiple of the sequence length every
@@ -78,7 +72,11 @@ def _by_synthesizer(defaults: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class CreditOptions:
-    """The options of credit assignment across windows. The options of each command inherit from this class."""
+    """The options of credit assignment across windows, as given. The options of each command inherit from this class.
+
+    Many options are None if they are not given, which means a default that depends on other options and on the window
+    length T. `resolve` fills them in.
+    """
 
     synthesizer: str = option("multi-horizon", STANDS_IN, group=GROUP, choices=SYNTHESIZERS)
     synthetic_scale: str | None = option(
@@ -190,104 +188,150 @@ class CreditOptions:
         shown="1; --fit future: 0",
     )
 
+    def resolve(self, bptt: int) -> ResolvedCredit:
+        """Returns the settings in force, with every default filled in. The default fit is "future" if it is possible.
+
+        Args:
+            bptt: T, the window length in steps.
+
+        Raises:
+            ValueError: options contradict each other, for example `--fit future` and `--no-normalize`.
+        """
+        kind, fit, horizons = self.synthesizer, self._fit_at(bptt), self.horizons_at(bptt)
+        self._check_regression(fit, bptt)
+        synthetic_scale = self._scale(fit, horizons)
+        return ResolvedCredit(
+            bptt=bptt,
+            synthesizer=kind,
+            fit=fit,
+            horizons=horizons,
+            tail=self.tail,
+            draw_horizon=self.draw_horizon,
+            lookahead=self.lookahead_at(bptt),
+            next_input_only=kind == "paper" and self.lookahead is None,
+            normalize=_filled(self.normalize, kind != "paper"),
+            gate=_filled(self.gate, kind != "paper"),
+            synthesizer_hidden=self.synthesizer_hidden,
+            synthesizer_layers=self.synthesizer_layers,
+            future_units=_filled(self.future_units, FUTURE_UNITS),
+            message_clip=self.message_clip,
+            exact_steps=self.exact_steps,
+            synthetic_scale=synthetic_scale,
+            discount=_filled(self.discount, DISCOUNTS.get(kind, 1.0)),
+            targets=self.targets,
+            lam=self.lam,
+            replay_windows=self.replay_windows,
+            regress_every=_filled(self.regress_every, MEASURE_EVERY if fit == "future" else REGRESS_EVERY.get(kind, 1)),
+            target_network=self.target_network,
+            fidelity_every=self.fidelity_every or (AUTO_FIDELITY_EVERY if synthetic_scale == "auto" else 0),
+            auxiliary=self.auxiliary,
+            synthesizer_clip=_filled(self.synthesizer_clip, 0.0 if fit == "future" else 1.0),
+        )
+
+    # `horizons_at` and `lookahead_at` do not raise for options that contradict each other. A configuration file may hold
+    # such options if the command line changes one of them.
+
+    def horizons_at(self, bptt: int) -> int:
+        """Returns K, given or by default. The default is 1 if messages are regressed or a lookahead is given.
+
+        Args:
+            bptt: T, the window length in steps.
+        """
+        if self.horizons is not None:
+            return self.horizons
+        usual = self.synthesizer == "multi-horizon" and self.lookahead is None and self.fit in (None, "future")
+        return default_horizons(bptt) if usual and not self._hindrances() else 1
+
+    def lookahead_at(self, bptt: int) -> int:
+        """Returns the number of future steps that a learned synthesizer sees, given or by default; 0 if its kind sees none.
+
+        Args:
+            bptt: T, the window length in steps.
+        """
+        if self.synthesizer == "paper":
+            return _filled(self.lookahead, 1)
+        return _filled(self.lookahead, self.horizons_at(bptt) * bptt) if self.has_state_network else 0
+
+    def why_regressed(self, bptt: int) -> str | None:
+        """Returns the option that makes messages regressed although `--fit` is not given, as text; None if there is none.
+
+        Args:
+            bptt: T, the window length in steps.
+        """
+        if self.fit is not None or not self._can_use_future_model:
+            return None
+        return next(iter(self._hindrances_at(bptt)), None)
+
+    @property
+    def has_state_network(self) -> bool:
+        """Whether the synthesizer is a network over all layers' states and the lookahead, sized by K and the lookahead."""
+        return self.synthesizer == "state" or self._can_use_future_model
+
+    @property
+    def _can_use_future_model(self) -> bool:
+        """Whether the synthesizer is of a kind whose messages can be the gradient of a future model."""
+        return self.synthesizer == "multi-horizon" or (self.synthesizer == "exact" and self.tail)
+
+    def _fit_at(self, bptt: int) -> str:
+        """Returns `fit`, given or by default. Raises a ValueError if "future" is given and another option rules it out."""
+        found = self._hindrances_at(bptt)
+        if self.fit is None:
+            return "descent" if self.normalize is False else "least-squares" if found else "future"
+        if self.fit == "future" and found:
+            raise ValueError(f"--fit future is not possible with {found[0]}")
+        return self.fit
+
+    def _hindrances_at(self, bptt: int) -> list[str]:
+        """Returns the options that rule out `--fit future`, as texts."""
+        found, steps = self._hindrances(), self.lookahead_at(bptt)
+        if not steps:
+            found.append("--lookahead 0")
+        elif self.synthesizer == "multi-horizon" and steps % self.horizons_at(bptt):
+            found.append(f"--lookahead {self.lookahead}, which is not a multiple of --horizons")
+        return found
+
+    def _hindrances(self) -> list[str]:
+        """Returns the same texts without those about the lookahead, whose default depends on this result."""
+        hindrances = {
+            f"--synthesizer {self.synthesizer}": not self._can_use_future_model,
+            "--future-units 0 (no future model)": self.future_units == 0,
+            "--no-normalize": self.normalize is False,
+            "--tail": self.tail and self.synthesizer == "multi-horizon",
+            "--targets lambda": self.targets != "bootstrap",
+            "--target-network": self.target_network > 0,
+        }
+        return [name for name, hinders in hindrances.items() if hinders]
+
+    def _check_regression(self, fit: str, bptt: int) -> None:
+        """Raises a ValueError if messages are regressed in a way that the other options do not allow."""
+        if not self.has_state_network:
+            return
+        raw_targets = self.normalize is False
+        if raw_targets and fit == "least-squares":
+            raise ValueError("--fit least-squares needs normalised targets: remove --no-normalize, or use --fit descent")
+        if raw_targets and self.future_units:
+            raise ValueError("--future-units needs normalised targets: remove --no-normalize or --future-units")
+        if fit == "least-squares" and not self.lookahead_at(bptt) and not self.synthesizer_layers:
+            raise ValueError(
+                "--fit least-squares needs features to learn: set --synthesizer-layers or --lookahead, or use --fit descent"
+            )
+
+    def _scale(self, fit: str, horizons: int) -> float | Literal["auto"]:
+        """Returns c, the share of the message that is injected, given or by default."""
+        if self.synthetic_scale is not None:
+            return scale(self.synthetic_scale)
+        if fit != "future":
+            return scale(SCALES.get(self.synthesizer, "0"))
+        return default_scale(horizons) if self.synthesizer == "multi-horizon" else 1.0
+
 
 CreditOptionsT = TypeVar("CreditOptionsT", bound=CreditOptions)
+Value = TypeVar("Value")
 
 
-def resolve(options: CreditOptions, bptt: int) -> CreditOptions:
-    """Returns the options with `fit` and `horizons` filled in. The default `fit` is "future" if no option rules it out.
-
-    Args:
-        options: as given by the user.
-        bptt: T.
-
-    Raises:
-        ValueError: `--fit future` is given with an option that rules it out, or `--fit least-squares` with
-            `--no-normalize`.
-    """
-    found = _all_hindrances(options, bptt)
-    fit = options.fit
-    if fit is None:
-        fit = "descent" if options.normalize is False else "least-squares" if found else "future"
-    elif fit == "future" and found:
-        raise ValueError(f"--fit future is not possible with {found[0]}")
-    elif (
-        fit == "least-squares"
-        and options.normalize is False
-        and (options.synthesizer == "state" or _can_use_future_model(options))
-    ):
-        raise ValueError("--fit least-squares needs normalised targets: remove --no-normalize, or use --fit descent")
-    return replace(options, fit=fit, horizons=horizons_of(options, bptt))
-
-
-def why_fitted(options: CreditOptions, bptt: int) -> str | None:
-    """Returns the option that makes messages regressed although `--fit` is not given, as text; None if there is none.
-
-    Args:
-        options: as given by the user.
-        bptt: T.
-    """
-    if options.fit is not None or not _can_use_future_model(options):
-        return None
-    return next(iter(_all_hindrances(options, bptt)), None)
-
-
-def _can_use_future_model(options: CreditOptions) -> bool:
-    """Whether the synthesizer is of a kind whose messages can be the gradient of a future model."""
-    return options.synthesizer == "multi-horizon" or (options.synthesizer == "exact" and options.tail)
-
-
-def _all_hindrances(options: CreditOptions, bptt: int) -> list[str]:
-    """Returns the options that rule out `--fit future`, as texts."""
-    found, steps = _hindrances(options), tail_lookahead(options, bptt)
-    if not steps:
-        found.append("--lookahead 0")
-    elif options.synthesizer == "multi-horizon" and steps % horizons_of(options, bptt):
-        found.append(f"--lookahead {options.lookahead}, which is not a multiple of --horizons")
-    return found
-
-
-def _hindrances(options: CreditOptions) -> list[str]:
-    """Returns the same texts without those about the lookahead, whose default depends on this result."""
-    learned = _can_use_future_model(options)
-    hindrances = {
-        f"--synthesizer {options.synthesizer}": not learned,
-        "--future-units 0 (no future model)": not future_units(options),
-        "--no-normalize": options.normalize is False,
-        "--tail": options.tail and options.synthesizer == "multi-horizon",
-        "--targets lambda": options.targets != "bootstrap",
-        "--target-network": options.target_network > 0,
-    }
-    return [name for name, hinders in hindrances.items() if hinders]
-
-
-def horizons_of(options: CreditOptions, bptt: int) -> int:
-    """Returns K, given or by default. The default is 1 if messages are regressed or a lookahead is given.
-
-    Args:
-        options: as given by the user.
-        bptt: T.
-    """
-    if options.horizons is not None:
-        return options.horizons
-    usual = options.synthesizer == "multi-horizon" and options.lookahead is None and options.fit in (None, "future")
-    return default_horizons(bptt) if usual and not _hindrances(options) else 1
-
-
-def resolved_horizons(options: CreditOptions) -> int:
-    """Returns K of options that `resolve` has returned."""
-    assert options.horizons is not None
-    return options.horizons
-
-
-def default_horizons(bptt: int) -> int:
-    """Returns the default K for messages of a future model and windows of T = `bptt` steps."""
-    return max(HORIZONS, math.ceil(LEAST_STEPS / bptt))
-
-
-def default_scale(horizons: int) -> float:
-    """Returns the default c for K = `horizons` of a future model, min(1, 2 / K): with K = 4, c = 0.5 was better than 1."""
-    return min(1.0, HORIZONS / horizons)
+def _filled(value: Value | None, default: Value) -> Value:
+    """Returns the value of an option that may be None, which means the default."""
+    return default if value is None else value
 
 
 def without_resolved(
@@ -310,55 +354,3 @@ def without_resolved(
             options = free
             followed.append(name)
     return {name: value for name, value in config.items() if name not in followed}
-
-
-def scale_of(options: CreditOptions) -> float | Literal["auto"]:
-    """Returns c, the share of the message that is injected, given or by default. `options` come from `resolve`."""
-    if options.synthetic_scale is not None:
-        return scale(options.synthetic_scale)
-    if options.fit != "future":
-        return scale(SCALES.get(options.synthesizer, "0"))
-    return default_scale(resolved_horizons(options)) if options.synthesizer == "multi-horizon" else 1.0
-
-
-def normalizes(options: CreditOptions) -> bool:
-    """Whether targets are divided by their running root mean square, given or by default."""
-    return options.synthesizer != "paper" if options.normalize is None else options.normalize
-
-
-def future_units(options: CreditOptions) -> int:
-    """Returns the units of the future model, 0 for none."""
-    return FUTURE_UNITS if options.future_units is None else options.future_units
-
-
-def state_products(options: CreditOptions) -> float:
-    """Returns the mean number of state-only vector-Jacobian products per window, by which the LSTM kernel is chosen."""
-    if options.synthesizer == "none":
-        return 0
-    apart = regressions_apart(options)
-    by_horizon = options.synthesizer == "multi-horizon" and options.targets == "bootstrap"
-    heads = resolved_horizons(options) + options.tail if by_horizon else 1
-    if by_horizon and heads == 1 and apart > 1 and not options.auxiliary and options.fit != "future":
-        return 0  # injection is skipped at such a window: see `SequenceTrainer`, regress_every
-    return (1 if options.draw_horizon and options.fit != "future" else heads) / apart
-
-
-def regressions_apart(options: CreditOptions) -> int:
-    """Returns the mean number of windows from one computation of targets to the next."""
-    if options.regress_every is None and options.fit == "future":
-        return MEASURE_EVERY
-    return options.regress_every or REGRESS_EVERY.get(options.synthesizer, 1)
-
-
-def lookahead_of(options: CreditOptions, bptt: int) -> int:
-    """Returns the number of lookahead steps that windows must carry."""
-    if options.synthesizer == "exact":
-        return options.exact_steps + (tail_lookahead(options, bptt) if options.tail else 0)
-    return tail_lookahead(options, bptt) if options.synthesizer in ("paper", "state", "multi-horizon") else 0
-
-
-def tail_lookahead(options: CreditOptions, bptt: int) -> int:
-    """Returns the number of future steps that a learned synthesizer sees."""
-    if options.lookahead is not None:
-        return options.lookahead
-    return 1 if options.synthesizer == "paper" else horizons_of(options, bptt) * bptt

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Iterator
 
-from dni_seq.app.build.credit_options import CreditOptions, normalizes, resolve, resolved_horizons, scale_of, why_fitted
+from dni_seq.app.build.credit_options import CreditOptions
+from dni_seq.app.build.resolved_credit import ResolvedCredit
 from dni_seq.app.runs.options import flag
 
 _FITTED = ("synthesizer_hidden", "synthesizer_layers")
@@ -38,7 +39,7 @@ def remarks(options: CreditOptions, bptt: int, *, cells: bool = True) -> list[st
         for reason, names in _reasons(options, bptt, cells)
         if (flags := [flag(name) for name in names if _given(options, name)])
     ]
-    hindrance = why_fitted(options, bptt)
+    hindrance = options.why_regressed(bptt)
     if hindrance is not None:
         found.append(f"messages are regressed on targets: the gradient of a future model is not possible with {hindrance}")
     return found
@@ -68,14 +69,14 @@ def _reasons(options: CreditOptions, bptt: int, cells: bool) -> Iterator[tuple[s
         return
     if not cells:
         yield "a model without LSTM cells", ["gate"]
-    chosen = resolve(options, bptt)
-    yield from _of_networks(chosen)
-    yield from _of_targets(chosen)
+    credit = options.resolve(bptt)
+    yield from _of_networks(credit)
+    yield from _of_targets(credit)
 
 
-def _of_networks(options: CreditOptions) -> Iterator[tuple[str, Iterable[str]]]:
-    """Yields the reasons that concern the synthesizer's network. `options` come from `resolve`."""
-    kind = options.synthesizer
+def _of_networks(credit: ResolvedCredit) -> Iterator[tuple[str, Iterable[str]]]:
+    """Yields the reasons that concern the synthesizer's network."""
+    kind = credit.synthesizer
     if kind == "basic":
         yield "--synthesizer basic", ["tail", "draw_horizon", "horizons", *_FITTED, *_FUTURE]
     elif kind == "paper":
@@ -84,24 +85,23 @@ def _of_networks(options: CreditOptions) -> Iterator[tuple[str, Iterable[str]]]:
         yield "--synthesizer state", ["tail", "draw_horizon"]
     elif kind == "exact":
         yield "--synthesizer exact", ["draw_horizon"]
-    if options.fit == "future":
+    if credit.fit == "future":
         yield "messages that are the gradient of a future model", [*_FITTED, "draw_horizon"]
-    elif kind in ("multi-horizon", "paper") and resolved_horizons(options) + options.tail == 1:
+    elif kind in ("multi-horizon", "paper") and credit.message_count == 1:
         yield "one horizon", ["draw_horizon"]
-    if not normalizes(options):
+    if not credit.normalize:
         yield "messages that are not normalised", ["message_clip"]
 
 
-def _of_targets(options: CreditOptions) -> Iterator[tuple[str, Iterable[str]]]:
-    """Yields the reasons that concern the synthesizer's targets. `options` come from `resolve`."""
-    kind, horizons, fitted = options.synthesizer, resolved_horizons(options), options.fit != "future"
-    last_on_itself = kind in ("basic", "state") or (kind == "paper" and horizons == 1) or (fitted and options.tail)
-    if options.targets == "lambda":
+def _of_targets(credit: ResolvedCredit) -> Iterator[tuple[str, Iterable[str]]]:
+    """Yields the reasons that concern the synthesizer's targets."""
+    kind, horizons, fitted = credit.synthesizer, credit.horizons, credit.fit != "future"
+    last_on_itself = kind in ("basic", "state") or (kind == "paper" and horizons == 1) or (fitted and credit.tail)
+    if credit.targets == "lambda":
         yield "--targets lambda", ["regress_every", "draw_horizon"]
     else:
         yield "--targets bootstrap", ["lam"]
-        compared = options.fidelity_every > 0 or scale_of(options) == "auto"
-        if not (last_on_itself and compared):
+        if not (last_on_itself and credit.fidelity_every):
             yield "--targets bootstrap", ["replay_windows"]
     if kind == "exact" and not fitted:
         yield "a tail that is the gradient of a future model", ["discount", *_TARGETS]

@@ -14,15 +14,14 @@ from typing import Any, NamedTuple
 
 import torch
 
-from dni_seq.app.build.credit_options import lookahead_of
-from dni_seq.app.build.device import device_of, on_device
+from dni_seq.app.build.device import device_of
 from dni_seq.app.lm.evaluation import Score, evaluate, score_of
 from dni_seq.app.lm.generation import generate
 from dni_seq.app.lm.options import LanguageModelOptions, check_spans, longest_span
 from dni_seq.app.runs.checkpoint import load_checkpoint
 from dni_seq.app.runs.directory import RunDirectory
 from dni_seq.app.runs.resume import saved_options
-from dni_seq.core.windows import Window, counted
+from dni_seq.core.windows import Window, counted, on_device
 from dni_seq.distributed.data_parallel import DataParallel
 from dni_seq.models.language_model import LanguageModel
 from dni_seq.streams import Corpus, ShuffledDocuments, Tokenizer, WindowStream, load_tokenizer, open_corpus, train_tokenizer
@@ -91,7 +90,7 @@ def open_training(corpus: Corpus, tokenizer: Tokenizer, options: LanguageModelOp
         tokenizer,
         lanes=options.batch_size,
         bptt=options.bptt,
-        lookahead=lookahead_of(options, options.bptt),
+        lookahead=options.resolve(options.bptt).window_lookahead,
         document_reset=options.document_reset,
     )
     check_spans(options, corpus.train.name, stream.lane_steps(longest_span(options)))

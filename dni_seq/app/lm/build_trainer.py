@@ -5,18 +5,26 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from dni_seq.app.build.credit import EMBED, build_auxiliary, build_synthesizer, learning_parameters, trainer_settings
-from dni_seq.app.build.credit_options import resolve, state_products
+from dni_seq.app.build.credit import (
+    ModelSpec,
+    build_auxiliary,
+    build_synthesizer,
+    learning_parameters,
+    trainer_settings,
+)
 from dni_seq.app.build.optimizers import adam
 from dni_seq.app.lm import build as lm
 from dni_seq.app.lm.options import LanguageModelOptions
 from dni_seq.core.optimizer_step import JoinedOptimizer
 from dni_seq.core.states import floating
 from dni_seq.core.windows import Lookahead
+from dni_seq.credit.config import SyntheticGradientConfig
 from dni_seq.distributed.data_parallel import DataParallel
 from dni_seq.models.language_model import LanguageModel, token_losses
 from dni_seq.models.lstm_kernels import native_up_to
+from dni_seq.synthesizers.for_model import EMBED
 from dni_seq.synthesizers.normalization import LSTM_CELLS
+from dni_seq.synthesizers.token_classes import FirstTokens
 from dni_seq.trainer import SequenceTrainer
 
 
@@ -31,22 +39,20 @@ def build_trainer(
     if parallel is not None and options.sparse_embedding:
         raise ValueError("--sparse-embedding works in one process only: remove it under torchrun")
     dtype = model.projection.weight.dtype
-    chosen = resolve(options, options.bptt)
-    example = model.initial_state(1)
-    model.native_steps = native_up_to(state_products(chosen))
-    synthesizer = build_synthesizer(
-        chosen,
+    chosen = options.resolve(options.bptt)
+    model.native_steps = native_up_to(chosen.state_products)
+    spec = ModelSpec(
         model,
         token_losses,
-        bptt=options.bptt,
-        example=example,
+        example=model.initial_state(1),
         cells=LSTM_CELLS if options.model == "lstm" else False,
         encode=lambda: token_encoders(model.projection.out_features, options.synthesizer_vocab_size),
         outputs=model.projection.out_features,
         max_classes=options.synthesizer_vocab_size,
         share=None if parallel is None else parallel.share,
     )
-    auxiliary = build_auxiliary(options, example)
+    synthesizer = build_synthesizer(chosen, spec)
+    auxiliary = build_auxiliary(chosen, spec)
     for part in (synthesizer, auxiliary):
         if part is not None:
             part.to(device, dtype)
@@ -61,11 +67,10 @@ def build_trainer(
         token_losses,
         synthesizer=synthesizer,
         synthesizer_optimizer=adam(learning, options.synthesizer_lr, device) if learning else None,
-        auxiliary=auxiliary,
+        config=SyntheticGradientConfig(auxiliary=auxiliary, **trainer_settings(chosen)),
         clip=options.clip or None,
         autocast=lm.autocast_of(options),
         parallel=parallel,
-        **trainer_settings(chosen),
     )
 
 
@@ -73,14 +78,6 @@ def token_encoders(vocabulary_size: int, max_classes: int) -> tuple[nn.Module, n
     """Returns the synthesizer's own encoders of inputs and targets, one shared embedding. Rare tokens share one class."""
     embedding = FirstTokens(max_classes, EMBED) if max_classes < vocabulary_size else nn.Embedding(vocabulary_size, EMBED)
     return embedding, embedding
-
-
-class FirstTokens(nn.Embedding):
-    """An embedding of the first ids of a vocabulary. Ids from `num_embeddings - 1` on share the last row."""
-
-    def forward(self, ids: Tensor) -> Tensor:
-        """Returns embeddings [..., E] of ids [...]."""
-        return super().forward(ids.clamp(max=self.num_embeddings - 1))
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ from dni_seq.app.lm.build_trainer import build_trainer
 from dni_seq.app.lm.options import LanguageModelOptions, resolve_options
 from dni_seq.app.runs.tensorboard import peak_memory_mb
 from dni_seq.core.states import floating
-from dni_seq.core.windows import Window
+from dni_seq.core.windows import Window, on_device
 from dni_seq.models.language_model import LanguageModel
 from dni_seq.streams import WindowStream
 from dni_seq.trainer import SequenceTrainer
@@ -51,7 +51,7 @@ def dry_run(options: LanguageModelOptions) -> Iterator[str]:
     torch.manual_seed(options.seed)
     model = lm.build_model(options, tokenizer.vocabulary_size, device)
     trainer = build_trainer(options, model, device)
-    windows = (lm.on_device(window, device) for window in itertools.chain.from_iterable(itertools.repeat(stream)))
+    windows = (on_device(window, device) for window in itertools.chain.from_iterable(itertools.repeat(stream)))
     first = next(windows)
     yield from corpus.notes
     yield from remarks(options, options.bptt, cells=options.model == "lstm")
@@ -78,7 +78,10 @@ def describe_shapes(trainer: SequenceTrainer, window: Window) -> Iterator[str]:
 
 def describe_parameters(trainer: SequenceTrainer) -> Iterator[str]:
     """Yields the number of parameters of every part, and the memory of parameters, gradients and Adam's moments."""
-    parts: dict[str, nn.Module | None] = {"model": trainer.model, "auxiliary task": trainer.auxiliary}
+    parts: dict[str, nn.Module | None] = {
+        "model": trainer.model,
+        "auxiliary task": trainer.credit.auxiliary if trainer.credit else None,
+    }
     if trainer.credit is not None:
         parts["synthesizer"] = trainer.credit.synthesizer
     total = 0

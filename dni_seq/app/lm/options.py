@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import Any, ClassVar
 
 from dni_seq.app.build.credit_options import GROUP as CREDIT
-from dni_seq.app.build.credit_options import CreditOptions, horizons_of, tail_lookahead, without_resolved
+from dni_seq.app.build.credit_options import CreditOptions, without_resolved
 from dni_seq.app.runs.options import above_zero, at_least, build, flag, option, share
 from dni_seq.distributed.process_group import TIMEOUT
 from dni_seq.models.language_model import CELLS
@@ -331,13 +331,12 @@ def _spans(options: LanguageModelOptions) -> Mapping[str, int]:
 
 def with_default_sizes(options: LanguageModelOptions) -> LanguageModelOptions:
     """Returns the options with the synthesizer's missing sizes filled in. The tokenizer and T must be known."""
-    learned = options.synthesizer in ("state", "multi-horizon") or (options.synthesizer == "exact" and options.tail)
-    if not learned:
+    if not options.has_state_network:
         return options
     # For words one horizon is better than two. The synthesizer's size depends on both numbers, so they are recorded.
-    horizons = horizons_of(options, options.bptt) if options.tokenizer == "char" else options.horizons or 1
+    horizons = options.horizons_at(options.bptt) if options.tokenizer == "char" else options.horizons or 1
     options = dataclasses.replace(options, horizons=horizons)
-    return dataclasses.replace(options, lookahead=tail_lookahead(options, options.bptt))
+    return dataclasses.replace(options, lookahead=options.lookahead_at(options.bptt))
 
 
 def as_given(config: Mapping[str, Any]) -> Mapping[str, Any]:

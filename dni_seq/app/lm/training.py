@@ -1,32 +1,28 @@
-"""The state of a running training: its parts, its counters, and its reports."""
+"""The training of a language model: what its run measures, validates, samples and saves."""
 
 from __future__ import annotations
 
-import time
+import dataclasses
+import math
 from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
 
-import dni_seq as dni
 from dni_seq.app.lm import build as lm
-from dni_seq.app.lm.build_trainer import cell_size
+from dni_seq.app.lm.build_trainer import cell_size, messages
 from dni_seq.app.lm.evaluation import Score
 from dni_seq.app.lm.options import LanguageModelOptions
-from dni_seq.app.runs.directory import RunDirectory
-from dni_seq.app.runs.progress import Progress
-from dni_seq.app.runs.tensorboard import RunLog, peak_memory_mb, perplexity
-from dni_seq.distributed.process_group import Ranks
+from dni_seq.app.runs.checkpoint import CheckpointError, random_state, set_random_state
+from dni_seq.app.runs.lock import RunLock
+from dni_seq.app.runs.loop import Counters, Measured, TrainingRun, measurements
+from dni_seq.app.runs.resume import Plan
+from dni_seq.app.runs.tensorboard import FINAL, LAYOUT, perplexity
+from dni_seq.core.windows import Window
+from dni_seq.credit.results import StepResult
 from dni_seq.models.language_model import LanguageModel
 from dni_seq.streams import Tokenizer, WindowStream
-
-LOG_EVERY = 50
-"""Steps between two points of the training curves."""
-
-
-HISTOGRAM_EVERY = 1000
-"""Steps between two histograms of the synthesizer's messages."""
-
+from dni_seq.streams.corpus import EMBEDDED
 
 RANK_SEED = 1_000_003
 """Distance between the seeds of two ranks, large enough that they differ from the seeds of a study."""
@@ -37,54 +33,56 @@ EVAL_EVERY_OF_STREAM = 1000
 
 
 @dataclass
-class Counters:
-    """The counters of a run; part of its checkpoint.
+class LanguageModelCounters(Counters):
+    """The counters of a language-model run; part of its checkpoint.
 
     Attributes:
-        tokens: number of tokens trained on so far.
-        seconds: time of the run so far, over all sessions, validation included.
-        process_seconds: CPU time of the process so far, which does not depend on other load of the machine.
         curve: (tokens, seconds, process seconds, bits per character) at each validation, its own time included.
+        tokens: number of tokens trained on so far.
         best: lowest validation loss so far, None before the first.
         validated_at: step of the latest validation.
-        logged_at: step of the latest point of the training curves.
     """
 
     tokens: int = 0
-    seconds: float = 0.0
-    process_seconds: float = 0.0
-    curve: list[list[float]] = field(default_factory=list)
     best: float | None = None
     validated_at: int = 0
-    logged_at: int = 0
+
+    def check(self) -> None:
+        """Raises a TypeError if a counter has the wrong type, as in a checkpoint of another program."""
+        for name, value in dataclasses.asdict(self).items():
+            if not isinstance(value, list if name == "curve" else (int, float)) and (name, value) != ("best", None):
+                raise TypeError(f"the counter {name} has the invalid value {value!r}")
 
 
-@dataclass
-class Training:
-    """The parts of a run, ready to train. `resumed_at` is the step of the loaded checkpoint, None for a new run."""
+@dataclass(kw_only=True)
+class LanguageModelRun(TrainingRun):
+    """A training run of a language model.
+
+    Attributes:
+        HISTOGRAM_EVERY: steps between two histograms of the synthesizer's messages.
+        tokenizer: converts the text to token ids.
+        valid: the validation split.
+        test: the test split.
+        model: the model that `trainer` trains.
+    """
+
+    LOG_EVERY: ClassVar[int] = 50
+    HISTOGRAM_EVERY: ClassVar[int] = 1000
+    DASHBOARD = LAYOUT
+    FINAL = FINAL
 
     options: LanguageModelOptions
-    run: RunDirectory
-    device: torch.device
-    tokenizer: Tokenizer
     stream: WindowStream
+    counters: LanguageModelCounters = field(default_factory=LanguageModelCounters)
+    tokenizer: Tokenizer
     valid: WindowStream
     test: WindowStream
     model: LanguageModel
-    trainer: dni.SequenceTrainer
-    counters: Counters
-    log: RunLog
-    progress: Progress
-    ranks: Ranks = field(default_factory=Ranks)
-    clock: float = field(default_factory=time.monotonic)
-    process_clock: float = field(default_factory=time.process_time)
-    saved_at: float = field(default_factory=time.monotonic)
-    resumed_at: int | None = None
 
     @property
-    def steps(self) -> int:
-        """Steps done."""
-        return self.trainer.steps
+    def eval_every(self) -> int:
+        """Steps between validations."""
+        return self.options.eval_every or self.stream.windows_per_epoch or EVAL_EVERY_OF_STREAM
 
     def done(self) -> bool:
         """Returns whether the limit of steps, tokens or epochs is reached."""
@@ -95,80 +93,147 @@ class Training:
         )
         return any(limit is not None and reached >= limit for limit, reached in limits)
 
-    @property
-    def eval_every(self) -> int:
-        """Steps between validations."""
-        return self.options.eval_every or self.stream.windows_per_epoch or EVAL_EVERY_OF_STREAM
+    def total_steps(self) -> int | None:
+        """Returns the number of steps of the whole run, None if unknown."""
+        limits = [self.options.max_steps]
+        if self.options.max_tokens is not None:
+            limits.append(math.ceil(self.options.max_tokens / (self.stream.lanes * self.stream.bptt)))
+        if self.options.epochs is not None and self.stream.windows_per_epoch is not None:
+            limits.append(self.options.epochs * self.stream.windows_per_epoch)
+        return min((limit for limit in limits if limit is not None), default=None)
 
-    def tick(self) -> None:
-        """Adds the time since the last call to the counters."""
-        now, process_now = time.monotonic(), time.process_time()
-        self.counters.seconds += now - self.clock
-        self.counters.process_seconds += process_now - self.process_clock
-        self.clock, self.process_clock = now, process_now
+    def measure(self, window: Window, result: StepResult) -> Measured:
+        """Returns the measurements of a step. Each token that counts has the same weight in the averages."""
+        tokens = window.targets.numel() if window.mask is None else int(window.mask.sum())
+        return Measured({"train/loss": result.loss, **measurements(result)}, weight=tokens, tokens=tokens)
 
+    def after_step(self, window: Window, result: StepResult, measured: Measured) -> None:
+        """Counts the tokens of a step, and now and then logs histograms of the synthesizer's messages."""
+        self.counters.tokens += measured.tokens
+        if self.steps % self.HISTOGRAM_EVERY == 0:
+            for horizon, message in enumerate(messages(self.trainer, self.own_lanes(window).lookahead), start=1):
+                self.log.histogram(self.steps, f"messages/horizon_{horizon}", message)
 
-def measurements(result: dni.StepResult) -> dict[str, Tensor]:
-    """Returns the measurements of a step by TensorBoard key."""
-    values = {"train/loss": result.loss, "gradient/norm": result.gradient_norm}
-    if result.synthetic is not None:
-        values |= {
-            "gradient/synthesizer_norm": result.synthetic.gradient_norm,
-            "synthetic/loss": result.synthetic.loss,
-            "synthetic/cosine": result.synthetic.cosine,
-            "synthetic/r2": result.synthetic.r2,
-            "synthetic/injected_ratio": result.synthetic.injected_ratio,
-            "synthetic/scale": result.synthetic.scale,
+    def point(self) -> dict[str, float]:
+        """Returns the size of the cells and the speed."""
+        return {**cell_size(self.trainer), "speed/tokens_per_second": self.progress.tokens_per_second()}
+
+    def figures(self) -> str:
+        """Returns the loss since the last point as a short text."""
+        loss = self.log.mean("train/loss")
+        return f"loss {loss:.3f}, ppl {perplexity(loss):.1f}"
+
+    def evaluate(self) -> bool:
+        """Validates and samples if it is time. Returns whether this step was validated."""
+        due = self.steps % self.eval_every == 0
+        if due:
+            self.validate()
+        if self.options.sample_every and self.steps % self.options.sample_every == 0:
+            self.log.text(self.steps, "sample/regular", self.sample(self.model))
+        return due
+
+    def complete_curves(self) -> None:
+        """Writes the points of the last step that are not written yet, the validation's included."""
+        super().complete_curves()
+        if self.counters.validated_at != self.steps:
+            self.validate()
+
+    def validate(self) -> None:
+        """Scores the validation split and saves the best checkpoint if the score is the best so far."""
+        result = lm.score(self.model, self.valid, self.options, self.trainer.parallel)
+        self.counters.validated_at = self.steps
+        self.tick()
+        tokens, seconds = self.counters.tokens, self.counters.seconds
+        self.counters.curve.append([tokens, seconds, self.counters.process_seconds, result.bpc])
+        self.log.scalars(self.steps, {"progress/tokens": tokens, "progress/seconds": seconds})
+        self.log_score("valid", result)
+        if self.counters.best is None or result.loss < self.counters.best:
+            self.counters.best = result.loss
+            self.log.text(self.steps, "sample/best", lm.sample_text(self.model, self.tokenizer, seed=self.options.seed))
+            self.save(self.run.best)
+
+    def log_score(self, split: str, result: Score) -> None:
+        """Writes a score to TensorBoard and to stdout."""
+        self.log.scalars(
+            self.steps,
+            {
+                f"{split}/loss": result.loss,
+                f"{split}/perplexity": result.ppl,
+                f"{split}/bpc": result.bpc,
+                f"{split}/word_perplexity": result.word_ppl,
+            },
+        )
+        self.progress.write_line(f"step {self.steps}, epoch {self.stream.epoch}, {lm.describe(split, result)}")
+
+    def sample(self, model: LanguageModel) -> str:
+        """Generates a text sample, prints it and returns it."""
+        text = lm.sample_text(model, self.tokenizer, seed=self.options.seed)
+        self.progress.write_line(f"--- sample at step {self.steps} ---\n{text}\n---")
+        return text
+
+    def report_unknown_words(self) -> None:
+        """Prints the share of tokens outside the vocabulary, in the text read so far. Prints nothing if there are none."""
+        if unknown := lm.describe_unknown({"train": self.stream, "valid": self.valid, "test": self.test}):
+            self.progress.write_line(unknown)
+
+    def scores(self) -> dict[str, Any]:
+        """Returns the scores of the best checkpoint by split. Prints the test score and a sample."""
+        best = self.best_model()
+        valid, test = (lm.score(best, split, self.options) for split in (self.valid, self.test))
+        self.log_score("test", test)
+        self.log.scalars(self.steps, {"best/valid_perplexity": valid.ppl, "best/valid_bpc": valid.bpc})
+        self.report_unknown_words()
+        self.sample(best)
+        return {"valid": valid._asdict(), "test": test._asdict()}
+
+    def best_model(self) -> LanguageModel:
+        """Returns the model of the best checkpoint, or the current model if that checkpoint is damaged."""
+        try:
+            return lm.load_run(self.run, self.run.best, self.device).model
+        except CheckpointError as error:
+            self.progress.write_line(f"{error}: the scores are those of the last checkpoint instead")
+            return self.model
+
+    def initialize_dir(self, plan: Plan[Any], lock: RunLock) -> None:
+        """Creates the run's directory and writes the tokenizer."""
+        super().initialize_dir(plan, lock)
+        self.tokenizer.save(self.run.tokenizer)
+
+    def content(self) -> dict[str, Any]:
+        """Returns the content of a checkpoint, with the random generators of all ranks. A collective call."""
+        _, *others = self.ranks.gather(random_state())
+        return {**super().content(), "random_of_other_ranks": others}
+
+    def restore(self, checkpoint: dict[str, Any] | None) -> None:
+        """Restores the run. A rank without a saved random state gets its own seed, so that every rank draws its own dropout.
+
+        Raises:
+            TypeError: a counter has the wrong type. Other exceptions are those of `TrainingRun.restore`.
+        """
+        super().restore(checkpoint)
+        self.counters.check()
+        if self.ranks.first:
+            return
+        torch.manual_seed(self.options.seed + RANK_SEED * self.ranks.rank + self.steps)
+        others = [] if checkpoint is None else checkpoint.get("random_of_other_ranks", [])
+        if self.ranks.rank <= len(others):
+            set_random_state(others[self.ranks.rank - 1])
+
+    def summary(self) -> dict[str, Any]:
+        """Returns the content of summary.json without the scores."""
+        essentials = ("seed", "model", "tokenizer", "synthesizer", "bptt")
+        return {
+            "dataset": self.options.data_file or self.options.dataset or EMBEDDED,
+            **{name: getattr(self.options, name) for name in essentials},
+            "vocabulary": self.tokenizer.vocabulary_size,
+            "unknown": {
+                "train": self.stream.unknown_share,
+                "valid": self.valid.unknown_share,
+                "test": self.test.unknown_share,
+            },
+            "ranks": self.ranks.size,
+            "steps": self.steps,
+            "tokens": self.counters.tokens,
+            "tokens_per_second": self.counters.tokens / self.counters.seconds,
+            **super().summary(),
         }
-        if result.synthetic.fidelity is not None:
-            horizons = result.synthetic.fidelity.horizons
-            values["fidelity/cosine"] = torch.stack([horizon.cosine for horizon in horizons])
-            values["fidelity/r2"] = torch.stack([horizon.r2 for horizon in horizons])
-    return values
-
-
-def figures(loss: float) -> str:
-    """Returns the latest figures as a short text."""
-    return f"loss {loss:.3f}, ppl {perplexity(loss):.1f}"
-
-
-def log_point(t: Training) -> None:
-    """Writes a point of the training curves: averages since the last point, size of the cells, speed and memory."""
-    t.counters.logged_at = t.steps
-    t.log.write(t.steps)
-    t.log.scalars(t.steps, t.trainer.skip_counts())
-    t.log.scalars(
-        t.steps,
-        {
-            **cell_size(t.trainer),
-            "speed/tokens_per_second": t.progress.tokens_per_second(),
-            "memory/peak_mb": peak_memory_mb(t.device),
-        },
-    )
-
-
-def log_score(t: Training, split: str, result: Score) -> None:
-    """Writes a score to TensorBoard and to stdout."""
-    t.log.scalars(
-        t.steps,
-        {
-            f"{split}/loss": result.loss,
-            f"{split}/perplexity": result.ppl,
-            f"{split}/bpc": result.bpc,
-            f"{split}/word_perplexity": result.word_ppl,
-        },
-    )
-    t.progress.write_line(f"step {t.steps}, epoch {t.stream.epoch}, {lm.describe(split, result)}")
-
-
-def sample(t: Training, model: LanguageModel) -> str:
-    """Generates a text sample, prints it and returns it."""
-    text = lm.sample_text(model, t.tokenizer, seed=t.options.seed)
-    t.progress.write_line(f"--- sample at step {t.steps} ---\n{text}\n---")
-    return text
-
-
-def report_unknown_words(t: Training) -> None:
-    """Prints the share of tokens outside the vocabulary, in the text read so far. Prints nothing if there are none."""
-    if unknown := lm.describe_unknown({"train": t.stream, "valid": t.valid, "test": t.test}):
-        t.progress.write_line(unknown)

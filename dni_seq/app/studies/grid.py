@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from dni_seq.app.build.credit_options import HORIZONS, default_horizons, default_scale
+from dni_seq.synthesizers.for_model import HORIZONS, default_horizons
+from dni_seq.synthesizers.future_gradient import default_scale
 
 FIDELITY_EVERY = 499
 """Windows between comparisons with exact gradients in columns that need none by default. They cost less than 2 %."""
@@ -39,6 +40,22 @@ TUNING_SEED = 1000
 
 
 TUNING_SHARE = 4
+
+
+class TableCell(NamedTuple):
+    """A cell of the study's tables, which holds one trial per seed.
+
+    Attributes:
+        task: "ptb", "copy" or "repeat-copy".
+        bptt: T, the window length in steps.
+        column: a key of `COLUMNS`.
+        budget: a key of `BUDGETS`.
+    """
+
+    task: str
+    bptt: int
+    column: str
+    budget: str
 
 
 class Budget(NamedTuple):

@@ -27,21 +27,21 @@ from __future__ import annotations
 import argparse
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from dni_seq.app.build.credit_options import HORIZONS
 from dni_seq.app.runs.options import OneLineParser, report
 from dni_seq.app.runs.signals import StopSignals
+from dni_seq.app.studies.estimates import minutes_by
 from dni_seq.app.studies.feedforward_table import main as feedforward_table
 from dni_seq.app.studies.figures import draw_curves
-from dni_seq.app.studies.grid import ABLATION, BUDGETS, COLUMNS, TUNING_SEED, TUNING_SHARE, VALIDATIONS, added, without
+from dni_seq.app.studies.grid import ABLATION, COLUMNS, TableCell
 from dni_seq.app.studies.records import around_tables, read_lines, write_tables
-from dni_seq.app.studies.tables import MARKS, TASKS, Rates, tables
-from dni_seq.app.studies.trial_runner import Outcome, Study, Trial
-from dni_seq.app.studies.tuning import alike, rates_of, rates_to_try, reach, tied_rates
+from dni_seq.app.studies.tables import MARKS, TASKS, tables
+from dni_seq.app.studies.trial_runner import Study, Trial
+from dni_seq.app.studies.trials import ablation_trials, measure, table_trials, tie_trials, tuning_trials
 
 _PROG = "reproduce_paper"
 
@@ -56,11 +56,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         status = 0
         if options.part != "draw":
             lines = read_lines(options.results)
-            trials = table1(options, lines) if options.part == "table1" else ablation(options, lines)
+            trials = trials_of(options, lines)
             if options.dry_run:
                 return list_missing(trials, lines)
-            status = run(trials, lines, options)
-        draw(options)
+            study = Study(options.scratch, options.results, options.jobs, measure)
+            status = run(study, trials, lines, options.max_minutes)
+        lines = read_lines(options.results)
+        write_tables(options.page, MARKS, tables(lines))
+        if options.part == "draw" or find_spec("matplotlib") is not None:
+            for path in draw_curves(lines, options.page.with_suffix("")):
+                print(f"drawn      {path}", flush=True)
+        else:
+            print("no curves were drawn because matplotlib is missing: pip install 'dni-seq[plots]', then run draw")
     except (ValueError, OSError) as error:
         return report(_PROG, error)
     return status
@@ -122,120 +129,32 @@ def rate(text: str) -> float:
     return number
 
 
-def table1(options: argparse.Namespace, lines: list[dict[str, Any]]) -> list[Trial]:
-    """Returns the trials of a call, with seeds outermost, so an unfinished study has a complete table of fewer seeds."""
+def trials_of(options: argparse.Namespace, lines: list[dict[str, Any]]) -> list[Trial]:
+    """Returns the trials that the command line asks for.
+
+    Raises:
+        ValueError: options exclude each other, the text does not exist, or learning rates are missing.
+    """
+    given = None if options.lr is None else (options.lr, options.synthesizer_lr)
+    if options.part == "ablation":
+        return ablation_trials(lines, options.task, options.seeds, given)
     if options.tune and options.lr is not None:
         raise ValueError("--tune tries a grid of learning rates: remove --lr")
-    if options.data_file is not None:
+    data_file = None if options.data_file is None else Path(options.data_file)
+    if data_file is not None:
         if options.task != "ptb" or options.tune or options.break_ties:
             raise ValueError("--data-file needs --task ptb and uses the rates tuned there: remove --tune and --break-ties")
-        if not Path(options.data_file).is_file():
+        if not data_file.is_file():
             raise ValueError(f"--data-file {options.data_file} does not exist")
-    if options.tune or options.break_ties:
-        part = "tune" if options.tune else "ties"
-        return [
-            make_trial(part, options, options.task, bptt, column, COLUMNS[column], TUNING_SEED, rates)
-            for bptt, column in itertools.product(options.bptt, options.synthesizer)
-            for rates in (rates_to_try(column) if options.tune else tied_rates(options, lines, column, bptt))
-        ]
-    return [
-        make_trial("table1", options, options.task, bptt, column, COLUMNS[column], seed, rates)
-        for seed, bptt, column in itertools.product(range(options.seeds), options.bptt, options.synthesizer)
-        for rates in [rates_of(options, alike(lines, COLUMNS[column], bptt), options.task, column, bptt)]
+    cells = [
+        TableCell(options.task, bptt, column, options.budget)
+        for bptt, column in itertools.product(options.bptt, options.synthesizer)
     ]
-
-
-def ablation(options: argparse.Namespace, lines: list[dict[str, Any]]) -> list[Trial]:
-    """Returns the trials of the ablation: two bases, each with one change, with the learning rates of the base."""
-    options.budget, options.data_file = "small", None
-    trials = []
-    for seed, (task, bptt) in itertools.product(range(options.seeds), ABLATION):
-        if task not in options.task:
-            continue
-        for base, variants in (("multi-horizon", without(bptt)), ("paper", added(bptt))):
-            # All variants use the rates tuned with two horizons, which most variants have, also if the default is four.
-            rates = rates_of(options, alike(lines, {**COLUMNS[base], "horizons": HORIZONS}, bptt), task, base, bptt)
-            for variant, change in variants.items():
-                settings = {**COLUMNS[base], **change}
-                if settings.get("synthetic_scale") == "auto":
-                    settings.pop("fidelity_every", None)
-                trials.append(make_trial("ablation", options, task, bptt, base, settings, seed, rates, variant=variant))
-    return trials
-
-
-def make_trial(
-    part: str,
-    options: argparse.Namespace,
-    task: str,
-    bptt: int,
-    column: str,
-    settings: Mapping[str, Any],
-    seed: int,
-    rates: Rates,
-    **more: str,
-) -> Trial:
-    """Returns one trial with the command's options from budget, column and rates."""
-    budget = BUDGETS["ablation" if part == "ablation" else options.budget]
-    data = None if options.data_file is None else Path(options.data_file).name
-    about = {"part": part, "task": task, "data": data, "budget": options.budget, "bptt": bptt, "column": column, **more}
-    lr, synthesizer_lr = rates
-    chosen = {**settings, **reach(settings, bptt), "bptt": bptt, "seed": seed, "threads": 1, "lr": lr}
-    if synthesizer_lr is not None:
-        chosen["synthesizer_lr"] = synthesizer_lr
-    share = TUNING_SHARE if part == "tune" else 1
-    if task == "ptb":
-        tokens = budget.text["max_tokens"] // share
-        steps = math.ceil(budget.text["max_tokens"] / (budget.text["batch_size"] * bptt * VALIDATIONS))
-        text = {**budget.text, "max_tokens": tokens, "eval_every": steps}
-        if data is None:
-            text["dataset"] = "ptb"
-        paths = {} if data is None else {"data_file": str(Path(options.data_file).absolute())}
-        return Trial("train_lm", {**about, "seed": seed}, {**text, **chosen}, paths)
-    start = {"start": budget.start} if task == "copy" and budget.start else {}
-    updates = budget.task["updates"] // share
-    return Trial(
-        "train_tasks", {**about, "seed": seed}, {**budget.task, "task": task, "updates": updates, **start, **chosen}
-    )
-
-
-def measure(trial: Trial, summary: dict[str, Any]) -> dict[str, Any]:
-    """Returns the entries of a line that are specific to this study: result, curve, and length of the training."""
-    if trial.script == "train_lm":
-        result = {"valid_bpc": summary["valid"]["bpc"], "test_bpc": summary["test"]["bpc"]}
-        return {"result": result, "curve": summary["curve"], "tokens": summary["tokens"], "updates": summary["steps"]}
-    result = {"length": summary["length"], "stage": summary["stage"]}
-    sizes = {"updates": summary["updates"], "sequences": summary["sequences"]}
-    return {"result": result, "curve": summary["curve"], **sizes}
-
-
-def minutes_by(lines: list[dict[str, Any]]) -> Callable[[Trial], float]:
-    """Returns a function that estimates a trial's minutes from the latest similar trial, else by a rule of thumb."""
-    known = {_kind(line, line["options"]): line["seconds"] / line["updates"] for line in lines}
-
-    def minutes(trial: Trial) -> float:
-        windows = windows_of(trial)
-        return windows * known.get(_kind(trial.about, trial.options), rule_of_thumb(trial)) / 60
-
-    return minutes
-
-
-def _kind(about: Mapping[str, Any], options: Mapping[str, Any]) -> tuple[Any, ...]:
-    changes = tuple(about.get(name) for name in ("task", "column", "bptt", "budget", "variant"))
-    return (*changes, options["hidden"], options["batch_size"])
-
-
-def windows_of(trial: Trial) -> int:
-    """Returns the number of updates of a trial."""
-    options = trial.options
-    return int(options.get("updates") or math.ceil(options["max_tokens"] / (options["batch_size"] * options["bptt"])))
-
-
-def rule_of_thumb(trial: Trial) -> float:
-    """Returns the seconds per window on an idle core, extrapolated from copying with 256 units and 32 lanes."""
-    steps, lanes, units = (trial.options[name] for name in ("bptt", "batch_size", "hidden"))
-    added = {"none": 0.0, "paper": 8.5, "paper-aux": 11.0, "multi-horizon": 20.0, "exact": 11.0}[trial.about["column"]]
-    plain = 2.2 + 1.2 * steps
-    return (plain + added) * 1e-3 * max(lanes / 32, 1) ** 0.5 * (units / 256) ** 2
+    if options.tune:
+        return tuning_trials(cells)
+    if options.break_ties:
+        return tie_trials(lines, cells)
+    return table_trials(lines, cells, options.seeds, given, data_file)
 
 
 def list_missing(trials: Sequence[Trial], lines: list[dict[str, Any]]) -> int:
@@ -248,37 +167,13 @@ def list_missing(trials: Sequence[Trial], lines: list[dict[str, Any]]) -> int:
     return 0
 
 
-def run(trials: Sequence[Trial], lines: list[dict[str, Any]], options: argparse.Namespace) -> int:
-    """Runs the missing trials. Returns 0 if none failed, 1 if one failed, and the signal's status after a signal."""
-    study = Study(options.scratch, options.results, options.jobs, measure)
-    with StopSignals() as stop:
-        outcome = study.run(trials, minutes_by(lines), options.max_minutes, stop)
-    print(summary_of(outcome), flush=True)
-    return stop.exit_status or (1 if outcome.failed else 0)
+def run(study: Study, trials: Sequence[Trial], lines: list[dict[str, Any]], limit: float | None) -> int:
+    """Runs the missing trials within `limit` minutes.
 
-
-def summary_of(outcome: Outcome) -> str:
-    """Returns the outcome of the trials as one line."""
-    parts = {
-        "done": outcome.done,
-        "failed": len(outcome.failed),
-        "run by another process": outcome.locked_elsewhere,
-        "not started for lack of time": outcome.out_of_time,
-        "stopped": outcome.stopped,
-    }
-    return "trials: " + ", ".join(f"{count} {what}" for what, count in parts.items() if count or what == "done")
-
-
-def draw(options: argparse.Namespace) -> None:
-    """Writes tables and curves from the recorded lines. After runs, skips the curves if matplotlib is missing.
-
-    Raises:
-        ValueError: the command is `draw` and matplotlib is missing; the tables are written before.
+    Returns:
+        0 if no trial failed, 1 if one failed, and the signal's status after a signal.
     """
-    lines = read_lines(options.results)
-    write_tables(options.page, MARKS, tables(lines))
-    if options.part != "draw" and find_spec("matplotlib") is None:
-        print("no curves were drawn because matplotlib is missing: pip install 'dni-seq[plots]', then run draw", flush=True)
-        return
-    for path in draw_curves(lines, options.page.with_suffix("")):
-        print(f"drawn      {path}", flush=True)
+    with StopSignals() as stop:
+        outcome = study.run(trials, minutes_by(lines), limit, stop)
+    print(outcome.describe(), flush=True)
+    return stop.exit_status or (1 if outcome.failed else 0)

@@ -95,6 +95,17 @@ class Outcome:
     out_of_time: int = 0
     stopped: int = 0
 
+    def describe(self) -> str:
+        """Returns the outcome as one line."""
+        parts = {
+            "done": self.done,
+            "failed": len(self.failed),
+            "run by another process": self.locked_elsewhere,
+            "not started for lack of time": self.out_of_time,
+            "stopped": self.stopped,
+        }
+        return "trials: " + ", ".join(f"{count} {what}" for what, count in parts.items() if count or what == "done")
+
 
 @dataclass
 class Study:

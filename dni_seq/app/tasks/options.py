@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
 from dni_seq.app.build.credit_options import GROUP as CREDIT
-from dni_seq.app.build.credit_options import STANDS_IN, SYNTHESIZERS, CreditOptions, horizons_of, without_resolved
+from dni_seq.app.build.credit_options import STANDS_IN, SYNTHESIZERS, CreditOptions, without_resolved
 from dni_seq.app.runs.options import above_zero, at_least, build, option
 from dni_seq.models.language_model import CELLS
 from dni_seq.streams.algorithmic_tasks import TASKS
@@ -60,7 +60,7 @@ def resolve_options(options: TaskOptions) -> TaskOptions:
     if cast("str | None", options.synthesizer) is None:  # None is possible here, although the field's type is str
         # On the adding problem synthetic gradients bring no gain and double the time (docs/synthetic-gradients.md).
         options = dataclasses.replace(options, synthesizer="none" if options.task == "adding" else "multi-horizon")
-    return dataclasses.replace(options, horizons=horizons_of(options, options.bptt))
+    return dataclasses.replace(options, horizons=options.horizons_at(options.bptt))
 
 
 def as_given(config: Mapping[str, Any]) -> Mapping[str, Any]:

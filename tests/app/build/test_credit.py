@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -9,16 +10,8 @@ import torch
 from torch import nn
 
 import dni_seq as dni
-from dni_seq.app.build.credit import EMBED, build_synthesizer, trainer_settings
-from dni_seq.app.build.credit_options import (
-    HORIZONS,
-    MEASURE_EVERY,
-    SYNTHESIZERS,
-    CreditOptions,
-    lookahead_of,
-    resolve,
-    state_products,
-)
+from dni_seq.app.build.credit import ModelSpec, build_synthesizer, trainer_settings
+from dni_seq.app.build.credit_options import SYNTHESIZERS, CreditOptions
 from dni_seq.app.lm.build import build_model
 from dni_seq.app.lm.build_trainer import build_trainer
 from dni_seq.app.lm.options import LanguageModelOptions, resolve_options
@@ -27,6 +20,9 @@ from dni_seq.core.windows import Lookahead
 from dni_seq.models.vector_rnn import VectorRNN
 from dni_seq.streams import open_corpus
 from dni_seq.synthesizers.base import predict, regress
+from dni_seq.synthesizers.binding import bind
+from dni_seq.synthesizers.for_model import EMBED, HORIZONS
+from dni_seq.synthesizers.future_gradient import MEASURE_EVERY
 from dni_seq.synthesizers.target_rule import rule_of
 
 BPTT, LANES = 2, 3
@@ -34,24 +30,24 @@ BPTT, LANES = 2, 3
 
 def made(**given: Any) -> tuple[nn.Module, tuple[torch.Tensor, torch.Tensor], Lookahead | None]:
     """A synthesizer whose every weight is random, a state with saturated cells, and its context."""
-    options = build(CreditOptions, {"fit": "descent"} | given)
+    credit = build(CreditOptions, {"fit": "descent"} | given).resolve(BPTT)
     torch.manual_seed(0)
     model = VectorRNN(2, 2, hidden=8)
-    synthesizer = build_synthesizer(
-        options,
+    spec = ModelSpec(
         model,
         lambda outputs, targets: (outputs - targets).square().mean(-1),
-        bptt=BPTT,
         example=model.initial_state(1),
         cells=dni.LSTM_CELLS,
         encode=lambda: (nn.Linear(2, EMBED), nn.Linear(2, EMBED)),
         outputs=2,
     )
+    synthesizer = build_synthesizer(credit, spec)
     assert synthesizer is not None
+    bind(synthesizer, window=BPTT, reduction="mean", state_batch_dim=1, state=model.initial_state(1))
     for parameter in synthesizer.parameters():
         nn.init.normal_(parameter, std=0.3)
     state = (torch.randn(1, LANES, 8), torch.full((1, LANES, 8), 20.0))
-    steps = lookahead_of(options, BPTT)
+    steps = credit.window_lookahead
     ahead = Lookahead(torch.randn(steps, LANES, 2), torch.randn(steps, LANES, 2), torch.ones(steps, LANES).bool(), None)
     return synthesizer, state, ahead if steps else None
 
@@ -88,7 +84,7 @@ def test_a_lookahead_that_is_asked_for_shows_the_targets():
 
 def test_the_published_recipe_consumes_a_tenth_in_both_places():
     synthesizer, _, _ = made(synthesizer="paper")
-    settings = trainer_settings(CreditOptions(synthesizer="paper"))
+    settings = trainer_settings(CreditOptions(synthesizer="paper").resolve(BPTT))
     rule = rule_of(synthesizer, settings["synthetic_scale"], settings["discount"])
     assert (rule.local, rule.bootstrap, rule.injection) == ([1.0], [[0.1]], [0.1])
 
@@ -153,19 +149,19 @@ def test_the_exact_futures_tail_is_the_future_model():
 
 def test_what_is_fitted_is_clipped_and_what_is_self_supervised_is_not():
     def clip(**given):
-        chosen = resolve(build(CreditOptions, {"synthesizer": "multi-horizon"} | given), BPTT)
+        chosen = build(CreditOptions, {"synthesizer": "multi-horizon"} | given).resolve(BPTT)
         return trainer_settings(chosen)["synthesizer_clip"]
 
-    assert clip() is None
+    assert clip() == math.inf
     assert clip(fit="descent") == clip(synthesizer="basic") == clip(synthesizer="state") == 1.0
     assert clip(synthesizer_clip=3.0) == clip(fit="descent", synthesizer_clip=3.0) == 3.0
-    assert clip(fit="descent", synthesizer_clip=0.0) is None
+    assert clip(fit="descent", synthesizer_clip=0.0) == math.inf
 
 
 def test_what_needs_no_targets_computes_few():
     def settings(**given):
-        chosen = resolve(build(CreditOptions, {"synthesizer": "multi-horizon"} | given), BPTT)
-        return trainer_settings(chosen)["regress_every"], state_products(chosen)
+        chosen = build(CreditOptions, {"synthesizer": "multi-horizon"} | given).resolve(BPTT)
+        return trainer_settings(chosen)["regress_every"], chosen.state_products
 
     assert settings() == (MEASURE_EVERY, HORIZONS / MEASURE_EVERY)
     assert settings(horizons=1) == (MEASURE_EVERY, 1 / MEASURE_EVERY)
@@ -238,10 +234,14 @@ def trainer_of_words(vocabulary: int, max_classes: int, **given: Any) -> dni.Seq
 
 def built(options: CreditOptions, outputs: int = 2) -> nn.Module:
     model = VectorRNN(2, 2, hidden=8)
-    settings: dict[str, Any] = {"bptt": BPTT, "example": model.initial_state(1), "cells": dni.LSTM_CELLS}
-    encode = lambda: (nn.Linear(2, EMBED), nn.Linear(2, EMBED))  # noqa: E731
-    found = build_synthesizer(
-        options, model, lambda outputs, targets: outputs.mean(-1), encode=encode, outputs=outputs, **settings
+    spec = ModelSpec(
+        model,
+        lambda outputs, targets: outputs.mean(-1),
+        example=model.initial_state(1),
+        cells=dni.LSTM_CELLS,
+        encode=lambda: (nn.Linear(2, EMBED), nn.Linear(2, EMBED)),
+        outputs=outputs,
     )
+    found = build_synthesizer(options.resolve(BPTT), spec)
     assert found is not None
     return found

@@ -6,13 +6,14 @@ import dataclasses
 
 import pytest
 
-from dni_seq.app.build.credit_options import HORIZONS, CreditOptions, resolve, scale_of
+from dni_seq.app.build.credit_options import CreditOptions
 from dni_seq.app.lm.options import LanguageModelOptions, as_given, resolve_options
 from dni_seq.app.runs.options import build
 from dni_seq.app.tasks.options import TaskOptions
 from dni_seq.app.tasks.options import as_given as tasks_as_given
 from dni_seq.app.tasks.options import resolve_options as settle_task
 from dni_seq.streams import open_corpus
+from dni_seq.synthesizers.for_model import HORIZONS
 
 BPTT = 2
 
@@ -32,34 +33,34 @@ HINDRANCES = {
 def test_where_the_future_model_cannot_give_messages(name):
     """By default they are fitted there; asked for all the same, the text says what is in the way."""
     given = {"synthesizer": "multi-horizon"} | HINDRANCES[name]
-    assert resolve(build(CreditOptions, given), BPTT).fit == ("descent" if name == "no-normalize" else "least-squares")
+    assert build(CreditOptions, given).resolve(BPTT).fit == ("descent" if name == "no-normalize" else "least-squares")
     with pytest.raises(ValueError, match=f"--fit future is not possible with .*{name}"):
-        resolve(build(CreditOptions, given | {"fit": "future"}), BPTT)
+        build(CreditOptions, given | {"fit": "future"}).resolve(BPTT)
 
 
 @pytest.mark.parametrize("given", [{"synthesizer": "state"}, {}, {"synthesizer": "exact", "tail": True}])
 def test_raw_targets_are_not_solved_for(given):
     with pytest.raises(ValueError, match="remove --no-normalize, or use --fit descent"):
-        resolve(build(CreditOptions, given | {"fit": "least-squares", "normalize": False}), BPTT)
-    assert resolve(build(CreditOptions, given | {"normalize": False}), BPTT).fit == "descent"
+        build(CreditOptions, given | {"fit": "least-squares", "normalize": False}).resolve(BPTT)
+    assert build(CreditOptions, given | {"normalize": False}).resolve(BPTT).fit == "descent"
 
 
 def test_the_tail_of_an_exact_gradient_reads_any_number_of_steps():
     """Its model has one part, however many windows they are."""
-    assert resolve(CreditOptions(synthesizer="exact", tail=True, horizons=2, lookahead=3), BPTT).fit == "future"
+    assert CreditOptions(synthesizer="exact", tail=True, horizons=2, lookahead=3).resolve(BPTT).fit == "future"
 
 
 def test_horizons_by_default():
     """Several where messages are a model's gradient, one where they are fitted, or sized by a lookahead that is given."""
     for name, given in HINDRANCES.items():
         if "horizons" not in given:
-            assert resolve(build(CreditOptions, {"synthesizer": "multi-horizon"} | given), BPTT).horizons == 1, name
+            assert build(CreditOptions, {"synthesizer": "multi-horizon"} | given).resolve(BPTT).horizons == 1, name
 
     def horizons(**given):
-        return resolve(build(CreditOptions, {"synthesizer": "multi-horizon"} | given), BPTT).horizons
+        return build(CreditOptions, {"synthesizer": "multi-horizon"} | given).resolve(BPTT).horizons
 
     assert horizons() == horizons(fit="future") == HORIZONS > 1
-    by_window = [resolve(CreditOptions(synthesizer="multi-horizon"), bptt).horizons for bptt in (1, 2, 3, 4, 5, 20)]
+    by_window = [CreditOptions(synthesizer="multi-horizon").resolve(bptt).horizons for bptt in (1, 2, 3, 4, 5, 20)]
     assert by_window == [4, 2, 2, 2, 2, 2]
     assert horizons(horizons=3) == horizons(horizons=3, fit="descent") == 3
     assert horizons(synthesizer="paper") == horizons(fit="descent") == horizons(lookahead=5) == 1
@@ -75,7 +76,7 @@ def test_the_scale_of_many_horizons_by_default():
     """Together they weigh as much as two; what is given holds, and an exact gradient's tail is one."""
 
     def scale(**given):
-        return scale_of(resolve(build(CreditOptions, {"synthesizer": "multi-horizon"} | given), BPTT))
+        return build(CreditOptions, {"synthesizer": "multi-horizon"} | given).resolve(BPTT).synthetic_scale
 
     assert [scale(horizons=count) for count in (1, 2, 4, 8)] == [1, 1, 0.5, 0.25]
     assert scale(horizons=4, synthetic_scale="0.9") == 0.9
@@ -107,3 +108,11 @@ def test_a_tasks_configuration_does_so_too():
     assert settle_task(TaskOptions(task="adding", synthesizer="exact")).synthesizer == "exact"
     recorded = tasks_as_given(dataclasses.asdict(settle_task(TaskOptions(horizons=3))))
     assert settle_task(build(TaskOptions, recorded, {"bptt": 2})).horizons == 3
+
+
+def test_a_configuration_may_hold_a_contradiction_that_the_command_line_removes():
+    config = {"tokenizer": "char", "bptt": 4, "synthesizer": "state", "fit": "future"}
+    with pytest.raises(ValueError, match="not possible with --synthesizer state"):
+        build(LanguageModelOptions, config).resolve(4)
+    assert as_given(config) == config
+    assert build(LanguageModelOptions, as_given(config), {"synthesizer": "multi-horizon"}).resolve(4).fit == "future"

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import dni_seq as dni
-from dni_seq.app.build.credit_options import CreditOptions, lookahead_of
+from dni_seq.app.build.credit_options import CreditOptions
 from dni_seq.app.build.unused_options import remarks
 from dni_seq.app.lm.build import build_model
 from dni_seq.app.lm.build_trainer import build_trainer
@@ -89,7 +89,7 @@ def trained(**given: Any) -> list[torch.Tensor]:
     trainer = build_trainer(options, model, torch.device("cpu"))
     text = problems.tokens(BPTT * WINDOWS, LANES)
     windows = problems.cut(text, BPTT)
-    steps = lookahead_of(options, BPTT)
+    steps = options.resolve(BPTT).window_lookahead
     for window in dni.with_lookahead(windows, steps) if steps else windows:
         trainer.step(window.inputs, window.targets, lookahead=window.lookahead)
     parts = [model, *([] if trainer.credit is None else [trainer.credit.synthesizer])]

@@ -11,6 +11,7 @@ import torch
 from dni_seq.app.lm import build as lm
 from dni_seq.app.lm import evaluate as evaluate_lm
 from dni_seq.app.lm import train as train_lm
+from dni_seq.app.lm.training import LanguageModelRun
 from dni_seq.core.windows import Window
 from dni_seq.streams import files
 
@@ -39,13 +40,13 @@ def text(tmp_path: Path) -> Path:
 def windows(monkeypatch: pytest.MonkeyPatch) -> list[Window]:
     """Every window that the command trains on."""
     seen: list[Window] = []
-    real = train_lm.step
+    real = LanguageModelRun.step
 
-    def step(training: train_lm.Training, window: Window) -> None:
+    def step(run: LanguageModelRun, window: Window) -> None:
         seen.append(window)
-        real(training, window)
+        real(run, window)
 
-    monkeypatch.setattr(train_lm, "step", step)
+    monkeypatch.setattr(LanguageModelRun, "step", step)
     return seen
 
 

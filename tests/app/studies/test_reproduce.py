@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,7 @@ import pytest
 from torch import nn
 
 import dni_seq as dni
-from dni_seq.app.build.credit import EMBED, build_synthesizer, trainer_settings
-from dni_seq.app.build.credit_options import HORIZONS, default_horizons
+from dni_seq.app.build.credit import ModelSpec, build_synthesizer, trainer_settings
 from dni_seq.app.lm.options import LanguageModelOptions
 from dni_seq.app.runs.options import build
 from dni_seq.app.studies import grid, tuning
@@ -21,8 +21,9 @@ from dni_seq.app.studies.records import append_line, read_lines
 from dni_seq.app.studies.tables import COLUMNS, MARKS, better, beyond_spread, fidelity, tables
 from dni_seq.app.studies.trial_runner import Trial
 from dni_seq.app.tasks.options import TaskOptions
-from dni_seq.credit.config import CreditSettings
 from dni_seq.models.vector_rnn import VectorRNN
+from dni_seq.synthesizers.for_model import EMBED, HORIZONS, default_horizons
+from tests.paths import ROOT
 
 PAGE = f"before\n{MARKS[0]}\n{MARKS[1]}\nbehind\n"
 
@@ -53,9 +54,7 @@ def line(
 
 
 def trials(*arguments: str, lines: list[dict] | None = None) -> list[Trial]:
-    options = reproduce_paper.parse(arguments)
-    make_trial = reproduce_paper.table1 if options.part == "table1" else reproduce_paper.ablation
-    return make_trial(options, lines or [])
+    return reproduce_paper.trials_of(reproduce_paper.parse(arguments), lines or [])
 
 
 RATES = ("--lr", "1e-3", "--synthesizer-lr", "3e-3")
@@ -76,25 +75,69 @@ def test_every_trial_can_be_built(arguments):
         == len(found)
     )
     model = VectorRNN(2, 2, hidden=8)
+    spec = ModelSpec(
+        model,
+        lambda outputs, targets: (outputs - targets).square().mean(-1),
+        example=model.initial_state(1),
+        cells=dni.LSTM_CELLS,
+        encode=lambda: (nn.Linear(2, EMBED), nn.Linear(2, EMBED)),
+        outputs=2,
+    )
     for trial in found:
         options = build({"train_lm": LanguageModelOptions, "train_tasks": TaskOptions}[trial.script], trial.options)
-        build_synthesizer(
-            options,
-            model,
-            lambda outputs, targets: (outputs - targets).square().mean(-1),
-            bptt=options.bptt,
-            example=model.initial_state(1),
-            cells=dni.LSTM_CELLS,
-            encode=lambda: (nn.Linear(2, EMBED), nn.Linear(2, EMBED)),
-            outputs=2,
-        )
-        CreditSettings(
-            **{
-                name.removeprefix("synthetic_").removeprefix("synthesizer_"): value
-                for name, value in trainer_settings(options).items()
-                if name != "auxiliary_weight"
-            }
-        ).check()
+        credit = options.resolve(options.bptt)
+        build_synthesizer(credit, spec)
+        dni.SyntheticGradientConfig(**trainer_settings(credit))
+
+
+@pytest.mark.parametrize("arguments", ALL, ids=" ".join)
+def test_making_trials_leaves_the_options_as_they_are(arguments):
+    options = reproduce_paper.parse([*arguments, *(() if "--tune" in arguments else RATES)])
+    before = deepcopy(vars(options))
+    assert reproduce_paper.trials_of(options, [])
+    assert vars(options) == before
+
+
+RECORDED = ROOT / "docs" / "results" / "paper.jsonl"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("ablation",),
+        ("table1", "--task", "ptb", "--bptt", "1", "2", "4", "8"),
+        ("table1", "--task", "copy", "--bptt", "4"),
+        ("table1", "--task", "copy", "--bptt", "4", "--tune"),
+        ("table1", "--task", "ptb", "--bptt", "1", "--tune"),
+    ],
+    ids=" ".join,
+)
+def test_finished_trials_keep_their_keys(arguments):
+    """A trial with another key would be run again."""
+    lines = read_lines(RECORDED)
+    made = {trial.key() for trial in trials(*arguments, lines=lines)}
+    assert made
+    assert made <= {line["key"] for line in lines}
+
+
+def test_broken_ties_keep_their_keys():
+    lines = read_lines(RECORDED)
+    recorded = {line["key"] for line in lines if (line["part"], line["task"], line["bptt"]) == ("ties", "repeat-copy", 4)}
+    made = trials("table1", "--task", "repeat-copy", "--bptt", "4", "--break-ties", lines=lines)
+    assert recorded
+    assert recorded <= {trial.key() for trial in made}
+
+
+def test_only_trials_that_are_not_on_record_are_missing(capsys):
+    """Two more seeds of two columns."""
+    arguments = ["table1", "--task", "copy", "--bptt", "4", "--synthesizer", "none", "exact", "--seeds", "5", "--dry-run"]
+    files = ["--results", str(RECORDED), "--page", str(RECORDED.with_suffix(".md"))]
+    assert reproduce_paper.main([*arguments, *files]) == 0
+    *missing, total = capsys.readouterr().out.splitlines()
+    assert total.endswith(" min in 4 missing trials of 10")
+    assert [line.split()[2].rsplit("-", 1)[0] for line in missing] == [
+        f"table1-copy-small-4-{column}-{seed}" for seed in (3, 4) for column in ("none", "exact")
+    ]
 
 
 def test_the_trials_of_a_table():
@@ -394,7 +437,7 @@ def test_a_table_is_made_end_to_end(tmp_path, monkeypatch, capsys):
     text.write_text("the quick brown fox jumps over the lazy dog again and again\n" * 60)
     size = {"hidden": 8, "layers": 1, "batch_size": 4}
     tiny = grid.Budget({"tokenizer": "char", "dropout": 0.0, "embed": 8, **size, "max_tokens": 400}, {}, None, None)
-    monkeypatch.setattr(reproduce_paper, "BUDGETS", {"small": tiny})
+    monkeypatch.setattr("dni_seq.app.studies.trials.BUDGETS", {"small": tiny})
     Path("paper.md").write_text(PAGE)
     common = ["--seeds", "1", "--results", "paper.jsonl", "--page", "paper.md", *RATES]
     of_text = [

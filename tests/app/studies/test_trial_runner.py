@@ -9,11 +9,11 @@ import time
 
 import pytest
 
-from dni_seq.app.build.credit_options import HORIZONS
 from dni_seq.app.runs.checkpoint import load_checkpoint, save_checkpoint
 from dni_seq.app.runs.signals import StopSignals
 from dni_seq.app.studies.records import read_lines
 from dni_seq.app.studies.trial_runner import Outcome, Study, Trial, finite
+from dni_seq.synthesizers.for_model import HORIZONS
 
 TINY = {"task": "copy", "bptt": 2, "hidden": 8, "batch_size": 4, "synthesizer_hidden": 8, "threads": 1, "device": "cpu"}
 

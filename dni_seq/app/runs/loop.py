@@ -1,0 +1,410 @@
+"""The training loop of the commands: steps, curves, checkpoints, stops by signal, and the errors that end a run.
+
+`TrainingRun` is the base class of the runs of train_lm.py and train_tasks.py. A subclass holds the parts that only its
+command has, and overrides the methods that differ. `run_command` prepares a run, trains it, and reports expected errors.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from dni_seq.app.runs.checkpoint import (
+    CheckpointError,
+    checkpoint_errors,
+    random_state,
+    save_checkpoint,
+    set_random_state,
+    write_json,
+)
+from dni_seq.app.runs.directory import RunDirectory
+from dni_seq.app.runs.lock import RunLock
+from dni_seq.app.runs.options import report
+from dni_seq.app.runs.progress import NullProgress, Progress
+from dni_seq.app.runs.resume import Plan, RunOptions, config_of
+from dni_seq.app.runs.signals import StopSignals
+from dni_seq.app.runs.tensorboard import Layout, RunLog, peak_memory_mb
+from dni_seq.core.nonfinite import NonFiniteError
+from dni_seq.core.windows import Window, on_device
+from dni_seq.credit.results import StepResult
+from dni_seq.distributed.process_group import RankError, Ranks
+from dni_seq.streams import DataError
+from dni_seq.trainer import SequenceTrainer
+
+SAVE_SECONDS = 60.0
+"""Seconds between two checkpoints, the most work that a kill loses. A subclass may ask for more checkpoints."""
+
+
+class SavedStream(Protocol):
+    """A stream of windows whose position can be saved and restored.
+
+    Attributes:
+        lanes: B, the number of lanes over all ranks.
+    """
+
+    @property
+    def lanes(self) -> int:
+        """B, the number of lanes."""
+
+    def __iter__(self) -> Iterator[Window]: ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the position."""
+
+    def load_state_dict(self, saved: dict[str, Any], /) -> None:
+        """Restores a position."""
+
+
+@dataclass
+class Counters:
+    """The counters that every run has; part of its checkpoint. A subclass adds those of its command.
+
+    Attributes:
+        seconds: time of the run so far, over all sessions, evaluation included.
+        process_seconds: CPU time of the process so far, which does not depend on other load of the machine.
+        curve: the run's scores so far, one row per evaluation; the subclass defines the columns.
+        logged_at: step of the latest point of the training curves.
+    """
+
+    seconds: float = 0.0
+    process_seconds: float = 0.0
+    curve: list[Any] = field(default_factory=list)
+    logged_at: int = 0
+
+
+class Measured(NamedTuple):
+    """What one step adds to the log.
+
+    Attributes:
+        values: measurements by TensorBoard key, as `RunLog.add` takes them.
+        weight: weight of the step in the averages.
+        tokens: number of tokens of the window, for the speed.
+    """
+
+    values: dict[str, Tensor]
+    weight: int
+    tokens: int
+
+
+def measurements(result: StepResult) -> dict[str, Tensor]:
+    """Returns the measurements of a step that all runs log, by TensorBoard key."""
+    values = {"gradient/norm": result.gradient_norm}
+    if result.synthetic is not None:
+        values["gradient/synthesizer_norm"] = result.synthetic.gradient_norm
+        for name in ("loss", "cosine", "r2", "injected_ratio", "scale"):
+            values[f"synthetic/{name}"] = getattr(result.synthetic, name)
+        if result.synthetic.fidelity is not None:
+            horizons = result.synthetic.fidelity.horizons
+            values["fidelity/cosine"] = torch.stack([horizon.cosine for horizon in horizons])
+            values["fidelity/r2"] = torch.stack([horizon.r2 for horizon in horizons])
+    return values
+
+
+@dataclass(kw_only=True)
+class TrainingRun(ABC):
+    """A training run: trains on a stream until it is done, logs, saves, and resumes exactly.
+
+    Build the parts, call `restore` with the checkpoint or None, then `begin`, then `train`. A subclass defines the abstract
+    methods. It may override `evaluate`, `scores` and `outcome`, which do nothing here. It may extend `restore`,
+    `initialize_dir`, `complete_curves`, `content` and `summary`, which do what all runs have in common.
+
+    Attributes:
+        UNIT: name of a step in messages.
+        LOG_EVERY: steps between two points of the training curves.
+        DASHBOARD: charts of TensorBoard's tab "Custom Scalars".
+        FINAL: keys whose last values are the run's scores in TensorBoard's tab "HParams".
+        options: the options of the run.
+        run: the directory of the run.
+        device: the device of model and windows.
+        stream: the training windows, with the lanes of all ranks.
+        trainer: trains on a window.
+        counters: see `Counters`.
+        ranks: the ranks that share the run. Only the first one writes files and messages.
+        log: the TensorBoard log; writes nothing before `begin`, and on ranks other than the first.
+        progress: shows steps and messages, from `begin` on.
+        resumed_at: step of the loaded checkpoint, None for a new run.
+        began: time at which this session began to train, in seconds of the monotonic clock.
+        saved_at: time of the latest checkpoint, in seconds of the same clock.
+    """
+
+    UNIT: ClassVar[str] = "step"
+    LOG_EVERY: ClassVar[int]
+    DASHBOARD: ClassVar[Layout]
+    FINAL: ClassVar[Sequence[str]]
+
+    options: RunOptions
+    run: RunDirectory
+    device: torch.device
+    stream: SavedStream
+    trainer: SequenceTrainer
+    counters: Counters
+    ranks: Ranks = field(default_factory=Ranks)
+    log: RunLog = field(default_factory=lambda: RunLog(None))
+    progress: Progress = field(init=False)
+    resumed_at: int | None = None
+    began: float = field(init=False)
+    saved_at: float = field(init=False)
+    _clock: float = field(init=False, repr=False)
+    _process_clock: float = field(init=False, repr=False)
+
+    @property
+    def steps(self) -> int:
+        """Steps done."""
+        return self.trainer.steps
+
+    @property
+    def how_to_resume(self) -> str:
+        """The options that resume this run."""
+        return f"--run-dir {self.run.path} --resume auto"
+
+    @abstractmethod
+    def done(self) -> bool:
+        """Returns whether the run has reached its limit."""
+
+    @abstractmethod
+    def total_steps(self) -> int | None:
+        """Returns the number of steps of the whole run, None if unknown."""
+
+    @abstractmethod
+    def measure(self, window: Window, result: StepResult) -> Measured:
+        """Returns what a step adds to the log. `window` has the lanes of all ranks and is on the CPU."""
+
+    @abstractmethod
+    def after_step(self, window: Window, result: StepResult, measured: Measured) -> None:
+        """Updates the counters after a step. `window` has the lanes of all ranks and is on the CPU."""
+
+    @abstractmethod
+    def point(self) -> dict[str, float]:
+        """Returns the values of a point of the curves, besides the averages, by TensorBoard key."""
+
+    @abstractmethod
+    def figures(self) -> str:
+        """Returns the latest figures as a short text."""
+
+    def evaluate(self) -> bool:
+        """Evaluates the model if an evaluation is due. Returns whether a checkpoint is due after it."""
+        return False
+
+    def scores(self) -> dict[str, Any]:
+        """Logs and returns the scores of the finished run, for summary.json. Only the first rank calls this."""
+        return {}
+
+    def outcome(self) -> str:
+        """Returns the outcome of the finished run for the last message."""
+        return ""
+
+    def restore(self, checkpoint: dict[str, Any] | None) -> None:
+        """Restores the run from a checkpoint's content, except for the log. Does nothing for None, a new run.
+
+        Any exception of a checkpoint with other content passes; call this in `checkpoint_errors`.
+        """
+        if checkpoint is None:
+            return
+        self.trainer.load_state_dict(checkpoint["trainer"], self.stream.lanes)
+        self.stream.load_state_dict(checkpoint["stream"])
+        if self.ranks.first:
+            set_random_state(checkpoint["random"])
+        self.counters = type(self.counters)(**checkpoint["counters"])
+        self.resumed_at = self.steps
+
+    def begin(self, plan: Plan[Any], lock: RunLock, notes: Iterable[str] = ()) -> None:
+        """Creates the run's directory, opens its log and starts the clocks. A collective call.
+
+        Args:
+            plan: the plan of the call.
+            lock: lock to take on the directory.
+            notes: more messages for the user.
+
+        Raises:
+            ValueError: the directory cannot be written, or it is in use.
+            CheckpointError: the checkpoint's log is not valid.
+        """
+        self.ranks.broadcast_from_rank0(lambda: self._open(plan, lock))
+        if plan.checkpoint is not None:
+            with checkpoint_errors(self.run.path):
+                self.log.load_state_dict(plan.checkpoint["log"], self.device)
+        self.progress = (Progress if self.ranks.first else NullProgress)(self.total_steps(), self.steps)
+        for note in (plan.note, lock.missing, *notes):
+            if note:
+                self.progress.write_line(note)
+        self.began = self.saved_at = self._clock = time.monotonic()
+        self._process_clock = time.process_time()
+
+    def initialize_dir(self, plan: Plan[Any], lock: RunLock) -> None:
+        """Creates and locks the run's directory and writes its first files. Only the first rank calls this."""
+        plan.initialize_dir(self.run, self.options, lock)
+
+    def _open(self, plan: Plan[Any], lock: RunLock) -> None:
+        self.initialize_dir(plan, lock)
+        self.log = RunLog(self.run.path, resumed_at=self.steps)
+        self.log.dashboard(self.DASHBOARD)
+        self.log.configuration(self.steps, config_of(self.options))
+
+    def train(self, stop: StopSignals) -> int:
+        """Trains until the run is done or a signal arrives, and returns the exit status."""
+        while not self.done():
+            for window in self.stream:
+                with checkpoint_errors(self.run.path) if self.steps == self.resumed_at else nullcontext():
+                    self.step(window)
+                if self.steps % self.LOG_EVERY == 0:
+                    self.log_point()
+                    self.log.clear()
+                evaluated = self.evaluate()
+                if self.done():
+                    break
+                # A signal reaches ranks at different steps, and their clocks differ, so they agree when to stop and save.
+                late = time.monotonic() - self.saved_at > SAVE_SECONDS
+                signal, save_due = agreed(self.ranks, stop.received, late or evaluated)
+                if signal is not None:
+                    # Only here: a signal that arrives during the agreement must survive until the next one.
+                    stop.received = signal
+                    self.save(self.run.last)
+                    self.progress.write_line(f"stopped at {self.UNIT} {self.steps}; to resume: {self.how_to_resume}")
+                    return stop.exit_status
+                if save_due:
+                    self.save(self.run.last)
+        self.finish()
+        return 0
+
+    def step(self, window: Window) -> None:
+        """Trains on one window and logs its measurements."""
+        own = self.own_lanes(window)
+        result = self.trainer.step(own.inputs, own.targets, ends=own.ends, mask=own.mask, lookahead=own.lookahead)
+        measured = self.measure(window, result)
+        self.log.add(measured.values, weight=measured.weight, skipped=result.skipped)
+        for event in result.events:
+            self.progress.write_line(event)
+        self.after_step(window, result, measured)
+        self.progress.step(measured.tokens, self.figures)
+
+    def own_lanes(self, window: Window) -> Window:
+        """Returns this rank's lanes of a window, on the device."""
+        return on_device(self.trainer.parallel.window(window), self.device)
+
+    def log_point(self) -> None:
+        """Writes a point of the training curves: averages since the last point, and the values of this step."""
+        self.counters.logged_at = self.steps
+        self.log.write(self.steps)
+        values = {**self.trainer.skip_counts(), **self.point(), "memory/peak_mb": peak_memory_mb(self.device)}
+        self.log.scalars(self.steps, values)
+
+    def tick(self) -> None:
+        """Adds the time since the last call to the counters."""
+        now, process_now = time.monotonic(), time.process_time()
+        self.counters.seconds += now - self._clock
+        self.counters.process_seconds += process_now - self._process_clock
+        self._clock, self._process_clock = now, process_now
+
+    def content(self) -> dict[str, Any]:
+        """Returns the content of a checkpoint. A collective call."""
+        return {
+            "trainer": self.trainer.state_dict(),
+            "stream": self.stream.state_dict(),
+            "random": random_state(),
+            "counters": {entry.name: getattr(self.counters, entry.name) for entry in dataclasses.fields(self.counters)},
+            "log": self.log.state_dict(),
+            "config": config_of(self.options),
+        }
+
+    def save(self, path: Path) -> None:
+        """Writes a checkpoint. The log is flushed first, so it has every step that the checkpoint has.
+
+        The last checkpoint before this one is kept as previous.pt. A collective call: rank 0 writes the file.
+        """
+        self.tick()
+        self.log.flush()
+        content = self.content()
+        if self.ranks.first:
+            save_checkpoint(path, content, keep=self.run.previous if path == self.run.last else None)
+        self.saved_at = time.monotonic()
+
+    def save_after(self, error: Exception) -> Exception:
+        """Saves a run that cannot continue and returns the error to report."""
+        try:
+            self.save(self.run.last)
+        except (OSError, RankError) as other:
+            return OSError(f"{error} ({other})")
+        return ValueError(f"{error} (saved at {self.UNIT} {self.steps}; to resume: {self.how_to_resume})")
+
+    def finish(self) -> None:
+        """Ends a run: last points of the curves and last checkpoint, then the scores and the summary."""
+        self.complete_curves()
+        self.save(self.run.last)
+        if not self.ranks.first:
+            return
+        scores = self.scores()
+        deciding = {name: value for name, value in config_of(self.options).items() if name not in self.options.MAY_CHANGE}
+        self.log.hyperparameters(deciding, self.FINAL)
+        self.tick()
+        write_json(self.run.summary, {**self.summary(), **scores})
+        seconds = f"{self.counters.seconds:.0f} s"
+        self.progress.write_line(f"{self.steps} {self.UNIT}s in {seconds}{self.outcome()}; results in {self.run.path}")
+
+    def complete_curves(self) -> None:
+        """Writes the points of the last step that are not written yet."""
+        if self.counters.logged_at != self.steps:
+            self.log_point()
+
+    def summary(self) -> dict[str, Any]:
+        """Returns the content of summary.json without the scores."""
+        return {
+            "parameters": sum(parameter.numel() for parameter in self.trainer.model.parameters()),
+            "torch": torch.__version__,
+            "seconds": self.counters.seconds,
+            "process_seconds": self.counters.process_seconds,
+            "peak_memory_mb": peak_memory_mb(self.device),
+            "curve": self.counters.curve,
+        }
+
+    def close(self) -> None:
+        """Closes progress bar and log."""
+        self.progress.close()
+        self.log.close()
+
+
+def agreed(ranks: Ranks, signal: int | None, save_due: bool) -> tuple[int | None, bool]:
+    """Returns a signal that any rank has received, and whether a checkpoint is due on any rank. A collective call."""
+    number, due = ranks.all_reduce_max(signal or 0, int(save_due))
+    return number or None, bool(due)
+
+
+def run_command(prog: str, ranks: Ranks, prepare: Callable[[], TrainingRun]) -> int:
+    """Prepares a run, trains it and returns the exit status. An expected error is one line on stderr and status 2.
+
+    Args:
+        prog: the command's name in messages.
+        ranks: the ranks that share the run.
+        prepare: returns the run after `TrainingRun.begin`. It raises the same ValueError or OSError on all ranks.
+    """
+    try:
+        training = prepare()
+    except (ValueError, OSError) as error:
+        return report(prog, error) if ranks.first else 2
+    except RankError as error:
+        return report(prog, error)
+    try:
+        with StopSignals() as stop:
+            return training.train(stop)
+    except RankError as error:
+        where = f"rank {ranks.rank} stopped at {training.UNIT} {training.steps}"
+        return report(prog, RankError(f"{where}: {error}; to resume from the last checkpoint: {training.how_to_resume}"))
+    except DataError as error:
+        if ranks.size > 1:  # a checkpoint needs all ranks, and the others may not have this error
+            return report(prog, DataError(f"rank {ranks.rank} stopped at {training.UNIT} {training.steps}: {error}"))
+        return report(prog, training.save_after(error))
+    except NonFiniteError as error:  # on all ranks at the same step
+        end = training.save_after(error)
+        return report(prog, end) if ranks.first else 2
+    except (CheckpointError, OSError) as error:
+        return report(prog, error)
+    finally:
+        training.close()

@@ -1,0 +1,60 @@
+"""ReplayBuffer: collects the latest windows until there are enough to replay.
+
+Legend: K = windows in a replay.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Any
+
+from dni_seq.core import states
+from dni_seq.core.snapshot import Restorable
+from dni_seq.core.states import State
+from dni_seq.credit.replay import RecordedWindow, gather_lanes, own_lanes, pack, unpack
+from dni_seq.credit.window_runner import WindowRunner
+
+
+class ReplayBuffer(Restorable):
+    """Holds up to K - 1 consecutive windows; the K-th completes them.
+
+    Args:
+        runner: says where the lanes are, for the state dict.
+        size: K.
+    """
+
+    UNCHANGING = (WindowRunner,)
+
+    def __init__(self, runner: WindowRunner, size: int) -> None:
+        self._runner = runner
+        self._size = size
+        self._windows: deque[RecordedWindow] = deque()
+
+    @property
+    def fills(self) -> bool:
+        """Whether the next window completes the buffer."""
+        return len(self._windows) + 1 >= self._size
+
+    def add(self, window: RecordedWindow) -> list[RecordedWindow]:
+        """Records a copy of a window; returns K windows, oldest first, and clears the buffer if the window completes it.
+
+        Otherwise the list is empty.
+        """
+        self._windows.append(states.clone(window))
+        if len(self._windows) < self._size:
+            return []
+        windows = list(self._windows)
+        self._windows.clear()
+        return windows
+
+    def clear(self) -> None:
+        """Removes all windows, because the next one does not follow them."""
+        self._windows.clear()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the windows with the lanes of all ranks; a collective call on several ranks."""
+        return {"ring": [pack(gather_lanes(window, self._runner)) for window in self._windows]}
+
+    def load_state_dict(self, saved: dict[str, Any], like: State) -> None:
+        """Restores what `state_dict` returned; hidden states are nested like `like`."""
+        self._windows = deque(own_lanes(unpack(window, like), self._runner) for window in saved["ring"])

@@ -1,0 +1,152 @@
+"""StreamState: the hidden state between two windows, in training and in checkpoints.
+
+Legend: B = lanes of the run.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dni_seq.core import states
+from dni_seq.core.states import State
+from dni_seq.credit.synthetic_gradient import SyntheticCredit, without_chain
+from dni_seq.credit.window_runner import WindowRunner
+
+
+class StreamState:
+    """Holds the hidden state that the next window starts from, and what a checkpoint holds of it.
+
+    A checkpoint has flat leaves. Their nesting is that of the model's initial state, which may be known only at the next
+    window; until then the loaded leaves wait.
+
+    An initial state that needs a gradient is learned: in the first window of a sequence the gradient at the lane's first
+    state flows on to it.
+
+    Args:
+        runner: knows the initial state and the lanes.
+        credit: the trainer's synthetic credit, whose recorded windows start from hidden states too; or None.
+
+    Attributes:
+        state: the hidden state with this rank's lanes, None before the first window.
+    """
+
+    def __init__(self, runner: WindowRunner, credit: SyntheticCredit | None) -> None:
+        self._runner = runner
+        self._credit = credit
+        self._waiting: dict[str, Any] | None = None
+        self._learned: State | None = None
+        self._fresh: Tensor | None = None
+        self.state: State | None = None
+
+    def start(self, inputs: Tensor, lanes: int) -> State | None:
+        """Returns the state that a window starts from, without a graph; restores a loaded state first.
+
+        Raises:
+            ValueError: the state has other lanes than the inputs.
+        """
+        if self._waiting is not None:
+            self.restore(self._runner.state_template(inputs, lanes), lanes)
+        state, self._learned = self.state, None
+        if state is None or self._fresh is not None:
+            initial = self._runner.initial_state(lanes)
+            if initial is not None and needs_gradient(initial):
+                self._learned = initial
+            if initial is not None:
+                initial = states.detach(initial)
+            if state is None:
+                state = initial
+                self._fresh = None if self._learned is None else torch.ones(lanes, dtype=torch.bool, device=inputs.device)
+            elif self._fresh is not None:  # the optimizer has changed the initial state since the lanes were reset
+                state = states.reset_lanes(state, self._fresh, initial, self._runner.state_batch_dim)
+        if state is not None:
+            self._runner.check_lanes(state, lanes)
+        return state
+
+    def attach(self, start: State | None) -> State | None:
+        """Returns a window's first state, from which the gradient of lanes that start a sequence flows on to a learned one.
+
+        Values do not change. Without a learned initial state it returns `start`.
+        """
+        if self._learned is None or self._fresh is None or start is None:
+            return start
+        dims = states.broadcast_to_leaves(self._runner.state_batch_dim, start, "state_batch_dim")
+        leaves = []
+        for leaf, initial, dim in zip(states.flatten(start), states.flatten(self._learned), dims, strict=True):
+            if isinstance(initial, Tensor) and initial.requires_grad:
+                leaf = leaf + torch.where(states.lane_mask(self._fresh, leaf, dim), initial - initial.detach(), 0)
+            leaves.append(leaf)
+        return states.unflatten(start, leaves)
+
+    def advance(self, state: State | None, *reset: Tensor | None) -> None:
+        """Sets the state that the next window starts from.
+
+        Args:
+            state: the state.
+            *reset: masks [B] of lanes that start a sequence there; None for none.
+        """
+        self.state = state
+        masks = [mask for mask in reset if mask is not None]
+        lanes = len(masks[0]) if masks else 0
+        if masks and self._learned is None and not needs_gradient(self._runner.initial_state(lanes)):
+            masks = []
+        self._fresh = torch.stack(masks).any(0) if masks else None
+
+    @property
+    def fresh(self) -> Tensor | None:
+        """[B] bool, lanes whose window starts from a learned initial state; None for none."""
+        return self._fresh
+
+    def reset(self) -> None:
+        """Forgets the state: the next window starts from the initial state and does not continue an earlier window."""
+        self.state = self._fresh = None
+        if self._waiting is not None:
+            credit = self._waiting["credit"]
+            self._waiting = {"state": None, "credit": None if credit is None else without_chain(credit), "fresh": None}
+        if self._credit is not None:
+            self._credit.break_chain()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the state's leaves and the synthetic credit, with the lanes of all ranks; a collective call."""
+        if self._waiting is not None:
+            return self._waiting
+        gather, dims = self._runner.parallel.all, self._runner.state_batch_dim
+        return {
+            "state": None if self.state is None else states.flatten(states.map_lanes(gather, self.state, dims)),
+            "credit": None if self._credit is None else self._credit.state_dict(),
+            "fresh": None if self._fresh is None else gather(self._fresh, 0),
+        }
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """Keeps what `state_dict` returned until `restore` or the next window. Older states have no "fresh"."""
+        self.state = self._fresh = None
+        self._waiting = {"state": saved["state"], "credit": saved["credit"], "fresh": saved.get("fresh")}
+
+    def restore(self, nest: State, lanes: int) -> None:
+        """Restores what was loaded, in the nesting and shapes of `nest`, a state of `lanes` lanes.
+
+        Raises:
+            ValueError: a leaf does not have the shape of its leaf in `nest`.
+        """
+        if self._waiting is None:
+            return
+        leaves, own = self._waiting["state"], self._runner.parallel.own
+        if nest is not None:
+            self._runner.check_lanes(nest, lanes)
+        if leaves is not None:
+            state = states.unflatten(nest, leaves)
+            self._runner.check_saved(leaves, nest)
+        if self._credit is not None:
+            self._credit.load_state_dict(self._waiting["credit"], nest)
+        if leaves is not None:
+            self.state = states.map_lanes(own, state, self._runner.state_batch_dim)
+        fresh = self._waiting["fresh"]
+        self._fresh = None if fresh is None else own(fresh, 0)
+        self._waiting = None
+
+
+def needs_gradient(state: State | None) -> bool:
+    """Returns whether a leaf of a state requires a gradient."""
+    return state is not None and any(leaf.requires_grad for leaf in states.floating(state))

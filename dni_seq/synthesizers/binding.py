@@ -1,0 +1,98 @@
+"""bind and StepWeight: a synthesizer learns from the trainer, at its first window, how it is trained.
+
+Legend: T = window length in steps, B = lanes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from dni_seq.core import states
+from dni_seq.core.states import State
+from dni_seq.core.windows import REDUCTIONS, Reduction, step_weight
+
+
+def bind(synthesizer: nn.Module, *, window: int, reduction: Reduction | None, state_batch_dim: Any, state: State) -> None:
+    """Tells a synthesizer's parts how it is trained; the trainer calls it at its first window.
+
+    Args:
+        synthesizer: the module; it and its submodules are told if they have a method `bind` with these arguments.
+        window: T, the length of the trainer's windows.
+        reduction: the trainer's reduction; None if its loss_fn returns a scalar, so that the trainer reduces nothing.
+        state_batch_dim: dimension of the lanes in the state's leaves, an int or a nest.
+        state: a state of the model.
+
+    Raises:
+        ValueError: a part was built for another window length, reduction, dimension or state.
+    """
+    for part in synthesizer.modules():
+        own: Callable[..., None] | None = getattr(part, "bind", None)
+        if own is not None:
+            own(window=window, reduction=reduction, state_batch_dim=state_batch_dim, state=state)
+
+
+def check_dtype(synthesizer: nn.Module, state: State) -> None:
+    """Raises a ValueError if a synthesizer's parameters have another dtype than a state, whose half precision is float32."""
+    wanted = {states.to_float32(leaf).dtype for leaf in states.floating(state)}
+    found = {parameter.dtype for parameter in synthesizer.parameters() if parameter.is_floating_point()}
+    if len(wanted) == 1 and not found <= wanted:
+        (dtype,) = wanted
+        raise ValueError(
+            f"the synthesizer's parameters are {found.pop()}, the model's state is {dtype}: call synthesizer.to({dtype})"
+        )
+
+
+class StepWeight:
+    """The weight of one step of one lane in the trainer's loss, such as 1 / (T B) for "mean".
+
+    Args:
+        owner: name of the synthesizer, for messages.
+        window: T, or None to take it from the trainer.
+        reduction: the trainer's reduction, or None to take it from the trainer ("mean" if there is none).
+
+    Attributes:
+        window: T, None while it is unknown.
+        reduction: the reduction.
+
+    Raises:
+        ValueError: `window` is not positive, or the reduction is unknown.
+    """
+
+    def __init__(self, owner: str, window: int | None, reduction: Reduction | None) -> None:
+        if window is not None and window < 1:
+            raise ValueError(f"{owner}: window must be positive, got {window}")
+        if reduction is not None and reduction not in REDUCTIONS:
+            raise ValueError(f"{owner}: reduction must be one of {REDUCTIONS}, got {reduction!r}")
+        self._owner = owner
+        self._given = (window, reduction)
+        self.window = window
+        self.reduction: Reduction = "mean" if reduction is None else reduction
+
+    def bind(self, window: int, reduction: Reduction | None) -> None:
+        """Takes over the trainer's window length, and its reduction unless that is None.
+
+        Raises:
+            ValueError: another one was given at construction.
+        """
+        for name, given, found in zip(("window", "reduction"), self._given, (window, reduction), strict=True):
+            if None not in (given, found) and given != found:
+                raise ValueError(
+                    f"{self._owner} was built with {name}={given!r}, but the trainer's {name} is {found!r}: build it for "
+                    f"that, or leave {name} out to take it from the trainer"
+                )
+        self.window = window
+        if reduction is not None:
+            self.reduction = reduction
+
+    def __call__(self, lanes: int) -> float:
+        """Returns the weight for `lanes` lanes.
+
+        Raises:
+            ValueError: the window length is needed, and neither given nor known from a trainer.
+        """
+        if self.window is None and self.reduction == "mean":
+            raise ValueError(f"{self._owner} does not know the window length: pass window=, or use it in a SequenceTrainer")
+        return step_weight(self.reduction, self.window or 1, lanes)

@@ -1,0 +1,173 @@
+"""What a synthesizer takes from its trainer, and what contradicts it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import dni_seq as dni
+from dni_seq.core import states
+from dni_seq.synthesizers.base import Recommended, recommended, supports_auto_scale
+from dni_seq.synthesizers.binding import StepWeight, bind
+from dni_seq.synthesizers.jaderberg2017 import Jaderberg2017Synthesizer
+from dni_seq.synthesizers.multi_horizon import Horizons
+from tests import problems
+from tests.credit.trainers import T, future_gradient, windows_of
+from tests.training import trainer_initial
+
+
+def trained(synthesizer, model, loss_fn=problems.unreduced, sees=True, **settings):
+    trainer = dni.SequenceTrainer(
+        model,
+        problems.frozen(model),
+        loss_fn,
+        synthesizer=synthesizer,
+        state_batch_dim=model.state_batch_dim,
+        initial_state=lambda lanes: trainer_initial(model),
+        **settings,
+    )
+    for window in windows_of(2 * T):
+        trainer.step(window.inputs, window.targets, lookahead=window.lookahead if sees else None)
+    return trainer
+
+
+@pytest.mark.parametrize("reduction", ["mean", "lane-mean", "sum"])
+@pytest.mark.parametrize("kind", ["future", "exact"])
+def test_messages_have_the_unit_of_the_trainers_loss(kind, reduction):
+    """Nobody gives T or the reduction; the message is what it is with both given."""
+
+    def message(**given):
+        model = problems.make_model("lstm")
+        torch.manual_seed(0)
+        if kind == "exact":
+            synthesizer = dni.ExactFuture(model, problems.unreduced, steps=T, **given)
+        else:
+            synthesizer = future_gradient(model, **given)
+            nn.init.normal_(synthesizer.heads.model.output.weight)
+        trainer = trained(synthesizer, model, reduction=reduction)
+        return states.floating(synthesizer(trainer.state, windows_of(2 * T)[0].lookahead))
+
+    for found, expected in zip(message(), message(window=T, reduction=reduction), strict=True):
+        assert torch.equal(found, expected)
+        assert found.any()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"window": 20}, "FutureGradient was built with window=20, but the trainer's window is 3"),
+        ({"reduction": "sum"}, "FutureGradient was built with reduction='sum', but the trainer's reduction is 'mean'"),
+    ],
+)
+def test_a_future_gradient_for_other_windows_is_refused(given, message):
+    model = problems.make_model("lstm")
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    with pytest.raises(ValueError, match=message):
+        trained(future_gradient(model, **given), model)
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"window": 20}, "ExactFuture was built with window=20"),
+        ({"reduction": "sum"}, "ExactFuture was built with reduction='sum'"),
+        ({"batch_dim": 0}, "ExactFuture was built with batch_dim=0, but the trainer's state_batch_dim is 1"),
+    ],
+)
+def test_an_exact_future_for_other_windows_is_refused(given, message):
+    model = problems.make_model("lstm")
+    with pytest.raises(ValueError, match=message):
+        trained(dni.ExactFuture(model, problems.unreduced, steps=2, **given), model)
+
+
+def test_a_scalar_loss_says_nothing_of_a_reduction():
+    """The trainer reduces nothing then, so its setting contradicts nothing."""
+    model = problems.make_model("lstm")
+    exact = dni.ExactFuture(model, problems.unreduced, steps=2, reduction="sum")
+    trained(exact, model, problems.summed)
+    assert (exact.step_weight.window, exact.step_weight.reduction) == (T, "sum")
+
+
+def test_lanes_elsewhere_are_refused():
+    model = problems.make_model("lstm")
+    synthesizer = dni.StateSynthesizer(model.initial_state(2), hidden=(4,), batch_dim=2).double()
+    with pytest.raises(ValueError, match=r"along the dimensions \[2, 2\], the trainer's state_batch_dim says \[1, 1\]"):
+        trained(synthesizer, model)
+
+
+@pytest.mark.parametrize("name", problems.MODELS)
+def test_lanes_of_pytorchs_states_need_not_be_given(name):
+    model = problems.make_model(name)
+    synthesizer = dni.StateSynthesizer(trainer_initial(model), hidden=(4,), cells=model.cells).double()
+    assert trained(synthesizer, model, sees=False).steps == 2
+
+
+def test_a_state_of_other_rank_needs_its_lanes():
+    with pytest.raises(ValueError, match=r"a state's leaf has shape \(2, 3, 4, 5\): pass batch_dim"):
+        dni.StateSynthesizer(torch.zeros(2, 3, 4, 5))
+
+
+def test_copies_are_told_too():
+    model = problems.make_model("gru")
+    exact = dni.ExactFuture(model, problems.unreduced, steps=2, tail=dni.StateSynthesizer(trainer_initial(model)).double())
+    config = dni.SyntheticGradientConfig(target_network=2)
+    settings = {"synthesizer": exact, "config": config, "state_batch_dim": 1}
+    trainer = dni.SequenceTrainer(model, problems.frozen(model), problems.mean, **settings)
+    trainer.credit.bind(7, trainer_initial(model))
+    assert trainer.credit.target_network.module.step_weight.window == exact.step_weight.window == 7
+
+
+def test_a_second_trainer_may_have_other_windows():
+    weight = StepWeight("It", None, None)
+    for window in (3, 5):
+        weight.bind(window, "sum")
+        assert (weight.window, weight.reduction) == (window, "sum")
+
+
+def test_a_weight_without_a_window():
+    weight = StepWeight("It", None, None)
+    with pytest.raises(ValueError, match="It does not know the window length: pass window="):
+        weight(2)
+    weight.bind(4, None)
+    assert weight(2) == 1 / 8
+    assert StepWeight("It", None, "lane-mean")(4) == 1 / 4
+    with pytest.raises(ValueError, match="window must be positive, got 0"):
+        StepWeight("It", 0, None)
+
+
+def test_every_part_that_can_be_told_is():
+    class Listener(nn.Module):
+        def bind(self, **told):
+            self.told = told
+
+    outer = nn.Sequential(Listener(), nn.Sequential(Listener(), nn.Linear(1, 1)))
+    bind(outer, window=3, reduction="sum", state_batch_dim=0, state=torch.zeros(1, 1))
+    expected = {"window": 3, "reduction": "sum", "state_batch_dim": 0}
+    for listener in (outer[0], outer[1][0]):
+        del listener.told["state"]
+    assert outer[0].told == outer[1][0].told == expected
+
+
+def test_recommendations():
+    model = problems.make_model("lstm")
+    example = trainer_initial(model)
+    future = future_gradient(model, 3)
+    network = Jaderberg2017Synthesizer(10, hidden=5)
+    exact = dni.ExactFuture(model, problems.unreduced, steps=2)
+    with_tail = dni.ExactFuture(model, problems.unreduced, steps=2, tail=future_gradient(model).heads)
+    assert recommended(future) == recommended(future.heads) == (2 / 3, 1.0, float("inf"), 100)
+    assert recommended(future_gradient(model)).synthetic_scale == 1.0
+    assert recommended(dni.Normalized(dni.GatedCells(network))) == recommended(network) == (0.1, 0.1, 1.0, 1)
+    assert recommended(exact) == (1.0, 0.9, 1.0, 1)
+    assert recommended(with_tail) == (1.0, 0.9, float("inf"), 100)
+    assert recommended(Horizons(dni.StateHeads(example, 2), horizons=2)) == recommended(nn.Linear(1, 1)) == Recommended()
+    assert [supports_auto_scale(each) for each in (exact, future, nn.Linear(1, 1))] == [False, True, True]
+    settings = dni.SequenceTrainer(model, problems.frozen(model), problems.mean, synthesizer=future).credit.settings
+    assert (settings.scale, settings.discount, settings.clip, settings.regress_every) == (2 / 3, 1.0, None, 100)
+    config = dni.SyntheticGradientConfig(discount=0.5, synthesizer_clip=2.0, regress_every=4)
+    settings = dni.SequenceTrainer(
+        model, problems.frozen(model), problems.mean, synthesizer=future, config=config
+    ).credit.settings
+    assert (settings.scale, settings.discount, settings.clip, settings.regress_every) == (2 / 3, 0.5, 2.0, 4)
