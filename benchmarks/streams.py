@@ -177,7 +177,7 @@ def prepare(folder: Path) -> None:
         part = (folder / "part.txt").read_text(encoding="ascii").replace("\n", " ")
         for _ in range(50):
             out.write(part)
-    (folder / "empty.txt").write_bytes(b"\n" * 10_000_000)
+    (folder / "empty.txt").write_bytes(b"\n" * 10_000_000 + b"end\n")  # a text needs a visible character
 
 
 def main() -> int:

@@ -13,9 +13,10 @@ from pathlib import Path
 
 from dni_seq.streams.documents import DataError, Documents
 from dni_seq.streams.embedded_corpus import load_pydoc
-from dni_seq.streams.files import load_own_files
+from dni_seq.streams.files import expand_home
 from dni_seq.streams.formats import FileFormat
 from dni_seq.streams.hub import CORPORA, find_corpus, hub_corpus, local_corpus
+from dni_seq.streams.own_files import load_own_files
 
 EMBEDDED = "pydoc"
 
@@ -32,6 +33,7 @@ class Corpus:
         valid: documents for validation.
         test: documents for the final test.
         level: the default tokenizer for this text: "word", "char" or "sentencepiece".
+        notes: what the user should know about the text, each in one line.
     """
 
     name: str
@@ -39,6 +41,7 @@ class Corpus:
     valid: Documents
     test: Documents
     level: str
+    notes: tuple[str, ...] = ()
 
 
 def known_datasets() -> list[str]:
@@ -48,7 +51,7 @@ def known_datasets() -> list[str]:
 
 def default_data_dir() -> Path:
     """Returns the directory in which data sets are looked up first: $DNI_SEQ_DATA if it is set, else `data`."""
-    return Path(os.environ.get("DNI_SEQ_DATA") or "data")
+    return expand_home(os.environ.get("DNI_SEQ_DATA") or "data")
 
 
 def open_corpus(
@@ -62,6 +65,7 @@ def open_corpus(
     config: str | None = None,
     revision: str | None = None,
     invalid_utf8: str = "error",
+    null_text: str = "error",
 ) -> Corpus:
     """Opens a text as a `Corpus` with training, validation and test documents.
 
@@ -80,6 +84,8 @@ def open_corpus(
         config: configuration of the data set on the Hub; None for the default.
         revision: branch of the data set on the Hub; None for the default.
         invalid_utf8: "error" to raise at bytes that are not UTF-8, "replace" to read them as U+FFFD.
+        null_text: "error" to raise at a row whose text is null, "skip" to skip it. Local files are then read once more to
+            count such rows for `Corpus.notes`.
 
     Returns:
         The corpus. Documents are read when they are iterated, so later reads may raise a DataError too.
@@ -88,18 +94,33 @@ def open_corpus(
         DataError: the name is unknown, the options contradict each other, a file cannot be used, or the Hub does not
             answer (within 5 seconds).
     """
-    form = FileFormat(column=text_column or "text", errors={"error": "strict", "replace": "replace"}[invalid_utf8])
+    errors = {"error": "strict", "replace": "replace"}[invalid_utf8]
+    form = FileFormat(column=text_column or "text", errors=errors, nulls=null_text)
     _check_sources(dataset, data_file, valid_file, test_file, text_column, config, revision)
     if data_file is not None:
-        return _corpus(str(data_file), load_own_files(data_file, valid_file, test_file, form), "char")
+        own = load_own_files(data_file, valid_file, test_file, form, needs_columns=text_column is not None)
+        return _corpus(str(data_file), own.splits, "char", own.notes)
     if dataset is None or dataset == EMBEDDED:
         return _corpus(EMBEDDED, load_pydoc(), "char")
-    corpus = find_corpus(dataset, config, revision, text_column)
+    return _open_named(dataset, data_dir, text_column, config, revision, form)
+
+
+def _open_named(
+    dataset: str, data_dir: str | Path | None, column: str | None, config: str | None, revision: str | None, form: FileFormat
+) -> Corpus:
+    """Returns a data set in `data_dir` or on the Hub; see `open_corpus`.
+
+    Raises:
+        DataError: the name is unknown, a file cannot be used, or the Hub does not answer.
+    """
+    if dataset not in CORPORA and Path(dataset).is_file():
+        raise DataError(f"--dataset {dataset} is a file: give it with --data-file")
+    corpus = find_corpus(dataset, config, revision, column)
     if corpus is None:
         raise _unknown(dataset)
-    directory = Path(data_dir) if data_dir is not None else default_data_dir()
+    directory = expand_home(data_dir) if data_dir is not None else default_data_dir()
     splits = local_corpus(dataset, corpus, directory, form) if config is None and revision is None else None
-    return _corpus(dataset, splits or hub_corpus(dataset, corpus), corpus.level)
+    return _corpus(dataset, splits or hub_corpus(dataset, corpus, form.nulls), corpus.level)
 
 
 def _check_sources(
@@ -134,6 +155,6 @@ def _unknown(name: str) -> DataError:
     return DataError(f"unknown data set {name!r}{hint}: use one of {', '.join(known_datasets())}, or OWNER/NAME on the Hub")
 
 
-def _corpus(name: str, splits: Mapping[str, Documents], level: str) -> Corpus:
+def _corpus(name: str, splits: Mapping[str, Documents], level: str, notes: tuple[str, ...] = ()) -> Corpus:
     """Returns the corpus made of three splits."""
-    return Corpus(name, splits["train"], splits["valid"], splits["test"], level)
+    return Corpus(name, splits["train"], splits["valid"], splits["test"], level, notes)

@@ -16,10 +16,21 @@ import torch
 
 from dni_seq.core.windows import Lookahead, Window
 from dni_seq.streams.documents import DataError, Documents, Position, Reader
-from dni_seq.streams.lanes import Lanes
+from dni_seq.streams.lanes import Lanes, longest_window
 from dni_seq.streams.prefetch import Prefetcher, StoppableReader
-from dni_seq.streams.token_streams import TextStats, TokenizedDocument, check_same, checksum, tokenized_documents, too_short
+from dni_seq.streams.token_streams import (
+    LONGEST_DOCUMENT,
+    TextStats,
+    TokenizedDocument,
+    check_same,
+    checksum,
+    tokenized_documents,
+    too_short,
+)
 from dni_seq.streams.tokenization import Tokenizer
+
+MOST_LANES = 1 << 20
+"""Largest number of lanes; each lane has its own document."""
 
 
 @dataclass
@@ -46,12 +57,14 @@ class DocumentLanes(Lanes):
     """Lanes that end with each document; a thread reads and tokenizes the next documents.
 
     Raises:
-        DataError: no document has two or more tokens.
+        DataError: no document has two or more tokens, or there are more than `MOST_LANES` lanes.
     """
 
     length = None
 
     def __init__(self, documents: Documents, tokenizer: Tokenizer, count: int) -> None:
+        if count > MOST_LANES:
+            raise DataError(f"{count} lanes of documents are too many: lower --batch-size (lanes) to {MOST_LANES} or less")
         self._documents, self._tokenizer, self._count = documents, tokenizer, count
         self._stats = TextStats()
         self._lanes: list[_DocumentQueue | None] = []
@@ -90,6 +103,10 @@ class DocumentLanes(Lanes):
                     lanes[lane] = None
         last = self._next is None and all(ends)
         return _window(tokens, seen, ends, steps, lookahead), last
+
+    def steps(self, limit: int) -> int:
+        """Returns the largest number of steps that a document can have in a window, at most `limit`."""
+        return min(limit, LONGEST_DOCUMENT, longest_window(self._count))
 
     def rewind(self, epoch: int) -> None:
         """Moves to the start of an epoch."""

@@ -6,16 +6,21 @@ in several pieces, so memory stays small.
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 Position = dict[str, Any]
 """The position of a reader: a nest of dicts, lists, strings and integers that JSON can hold."""
 
 LONGEST_PIECE = 1 << 17
 """Largest number of characters in a piece of a document; the cut is before a space or newline if there is one."""
+
+
+_VISIBLE = re.compile(r"[^\s\x00-\x1f\x7f-\x9f\u200b\ufeff]")
+"""A character that is neither whitespace, a control character, a zero-width space nor a byte-order mark."""
 
 
 class DataError(ValueError):
@@ -36,6 +41,11 @@ class Piece(NamedTuple):
 
 class Reader(ABC):
     """An iterator over the pieces of documents whose position can be saved."""
+
+    @property
+    def skipped(self) -> int:
+        """Number of rows with a null that this reader has skipped."""
+        return 0
 
     def __iter__(self) -> Iterator[Piece]:
         return self
@@ -89,6 +99,12 @@ class WholeReader(Reader):
         self._offset = offset
         self._text: str | None = None
         self._before: Position = {}
+        self._skipped = 0
+
+    @property
+    def skipped(self) -> int:
+        """Number of rows with a null that this reader has skipped."""
+        return self._skipped
 
     @abstractmethod
     def next_text(self) -> str:
@@ -199,6 +215,31 @@ class _PartReader(Reader):
         return {"left": self._left, "whole": self._reader.position()}
 
 
+class CharactersOfDocuments(Documents):
+    """The characters [start, stop) of a text. A newline is added at the end if there is none.
+
+    Args:
+        name: name of the part in messages.
+        whole: the documents to take the part from.
+        mark: a position in `whole` at or before `start`.
+        passed: number of characters before `mark`.
+        start: the first character of the part.
+        stop: the first character after the part.
+        small: as in `Documents`.
+    """
+
+    def __init__(
+        self, name: str, whole: Documents, *, mark: Position, passed: int, start: int, stop: int, small: bool
+    ) -> None:
+        super().__init__(name, small=small)
+        self._whole, self._mark, self._passed, self._start, self._stop = whole, mark, passed, start, stop
+
+    def read(self, position: Position | None = None) -> Reader:
+        """Returns a reader over the range."""
+        position = position or {"passed": self._passed, "whole": self._mark}
+        return _CharacterReader(self._whole.read(position["whole"]), position["passed"], self._start, self._stop)
+
+
 class BytesOfDocuments(Documents):
     """The bytes [start, stop) of a text in UTF-8, which is how text8 and enwik8 are split.
 
@@ -213,31 +254,77 @@ class BytesOfDocuments(Documents):
     def read(self, position: Position | None = None) -> Reader:
         """Returns a reader over the range."""
         if position is None:
-            return _BytesReader(self._whole.read(), 0, self.start, self.stop)
-        return _BytesReader(self._whole.read(position["whole"]), position["passed"], self.start, self.stop)
+            return _ByteReader(self._whole.read(), 0, self.start, self.stop)
+        return _ByteReader(self._whole.read(position["whole"]), position["passed"], self.start, self.stop)
 
 
-class _BytesReader(Reader):
-    """Counts the bytes of pieces and returns those in a range."""
+Content = TypeVar("Content", str, bytes)
+
+
+class _RangeReader(Reader, Generic[Content]):
+    """Counts the units of pieces, such as characters, and returns those in a range."""
 
     def __init__(self, reader: Reader, passed: int, start: int, stop: int) -> None:
         self._reader, self._passed, self._start, self._stop = reader, passed, start, stop
 
+    @abstractmethod
+    def units(self, text: str) -> Content:
+        """Returns the text as a sequence of units."""
+
+    @abstractmethod
+    def text(self, units: Content) -> str:
+        """Returns the text of some units."""
+
     def __next__(self) -> Piece:
         while self._passed < self._stop:
             text, ends = next(self._reader)
-            content = text.encode("utf-8", "surrogatepass")
+            content = self.units(text)
             first, last = self._start - self._passed, self._stop - self._passed
             self._passed += len(content)
             if first <= 0 and last > len(content):
                 return Piece(text, ends)
             if first < len(content):
-                shown = content[max(first, 0) : last].decode("utf-8", "ignore")
+                shown = self.text(content[max(first, 0) : last])
                 return Piece(as_it_is(shown), True) if last <= len(content) else Piece(shown, ends)
         raise StopIteration
 
     def position(self) -> Position:
         return {"passed": self._passed, "whole": self._reader.position()}
+
+
+class _CharacterReader(_RangeReader[str]):
+    """Returns a range of characters."""
+
+    def units(self, text: str) -> str:
+        return text
+
+    def text(self, units: str) -> str:
+        return units
+
+
+class _ByteReader(_RangeReader[bytes]):
+    """Returns a range of bytes in UTF-8."""
+
+    def units(self, text: str) -> bytes:
+        return text.encode("utf-8", "surrogatepass")
+
+    def text(self, units: bytes) -> str:
+        return units.decode("utf-8", "ignore")
+
+
+def check_visible(documents: Documents, advice: str) -> None:
+    """Checks that a text has a visible character. Reads the text up to its first one.
+
+    Raises:
+        DataError: the text is empty, blank or of control characters, or cannot be read.
+    """
+    if not any(is_visible(text) for text in documents):
+        raise DataError(f"{documents.name} has no visible character, only blanks or nothing: {advice}")
+
+
+def is_visible(text: str) -> bool:
+    """Returns whether a text has a visible character."""
+    return _VISIBLE.search(text) is not None
 
 
 def as_it_is(text: str) -> str:

@@ -7,31 +7,24 @@ immediate.
 
 from __future__ import annotations
 
-import bz2
 import codecs
-import gzip
-import io
 import json
-import lzma
 import re
 import weakref
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import IO, Any
 
+from dni_seq.streams.compression import open_bytes, packing_of, reading, reason, unpacked_ending
 from dni_seq.streams.documents import DataError, Piece, Position, Reader, WholeReader, as_it_is, first_line
+from dni_seq.streams.file_types import BYTE_ORDER_MARK, JSON_LINES, PARQUET, check_start
 
 CHUNK = 1 << 20
 """Bytes of text read at once; a longer line is cut, before a space if there is one."""
 
 ROWS = 64
 """Rows of Parquet read at once."""
-
-DAMAGED: tuple[type[Exception], ...] = (OSError, EOFError, zlib.error, lzma.LZMAError)
-"""Errors of reading a compressed file, without zstandard's own error; see `_zstandard_errors`."""
 
 
 @dataclass(frozen=True)
@@ -42,15 +35,17 @@ class FileFormat:
         column: the JSON field or Parquet column that holds the text.
         errors: "strict" to raise at bytes that are not UTF-8, "replace" to read them as U+FFFD.
         render: turns a line, or a column's text, into a document.
+        nulls: "error" to raise at a null in the column, "skip" to skip its row.
     """
 
     column: str = "text"
     errors: str = "strict"
     render: Callable[[str], str] = as_it_is
+    nulls: str = "error"
 
 
 def read_file(path: Path, size: int, form: FileFormat, position: Position | None) -> Reader:
-    """Returns a reader of a file, chosen by the file's suffix, that starts at a position.
+    """Returns a reader of a file, chosen by the ending of its name, that starts at a position.
 
     Args:
         path: the file.
@@ -59,10 +54,10 @@ def read_file(path: Path, size: int, form: FileFormat, position: Position | None
         form: settings for reading.
         position: where to start; None for the start of the file.
     """
-    kind = Path(path.stem) if path.suffix in COMPRESSIONS else path
-    if kind.suffix in (".jsonl", ".ndjson", ".json"):
+    ending = unpacked_ending(path)
+    if ending in JSON_LINES:
         return _JsonReader(path, size, form, **(position or {"lines": None, "offset": 0}))
-    if path.suffix == ".parquet":
+    if ending == PARQUET:
         return _ParquetReader(path, size, form, **(position or {"group": 0, "row": 0, "offset": 0}))
     return _LineReader(path, size, form.errors, form.render, **(position or {"byte": 0, "line": 0}))
 
@@ -98,19 +93,28 @@ class _LineReader(Reader):
             return {"byte": self._next, "line": self._skip}
         return {"byte": self._start, "line": self._line}
 
+    def line_number(self) -> int:
+        """Returns the number of the line that was read last, counted from 1; reads the file again up to there."""
+        return _line_ends(self._path, self._start) + max(1, self._line)
+
     def _read_chunk(self) -> None:
         """Reads the lines of the next chunk; raises StopIteration at the end of the file."""
         data, last = self._fill()
+        if self._next == 0:
+            check_start(self._path, data)
         usable = len(data) if last else _usable(data)
         try:
             text, used = codecs.utf_8_decode(data[:usable], self._errors, last)
         except UnicodeDecodeError as error:
             raise DataError(
-                f"{self._path} is not UTF-8 at byte {self._next + error.start}: convert it to UTF-8, for example with "
-                "iconv, or use --invalid-utf8 replace"
+                f"{self._path} is not UTF-8 at byte {self._next + error.start}"
+                f"{' and holds NUL bytes, as files do that are not text' if 0 in data else ''}: "
+                "convert it to UTF-8, for example with iconv, or use --invalid-utf8 replace"
             ) from error
         if not data:
             raise StopIteration
+        if self._next == 0 and data.startswith(BYTE_ORDER_MARK):
+            text = text[1:]
         if "\r" in text:
             text = text.replace("\r\n", "\n").replace("\r", "\n")
         lines = text.split("\n")
@@ -122,16 +126,14 @@ class _LineReader(Reader):
 
     def _fill(self) -> tuple[bytes, bool]:
         """Returns up to CHUNK + 1 bytes from the start of the chunk, and whether the file ends with them."""
-        try:
+        with reading(self._path):
             if self._file is None:
-                self._file = _open(self._path)
+                self._file = open_bytes(self._path)
                 weakref.finalize(self, self._file.close)
                 _pass(self._file, self._next)
             # The additional byte shows whether the file continues.
             data = self._rest + self._file.read(CHUNK + 1 - len(self._rest))
-        except (*DAMAGED, *_zstandard_errors()) as error:
-            raise DataError(f"{self._path}: reading failed ({_reason(error)}): check that the file is intact") from error
-        if self._path.suffix not in COMPRESSIONS and self._next + len(data) >= self._size:
+        if not packing_of(self._path) and self._next + len(data) >= self._size:
             data = data[: max(0, self._size - self._next)]
             if self._next + len(data) < self._size:
                 raise DataError(_changed(self._path))
@@ -152,6 +154,17 @@ def _usable(data: bytes) -> int:
     if blank > 0:
         return blank
     return CHUNK - (data[CHUNK - 1 : CHUNK] == b"\r")
+
+
+def _line_ends(path: Path, stop: int) -> int:
+    """Returns the number of line ends in the first `stop` bytes of the uncompressed text."""
+    count, left, last = 0, stop, b""
+    with reading(path), open_bytes(path) as file:
+        while left > 0 and (data := file.read(min(left, CHUNK))):
+            pairs = data.count(b"\r\n") + (last == b"\r" and data.startswith(b"\n"))
+            count += data.count(b"\n") + data.count(b"\r") - pairs
+            left, last = left - len(data), data[-1:]
+    return count
 
 
 _HALVES = re.compile("[\ud800-\udfff]")
@@ -176,31 +189,40 @@ class _JsonReader(WholeReader):
             line = "".join(parts)
             if not parts:
                 raise StopIteration
-            if line.strip():
-                return self._form.render(self._text_of(line))
+            if not line.strip():
+                continue
+            text = self._text_of(line)
+            if text is not None:
+                return self._form.render(text)
+            self._skipped += 1
 
     def here(self) -> Position:
         return {"lines": self._lines.position()}
 
-    def _text_of(self, line: str) -> str:
-        """Returns the text in a line of JSON."""
+    def _text_of(self, line: str) -> str | None:
+        """Returns the text in a line of JSON; None if the line is to be skipped."""
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
+            cause = f"{error.msg}, column {error.pos + 1}" if isinstance(error, json.JSONDecodeError) else first_line(error)
             raise DataError(
-                f"{self._path}: a line is not JSON ({first_line(error)}), give one JSON object per line: {_shortened(line)}"
+                f"{self._where()} is not JSON ({cause}), give one JSON object per line: {_shortened(line)}"
             ) from error
         if not isinstance(row, dict):
-            raise DataError(f"{self._path}: a line is not a JSON object, give one JSON object per line: {_shortened(line)}")
-        text = text_in(row, self._form.column, str(self._path))
-        if text.isascii() or not _HALVES.search(text):
+            raise DataError(f"{self._where()} is not a JSON object, give one JSON object per line: {_shortened(line)}")
+        text = text_in(row, self._form.column, self._where, self._form.nulls)
+        if text is None or text.isascii() or not _HALVES.search(text):
             return text
         if self._form.errors == "strict":
             raise DataError(
-                f"{self._path}: a line has half of a surrogate pair, which is not a character: correct the line, "
+                f"{self._where()} has half of a surrogate pair, which is not a character: correct the line, "
                 f"or use --invalid-utf8 replace: {_shortened(line)}"
             )
         return _HALVES.sub("\ufffd", text)
+
+    def _where(self) -> str:
+        """Returns the place of the line that was read last, for messages."""
+        return f"{self._path}: line {self._lines.line_number()}"
 
 
 class _ParquetReader(WholeReader):
@@ -216,16 +238,24 @@ class _ParquetReader(WholeReader):
     def next_text(self) -> str:
         import pyarrow
 
-        try:
-            text = self._next_value()
-        except (OSError, pyarrow.ArrowException) as error:
-            raise DataError(f"{self._path}: reading failed ({_reason(error)}): check that the file is intact") from error
-        if not isinstance(text, str):
-            raise DataError(_no_text(str(self._path), self._form.column))
-        return self._form.render(text)
+        column = self._form.column
+        while True:
+            try:
+                value = self._next_value()
+            except (OSError, pyarrow.ArrowException) as error:
+                raise DataError(f"{self._path}: reading failed ({reason(error)}): check that the file is intact") from error
+            text = text_in({column: value}, column, self._where, self._form.nulls)
+            if text is not None:
+                return self._form.render(text)
+            self._skipped += 1
 
     def here(self) -> Position:
         return {"group": self._group, "row": self._row}
+
+    def _where(self) -> str:
+        """Returns the place of the row that was read last, for messages; rows are counted from 1."""
+        before = sum(self._file.metadata.row_group(group).num_rows for group in range(self._group))
+        return f"{self._path}: row {before + self._row}"
 
     def _next_value(self) -> Any:
         if self._file is None:
@@ -273,25 +303,36 @@ def _open_parquet(path: Path, size: int, column: str) -> Any:
     return file
 
 
-def text_in(row: Mapping[str, Any], column: str, where: str) -> str:
-    """Returns the text in a row's column.
+def text_in(row: Mapping[str, Any], column: str, where: Callable[[], str], nulls: str) -> str | None:
+    """Returns the text in a row's column, None if it is null and `nulls` is "skip".
+
+    Args:
+        row: the row.
+        column: name of the column.
+        where: returns the place of the row, for messages.
+        nulls: "error" or "skip", as in `FileFormat`.
 
     Raises:
-        DataError: the row has no such column, or its value is not a string.
+        DataError: the row has no such column, or its value is neither a string nor a null to skip.
     """
     if column not in row:
-        raise DataError(_no_column(where, column, [*row]))
-    if not isinstance(row[column], str):
-        raise DataError(_no_text(where, column))
-    return row[column]
+        raise DataError(_no_column(where(), column, [*row]))
+    text = row[column]
+    if isinstance(text, str) or (text is None and nulls == "skip"):
+        return text
+    if text is None:
+        raise DataError(
+            f"{where()} has no text in column {column!r}, but null: use --null-text skip to skip such rows, "
+            "or choose another column with --text-column"
+        )
+    raise DataError(
+        f"{where()} has no text in column {column!r}, but {_shortened(str(text))}: correct the row, "
+        "or choose another column with --text-column"
+    )
 
 
 def _no_column(where: str, column: str, columns: list[str]) -> str:
     return f"{where} has no column {column!r} (columns: {', '.join(map(repr, columns))}): choose one with --text-column"
-
-
-def _no_text(where: str, column: str) -> str:
-    return f"{where}: a row has no text in column {column!r}: remove the row, or choose another column with --text-column"
 
 
 def check_size(path: Path, size: int) -> None:
@@ -299,19 +340,13 @@ def check_size(path: Path, size: int) -> None:
     try:
         now = path.stat().st_size
     except OSError as error:
-        raise DataError(f"{path}: reading failed ({_reason(error)}): check that the file is intact") from error
+        raise DataError(f"{path}: reading failed ({reason(error)}): check that the file is intact") from error
     if now != size:
         raise DataError(_changed(path))
 
 
 def _changed(path: Path) -> str:
     return f"{path} has changed while it was read: start again with a file that does not change"
-
-
-def _open(path: Path) -> IO[bytes]:
-    """Opens a file for reading its uncompressed bytes."""
-    file: IO[bytes] = COMPRESSIONS.get(path.suffix, _plain)(path)
-    return file
 
 
 def _pass(file: IO[bytes], count: int) -> None:
@@ -323,45 +358,6 @@ def _pass(file: IO[bytes], count: int) -> None:
         count -= len(data)
 
 
-def _plain(path: Path) -> IO[bytes]:
-    return path.open("rb")
-
-
-def _open_zstandard(path: Path) -> IO[bytes]:
-    """Opens a .zst file for reading its uncompressed bytes; Python has no reader of its own before 3.14."""
-    try:
-        import zstandard
-    except ImportError as error:
-        raise DataError(f"{path} needs the package zstandard: pip install zstandard, or decompress the file") from error
-    raw = zstandard.ZstdDecompressor().stream_reader(path.open("rb"), read_across_frames=True, closefd=True)
-    return io.BufferedReader(raw, CHUNK)
-
-
-def _zstandard_errors() -> tuple[type[Exception], ...]:
-    """Returns zstandard's error class, or an empty tuple if it is not installed."""
-    try:
-        import zstandard
-    except ImportError:
-        return ()
-    return (zstandard.ZstdError,)
-
-
-def _reason(error: BaseException) -> str:
-    """Returns the reason of a failed read in one line."""
-    return getattr(error, "strerror", None) or first_line(error)
-
-
 def _shortened(line: str) -> str:
     """Returns the quoted start of a line."""
     return repr(line[:60])
-
-
-COMPRESSIONS: Mapping[str, Callable[[Path], Any]] = MappingProxyType(
-    {
-        ".gz": gzip.open,
-        ".xz": lzma.open,
-        ".bz2": bz2.open,
-        ".zst": _open_zstandard,
-    }
-)
-"""Functions that open compressed files, keyed by suffix."""

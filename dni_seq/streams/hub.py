@@ -15,6 +15,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from dni_seq.streams.compression import COMPRESSIONS, packing_of
 from dni_seq.streams.documents import (
     BytesOfDocuments,
     DataError,
@@ -22,11 +23,13 @@ from dni_seq.streams.documents import (
     PartOfDocuments,
     Position,
     as_it_is,
+    check_visible,
     first_line,
+    is_visible,
     stripped_line,
 )
 from dni_seq.streams.files import FileDocuments, load_lines
-from dni_seq.streams.formats import COMPRESSIONS, FileFormat
+from dni_seq.streams.formats import FileFormat
 from dni_seq.streams.hub_rows import RowDocuments, leave_retrying_to_us, source_errors
 
 SPLITS = MappingProxyType({"train": ("train",), "valid": ("validation", "valid", "val", "dev"), "test": ("test",)})
@@ -129,8 +132,20 @@ def local_corpus(name: str, corpus: HubCorpus, data_dir: Path, form: FileFormat)
         return load_lines(paths, form, names)
     whole = _packed(data_dir / name / name)
     if corpus.single and whole.is_file():
+        _check_whole(whole)
         return _split_by_bytes(names, FileDocuments(name, [whole], form))
     return None
+
+
+def _check_whole(path: Path) -> None:
+    """Checks that an uncompressed file has the bytes of `TEXT8_SPLITS`; a shorter one would have other splits.
+
+    Raises:
+        DataError: it has fewer bytes.
+    """
+    size, needed = path.stat().st_size, TEXT8_SPLITS["test"][1]
+    if not packing_of(path) and size < needed:
+        raise DataError(f"{path} has {size:,} bytes instead of {needed:,}: download it again, or give it as --data-file")
 
 
 def _packed(path: Path) -> Path:
@@ -150,14 +165,19 @@ def _split_by_bytes(names: Mapping[str, str], whole: Documents) -> dict[str, Doc
     }
 
 
-def hub_corpus(name: str, corpus: HubCorpus) -> dict[str, Documents]:
+def hub_corpus(name: str, corpus: HubCorpus, nulls: str = "error") -> dict[str, Documents]:
     """Returns the splits of a corpus on the Hub, streamed.
 
     If the corpus lacks "valid" or "test", each is one twentieth of the first `HELD_OUT_OF` documents of "train", and "train"
     then starts after them.
 
+    Args:
+        name: name of the corpus.
+        corpus: where it is.
+        nulls: "error" to raise at a row without text, "skip" to skip it.
+
     Raises:
-        DataError: the Hub cannot be reached, or does not have the corpus in this form.
+        DataError: the Hub cannot be reached, or does not have the corpus in this form, or a held-out text is blank.
     """
     check_reachable(name)
     names = {split: f"{name}/{split}" for split in SPLITS}
@@ -170,8 +190,10 @@ def hub_corpus(name: str, corpus: HubCorpus) -> dict[str, Documents]:
         if their is not None:
             column = corpus.column or _text_column(corpus.hub_id, loaded[their])
             splits[split] = RowDocuments(
-                names[split], loaded[their], column=column, render=corpus.render, small=corpus.small
+                names[split], loaded[their], column=column, render=corpus.render, small=corpus.small, nulls=nulls
             )
+            if split != "train":
+                check_visible(splits[split], f"choose another data set; otherwise {INSTEAD}")
     if corpus.hub_id.startswith("hf://"):
         return _split_by_bytes(names, splits["train"])
     return splits | hold_out_first(splits["train"], names, [split for split in SPLITS if split not in splits])
@@ -218,13 +240,16 @@ def hold_out_first(whole: Documents, names: Mapping[str, str], missing: Sequence
     """Returns the training text and the `missing` splits, which are held out of its first documents.
 
     Raises:
-        DataError: there are too few documents, or they cannot be read.
+        DataError: there are too few documents, they cannot be read, or the text of a split has no visible character.
     """
     if not missing:
         return {}
     reader = whole.read()
     marks: list[Position] = [reader.position()]
+    visible = set()  # the documents with a visible character, by number
     while len(marks) <= HELD_OUT_OF and (piece := next(reader, None)):
+        if is_visible(piece.text):
+            visible.add(len(marks) - 1)
         if piece.ends:
             marks.append(reader.position())
     share = max(1, (len(marks) - 1) // HELD_OUT)
@@ -232,6 +257,9 @@ def hold_out_first(whole: Documents, names: Mapping[str, str], missing: Sequence
         raise DataError(
             f"{whole.name} has {len(marks) - 1} rows, too few to hold out text for {' and '.join(missing)}: {INSTEAD}"
         )
+    for number, split in enumerate(missing):
+        if visible.isdisjoint(range(number * share, (number + 1) * share)):
+            raise DataError(f"{names[split]}, held out of the first rows, has no visible character: {INSTEAD}")
     splits: dict[str, Documents] = {
         split: PartOfDocuments(names[split], whole, start=marks[number * share], count=share, small=True)
         for number, split in enumerate(missing)

@@ -10,6 +10,7 @@ import copy
 import pickle
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -40,11 +41,14 @@ class RowDocuments(Documents):
         column: the column that holds the text.
         render: turns a row's text into a document.
         small: as in `Documents`.
+        nulls: "error" to raise at a null in the column, "skip" to skip its row.
     """
 
-    def __init__(self, name: str, dataset: Any, *, column: str, render: Callable[[str], str], small: bool) -> None:
+    def __init__(
+        self, name: str, dataset: Any, *, column: str, render: Callable[[str], str], small: bool, nulls: str = "error"
+    ) -> None:
         super().__init__(name, small=small)
-        self.column, self.render = column, render
+        self.column, self.render, self.nulls = column, render, nulls
         # A data set keeps the state of its last iteration, so each reader has its own copy. A later copy could race with a
         # thread that changes objects that the copies share, such as the cache of a file system.
         self._frozen = pickle.dumps(dataset)
@@ -70,8 +74,12 @@ class _RowReader(WholeReader):
 
     def next_text(self) -> str:
         documents = self._documents
-        text = documents.render(text_in(self._patient_row(), documents.column, documents.name))
-        self._rows += 1
+        found = None
+        while found is None:
+            row = self._patient_row()
+            found = text_in(row, documents.column, partial(_place, documents.name, row), documents.nulls)
+            self._rows += 1
+        text = documents.render(found)
         self._characters += len(text)
         if self._rows >= ROWS_TO_SKIP or self._characters >= CHARACTERS_TO_SKIP:
             self._state, self._rows, self._characters = self._dataset.state_dict(), 0, 0
@@ -105,6 +113,11 @@ class _RowReader(WholeReader):
                 next(iterator)
             self._dataset, self._iterator = dataset, iterator
         return next(self._iterator)
+
+
+def _place(name: str, row: Any) -> str:
+    """Returns the place of a row in messages, which is the start of the row, because rows on the Hub have no numbers."""
+    return f"{name}: the row {str(row)[:60]!r}"
 
 
 def source_errors() -> tuple[type[Exception], ...]:

@@ -32,6 +32,15 @@ BLOCK = 1 << 22
 """Largest number of tokens in a streamed block; with more lanes than this, a block has one token per lane."""
 
 
+WINDOW = 1 << 26
+"""Largest number of tokens in a window of a text that is not held in memory."""
+
+
+def longest_window(lanes: int) -> int:
+    """Returns the largest number of steps in a window of so many lanes of a text that is not held in memory."""
+    return max(1, WINDOW // lanes)
+
+
 class Lanes(ABC):
     """B lanes of tokens that are read in order, epoch by epoch.
 
@@ -51,6 +60,14 @@ class Lanes(ABC):
         """Returns the next window of at most `steps` steps, and whether the epoch ends with it.
 
         The window has a lookahead of `lookahead` steps if that is above 0.
+
+        Raises:
+            DataError: the text cannot be read; the position does not change.
+        """
+
+    @abstractmethod
+    def steps(self, limit: int) -> int:
+        """Returns the number of steps left in a lane, at most `limit`; less if a longer window does not fit in memory.
 
         Raises:
             DataError: the text cannot be read; the position does not change.
@@ -87,6 +104,10 @@ class RunningLanes(Lanes):
     @abstractmethod
     def advance(self, tokens: int) -> None:
         """Moves forward by `tokens`, at most as many as `peek` has returned."""
+
+    def steps(self, limit: int) -> int:
+        """Returns the number of steps left in a lane, at most `limit`."""
+        return min(limit, len(self.peek(limit + 1)) - 1)
 
     def window(self, steps: int, lookahead: int) -> tuple[Window, bool]:
         """Returns the next window and whether the epoch ends with it.
@@ -223,6 +244,10 @@ class StreamedLanes(RunningLanes):
         if len(shown) < 2:
             raise too_short(self._documents.name, self._count, 2 * self._count)
         return shown
+
+    def steps(self, limit: int) -> int:
+        """Returns the number of steps left in a lane, at most `limit` and what `WINDOW` allows; reads blocks up to there."""
+        return super().steps(min(limit, longest_window(self._count)))
 
     def advance(self, tokens: int) -> None:
         """Moves forward by `tokens`, and drops blocks that are read to their end."""

@@ -82,6 +82,17 @@ class WindowStream:
         """Moves to the start of the current epoch."""
         self._lanes.rewind(self.epoch)
 
+    def lane_steps(self, limit: int) -> int:
+        """Returns the number of steps left in a lane of the current epoch, `limit` if there are more.
+
+        A streamed text is read as far as needed. For a streamed text, and with `document_reset`, the number is the longest
+        window that fits in memory if that is shorter.
+
+        Raises:
+            DataError: the text cannot be read.
+        """
+        return self._lanes.steps(limit)
+
     @property
     def windows_per_epoch(self) -> int | None:
         """Number of windows in an epoch; None if it is not known: for streamed text and with `document_reset`."""

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dni_seq.streams import DataError, Documents, WindowStream, files, formats, open_corpus, train_tokenizer
+from dni_seq.streams import DataError, Documents, WindowStream, files, formats, held_out, open_corpus, train_tokenizer
 from dni_seq.streams import documents as documents_module
 from dni_seq.streams.documents import LONGEST_PIECE, Piece
 from dni_seq.streams.files import FileDocuments
@@ -139,9 +139,9 @@ def test_zst_is_unpacked_where_its_package_is_installed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "complaint"),
     [
-        ("a.jsonl", b'{"text": "a"}\n{"text": \n', r"a\.jsonl: a line is not JSON"),
-        ("a.jsonl", b'["text"]\n', r"a\.jsonl: a line is not a JSON object"),
-        ("a.jsonl", b'{"text": null}\n', r"a\.jsonl: a row has no text in column 'text'"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": \n', r"a\.jsonl: line 2 is not JSON \(Expecting value, column 11\)"),
+        ("a.jsonl", b'["text"]\n', r"a\.jsonl: line 1 is not a JSON object"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": 5}\n', r"a\.jsonl: line 2 has no text in column 'text', but '5'"),
         ("a.jsonl", b'{"body": "x", "id": 1}\n', r"no column 'text' \(columns: 'body', 'id'\).*--text-column"),
         ("a.jsonl", b"[" * 100_000, "not JSON"),
         ("a.parquet", b"PAR1 but no more", r"a\.parquet: reading failed"),
@@ -180,7 +180,7 @@ def test_a_pattern_names_several_files_and_splits(tmp_path: Path) -> None:
 
 
 def test_many_marks_are_thinned_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "MARKS", 8)
+    monkeypatch.setattr(held_out, "MARKS", 8)
     corpus = open_corpus(data_file=write(tmp_path / "a.txt", lines(TEXTS)))
     parts = [whole(documents) for documents in (corpus.train, corpus.valid, corpus.test)]
     assert "".join(parts) == lines(TEXTS).decode()
@@ -216,7 +216,7 @@ def test_text_that_is_not_utf8_in_parquet_is_named_or_replaced(tmp_path: Path) -
 def test_half_a_surrogate_pair_in_json_is_named_or_replaced(tmp_path: Path) -> None:
     """It could be printed nowhere; whole pairs are characters."""
     path = write(tmp_path / "a.jsonl", rb'{"text": "\ud83d\ude00 a\ud800b"}' + b"\n")
-    with pytest.raises(DataError, match=r"a\.jsonl: .* half of a surrogate pair.*--invalid-utf8 replace") as caught:
+    with pytest.raises(DataError, match=r"a\.jsonl: line 1 has half of a surrogate pair.*--invalid-utf8 replace") as caught:
         whole(of(path))
     assert str(caught.value).isascii()
     assert whole(of(path, errors="replace")) == "\U0001f600 a\ufffdb\n"
@@ -277,10 +277,10 @@ def test_long_documents_are_cut_before_blanks(tmp_path: Path) -> None:
 
 
 def test_empty_lines_are_tokens_each(tmp_path: Path) -> None:
-    path = write(tmp_path / "a.txt", b"\n" * 200_000)
-    corpus = open_corpus(data_file=path)
+    path = write(tmp_path / "a.txt", b"\n" * 200_000 + b"end\n")
+    corpus = open_corpus(data_file=path, valid_file=path, test_file=path)
     stream = WindowStream(corpus.train, train_tokenizer("word", corpus.train), lanes=4, bptt=1000)
-    assert stream.tokens_per_epoch == 4 * (180_000 // 4 - 1)
+    assert stream.tokens_per_epoch == 4 * (200_002 // 4 - 1)
 
 
 def test_a_file_that_grows_is_read_as_it_was(tmp_path: Path) -> None:

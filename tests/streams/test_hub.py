@@ -136,13 +136,38 @@ def test_rows_that_hold_no_text_are_one_line(tmp_path: Path) -> None:
         tmp_path,
     )
     assert results["ptb"]["error"] == (
-        "ptb/train: a row has no text in column 'sentence': remove the row, or choose another column with --text-column"
+        "ptb/train: the row \"{'sentence': None}\" has no text in column 'sentence', but null: use --null-text skip to skip "
+        "such rows, or choose another column with --text-column"
     )
-    assert results["wikitext-2"]["error"] == (
-        "wikitext-2/train has no column 'text' (columns: 'line'): choose one with --text-column"
-    )
+    assert results["wikitext-2"]["error"].startswith("wikitext-2/valid: the row ")
+    assert results["wikitext-2"]["error"].endswith("has no column 'text' (columns: 'line'): choose one with --text-column")
     assert results["tinyshakespeare"]["error"].startswith("tinyshakespeare")
     assert "\n" not in results["tinyshakespeare"]["error"]
+
+
+def test_nulls_are_skipped_on_request_and_blank_held_out_text_is_refused(tmp_path: Path) -> None:
+    rows = [f"text {i}" for i in range(100)]
+    gaps = {"train.parquet": hub.parquet("text", [None, *rows[:3], None, None, *rows[3:], None])}
+    blank = {f"{split}.parquet": hub.parquet("text", rows if split == "train" else ["", " \n"]) for split in SPLITS}
+    repositories: hub.Repositories = {
+        "any/gaps": {"main": gaps},
+        "any/blank": {"main": blank},
+        "any/begin": {"main": {"train.parquet": hub.parquet("text", [""] * 5 + rows)}},
+    }
+    named, skipped, empty, begin = attempt(
+        repositories,
+        tmp_path,
+        [
+            {"name": "any/gaps"},
+            {"name": "any/gaps", "null_text": "skip"},
+            {"name": "any/blank"},
+            {"name": "any/begin"},
+        ],
+    )
+    assert "has no text in column 'text', but null: use --null-text skip" in named["error"]
+    assert [*skipped["valid"], *skipped["test"], *skipped["texts"]] == [row + "\n" for row in rows]
+    assert "any/blank/valid has no visible character" in empty["error"]
+    assert "any/begin/valid, held out of the first rows, has no visible character" in begin["error"]
 
 
 @pytest.mark.parametrize("where", ["refuses", "hangs", "drips", "has no name", "is nonsense"])

@@ -399,3 +399,28 @@ def test_a_window_costs_little() -> None:
 def test_streamed_lanes_are_chosen_where_documents_are_large() -> None:
     assert isinstance(WindowStream(Endless(), TOKENIZER, lanes=2, bptt=3)._lanes, StreamedLanes)
     assert isinstance(WindowStream(Listed(), TOKENIZER, lanes=2, bptt=3)._lanes, HeldLanes)
+
+
+def test_lane_steps_are_those_that_are_left(documents: Documents) -> None:
+    stream = WindowStream(documents, TOKENIZER, lanes=3, bptt=5)
+    if isinstance(documents, Endless):
+        assert [stream.lane_steps(limit) for limit in (1, 100, 5000)] == [1, 100, 5000]
+        return
+    total = sum(len(window.inputs) for window in stream)
+    assert [stream.lane_steps(limit) for limit in (1, total, total + 1, 2**62)] == [1, total, total, total]
+    before = stream.state_dict()
+    next(iter(stream))
+    assert stream.lane_steps(2**62) == total - 5
+    stream.load_state_dict(before)
+    assert stream.lane_steps(2**62) == total
+
+
+def test_windows_of_an_endless_text_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the text would be read until memory is full."""
+    monkeypatch.setattr(lanes_module, "WINDOW", 600)
+    assert WindowStream(Endless(), TOKENIZER, lanes=3, bptt=5).lane_steps(2**62) == 200
+    assert WindowStream(Endless(), TOKENIZER, lanes=3, bptt=5, document_reset=True).lane_steps(2**62) == 200
+    monkeypatch.setattr(lanes_module, "WINDOW", 2**62)
+    assert WindowStream(Endless(), TOKENIZER, lanes=3, bptt=5, document_reset=True).lane_steps(2**62) == 2**20
+    with pytest.raises(DataError, match=r"1048577 lanes of documents are too many: lower --batch-size"):
+        WindowStream(Listed(), TOKENIZER, lanes=2**20 + 1, bptt=5, document_reset=True)

@@ -17,7 +17,7 @@ import torch
 from dni_seq.app.build.device import device_of
 from dni_seq.app.lm.evaluation import Score, evaluate, score_of
 from dni_seq.app.lm.generation import generate
-from dni_seq.app.lm.options import LanguageModelOptions
+from dni_seq.app.lm.options import LanguageModelOptions, check_spans, longest_span
 from dni_seq.app.runs.checkpoint import load_checkpoint
 from dni_seq.app.runs.directory import RunDirectory
 from dni_seq.app.runs.resume import saved_options
@@ -61,6 +61,7 @@ def open_text(options: LanguageModelOptions) -> Corpus:
         config=options.dataset_config,
         revision=options.dataset_revision,
         invalid_utf8=options.invalid_utf8,
+        null_text=options.null_text,
     )
 
 
@@ -81,9 +82,10 @@ def open_training(corpus: Corpus, tokenizer: Tokenizer, options: LanguageModelOp
 
     Raises:
         DataError: the text is too short for the number of lanes, or cannot be read.
+        ValueError: windows, or the steps that are used after them, are longer than a lane.
     """
     documents = ShuffledDocuments(corpus.train, options.seed) if options.shuffle_documents else corpus.train
-    return WindowStream(
+    stream = WindowStream(
         documents,
         tokenizer,
         lanes=options.batch_size,
@@ -91,6 +93,8 @@ def open_training(corpus: Corpus, tokenizer: Tokenizer, options: LanguageModelOp
         lookahead=options.resolve(options.bptt).window_lookahead,
         document_reset=options.document_reset,
     )
+    check_spans(options, corpus.train.name, stream.lane_steps(longest_span(options)))
+    return stream
 
 
 def build_model(options: LanguageModelOptions, vocabulary_size: int, device: torch.device) -> LanguageModel:
@@ -212,6 +216,37 @@ def score_run(
     for split in splits:
         stream = open_split(corpus, split, loaded.tokenizer, loaded.options)
         yield split, score(loaded.model, stream, dataclasses.replace(loaded.options, eval_tokens=options.eval_tokens))
+
+
+def score_file(
+    run: RunDirectory, checkpoint: Path, path: str, text_column: str | None, options: LanguageModelOptions
+) -> tuple[Score, WindowStream]:
+    """Returns the score of a run's checkpoint on a local text, and the text as a stream.
+
+    Args:
+        run: directory of the run.
+        checkpoint: checkpoint to score.
+        path: a file or a pattern; the whole text is scored, without its first token in each lane.
+        text_column: column or field that holds the text; None for "text".
+        options: the run's options, whose device and other settings are used.
+
+    Raises:
+        ValueError: the run or the text cannot be read.
+    """
+    of_file = dataclasses.replace(
+        options,
+        dataset=None,
+        dataset_config=None,
+        dataset_revision=None,
+        data_file=path,
+        valid_file=path,
+        test_file=path,
+        text_column=text_column,
+    )
+    corpus = open_text(of_file)
+    loaded = load_run(run, checkpoint, device_of(options.device))
+    stream = open_split(corpus, "test", loaded.tokenizer, loaded.options)
+    return score(loaded.model, stream, loaded.options), stream
 
 
 def describe(split: str, result: Score) -> str:

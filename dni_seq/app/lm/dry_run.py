@@ -53,6 +53,7 @@ def dry_run(options: LanguageModelOptions) -> Iterator[str]:
     trainer = build_trainer(options, model, device)
     windows = (on_device(window, device) for window in itertools.chain.from_iterable(itertools.repeat(stream)))
     first = next(windows)
+    yield from corpus.notes
     yield from remarks(options, options.bptt, cells=options.model == "lstm")
     yield f"data: {corpus.name}, by {options.tokenizer}, vocabulary {tokenizer.vocabulary_size:,}"
     yield from describe_shapes(trainer, first)

@@ -8,17 +8,17 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar
 
 from dni_seq.app.build.credit_options import GROUP as CREDIT
 from dni_seq.app.build.credit_options import CreditOptions, without_resolved
-from dni_seq.app.runs.options import above_zero, at_least, build, option, share
+from dni_seq.app.runs.options import above_zero, at_least, build, flag, option, share
 from dni_seq.distributed.process_group import TIMEOUT
 from dni_seq.models.language_model import CELLS
 from dni_seq.streams import Corpus
 from dni_seq.streams.corpus import default_data_dir
+from dni_seq.streams.files import expand_home
 
 SYNTHESIZER_VOCAB_SIZE = 500
 """Default number of token classes of the synthesizer. To distinguish rare tokens would cost as much as the network's own
@@ -97,8 +97,8 @@ def _by_level(name: str) -> str:
 
 
 def _absolute(path: str) -> str:
-    """Returns `path` as an absolute path."""
-    return str(Path(path).absolute())
+    """Returns `path` as an absolute path, with the home directory for a leading `~`."""
+    return str(expand_home(path).absolute())
 
 
 _DATA, _MODEL, _RUN = "data", "model", "run"
@@ -181,6 +181,12 @@ class LanguageModelOptions(CreditOptions):
         shown="all tokens of the training text; 50000 words if streamed; sentencepiece 8000",
     )
     invalid_utf8: str = option("error", "how to handle bytes that are not UTF-8", group=_DATA, choices=("error", "replace"))
+    null_text: str = option(
+        "error",
+        "how to handle rows whose text is null, in JSON, Parquet or on the Hub",
+        group=_DATA,
+        choices=("error", "skip"),
+    )
     document_reset: bool = option(
         False, "reset the hidden state at each document (a line of a text file, or a row)", group=_DATA
     )
@@ -282,6 +288,45 @@ def resolve_options(options: LanguageModelOptions, corpus: Corpus) -> LanguageMo
         del defaults["epochs"]
     missing = {name: value for name, value in defaults.items() if getattr(options, name) is None}
     return with_default_sizes(dataclasses.replace(options, **missing))
+
+
+def check_spans(options: LanguageModelOptions, name: str, steps: int) -> None:
+    """Checks that no window, and nothing that is used after a window, is longer than a lane of the training text.
+
+    Args:
+        options: options from `resolve_options`.
+        name: name of the text, for messages.
+        steps: number of steps in a lane; `longest_span` steps are enough.
+
+    Raises:
+        ValueError: an option needs a longer lane; the message names the option and its largest value.
+    """
+    for option_name, span in _spans(options).items():
+        if span > steps:
+            value = getattr(options, option_name)
+            most = 1 + steps // options.bptt if option_name == "horizons" else steps
+            raise ValueError(
+                f"{flag(option_name)} {value} is too large: a lane of {name} has room for {steps} steps; use {most} or "
+                "less, give more text, or lower --batch-size (lanes)"
+            )
+
+
+def longest_span(options: LanguageModelOptions) -> int:
+    """Returns the number of steps that a lane must have for `check_spans` to accept the options."""
+    return max(_spans(options).values())
+
+
+def _spans(options: LanguageModelOptions) -> Mapping[str, int]:
+    """Returns the number of steps that a lane must have for each option that is counted in steps or windows."""
+    spans = {"bptt": options.bptt}
+    if options.synthesizer == "exact":
+        spans["exact_steps"] = options.exact_steps
+    if options.synthesizer in ("paper", "state", "multi-horizon") or (options.synthesizer == "exact" and options.tail):
+        horizons, lookahead = options.horizons or 1, options.lookahead or 0
+        spans["horizons"] = (horizons - 1) * options.bptt  # up to the start of the last horizon
+        if lookahead > horizons * options.bptt:  # by default it ends with the last horizon
+            spans["lookahead"] = lookahead
+    return spans
 
 
 def with_default_sizes(options: LanguageModelOptions) -> LanguageModelOptions:

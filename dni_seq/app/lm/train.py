@@ -103,7 +103,7 @@ def prepare(given: dict[str, Any], ranks: Ranks, lock: RunLock) -> LanguageModel
     )
     training = ranks.run_on_all(lambda: assemble(plan, options, corpus, run, tokenizer, ranks))
     ranks.check_same({"training text": training.stream.state_dict()})
-    training.begin(plan, lock, remarks(options, options.bptt, cells=options.model == "lstm"))
+    training.begin(plan, lock, [*corpus.notes, *remarks(options, options.bptt, cells=options.model == "lstm")])
     training.report_unknown_words()
     return training
 

@@ -200,7 +200,7 @@ def read_config(cls: type, path: str | Path) -> dict[str, Any]:
         ValueError: the file is missing, not a JSON object, or names options that `cls` does not have.
     """
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = json.loads(Path(path).read_text(encoding="utf-8-sig"))  # with or without a byte-order mark
     except OSError as error:
         raise ValueError(f"cannot read the configuration {path}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:

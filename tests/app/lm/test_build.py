@@ -10,7 +10,7 @@ import torch
 from dni_seq.app.lm import build as lm
 from dni_seq.app.lm.options import DEFAULTS, LanguageModelOptions, resolve_options
 from dni_seq.app.runs.resume import config_of
-from dni_seq.streams import CharTokenizer, WordTokenizer, open_corpus
+from dni_seq.streams import CharTokenizer, WordTokenizer, files, open_corpus
 
 CPU = torch.device("cpu")
 TINY = {"embed": 4, "hidden": 4, "layers": 1, "dropout": 0.0}
@@ -82,3 +82,55 @@ def test_samples_begin_with_their_prompt():
         assert len(tokenizer.encode(text)) >= 9
         with pytest.raises(ValueError, match="length of a sample"):
             lm.sample_text(model, tokenizer, length=0, seed=1)
+
+
+@pytest.mark.parametrize("held", [True, False])
+@pytest.mark.parametrize(
+    ("given", "refused"),
+    [
+        ({"bptt": 39}, None),
+        ({"bptt": 40}, "--bptt 40 is too large: .* room for 39 steps; use 39 or less"),
+        ({"bptt": 2**62}, f"--bptt {2**62} is too large"),
+        ({"bptt": 40, "synthesizer": "none"}, "--bptt 40 is too large"),
+        ({"bptt": 5, "horizons": 8}, None),
+        ({"bptt": 5, "horizons": 9}, "--horizons 9 is too large: .* room for 39 steps; use 8 or less"),
+        ({"bptt": 5, "horizons": 10**9, "synthesizer": "none"}, None),
+        ({"bptt": 5, "horizons": 1, "lookahead": 39}, None),
+        ({"bptt": 5, "horizons": 1, "lookahead": 40}, "--lookahead 40 is too large: .*; use 39 or less"),
+        ({"bptt": 5, "synthesizer": "state", "lookahead": 10**12}, "--lookahead 1000000000000 is too large"),
+        ({"bptt": 5, "synthesizer": "paper", "lookahead": 40}, "--lookahead 40 is too large"),
+        ({"bptt": 5, "synthesizer": "basic", "lookahead": 40}, None),
+        ({"bptt": 5, "synthesizer": "exact", "exact_steps": 39}, None),
+        ({"bptt": 5, "synthesizer": "exact", "exact_steps": 40}, "--exact-steps 40 is too large: .*; use 39 or less"),
+        ({"bptt": 5, "exact_steps": 40}, None),
+        ({"bptt": 5, "synthesizer": "exact", "tail": True, "lookahead": 40}, "--lookahead 40 is too large"),
+    ],
+)
+def test_spans_that_are_longer_than_a_lane_are_refused(given, refused, held, tmp_path, monkeypatch):
+    """2 lanes of 40 characters, so of 39 steps. The default lookahead of the longest window is accepted."""
+    monkeypatch.setattr(files, "IN_MEMORY_BYTES", 1000 if held else 0)
+    path = tmp_path / "own.txt"
+    path.write_text("a line\n" * 11 + "abc")
+    corpus = open_corpus(data_file=path, valid_file=path, test_file=path)
+    options = resolve_options(LanguageModelOptions(batch_size=2, **given), corpus)
+    tokenizer = lm.build_tokenizer(options, corpus)
+    if refused is None:
+        next(iter(lm.open_training(corpus, tokenizer, options)))
+        return
+    with pytest.raises(ValueError, match=refused) as caught:
+        lm.open_training(corpus, tokenizer, options)
+    assert str(path) in str(caught.value)
+    assert "lower --batch-size" in str(caught.value)
+
+
+def test_validation_text_may_be_shorter_than_a_window(tmp_path):
+    path, short = tmp_path / "own.txt", tmp_path / "short.txt"
+    path.write_text("a line\n" * 40)
+    short.write_text("a line\n")
+    corpus = open_corpus(data_file=path, valid_file=short, test_file=path)
+    options = resolve_options(LanguageModelOptions(batch_size=2, bptt=20, **TINY), corpus)
+    tokenizer = lm.build_tokenizer(options, corpus)
+    model = lm.build_model(options, tokenizer.vocabulary_size, CPU)
+    split = lm.open_split(corpus, "valid", tokenizer, options)
+    assert split.tokens_per_epoch == 4
+    assert lm.score(model, split, options).loss > 0

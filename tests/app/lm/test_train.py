@@ -193,6 +193,11 @@ def test_bad_input_is_one_line_and_status_2(trained, tmp_path):
     (tmp_path / "short.txt").write_text("abc\n")
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9\n" * 1000)
+    (tmp_path / "utf16.txt").write_text("some words\n" * 1000, encoding="utf-16")
+    (tmp_path / "blank.txt").write_text("\n" * 1000)
+    (tmp_path / "table.csv").write_text("id,text\n1,some words\n" * 1000)
+    (tmp_path / "null.jsonl").write_text('{"text": "some words"}\n{"text": null}\n' * 1000)
+    (tmp_path / "long.txt").write_text("some words\n" * 1000)
     (tmp_path / "text.pt").write_text("no checkpoint")
     before = snapshot(trained)
     cases = {
@@ -208,7 +213,20 @@ def test_bad_input_is_one_line_and_status_2(trained, tmp_path):
         ("--data-file", "empty.txt"): "empty.txt",
         ("--data-file", "latin.txt"): "UTF-8",
         ("--data-file", "short.txt"): "short.txt",
+        ("--data-file", "utf16.txt"): "UTF-16",
+        ("--data-file", "blank.txt"): "no visible character",
+        ("--data-file", "long.txt", "--valid-file", "blank.txt"): "no visible character",
+        ("--data-file", "table.csv"): "convert it",
+        ("--data-file", "null.jsonl"): "line 2 has no text",
+        ("--data-file", "long.txt", "--text-column", "text"): "has no columns",
+        ("--data-file", "~/no such folder/*.txt"): "no such file",
         ("--batch-size", "1000000"): "--batch-size",
+        ("--batch-size", "1000000000", "--document-reset"): "--batch-size",
+        ("--bptt", "1000000000"): "--bptt 1000000000 is too large",
+        ("--bptt", "1000000000", "--document-reset"): "--bptt 1000000000 is too large",
+        ("--lookahead", "1000000000"): "--lookahead 1000000000 is too large",
+        ("--horizons", "1000000000"): "--horizons 1000000000 is too large",
+        ("--synthesizer", "exact", "--exact-steps", "1000000000"): "--exact-steps 1000000000 is too large",
         ("--tokenizer", "letters"): "invalid choice: 'letters'",
         ("--tied", "--embed", "8"): "embed equal to hidden",
         ("--tied", "--embed", "8", "--hidden", "8", "--sparse-embedding"): "exclude each other",

@@ -103,3 +103,44 @@ def test_what_is_not_in_the_vocabulary_is_reported(reset, text, capsys, tmp_path
     *begun, done = [line for line in shown.splitlines() if line.startswith("tokens outside the vocabulary: ")]
     assert begun or reset  # nothing but each split's first document is read yet
     assert done.endswith(", ".join(f"{name} {share:.2%}" for name, share in unknown.items()))
+
+
+def test_what_is_odd_about_the_text_is_said_in_a_line(text, capsys, tmp_path):
+    one, null = tmp_path / "one.txt", tmp_path / "null.jsonl"
+    one.write_text(text.read_text().replace("\n", " "))
+    null.write_text("".join(json.dumps({"text": line}) + "\n" for line in [*text.read_text().splitlines(), None]))
+    begin = (*TINY, "--max-steps", "1", "--bptt", "5", "--synthesizer", "none", "--null-text", "skip")
+    for path, note in ((one, "so characters at its end are held out"), (null, "column 'text' is null: 1")):
+        run = str(tmp_path / path.stem)
+        for options in (("--run-dir", run), ("--run-dir", run, "--resume", "auto"), ("--dry-run",)):
+            given = ("--run-dir", run, "--resume", "auto", "--max-steps", "2") if "--resume" in options else ()
+            assert train_lm.main([*given] or ["--data-file", str(path), *begin, *options]) == 0
+            (line,) = [line for line in capsys.readouterr().out.splitlines() if note in line]
+            assert line.startswith(str(path))
+
+
+def test_another_text_is_scored(text, capsys, tmp_path):
+    run = tmp_path / "run"
+    begin = ("--data-file", str(text), "--valid-file", str(text), "--test-file", str(text), "--synthesizer", "none")
+    assert train_lm.main([*begin, *TINY, "--max-steps", "2", "--run-dir", str(run)]) == 0
+    capsys.readouterr()
+    assert evaluate_lm.main([str(run)]) == 0
+    score = capsys.readouterr().out.removeprefix("test: ")
+    moved, other = tmp_path / "moved.txt", tmp_path / "rows.jsonl"
+    text.rename(moved)
+    other.write_text(json.dumps({"body": "line ÄÖÜ"}))
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    assert evaluate_lm.main([str(run)]) == 2
+    assert "no such file" in capsys.readouterr().err
+    assert evaluate_lm.main([str(run), "--data-file", str(moved)]) == 0
+    assert capsys.readouterr().out == f"{moved}: {score}"
+    assert evaluate_lm.main([str(run), "--data-file", str(other), "--text-column", "body"]) == 0
+    assert f"tokens outside the vocabulary: {other} 33.33%" in capsys.readouterr().out
+    for arguments, complaint in (
+        (("--data-file", str(other)), "no column 'text'"),
+        (("--text-column", "body"), "--text-column needs --data-file"),
+        (("--data-file", str(run)), "is a directory"),
+    ):
+        assert evaluate_lm.main([str(run), *arguments]) == 2
+        assert complaint in capsys.readouterr().err
+    assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}

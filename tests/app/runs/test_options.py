@@ -109,6 +109,12 @@ def test_bad_config_file(tmp_path, content, message):
         read_config(Sample, path)
 
 
+def test_a_config_file_may_begin_with_a_byte_order_mark(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text('{"size": 4}', encoding="utf-8-sig")
+    assert read_config(Sample, path) == {"size": 4}
+
+
 PRESETS = {"large": {"size": 100, "kind": "b"}}
 
 
