@@ -3,10 +3,16 @@
 `--help` lists the options. The code is `dni_seq.app.studies.compare_runs`.
 """
 
+import os
+import signal
 import sys
 
-from dni_seq.app.runs.crash_report import report_crash
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    # The imports take seconds, and an exception in them can be lost. `run_program` restores the handler.
+    signal.signal(signal.SIGINT, lambda *_: (os.write(2, b"compare_runs: stopped by Ctrl-C\n"), os._exit(130)))
+
+from dni_seq.app.runs.program import run_program
 from dni_seq.app.studies.compare_runs import main
 
 if __name__ == "__main__":
-    sys.exit(report_crash(main))
+    sys.exit(run_program(main))

@@ -3,10 +3,16 @@
 `--help` lists the options. The code is `dni_seq.app.lm.evaluate`.
 """
 
+import os
+import signal
 import sys
 
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    # The imports take seconds, and an exception in them can be lost. `run_program` restores the handler.
+    signal.signal(signal.SIGINT, lambda *_: (os.write(2, b"evaluate_lm: stopped by Ctrl-C\n"), os._exit(130)))
+
 from dni_seq.app.lm.evaluate import main
-from dni_seq.app.runs.crash_report import report_crash
+from dni_seq.app.runs.program import run_program
 
 if __name__ == "__main__":
-    sys.exit(report_crash(main))
+    sys.exit(run_program(main))

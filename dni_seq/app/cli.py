@@ -10,8 +10,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
-from dni_seq.app.runs.crash_report import report_crash
 from dni_seq.app.runs.options import did_you_mean, report
+from dni_seq.app.runs.program import run_program
 
 COMMANDS: Mapping[str, tuple[str, str]] = MappingProxyType(
     {
@@ -27,8 +27,13 @@ COMMANDS: Mapping[str, tuple[str, str]] = MappingProxyType(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command and returns its exit status."""
+    """Runs a command as a program and returns its exit status."""
     given = list(sys.argv[1:] if arguments is None else arguments)
+    return run_program(lambda: command(given))
+
+
+def command(given: Sequence[str]) -> int:
+    """Runs the command that the words `given` name and returns its exit status."""
     if not given or given[0] in ("-h", "--help"):
         print(usage())
         return 0 if given else 2
@@ -37,8 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         hint = did_you_mean(name, list(COMMANDS)) or f": choose one of {', '.join(COMMANDS)}"
         return report("dni-seq", ValueError(f"there is no command {name!r}{hint}"))
     sys.argv[0] = f"dni-seq {name}"
-    module = importlib.import_module(COMMANDS[name][0])
-    return report_crash(lambda: module.main(rest))
+    status: int = importlib.import_module(COMMANDS[name][0]).main(rest)
+    return status
 
 
 def usage() -> str:

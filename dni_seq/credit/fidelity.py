@@ -84,6 +84,17 @@ class StateFidelity(NamedTuple):
     total: Fidelity
     parts: dict[tuple[int, int], Fidelity]
 
+    def __repr__(self) -> str:
+        cosine, r2 = ([getattr(horizon, name) for horizon in self.horizons] for name in ("cosine", "r2"))
+        return f"StateFidelity(cosine={in_short(torch.stack(cosine))}, r2={in_short(torch.stack(r2))})"
+
+
+def in_short(numbers: Tensor) -> str:
+    """Returns a 0-d or 1-d tensor as text with four digits, such as "0.1234" or "[0.1234, nan]". Waits for a GPU."""
+    if numbers.dim() == 0:
+        return f"{float(numbers):.4g}"
+    return f"[{', '.join(f'{number:.4g}' for number in numbers.tolist())}]"
+
 
 def fidelity(
     runner: WindowRunner,

@@ -1,4 +1,4 @@
-"""StepResult and Synthetic: the results of a training step.
+"""StepResult and Synthetic: the results of a training step. Each prints as one line of numbers and shapes.
 
 Legend: N = horizons.
 """
@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from dni_seq.credit.fidelity import StateFidelity
+from dni_seq.credit.fidelity import StateFidelity, in_short
 
 
 class Synthetic(NamedTuple):
@@ -39,6 +39,10 @@ class Synthetic(NamedTuple):
     scale: Tensor
     fidelity: StateFidelity | None
 
+    def __repr__(self) -> str:
+        numbers = [f"{name}={in_short(value)}" for name, value in self._asdict().items() if name != "fidelity"]
+        return f"Synthetic({', '.join(numbers)}, fidelity={self.fidelity})"
+
 
 class StepResult(NamedTuple):
     """The result of one `SequenceTrainer.step`; its tensors have no graph.
@@ -60,3 +64,21 @@ class StepResult(NamedTuple):
     synthetic: Synthetic | None
     skipped: Tensor
     events: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        return (
+            f"StepResult(loss={in_short(self.loss)}, outputs={_shapes(self.outputs)}, "
+            f"gradient_norm={in_short(self.gradient_norm)}, synthetic={self.synthetic}, skipped={bool(self.skipped)}, "
+            f"events={self.events})"
+        )
+
+
+def _shapes(nest: Any) -> str:
+    """Returns the shapes of the tensors in a nest as text, such as "([5, 20, 8], [20, 8])"."""
+    if isinstance(nest, Tensor):
+        return str(list(nest.shape))
+    if isinstance(nest, dict):
+        return "{" + ", ".join(f"{key!r}: {_shapes(value)}" for key, value in nest.items()) + "}"
+    if isinstance(nest, (tuple, list)):
+        return f"({', '.join(map(_shapes, nest))})"
+    return type(nest).__name__

@@ -201,8 +201,9 @@ def leave(status: int) -> NoReturn:
     It exists after a failure of another rank. Its threads may be waiting for that rank, and ending them at shutdown can
     abort the process.
     """
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:  # None if the process was started with the stream closed
+            stream.flush()
     if dist.is_available() and dist.is_initialized():
         os._exit(status)
     sys.exit(status)

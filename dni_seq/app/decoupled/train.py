@@ -34,7 +34,6 @@ from torch import distributed as dist
 from torch.nn import functional as F
 
 from dni_seq.app.runs.checkpoint import write_json
-from dni_seq.app.runs.crash_report import report_crash
 from dni_seq.app.runs.directory import check_unused, new_run_path
 from dni_seq.app.runs.options import above_zero, at_least, build, option, parse, report
 from dni_seq.app.runs.tensorboard import RunLog
@@ -44,7 +43,6 @@ from dni_seq.distributed.process_group import (
     RankError,
     Ranks,
     init_distributed,
-    leave,
     program,
     translate_dist_errors,
 )
@@ -438,7 +436,3 @@ def plot(rows: list[Row], path: Path) -> None:
     axes.set(xlabel="seconds", ylabel="updates")
     axes.legend()
     figure.savefig(path, dpi=120)
-
-
-if __name__ == "__main__":
-    leave(report_crash(main))

@@ -61,8 +61,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         return report(_PROG, error)
     errors = train(options)
-    if path is not None:
-        write_json(path / "summary.json", {**dataclasses.asdict(options), "error": errors})
+    try:
+        if path is not None:
+            write_json(path / "summary.json", {**dataclasses.asdict(options), "error": errors})
+    except OSError as error:
+        return report(_PROG, error)
     return 0
 
 

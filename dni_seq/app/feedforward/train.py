@@ -135,6 +135,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         summary = train(options, data, show)
         write_json(path / "summary.json", summary)
+    except OSError as error:
+        return report(_PROG, error)
     finally:
         log.close()
     print(f"test error {summary['test_error']:.2f} %, {summary['seconds']:.0f} s, {path}")

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,17 +13,27 @@ from typing import Any, NamedTuple
 
 import torch
 
-from dni_seq.app.build.device import device_of
 from dni_seq.app.lm.evaluation import Score, evaluate, score_of
 from dni_seq.app.lm.generation import generate
 from dni_seq.app.lm.options import LanguageModelOptions, check_spans, longest_span
 from dni_seq.app.runs.checkpoint import load_checkpoint
 from dni_seq.app.runs.directory import RunDirectory
+from dni_seq.app.runs.options import flag
 from dni_seq.app.runs.resume import saved_options
 from dni_seq.core.windows import Window, counted, on_device
 from dni_seq.distributed.data_parallel import DataParallel
 from dni_seq.models.language_model import LanguageModel
-from dni_seq.streams import Corpus, ShuffledDocuments, Tokenizer, WindowStream, load_tokenizer, open_corpus, train_tokenizer
+from dni_seq.streams import (
+    Corpus,
+    DataError,
+    ShuffledDocuments,
+    Tokenizer,
+    WindowStream,
+    load_tokenizer,
+    open_corpus,
+    train_tokenizer,
+)
+from dni_seq.streams.files import matching
 
 EVALUATION_WINDOW = 32
 """Window length in evaluation. Longer windows are faster but need more memory for logits."""
@@ -63,6 +72,29 @@ def open_text(options: LanguageModelOptions) -> Corpus:
         invalid_utf8=options.invalid_utf8,
         null_text=options.null_text,
     )
+
+
+def open_text_again(options: LanguageModelOptions) -> Corpus:
+    """Returns the corpus of a run that exists already. If a file is gone, the error says how to give its new place.
+
+    Raises:
+        DataError: the corpus cannot be found or read.
+    """
+    try:
+        return open_text(options)
+    except DataError as error:
+        gone = [flag(name) for name in sorted(options.MAY_MOVE) if _is_gone(getattr(options, name))]
+        if not gone:
+            raise
+        raise DataError(f"{error}; if the run's text has moved, give its place with {' and '.join(gone)}") from error
+
+
+def _is_gone(file: str | None) -> bool:
+    """Returns whether there is no file of that name or pattern. False for None."""
+    try:
+        return file is not None and not matching(file)
+    except DataError:
+        return True
 
 
 def build_tokenizer(options: LanguageModelOptions, corpus: Corpus) -> Tokenizer:
@@ -187,10 +219,15 @@ def score(
     """
     device = next(model.parameters()).device
     split.restart()
-    limit = options.eval_tokens or (None if split.tokens_per_epoch else EVALUATION_TOKENS_OF_STREAM)
+    limit = token_limit(split, options)
     windows = (on_device(window, device) for window in first_tokens(split, limit))
     loss = evaluate(model, windows, autocast=autocast_of(options), parallel=parallel)
     return score_of(loss, split.characters_per_token, split.words_per_token)
+
+
+def token_limit(split: WindowStream, options: LanguageModelOptions) -> int | None:
+    """Returns the largest number of tokens to score of a split, None for all."""
+    return options.eval_tokens or (None if split.tokens_per_epoch else EVALUATION_TOKENS_OF_STREAM)
 
 
 def first_tokens(windows: Iterable[Window], limit: int | None) -> Iterator[Window]:
@@ -201,52 +238,6 @@ def first_tokens(windows: Iterable[Window], limit: int | None) -> Iterator[Windo
         tokens += int(counted(window).sum())
         if limit is not None and tokens >= limit:
             return
-
-
-def score_run(
-    run: RunDirectory, checkpoint: Path, splits: Iterable[str], options: LanguageModelOptions
-) -> Iterator[tuple[str, Score]]:
-    """Yields the scores of a run's checkpoint on splits of its corpus, with the device, data and `eval_tokens` of `options`.
-
-    Raises:
-        ValueError: the run or its data cannot be read.
-    """
-    corpus = open_text(options)
-    loaded = load_run(run, checkpoint, device_of(options.device))
-    for split in splits:
-        stream = open_split(corpus, split, loaded.tokenizer, loaded.options)
-        yield split, score(loaded.model, stream, dataclasses.replace(loaded.options, eval_tokens=options.eval_tokens))
-
-
-def score_file(
-    run: RunDirectory, checkpoint: Path, path: str, text_column: str | None, options: LanguageModelOptions
-) -> tuple[Score, WindowStream]:
-    """Returns the score of a run's checkpoint on a local text, and the text as a stream.
-
-    Args:
-        run: directory of the run.
-        checkpoint: checkpoint to score.
-        path: a file or a pattern; the whole text is scored, without its first token in each lane.
-        text_column: column or field that holds the text; None for "text".
-        options: the run's options, whose device and other settings are used.
-
-    Raises:
-        ValueError: the run or the text cannot be read.
-    """
-    of_file = dataclasses.replace(
-        options,
-        dataset=None,
-        dataset_config=None,
-        dataset_revision=None,
-        data_file=path,
-        valid_file=path,
-        test_file=path,
-        text_column=text_column,
-    )
-    corpus = open_text(of_file)
-    loaded = load_run(run, checkpoint, device_of(options.device))
-    stream = open_split(corpus, "test", loaded.tokenizer, loaded.options)
-    return score(loaded.model, stream, loaded.options), stream
 
 
 def describe(split: str, result: Score) -> str:

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+from dni_seq.app.build.device import device_of
 from dni_seq.app.build.unused_options import remarks
 from dni_seq.app.lm import build as lm
 from dni_seq.app.lm.build_trainer import build_trainer
@@ -42,7 +43,7 @@ def dry_run(options: LanguageModelOptions) -> Iterator[str]:
         OSError: a file cannot be read.
     """
     torch.set_num_threads(options.threads)
-    device = lm.device_of(options.device)
+    device = device_of(options.device)
     corpus = lm.open_text(options)
     options = resolve_options(options, corpus)
     tokenizer = lm.build_tokenizer(options, corpus)

@@ -4,57 +4,66 @@ python scripts/evaluate_lm.py runs/mine
     Score the test split with the checkpoint of the lowest validation loss.
 python scripts/evaluate_lm.py runs/mine --split valid --checkpoint last
     Score the validation split with the last checkpoint.
-python scripts/evaluate_lm.py runs/mine --data-file other.txt
-    Score another text.
+python scripts/evaluate_lm.py runs/mine --data-file book.txt
+    Score the whole of another text. If book.txt is the run's own text, which has moved, score its test split.
 
-The run directory provides the data set, the tokenizer and the model.
+The run directory provides the data set, the tokenizer and the model. If a limit on the number of tokens cuts a score, the
+next line says so. Invalid input prints one line on stderr and exits with status 2.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
+from dni_seq.app.build.device import device_of
 from dni_seq.app.lm import build as lm
 from dni_seq.app.lm.options import LanguageModelOptions
+from dni_seq.app.lm.scoring import ScoredText, is_own_text, score_other_text, score_splits
 from dni_seq.app.runs.directory import RunDirectory
-from dni_seq.app.runs.options import OneLineParser, report
+from dni_seq.app.runs.options import OneLineParser, flag, report
+from dni_seq.app.runs.output import output_status
 from dni_seq.app.runs.resume import saved_options
+
+OF_THE_CALL = ("data_dir", "device", "threads", "eval_tokens", "data_file", "valid_file", "test_file")
+"""Options of the run that this command can change."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit status."""
     given = read_arguments(arguments)
-    run = RunDirectory(given.run_dir)
-    changes = {name: getattr(given, name) for name in ("data_dir", "device", "threads") if getattr(given, name) is not None}
     try:
-        options = saved_options(LanguageModelOptions, run, changes)
-        torch.set_num_threads(options.threads)
-        if given.data_file is not None:
-            return evaluate_file(given, run, options)
-        if given.text_column is not None:
-            raise ValueError("--text-column needs --data-file, the file that has the column")
-        for split, result in lm.score_run(run, run.checkpoint(given.checkpoint), (given.split,), options):
-            print(lm.describe(split, result))
+        for scored in scores(given):
+            print(*scored.lines(), sep="\n")
     except (ValueError, OSError) as error:
         return report("evaluate_lm", error)
-    return 0
+    return output_status()
 
 
-def evaluate_file(given: argparse.Namespace, run: RunDirectory, options: LanguageModelOptions) -> int:
-    """Prints the score of a local text, and the share of its tokens outside the vocabulary if there are any.
+def scores(given: argparse.Namespace) -> Iterator[ScoredText]:
+    """Yields the score that the command line asks for.
 
     Raises:
-        ValueError: the run or the text cannot be read.
+        ValueError: the run or the text cannot be used.
     """
-    checkpoint = run.checkpoint(given.checkpoint)
-    result, stream = lm.score_file(run, checkpoint, given.data_file, given.text_column, options)
-    print(lm.describe(given.data_file, result))
-    if unknown := lm.describe_unknown({given.data_file: stream}):
-        print(unknown)
-    return 0
+    if given.text_column is not None and given.data_file is None:
+        raise ValueError("--text-column needs --data-file, the file that has the column")
+    run = RunDirectory(given.run_dir)
+    changes = {name: getattr(given, name) for name in OF_THE_CALL if getattr(given, name) is not None}
+    options = saved_options(LanguageModelOptions, run, changes)
+    torch.set_num_threads(options.threads)
+    loaded = lm.load_run(run, run.checkpoint(given.checkpoint), device_of(options.device))
+    if given.data_file is None or (loaded.options.data_file is not None and is_own_text(loaded, options)):
+        yield from score_splits(loaded, (given.split or "test",), options)
+        return
+    for name in ("split", "valid_file", "test_file"):
+        if getattr(given, name) is not None:
+            raise ValueError(
+                f"--data-file {given.data_file} is not the text of the run, so it is scored whole: remove {flag(name)}"
+            )
+    yield score_other_text(loaded, options, given.data_file, given.text_column)
 
 
 def read_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -63,11 +72,18 @@ def read_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         prog="evaluate_lm", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("run_dir", metavar="RUN_DIR", help="run directory of scripts/train_lm.py")
-    parser.add_argument("--split", choices=("valid", "test"), default="test", help="split to score (default: test)")
+    parser.add_argument("--split", choices=("valid", "test"), help="split to score (default: test)")
     parser.add_argument("--checkpoint", choices=("best", "last"), default="best", help="checkpoint to load (default: best)")
-    parser.add_argument("--data-file", metavar="FILE", help="text to score instead of a split: file or quoted pattern")
     parser.add_argument("--text-column", metavar="NAME", help="text column of --data-file (default: text)")
     parser.add_argument("--data-dir", metavar="DIR", help="directory of the data sets (default: the run's)")
+    parser.add_argument(
+        "--data-file",
+        metavar="FILE",
+        help="where the run's training text is now, or another text to score: file or quoted pattern (default: the run's)",
+    )
+    parser.add_argument("--valid-file", metavar="FILE", help="where the run's --valid-file is now (default: the run's)")
+    parser.add_argument("--test-file", metavar="FILE", help="where the run's --test-file is now (default: the run's)")
+    parser.add_argument("--eval-tokens", type=int, help="largest number of tokens to score (default: the run's)")
     parser.add_argument("--device", help="device: cpu, cuda, cuda:1, mps (default: the run's)")
     parser.add_argument("--threads", type=int, help="CPU threads (default: the run's)")
     return parser.parse_args(arguments)

@@ -123,6 +123,7 @@ class LanguageModelOptions(CreditOptions):
             "data_dir",
         }
     )
+    MAY_MOVE: ClassVar[frozenset[str]] = frozenset({"data_file", "valid_file", "test_file"})
     OF_THE_CALL: ClassVar[frozenset[str]] = frozenset({"run_dir", "resume", "eval_only", "dry_run", "rank_timeout"})
 
     dataset: str | None = option(
@@ -255,7 +256,8 @@ class LanguageModelOptions(CreditOptions):
     run_dir: str | None = option(None, "directory of the run", group=_RUN, metavar="DIR", shown="a new one in runs/")
     resume: str | None = option(
         None,
-        "resume from the last checkpoint in --run-dir if there is one (auto), or from RUN_DIR/checkpoints/NAME.pt",
+        "resume from the last checkpoint in --run-dir if there is one (auto), or in RUN_DIR, or from "
+        "RUN_DIR/checkpoints/NAME.pt",
         group=_RUN,
         metavar="auto|PATH",
     )

@@ -11,9 +11,11 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
+from dni_seq.app.build.device import device_of
 from dni_seq.app.lm import build as lm
 from dni_seq.app.runs.directory import RunDirectory
 from dni_seq.app.runs.options import OneLineParser, report
+from dni_seq.app.runs.output import output_status
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -21,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = read_arguments(arguments)
     run = RunDirectory(given.run_dir)
     try:
-        loaded = lm.load_run(run, run.checkpoint(given.checkpoint), lm.device_of(given.device))
+        loaded = lm.load_run(run, run.checkpoint(given.checkpoint), device_of(given.device))
         text = lm.sample_text(
             loaded.model,
             loaded.tokenizer,
@@ -34,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         return report("sample_lm", error)
     print(text)
-    return 0
+    return output_status()
 
 
 def read_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -7,16 +7,16 @@ python scripts/train_lm.py --dataset ptb
 python scripts/train_lm.py --dataset ptb --synthesizer none
     The same with plain truncated BPTT.
 python scripts/train_lm.py --run-dir runs/mine --resume auto
-    Resume runs/mine if it was stopped or killed, else start it.
+    Resume runs/mine if it was stopped or killed, else start it. If its text has moved, add --data-file.
 torchrun --standalone --nproc-per-node 2 scripts/train_lm.py --dataset ptb
     Train in two processes, each with half of the lanes; see docs/distributed.md.
 tensorboard --logdir runs
     Show the curves.
 
 A run writes to its directory: TensorBoard events, config.json, tokenizer.json, checkpoints/last.pt, previous.pt and best.pt
-(lowest validation loss), and summary.json. Ctrl-C saves a checkpoint and exits with status 130, SIGTERM with 143. Invalid
-input, a full disk and a loss that stays NaN print one line on stderr and exit with status 2. docs/reliability.md lists the
-failures that a run survives.
+(lowest validation loss), and summary.json. Ctrl-C saves a checkpoint and exits with status 130, SIGTERM with 143, SIGHUP
+with 129. Invalid input, a full disk and a loss that stays NaN print one line on stderr and exit with status 2.
+docs/reliability.md lists the failures that a run survives.
 """
 
 from __future__ import annotations
@@ -28,11 +28,13 @@ from typing import Any
 
 import torch
 
+from dni_seq.app.build.device import device_of
 from dni_seq.app.build.unused_options import remarks
 from dni_seq.app.lm import build as lm
 from dni_seq.app.lm.build_trainer import build_trainer
 from dni_seq.app.lm.dry_run import dry_run
 from dni_seq.app.lm.options import PRESETS, LanguageModelOptions, as_given, resolve_options
+from dni_seq.app.lm.scoring import HELD_OUT, score_splits
 from dni_seq.app.lm.training import LanguageModelRun
 from dni_seq.app.runs.allocator import keep_freed_memory
 from dni_seq.app.runs.checkpoint import checkpoint_errors
@@ -40,6 +42,7 @@ from dni_seq.app.runs.directory import RunDirectory, new_run_path
 from dni_seq.app.runs.lock import RunLock
 from dni_seq.app.runs.loop import run_command
 from dni_seq.app.runs.options import parse, report
+from dni_seq.app.runs.output import output_status
 from dni_seq.app.runs.resume import Plan, plan_run
 from dni_seq.distributed.data_parallel import DataParallel
 from dni_seq.distributed.process_group import TIMEOUT, Ranks, init_distributed, local_device, program
@@ -71,9 +74,9 @@ def command(arguments: Sequence[str] | None, lock: RunLock) -> int:
         if given.get("dry_run"):
             for line in dry_run(plan_run(LanguageModelOptions, given).options):
                 print(line, flush=True)
-            return 0
+            return output_status()
         if given.get("eval_only"):
-            return evaluate_only(plan_run(LanguageModelOptions, {"resume": "auto"} | given))
+            return evaluate_only(given)
         with init_distributed(float(given.get("rank_timeout", TIMEOUT))) as ranks:
             return run_command(_PROG, ranks, lambda: prepare(given, ranks, lock))
     except (ValueError, OSError) as error:
@@ -95,7 +98,8 @@ def prepare(given: dict[str, Any], ranks: Ranks, lock: RunLock) -> LanguageModel
     ranks.check_same({"version of python": sys.version.split()[0], **program(), "set of options": given})
     plan = ranks.broadcast_from_rank0(lambda: plan_run(LanguageModelOptions, given, lock))
     torch.set_num_threads(plan.options.threads)
-    corpus = ranks.run_on_all(lambda: lm.open_text(plan.options))
+    open_text = lm.open_text_again if plan.resuming else lm.open_text
+    corpus = ranks.run_on_all(lambda: open_text(plan.options))
     options = resolve_options(plan.options, corpus)
     run = ranks.broadcast_from_rank0(lambda: plan.run or RunDirectory(new_run_path(run_name(options, corpus.name))))
     tokenizer = ranks.broadcast_from_rank0(
@@ -117,7 +121,7 @@ def assemble(
     ranks: Ranks,
 ) -> LanguageModelRun:
     """Returns one rank's run, restored from the checkpoint if there is one. Writes nothing."""
-    device = lm.device_of(options.device or local_device())
+    device = device_of(options.device or local_device())
     parallel = DataParallel(ranks) if ranks.size > 1 else None
     if parallel is not None:
         parallel.lanes(options.batch_size)
@@ -152,12 +156,20 @@ def run_name(options: LanguageModelOptions, corpus: str) -> str:
     return f"{text}-{options.tokenizer}-{size}-{options.synthesizer}-T{options.bptt}-seed{options.seed}"
 
 
-def evaluate_only(plan: Plan[LanguageModelOptions]) -> int:
-    """Scores a run's best checkpoint, or the one that --resume PATH names. Writes nothing."""
-    if plan.run is None or plan.checkpoint is None:
+def evaluate_only(given: dict[str, Any]) -> int:
+    """Scores a run's best checkpoint, or the one that --resume PATH names. Writes nothing.
+
+    Raises:
+        ValueError: no run is named, it has no checkpoint, or its text cannot be used.
+    """
+    if given.get("run_dir") is None and given.get("resume") in (None, "auto"):
         raise ValueError("--eval-only needs --run-dir, the directory of a run that has a checkpoint")
+    plan = plan_run(LanguageModelOptions, {"resume": "auto"} | given)
+    if plan.run is None or plan.checkpoint is None:
+        raise ValueError(f"--eval-only needs a run with a checkpoint, and --run-dir {given.get('run_dir')} holds none")
     torch.set_num_threads(plan.options.threads)
     path = plan.run.best if plan.options.resume == "auto" else Path(str(plan.options.resume))
-    for split, result in lm.score_run(plan.run, path, ("valid", "test"), plan.options):
-        print(lm.describe(split, result))
-    return 0
+    loaded = lm.load_run(plan.run, path, device_of(plan.options.device))
+    for scored in score_splits(loaded, HELD_OUT, plan.options):
+        print(*scored.lines(), sep="\n")
+    return output_status()

@@ -13,6 +13,7 @@ from dni_seq.app.lm import build as lm
 from dni_seq.app.lm.build_trainer import cell_size, messages
 from dni_seq.app.lm.evaluation import Score
 from dni_seq.app.lm.options import LanguageModelOptions
+from dni_seq.app.lm.scoring import check_held_out, held_out
 from dni_seq.app.runs.checkpoint import CheckpointError, random_state, set_random_state
 from dni_seq.app.runs.lock import RunLock
 from dni_seq.app.runs.loop import Counters, Measured, TrainingRun, measurements
@@ -64,6 +65,7 @@ class LanguageModelRun(TrainingRun):
         valid: the validation split.
         test: the test split.
         model: the model that `trainer` trains.
+        held_out: what identifies the texts of `valid` and `test` if they are local files, see `scoring.held_out`.
     """
 
     LOG_EVERY: ClassVar[int] = 50
@@ -78,6 +80,10 @@ class LanguageModelRun(TrainingRun):
     valid: WindowStream
     test: WindowStream
     model: LanguageModel
+    held_out: dict[str, Any] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self.held_out = held_out(self.options, {"valid": self.valid, "test": self.test})
 
     @property
     def eval_every(self) -> int:
@@ -202,15 +208,17 @@ class LanguageModelRun(TrainingRun):
     def content(self) -> dict[str, Any]:
         """Returns the content of a checkpoint, with the random generators of all ranks. A collective call."""
         _, *others = self.ranks.gather(random_state())
-        return {**super().content(), "random_of_other_ranks": others}
+        return {**super().content(), "random_of_other_ranks": others, "held_out": self.held_out}
 
     def restore(self, checkpoint: dict[str, Any] | None) -> None:
         """Restores the run. A rank without a saved random state gets its own seed, so that every rank draws its own dropout.
 
         Raises:
+            DataError: the training, validation or test text is not the run's.
             TypeError: a counter has the wrong type. Other exceptions are those of `TrainingRun.restore`.
         """
         super().restore(checkpoint)
+        check_held_out(checkpoint or {}, self.held_out, self.options.data_file)
         self.counters.check()
         if self.ranks.first:
             return
@@ -232,7 +240,6 @@ class LanguageModelRun(TrainingRun):
                 "test": self.test.unknown_share,
             },
             "ranks": self.ranks.size,
-            "steps": self.steps,
             "tokens": self.counters.tokens,
             "tokens_per_second": self.counters.tokens / self.counters.seconds,
             **super().summary(),

@@ -21,11 +21,13 @@ class LatestCheckpoint(NamedTuple):
     """The newest valid checkpoint of a run.
 
     Attributes:
+        path: file of the checkpoint.
         content: content of the checkpoint.
         note: why it is not the last checkpoint written, as a message for the user; None if it is the last one.
         damaged: damaged files that were skipped.
     """
 
+    path: Path
     content: dict[str, Any]
     note: str | None
     damaged: tuple[Path, ...]
@@ -87,7 +89,7 @@ class RunDirectory:
                 reasons.append(str(error))
                 continue
             note = f"{'; '.join(reasons)}: resuming from {path}" if reasons else None
-            return LatestCheckpoint(content, note, tuple(damaged))
+            return LatestCheckpoint(path, content, note, tuple(damaged))
         if damaged:
             raise CheckpointError(
                 f"{'; '.join(reasons)}: no valid checkpoint is left; try --resume {self.best}, or another --run-dir"

@@ -7,6 +7,7 @@ command has, and overrides the methods that differ. `run_command` prepares a run
 from __future__ import annotations
 
 import dataclasses
+import json
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -28,11 +29,11 @@ from dni_seq.app.runs.checkpoint import (
 )
 from dni_seq.app.runs.directory import RunDirectory
 from dni_seq.app.runs.lock import RunLock
-from dni_seq.app.runs.options import report
+from dni_seq.app.runs.options import program, report
 from dni_seq.app.runs.progress import NullProgress, Progress
 from dni_seq.app.runs.resume import Plan, RunOptions, config_of
-from dni_seq.app.runs.signals import StopSignals
-from dni_seq.app.runs.tensorboard import Layout, RunLog, peak_memory_mb
+from dni_seq.app.runs.signals import StopSignals, interrupt_exits
+from dni_seq.app.runs.tensorboard import Layout, RunLog, keys_at, peak_memory_mb
 from dni_seq.core.nonfinite import NonFiniteError
 from dni_seq.core.windows import Window, on_device
 from dni_seq.credit.results import StepResult
@@ -132,6 +133,7 @@ class TrainingRun(ABC):
         log: the TensorBoard log; writes nothing before `begin`, and on ranks other than the first.
         progress: shows steps and messages, from `begin` on.
         resumed_at: step of the loaded checkpoint, None for a new run.
+        finished: whether an earlier session has finished the run, so that there is nothing to train; known from `begin` on.
         began: time at which this session began to train, in seconds of the monotonic clock.
         saved_at: time of the latest checkpoint, in seconds of the same clock.
     """
@@ -151,6 +153,7 @@ class TrainingRun(ABC):
     log: RunLog = field(default_factory=lambda: RunLog(None))
     progress: Progress = field(init=False)
     resumed_at: int | None = None
+    finished: bool = field(default=False, init=False)
     began: float = field(init=False)
     saved_at: float = field(init=False)
     _clock: float = field(init=False, repr=False)
@@ -228,12 +231,13 @@ class TrainingRun(ABC):
             ValueError: the directory cannot be written, or it is in use.
             CheckpointError: the checkpoint's log is not valid.
         """
-        self.ranks.broadcast_from_rank0(lambda: self._open(plan, lock))
+        self.finished = self.ranks.broadcast_from_rank0(lambda: self._open(plan, lock))
         if plan.checkpoint is not None:
             with checkpoint_errors(self.run.path):
                 self.log.load_state_dict(plan.checkpoint["log"], self.device)
         self.progress = (Progress if self.ranks.first else NullProgress)(self.total_steps(), self.steps)
-        for note in (plan.note, lock.missing, *notes):
+        start = plan.note if self.finished else plan.describe_start(f"{self.UNIT} {self.steps}")
+        for note in (start, lock.missing, *notes):
             if note:
                 self.progress.write_line(note)
         self.began = self.saved_at = self._clock = time.monotonic()
@@ -243,14 +247,33 @@ class TrainingRun(ABC):
         """Creates and locks the run's directory and writes its first files. Only the first rank calls this."""
         plan.initialize_dir(self.run, self.options, lock)
 
-    def _open(self, plan: Plan[Any], lock: RunLock) -> None:
+    def _open(self, plan: Plan[Any], lock: RunLock) -> bool:
+        """Creates the directory, and opens the log unless the run is finished. Returns whether it is."""
         self.initialize_dir(plan, lock)
-        self.log = RunLog(self.run.path, resumed_at=self.steps)
+        ended = self.resumed_at is not None and self.done()
+        if ended and self._has_summary():
+            return True
+        # A session that was killed after its last checkpoint may have logged scores.
+        written = keys_at(self.run.path, self.steps) if ended else ()
+        self.log = RunLog(self.run.path, resumed_at=self.steps, written=written)
         self.log.dashboard(self.DASHBOARD)
         self.log.configuration(self.steps, config_of(self.options))
+        return False
+
+    def _has_summary(self) -> bool:
+        """Returns whether summary.json is of this step."""
+        try:
+            summary = json.loads(self.run.summary.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return False
+        return isinstance(summary, dict) and summary.get(f"{self.UNIT}s") == self.steps
 
     def train(self, stop: StopSignals) -> int:
         """Trains until the run is done or a signal arrives, and returns the exit status."""
+        if self.finished:
+            where = f"finished at {self.UNIT} {self.steps}, results in {self.run.path}"
+            self.progress.write_line(f"{where}; to train on, raise the limit of the run")
+            return 0
         while not self.done():
             for window in self.stream:
                 with checkpoint_errors(self.run.path) if self.steps == self.resumed_at else nullcontext():
@@ -357,6 +380,7 @@ class TrainingRun(ABC):
     def summary(self) -> dict[str, Any]:
         """Returns the content of summary.json without the scores."""
         return {
+            f"{self.UNIT}s": self.steps,
             "parameters": sum(parameter.numel() for parameter in self.trainer.model.parameters()),
             "torch": torch.__version__,
             "seconds": self.counters.seconds,
@@ -386,7 +410,8 @@ def run_command(prog: str, ranks: Ranks, prepare: Callable[[], TrainingRun]) -> 
         prepare: returns the run after `TrainingRun.begin`. It raises the same ValueError or OSError on all ranks.
     """
     try:
-        training = prepare()
+        with interrupt_exits(f"{program(prog)}: stopped by Ctrl-C before training began"):
+            training = prepare()
     except (ValueError, OSError) as error:
         return report(prog, error) if ranks.first else 2
     except RankError as error:

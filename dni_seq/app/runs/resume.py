@@ -1,13 +1,13 @@
 """Decides whether a call starts a run or resumes one, and with which options, before anything is written.
 
 A resumed run takes its options from its config.json. Options given on the command line must agree with it, except for the
-options in `MAY_CHANGE`.
+options in `MAY_CHANGE`, and for the places of its text in `MAY_MOVE`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Generic, NamedTuple, Protocol, TypeVar
 
@@ -22,13 +22,16 @@ class RunOptions(Protocol):
 
     Attributes:
         MAY_CHANGE: names of options that may differ from config.json when a run is resumed.
+        MAY_MOVE: names of options that are paths of the run's text. If config.json has such a path, another one may be given
+            when the run is resumed. The run itself checks that the text there is the same.
         OF_THE_CALL: names of options that concern only this call and are not stored in config.json.
         run_dir: the directory of the run, None for a new one.
-        resume: None for a new run, "auto" to resume if there is a checkpoint, or a checkpoint's path.
+        resume: None for a new run, "auto" to resume if there is a checkpoint, or the path of a run or of a checkpoint.
     """
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
     MAY_CHANGE: ClassVar[frozenset[str]]
+    MAY_MOVE: ClassVar[frozenset[str]]
     OF_THE_CALL: ClassVar[frozenset[str]]
 
     @property
@@ -51,7 +54,8 @@ class Plan(Generic[Options]):
         options: the options of the run; for a resumed run those of its config.json, overridden by those given.
         run: the run's directory, None for a new one without a name yet.
         checkpoint: content of the checkpoint to resume from, None to start from the beginning.
-        note: message for the user about that checkpoint, None for none.
+        source: file of that checkpoint.
+        note: why it is not the last checkpoint written, as a message for the user; None if it is the last one.
         damaged: damaged checkpoints that were skipped.
         resuming: whether the directory already holds the run.
     """
@@ -59,9 +63,24 @@ class Plan(Generic[Options]):
     options: Options
     run: RunDirectory | None
     checkpoint: dict[str, Any] | None
+    source: Path | None = None
     note: str | None = None
     damaged: tuple[Path, ...] = ()
     resuming: bool = False
+
+    def describe_start(self, place: str) -> str | None:
+        """Returns what --resume has found as a message for the user; None without --resume.
+
+        Args:
+            place: where the run is now, such as "step 40".
+        """
+        if self.source is not None:
+            return f"{self.note or f'resuming from {self.source}'} at {place}"
+        if self.options.resume is None or self.run is None:
+            return None
+        if self.resuming:
+            return f"the run in {self.run.path} has no checkpoint yet: starting it from the beginning"
+        return f"there is no run in {self.run.path} yet: starting a new one"
 
     def initialize_dir(self, run: RunDirectory, options: Options, lock: RunLock) -> None:
         """Creates and locks the run's directory, writes its configuration and renames damaged checkpoints.
@@ -88,7 +107,7 @@ class _Source(NamedTuple):
         """Returns the checkpoint to resume from, None to start from the beginning."""
         if self.checkpoint is None:
             return self.run.newest_checkpoint()
-        return LatestCheckpoint(load_checkpoint(self.checkpoint), None, ())
+        return LatestCheckpoint(self.checkpoint, load_checkpoint(self.checkpoint), None, ())
 
 
 def plan_run(cls: type[Options], given: Mapping[str, Any], lock: RunLock | None = None) -> Plan[Options]:
@@ -104,6 +123,7 @@ def plan_run(cls: type[Options], given: Mapping[str, Any], lock: RunLock | None 
             used.
         OSError: the directory cannot be locked.
     """
+    given = {**given, **_directory_as_auto(build(cls, given))}
     options = build(cls, given)
     if options.resume is None:
         return _new_run(options)
@@ -112,14 +132,16 @@ def plan_run(cls: type[Options], given: Mapping[str, Any], lock: RunLock | None 
         return _new_run(options)
     saved = saved_options(cls, source.run)
     fixed = {name: getattr(options, name) for name in given if name not in cls.OF_THE_CALL}
-    different = differences(config_of(saved), fixed, cls.MAY_CHANGE)
-    if different:
-        raise ValueError(f"{source.run.path} holds a run with another configuration ({different}): choose another --run-dir")
+    movable = {name for name in cls.MAY_MOVE if getattr(saved, name) is not None}
+    _check_same(source.run, saved, fixed, cls.MAY_CHANGE | movable)
     if lock is not None:
         lock.take(source.run.path)
     newest = source.newest()
-    checkpoint, note, damaged = (None, None, ()) if newest is None else newest
-    return Plan(saved_options(cls, source.run, given), source.run, checkpoint, note, damaged, resuming=True)
+    resumed = saved_options(cls, source.run, given)
+    if newest is None:  # nothing shows yet whether a text in another place is the same
+        _check_same(source.run, saved, fixed, cls.MAY_CHANGE)
+        return Plan(resumed, source.run, None, resuming=True)
+    return Plan(resumed, source.run, newest.content, newest.path, newest.note, newest.damaged, resuming=True)
 
 
 def config_of(options: RunOptions) -> dict[str, Any]:
@@ -145,6 +167,29 @@ def _new_run(options: Options) -> Plan[Options]:
     run = RunDirectory(options.run_dir)
     run.refuse_new_run(config_of(options))
     return Plan(options, run, None)
+
+
+def _check_same(run: RunDirectory, saved: RunOptions, given: Mapping[str, Any], may_differ: Collection[str]) -> None:
+    """Raises a ValueError if options `given` differ from those `saved` in the run, except for those in `may_differ`."""
+    different = differences(config_of(saved), given, may_differ)
+    if different:
+        raise ValueError(f"{run.path} holds a run with another configuration ({different}): choose another --run-dir")
+
+
+def _directory_as_auto(options: RunOptions) -> dict[str, str]:
+    """Returns the options that `--resume RUN_DIR` stands for: --run-dir RUN_DIR --resume auto. Empty for other values.
+
+    Raises:
+        ValueError: the directory holds no run, or --run-dir names another one.
+    """
+    if options.resume is None or options.resume == "auto" or not Path(options.resume).is_dir():
+        return {}
+    run = RunDirectory(options.resume)
+    if not run.config.is_file():
+        raise ValueError(f"--resume {run.path} is a directory without a run: give RUN_DIR or RUN_DIR/checkpoints/NAME.pt")
+    if options.run_dir is not None and Path(options.run_dir).absolute() != run.path.absolute():
+        raise ValueError(f"--resume {run.path} continues in that directory: remove --run-dir")
+    return {"run_dir": options.resume, "resume": "auto"}
 
 
 def _source(options: RunOptions) -> _Source:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -107,14 +107,16 @@ class RunLog:
     Args:
         directory: directory of the event files, None to write nothing.
         resumed_at: number of steps already done. TensorBoard hides the points that an earlier session logged after them.
+        written: keys of which an earlier session has logged a point at that step; `scalars` does not write it again.
     """
 
-    def __init__(self, directory: Path | None, resumed_at: int = 0):
+    def __init__(self, directory: Path | None, resumed_at: int = 0, written: Collection[str] = ()):
         self._writer: Any = _NullWriter()
         if directory is not None:
             from torch.utils.tensorboard import SummaryWriter
 
             self._writer = SummaryWriter(str(directory), purge_step=resumed_at + 1)
+        self._written = {(key, resumed_at) for key in written}
         self._sums: dict[str, Tensor] = {}
         self._weights: dict[str, Tensor] = {}
 
@@ -155,7 +157,8 @@ class RunLog:
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Writes values as the points of `step`."""
         for key, value in values.items():
-            self._writer.add_scalar(key, value, step)
+            if (key, step) not in self._written:
+                self._writer.add_scalar(key, value, step)
 
     def text(self, step: int, key: str, text: str) -> None:
         """Writes `text` verbatim, as a Markdown code block, because TensorBoard renders Markdown."""
@@ -230,6 +233,15 @@ class RunLog:
                 )
         self._sums = {key: total.to(device) for key, total in state["sums"].items()}
         self._weights = {key: weight.to(device) for key, weight in state["weights"].items()}
+
+
+def keys_at(directory: Path, step: int) -> set[str]:
+    """Returns the keys of the scalars that have a point at `step` in a run's event files. Reads all of them."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(directory), size_guidance={"scalars": 0})
+    events.Reload()
+    return {key for key in events.Tags()["scalars"] if any(event.step == step for event in events.Scalars(key))}
 
 
 class _NullWriter:

@@ -23,6 +23,7 @@ from typing import Any
 
 from dni_seq.app.runs.directory import RunDirectory
 from dni_seq.app.runs.options import OneLineParser, report
+from dni_seq.app.runs.output import output_status
 
 CURVE = "valid/perplexity"
 AXES: Mapping[str, str] = MappingProxyType({"progress/tokens": "tokens", "progress/seconds": "seconds"})
@@ -43,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         return report("compare_runs", error)
     print(as_text(rows))
-    return 0
+    return output_status()
 
 
 def read_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:

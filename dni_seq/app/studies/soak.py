@@ -11,7 +11,8 @@ Each run is a tiny scripts/train_lm.py with dropout in its own process. It is ki
 every second time, while it writes a checkpoint, and is then resumed with `--resume auto` until it finishes. These must be
 bit-identical: parameters, buffers and normalisers, optimizer moments, hidden state, position in the text, random state,
 unfinished averages, the best checkpoint, every TensorBoard point except time, speed and memory, and the final scores. The
-exit status is 0 if nothing differs. Differences are printed and give status 1.
+exit status is 0 if nothing differs. Differences are printed and give status 1. Invalid input prints one line on stderr and
+exits with status 2.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ import torch
 from dni_seq.app.lm.train import main as train_lm
 from dni_seq.app.runs.checkpoint import load_checkpoint, write_json
 from dni_seq.app.runs.directory import RunDirectory
-from dni_seq.app.runs.options import OneLineParser
+from dni_seq.app.runs.options import OneLineParser, report
 
 _MULTI = ("--synthesizer", "multi-horizon", "--synthesizer-hidden", "8")
 _BASIC = ("--synthesizer", "basic", "--synthetic-scale", "0.5")
@@ -73,6 +74,10 @@ LENGTH = ("--max-steps", "170", "--eval-every", "17", "--eval-tokens", "200", "-
 
 OF_THE_MACHINE = ("speed/", "memory/", "progress/seconds")
 """Prefixes of the TensorBoard keys that depend on the machine and are not compared."""
+
+
+class UnkilledRunError(RuntimeError):
+    """Raised if the run that is never killed fails, for example because of its options."""
 
 
 class Kill(NamedTuple):
@@ -145,6 +150,19 @@ class Session:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit status."""
     given = read_arguments(arguments)
+    try:
+        return run(given)
+    except (UnkilledRunError, OSError) as error:
+        return report("soak", error)
+
+
+def run(given: argparse.Namespace) -> int:
+    """Tests the kinds of credit assignment that the command line names and returns the exit status.
+
+    Raises:
+        UnkilledRunError: the training options are not valid.
+        OSError: a file cannot be written.
+    """
     # Import before the forks, which share the modules.
     import torch.utils.tensorboard
 
@@ -154,7 +172,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chance = random.Random(given.seed)
     began = time.monotonic()
     results = {}
-    with tempfile.TemporaryDirectory(prefix="soak-") as directory:
+    # After Ctrl-C a session may still be writing there.
+    with tempfile.TemporaryDirectory(prefix="soak-", ignore_cleanup_errors=True) as directory:
         for kind in given.kinds:
             options = (*TINY, *LENGTH, *data, *KINDS[kind])
             results[kind] = soak(train_lm, options, Path(directory) / kind.replace(" ", "-"), given.kills, chance)
@@ -185,7 +204,10 @@ def read_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--tokenizer", help="tokenizer, as in train_lm.py")
     parser.add_argument("--seed", type=int, default=0, help="random seed of the times of the kills (default: 0)")
     parser.add_argument("--out", metavar="FILE", help="write the figures to this file as JSON")
-    return parser.parse_args(arguments)
+    given: argparse.Namespace = parser.parse_args(arguments)
+    if given.kills < 1:
+        parser.error(f"--kills must be 1 or more, got {given.kills}")
+    return given
 
 
 def soak(
@@ -197,7 +219,8 @@ def soak(
     session = Session(train, (*options, "--run-dir", str(whole.path)), directory / "whole.txt")
     status = session.wait()
     if status != 0:
-        raise RuntimeError(f"a run that was not killed exited with status {status}: {last_output(directory / 'whole.txt')}")
+        words = last_output(directory / "whole.txt")
+        raise UnkilledRunError(f"a run that was not killed exited with status {status}: {words}")
     seconds = time.monotonic() - session.began
     done: list[Kill] = []
     differences: list[str] = []

@@ -24,6 +24,7 @@ class TaskOptions(CreditOptions):
     """The options of `scripts/train_tasks.py`."""
 
     MAY_CHANGE: ClassVar[frozenset[str]] = frozenset({"updates", "threads", "device"})
+    MAY_MOVE: ClassVar[frozenset[str]] = frozenset()
     OF_THE_CALL: ClassVar[frozenset[str]] = frozenset({"run_dir", "resume"})
 
     synthesizer: str = option(None, STANDS_IN, group=CREDIT, choices=SYNTHESIZERS, shown="multi-horizon; adding: none")
@@ -49,7 +50,8 @@ class TaskOptions(CreditOptions):
     run_dir: str | None = option(None, "directory of the run", group=_RUN, metavar="DIR", shown="a new one in runs/")
     resume: str | None = option(
         None,
-        "resume from the last checkpoint in --run-dir if there is one (auto), or from RUN_DIR/checkpoints/NAME.pt",
+        "resume from the last checkpoint in --run-dir if there is one (auto), or in RUN_DIR, or from "
+        "RUN_DIR/checkpoints/NAME.pt",
         group=_RUN,
         metavar="auto|PATH",
     )

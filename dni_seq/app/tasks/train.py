@@ -24,8 +24,8 @@ TensorBoard has these keys over updates, as averages since the last point unless
     synthetic/..., fidelity/..., gradient/..., train/skipped, memory/peak_mb
                                see README.md; ratios are averaged over the windows where they are defined
     speed/updates_per_second   of this session, checks included
-Ctrl-C saves a checkpoint and exits with status 130, SIGTERM with 143. Invalid input prints one line on stderr and exits with
-status 2.
+Ctrl-C saves a checkpoint and exits with status 130, SIGTERM with 143, SIGHUP with 129. Invalid input prints one line on
+stderr and exits with status 2.
 """
 
 from __future__ import annotations

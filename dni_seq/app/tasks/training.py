@@ -159,7 +159,6 @@ class TaskRun(TrainingRun):
             "length": self.curriculum.solved,
             "stage": list(self.curriculum.stage),
             "fresh_error": self.counters.fresh_error,
-            "updates": self.steps,
             "sequences": self.counters.sequences,
             "injected_ratio": total / count if count else None,
             **super().summary(),

@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 import torch
 
+from dni_seq.app.build.device import device_of
 from dni_seq.app.lm import build as lm
 from dni_seq.app.lm.options import DEFAULTS, LanguageModelOptions, resolve_options
 from dni_seq.app.runs.resume import config_of
@@ -69,7 +70,7 @@ def test_a_dtype_that_the_processor_lacks_is_refused_at_construction():
 @pytest.mark.parametrize("name", ["nothing", "cuda:99", ""])
 def test_a_device_that_is_not_there(name):
     with pytest.raises(ValueError, match="cannot be used here"):
-        lm.device_of(name)
+        device_of(name)
 
 
 def test_samples_begin_with_their_prompt():

@@ -189,6 +189,7 @@ def test_a_damaged_best_checkpoint_costs_its_scores_alone(small, capsys):
     assert main([*options, "--max-steps", "20"]) == 0
     run = RunDirectory("run")
     run.best.write_bytes(run.best.read_bytes()[:1000])
+    run.summary.unlink()  # as if killed while it scored; a finished run is left alone
     assert main(["--run-dir", "run", "--resume", "auto"]) == 0
     assert (
         "best.pt is not a checkpoint, or is damaged: the scores are those of the last checkpoint instead"

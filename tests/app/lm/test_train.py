@@ -133,7 +133,7 @@ def test_three_steps_and_three_more_are_six(trained, synthesizer, tmp_path):
         assert resumed[key] == curves[key] | {step: value for step, value in resumed[key].items() if step == 3}
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_signal_ends_with_a_checkpoint(tmp_path, number, status):
     process = start("train_lm", *TINY, "--max-steps", "1000000", "--run-dir", "run", cwd=tmp_path)
     run = tmp_path / "run"
@@ -233,7 +233,9 @@ def test_bad_input_is_one_line_and_status_2(trained, tmp_path):
         ("--device", "nothing"): "--device nothing",
         ("--resume", "text.pt"): "not a checkpoint",
         ("--resume", "auto"): "needs --run-dir",
-        ("--eval-only",): "needs --run-dir",
+        ("--resume", "."): "is a directory without a run: give RUN_DIR",
+        ("--eval-only",): "--eval-only needs --run-dir, the directory of a run that has a checkpoint",
+        ("--eval-only", "--run-dir", "typo"): "--run-dir typo holds none",
         ("--eval-only", "--dry-run"): "remove one of them",
         ("--config", "missing.json"): "cannot read the configuration",
         ("--run-dir", str(trained)): "holds a run already: add --resume auto",

@@ -37,6 +37,7 @@ OF_THE_MACHINE = ("seconds", "process_seconds")
 @dataclass(frozen=True)
 class NumberOptions:
     MAY_CHANGE: ClassVar[frozenset[str]] = frozenset({"limit"})
+    MAY_MOVE: ClassVar[frozenset[str]] = frozenset()
     OF_THE_CALL: ClassVar[frozenset[str]] = frozenset({"run_dir", "resume"})
 
     limit: int = option(12, "number of steps", group="run")
@@ -164,9 +165,20 @@ def test_points_checkpoint_and_summary(tmp_path, capsys):
     assert (content["trainer"]["steps"], content["stream"]["position"], content["counters"]["logged_at"]) == (12, 12, 12)
     assert content["config"] == {"limit": 12}
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert summary.keys() == {"parameters", "torch", "curve", "seconds", "process_seconds", "peak_memory_mb"}
+    assert summary.keys() == {
+        "steps",
+        "parameters",
+        "torch",
+        "curve",
+        "seconds",
+        "process_seconds",
+        "peak_memory_mb",
+    }
+    assert summary["steps"] == 12
     assert summary["parameters"] == sum(parameter.numel() for parameter in Net().parameters())
-    assert re.fullmatch(rf"12 steps in \d+ s; results in {tmp_path / 'run'}\n", capsys.readouterr().out)
+    start, end = capsys.readouterr().out.splitlines()
+    assert start == f"there is no run in {tmp_path / 'run'} yet: starting a new one"
+    assert re.fullmatch(rf"12 steps in \d+ s; results in {tmp_path / 'run'}", end)
 
 
 def test_a_checkpoint_is_due_by_time_or_after_an_evaluation(tmp_path, monkeypatch):
@@ -183,16 +195,18 @@ def test_a_checkpoint_is_due_by_time_or_after_an_evaluation(tmp_path, monkeypatc
     assert load_checkpoint(tmp_path / "late" / previous)["trainer"]["steps"] == 11
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_stopped_run_resumes_bit_identically(number, status, tmp_path, capsys):
     run = tmp_path / "run"
     assert train(tmp_path / "whole") == 0
     capsys.readouterr()
     assert train(run, at={7: lambda run: os.kill(os.getpid(), number)}) == status
-    assert capsys.readouterr().out == f"stopped at step 7; to resume: --run-dir {run} --resume auto\n"
+    _, end = capsys.readouterr().out.splitlines()
+    assert end == f"stopped at step 7; to resume: --run-dir {run} --resume auto"
     assert load_checkpoint(RunDirectory(run).last)["trainer"]["steps"] == 7
     assert not (run / "summary.json").exists()
     assert train(run) == 0
+    assert capsys.readouterr().out.startswith(f"resuming from {run / 'checkpoints' / 'last.pt'} at step 7\n")
     assert_same(without_times(run), without_times(tmp_path / "whole"))
     whole, resumed = points(tmp_path / "whole"), points(run)
     assert {key: curve for key, curve in resumed.items() if key != "memory/peak_mb"} == {
@@ -203,6 +217,61 @@ def test_a_stopped_run_resumes_bit_identically(number, status, tmp_path, capsys)
 def test_a_signal_at_the_last_step_lets_the_run_finish(tmp_path):
     assert train(tmp_path / "run", at={12: lambda run: os.kill(os.getpid(), signal.SIGTERM)}) == 0
     assert (tmp_path / "run" / "summary.json").exists()
+
+
+def scored(run: NumberRun) -> dict[str, Any]:
+    """Scores of a finished run, as a language model has them."""
+    run.log.scalars(run.steps, {"test/loss": 1.5})
+    return {"test": 1.5}
+
+
+def test_a_finished_run_says_so_and_is_left_alone(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(NumberRun, "scores", scored)
+    run = tmp_path / "run"
+    assert train(run) == 0
+    written = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    capsys.readouterr()
+    assert train(run) == 0
+    assert capsys.readouterr().out == f"finished at step 12, results in {run}; to train on, raise the limit of the run\n"
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == written
+    assert points(run)["test/loss"] == {12: 1.5}
+    assert train(run, limit=15) == 0
+    assert points(run)["test/loss"] == {12: 1.5, 15: 1.5}
+
+
+@pytest.mark.parametrize("flushed", [False, True])
+def test_a_run_that_was_killed_at_its_end_has_no_point_twice(tmp_path, monkeypatch, flushed):
+    """After its last checkpoint, while it scored: the scores may be in the event file, or not."""
+
+    def killed(run: NumberRun) -> dict[str, Any]:
+        if flushed:
+            scored(run)
+        raise OSError("killed")
+
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(NumberRun, "scores", killed)
+        assert train(run) == 2
+    assert not (run / "summary.json").exists()
+    monkeypatch.setattr(NumberRun, "scores", scored)
+    assert train(run) == 0
+    curves = points(run)
+    assert curves["test/loss"] == {12: 1.5}
+    assert list(curves["train/loss"]) == [5, 10, 12]
+    assert json.loads((run / "summary.json").read_text())["test"] == 1.5
+
+
+def test_an_older_checkpoint_than_the_last_points_doubles_none(tmp_path, monkeypatch):
+    monkeypatch.setattr(NumberRun, "scores", scored)
+    monkeypatch.setattr(NumberRun, "evaluate", lambda run: run.steps == 7)
+    run = RunDirectory(tmp_path / "run")
+    assert train(run.path) == 0
+    assert load_checkpoint(run.previous)["trainer"]["steps"] == 7
+    run.previous.replace(run.last)
+    assert train(run.path) == 0
+    curves = points(run.path)
+    assert curves["test/loss"] == {12: 1.5}
+    assert list(curves["train/loss"]) == [5, 10, 12]
 
 
 def test_times_add_up_over_sessions(tmp_path):

@@ -21,9 +21,11 @@ class Options:
     """A script's options, in small."""
 
     MAY_CHANGE: ClassVar[frozenset[str]] = frozenset({"epochs"})
+    MAY_MOVE: ClassVar[frozenset[str]] = frozenset({"text"})
     OF_THE_CALL: ClassVar[frozenset[str]] = frozenset({"run_dir", "resume"})
 
     bptt: int = option(5, "window", group="run")
+    text: str | None = option(None, "text", group="run")
     epochs: int = option(6, "epochs", group="run")
     run_dir: str | None = option(None, "directory", group="run")
     resume: str | None = option(None, "go on", group="run")
@@ -53,13 +55,40 @@ def test_auto_begins_where_there_is_no_run(tmp_path):
     plan = plan_run(Options, given)
     assert plan.run.path == tmp_path / "new"
     assert plan.checkpoint is None
+    assert plan.describe_start("step 0") == f"there is no run in {tmp_path / 'new'} yet: starting a new one"
     assert not (tmp_path / "new").exists()
+    assert plan_run(Options, {"run_dir": str(tmp_path / "new")}).describe_start("step 0") is None
 
 
 def test_auto_resumes_with_the_runs_own_options(run):
     plan = plan_run(Options, {"run_dir": str(run.path), "resume": "auto", "epochs": 9})
     assert (plan.options.bptt, plan.options.epochs) == (7, 9)
     assert plan.checkpoint["steps"] == 3
+    assert plan.describe_start("step 3") == f"resuming from {run.last} at step 3"
+
+
+def test_a_directory_is_resumed_from_its_last_checkpoint(run, tmp_path):
+    plan = plan_run(Options, {"resume": str(run.path), "epochs": 9})
+    assert (plan.run.path, plan.options.resume, plan.options.epochs) == (run.path, "auto", 9)
+    assert plan.source == run.last
+    assert plan_run(Options, {"resume": str(run.path), "run_dir": str(run.path)}).source == run.last
+    for given, message in (
+        ({"resume": str(run.path), "run_dir": str(tmp_path / "other")}, "remove --run-dir"),
+        ({"resume": str(run.last.parent)}, r"is a directory without a run: give RUN_DIR or RUN_DIR/checkpoints/NAME\.pt"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            plan_run(Options, given)
+
+
+def test_a_text_may_move_if_a_checkpoint_can_tell_that_it_is_the_same(run):
+    given = {"run_dir": str(run.path), "resume": "auto", "text": "/new/a.txt"}
+    with pytest.raises(ValueError, match=r"another configuration \(--text None there, /new/a.txt here\)"):
+        plan_run(Options, given)
+    run.create(config_of(Options(bptt=7, text="/old/a.txt")))
+    assert plan_run(Options, given).options.text == "/new/a.txt"
+    run.last.unlink()
+    with pytest.raises(ValueError, match=r"another configuration \(--text /old/a.txt there, /new/a.txt here\)"):
+        plan_run(Options, given)
 
 
 def test_auto_starts_again_where_no_checkpoint_was_written_yet(run):
@@ -67,6 +96,8 @@ def test_auto_starts_again_where_no_checkpoint_was_written_yet(run):
     plan = plan_run(Options, {"run_dir": str(run.path), "resume": "auto"})
     assert plan.options.bptt == 7
     assert plan.checkpoint is None
+    start = plan.describe_start("step 0")
+    assert start == f"the run in {run.path} has no checkpoint yet: starting it from the beginning"
 
 
 def test_a_path_resumes_from_that_checkpoint_in_its_own_directory(run):
@@ -114,6 +145,7 @@ def test_auto_falls_back_to_the_newest_whole_checkpoint_and_says_so(run, damage)
     assert plan.checkpoint["steps"] == 3
     assert str(run.last) in plan.note
     assert plan.note.endswith(f": resuming from {run.previous}")
+    assert plan.describe_start("step 3") == f"{plan.note} at step 3"
     with RunLock() as lock:
         plan.initialize_dir(run, plan.options, lock)
     # The next checkpoint must not push the whole one out of its place in favour of the damaged one.

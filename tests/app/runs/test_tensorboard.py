@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from dni_seq.app.runs.tensorboard import KEYS, OTHER_KEYS, RunLog, peak_memory_mb, perplexity
+from dni_seq.app.runs.tensorboard import KEYS, OTHER_KEYS, RunLog, keys_at, peak_memory_mb, perplexity
 from tests.paths import ROOT
 
 event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
@@ -86,6 +86,23 @@ def test_a_resumed_run_hides_what_was_logged_after_its_checkpoint(tmp_path):
         resumed.scalars(step, {"train/loss": 10 * step})
     resumed.close()
     assert points(tmp_path, "train/loss") == [(1, 1), (2, 2), (3, 3), (4, 40), (5, 50), (6, 60)]
+
+
+def test_points_of_the_last_step_that_are_there_are_not_written_again(tmp_path):
+    killed = RunLog(tmp_path)
+    killed.scalars(2, {"test/loss": 1})
+    killed.scalars(3, {"train/loss": 3, "test/loss": 5})
+    killed.close()
+    assert keys_at(tmp_path, 3) == {"train/loss", "test/loss"}
+    assert keys_at(tmp_path, 2) == {"test/loss"}
+    (tmp_path / "without").mkdir()
+    assert keys_at(tmp_path / "without", 2) == set()
+    resumed = RunLog(tmp_path, resumed_at=3, written=keys_at(tmp_path, 3))
+    resumed.scalars(3, {"test/loss": 5, "best/loss": 4})
+    resumed.scalars(4, {"test/loss": 6})
+    resumed.close()
+    assert points(tmp_path, "test/loss") == [(2, 1), (3, 5), (4, 6)]
+    assert points(tmp_path, "best/loss") == [(3, 4)]
 
 
 def test_text_keeps_its_lines(tmp_path):

@@ -1,0 +1,141 @@
+"""Scores a trained run on the splits of its text, or on another text, and finds out which of the two a file is.
+
+A checkpoint of a run on local files records where its held-out texts start, with their checksums: see `held_out`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+from dni_seq.app.lm import build as lm
+from dni_seq.app.lm.evaluation import Score
+from dni_seq.app.lm.options import LanguageModelOptions
+from dni_seq.streams import Corpus, DataError, WindowStream, open_corpus
+
+HELD_OUT = ("valid", "test")
+"""The splits that are scored."""
+
+
+class ScoredText(NamedTuple):
+    """The score of a text.
+
+    Attributes:
+        name: the split, or the file of another text.
+        score: the score.
+        limit: the number of tokens after which scoring stopped before the end of the text; None for the whole text.
+        unknown: tokens outside the vocabulary as a line of text, empty if there are none.
+    """
+
+    name: str
+    score: Score
+    limit: int | None
+    unknown: str
+
+    def lines(self) -> Iterator[str]:
+        """Yields the score as a line of text, and further lines if a limit cut it or tokens are unknown."""
+        yield lm.describe(self.name, self.score)
+        if self.limit is not None:
+            yield f"{self.name}: a limit of {self.limit:,} tokens cut this score, give --eval-tokens to change it"
+        if self.unknown:
+            yield self.unknown
+
+
+def held_out(options: LanguageModelOptions, splits: Mapping[str, WindowStream]) -> dict[str, Any]:
+    """Returns what identifies the held-out texts of a run on local files, by split; empty for other data.
+
+    It has the checksum of a text in memory, and the sizes of the files and the checksum of the first tokens of others.
+
+    Args:
+        options: the options of the run.
+        splits: the splits as `open_split` returns them, before a window is read.
+    """
+    return {} if options.data_file is None else {split: stream.state_dict() for split, stream in splits.items()}
+
+
+def check_held_out(checkpoint: Mapping[str, Any], found: Mapping[str, Any], place: str | None) -> None:
+    """Checks that held-out texts are those of the run.
+
+    Args:
+        checkpoint: content of the checkpoint. One without this information is accepted.
+        found: what `held_out` returns for the texts that are there now.
+        place: the training file, for the message.
+
+    Raises:
+        DataError: a text differs.
+    """
+    saved = checkpoint.get("held_out", {})
+    for split, state in found.items():
+        if saved.get(split, state) != state:
+            raise DataError(f"the {split} text of {place} differs from the run's: give the place of the run's own text")
+
+
+def score_splits(loaded: lm.LoadedRun, splits: Iterable[str], options: LanguageModelOptions) -> Iterator[ScoredText]:
+    """Yields the scores of a run on splits of its own text.
+
+    Args:
+        loaded: the run.
+        splits: "valid" or "test".
+        options: its options; they may name other places of the text and another `eval_tokens`.
+
+    Raises:
+        ValueError: the text cannot be read, or is not the run's.
+    """
+    corpus = lm.open_text_again(options)
+    for split in splits:
+        stream = lm.open_split(corpus, split, loaded.tokenizer, loaded.options)
+        check_held_out(loaded.checkpoint, held_out(options, {split: stream}), options.data_file)
+        yield _score(loaded, split, stream, options)
+
+
+def is_own_text(loaded: lm.LoadedRun, options: LanguageModelOptions) -> bool:
+    """Returns whether the local files that `options` name hold the same held-out texts as the run's."""
+    saved = loaded.checkpoint.get("held_out")
+    if not saved:
+        return False
+    try:
+        corpus = lm.open_text(options)
+        splits = {split: lm.open_split(corpus, split, loaded.tokenizer, loaded.options) for split in HELD_OUT}
+    except DataError:  # too short to hold out a part, or unreadable; the latter fails again when it is scored
+        return False
+    return held_out(options, splits) == saved
+
+
+def score_other_text(loaded: lm.LoadedRun, options: LanguageModelOptions, file: str, text_column: str | None) -> ScoredText:
+    """Returns the score of a run on the whole of another text. A text that is too short for its lanes is one lane.
+
+    Args:
+        loaded: the run, whose tokenizer is used.
+        options: its options, with the `eval_tokens` to use.
+        file: the file, or a pattern for several files.
+        text_column: column or field that holds the text. None for that of a run on local files, else "text".
+
+    Raises:
+        ValueError: the text cannot be read.
+    """
+    column = text_column
+    if column is None and loaded.options.data_file is not None:
+        column = options.text_column
+    corpus = open_corpus(
+        data_file=file, valid_file=file, test_file=file, text_column=column, invalid_utf8=options.invalid_utf8
+    )
+    return _score(loaded, file, _whole(corpus, loaded), options)
+
+
+def _whole(corpus: Corpus, loaded: lm.LoadedRun) -> WindowStream:
+    """Returns the windows of a text in the run's lanes, or in one lane if it is too short for them."""
+    try:
+        return lm.open_split(corpus, "test", loaded.tokenizer, loaded.options)
+    except DataError:
+        one_lane = dataclasses.replace(loaded.options, batch_size=1)
+        return lm.open_split(corpus, "test", loaded.tokenizer, one_lane)
+
+
+def _score(loaded: lm.LoadedRun, name: str, stream: WindowStream, options: LanguageModelOptions) -> ScoredText:
+    limited = dataclasses.replace(loaded.options, eval_tokens=options.eval_tokens)
+    epoch = stream.epoch
+    result = lm.score(loaded.model, stream, limited)
+    whole = stream.epoch > epoch  # the last window of the text was read
+    limit = None if whole else lm.token_limit(stream, limited)
+    return ScoredText(name, result, limit, lm.describe_unknown({name: stream}))
