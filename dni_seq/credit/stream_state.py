@@ -7,10 +7,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
-
 from dni_seq.core import states
 from dni_seq.core.states import State
+from dni_seq.core.windows import Nest, first_tensor
 from dni_seq.credit.synthetic_gradient import SyntheticCredit, without_chain
 from dni_seq.credit.window_runner import WindowRunner
 
@@ -18,8 +17,8 @@ from dni_seq.credit.window_runner import WindowRunner
 class StreamState:
     """Holds the hidden state that the next window starts from, and what a checkpoint holds of it.
 
-    A checkpoint has flat leaves. Their nesting is that of the model's initial state, which may be known only at the next
-    window; until then the loaded leaves wait.
+    A checkpoint has flat leaves, and their paths if the state has keys. Their nesting is that of the model's initial state,
+    which may be known only at the next window; until then the loaded leaves wait.
 
     Args:
         runner: knows the initial state and the lanes.
@@ -35,11 +34,18 @@ class StreamState:
         self._waiting: dict[str, Any] | None = None
         self.state: State | None = None
 
-    def start(self, inputs: Tensor, lanes: int) -> State | None:
-        """Returns the state that a window starts from; restores a loaded state first."""
+    def start(self, inputs: Nest) -> State | None:
+        """Returns the state that a window with these inputs starts from; restores a loaded state first.
+
+        Raises:
+            TypeError: the state holds something else than tensors.
+        """
+        lanes = first_tensor(inputs).shape[self._runner.batch_dim]
         if self._waiting is not None:
             self.restore(self._runner.state_template(inputs, lanes))
-        return self._runner.initial_state(lanes) if self.state is None else self.state
+        state = self._runner.initial_state(lanes) if self.state is None else self.state
+        states.check_leaves(state, "the state that a window starts from")
+        return state
 
     def reset(self) -> None:
         """Forgets the state: the next window starts from the initial state and does not continue an earlier window."""
@@ -55,28 +61,32 @@ class StreamState:
         if self._waiting is not None:
             return self._waiting
         gather, dims = self._runner.parallel.all, self._runner.state_batch_dim
+        places = states.key_paths(self.state)
         return {
             "state": None if self.state is None else states.flatten(states.map_lanes(gather, self.state, dims)),
+            **({} if places is None else {"state_paths": places}),
             "credit": None if self._credit is None else self._credit.state_dict(),
         }
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Keeps what `state_dict` returned until `restore` or the next window."""
         self.state = None
-        self._waiting = {"state": saved["state"], "credit": saved["credit"]}
+        self._waiting = {name: saved[name] for name in ("state", "state_paths", "credit") if name in saved}
 
     def restore(self, nest: State) -> None:
         """Restores what was loaded, in the nesting and shapes of `nest`.
 
+        Leaves without paths, as older versions saved them, are in the order of `nest`.
+
         Raises:
-            ValueError: a leaf does not have the shape of its leaf in `nest`.
+            ValueError: the saved state has other keys than `nest`, or a leaf has another shape than its leaf in `nest`.
         """
         if self._waiting is None:
             return
         leaves = self._waiting["state"]
         if leaves is not None:
-            state = states.unflatten(nest, leaves)
-            self._runner.check_saved(leaves, nest)
+            state = states.from_saved(leaves, self._waiting.get("state_paths"), nest)
+            self._runner.check_saved(state, nest)
         if self._credit is not None:
             self._credit.load_state_dict(self._waiting["credit"], nest)
         if leaves is not None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from dni_seq.core import states
 from dni_seq.core.states import State
-from dni_seq.core.windows import REDUCTIONS, Lookahead, Reduction
+from dni_seq.core.windows import REDUCTIONS, Lookahead, Nest, Reduction, first_tensor, named_tensors
 from dni_seq.distributed.data_parallel import DataParallel, SingleProcess
 
 
@@ -41,7 +41,7 @@ class WindowRunner:
     """
 
     model: nn.Module
-    loss_fn: Callable[[Any, Tensor], Tensor]
+    loss_fn: Callable[[Any, Any], Tensor]
     reduction: Reduction = "mean"
     autocast: torch.dtype | None = None
     batch_dim: int = 1
@@ -66,32 +66,42 @@ class WindowRunner:
         of_model: Callable[[int], State] | None = getattr(self.model, "initial_state", None)
         return None if of_model is None else of_model(lanes)
 
-    def run(self, inputs: Tensor, state: State | None) -> tuple[Any, State]:
-        """Runs the model; returns outputs and last state. The model gets a copy of `state`, so it may write to it."""
-        state = None if state is None else states.clone(state)
-        with self._autocast(inputs):
-            result: tuple[Any, State] = self.model(inputs, state)
-        return result
+    def run(self, inputs: Nest, state: State | None) -> tuple[Any, State]:
+        """Runs the model; returns outputs and last state. The model gets a copy of `state`, so it may write to it.
 
-    def run_whole(self, inputs: Tensor, state: State | None) -> tuple[Any, State, State]:
+        The keys of the last state are in the order of `state`, whatever their order in the model.
+
+        Raises:
+            TypeError: the last state holds something else than tensors.
+            ValueError: the last state has other keys than `state`.
+        """
+        own = None if state is None else states.clone(state)
+        with self._autocast(inputs):
+            outputs, last = self.model(inputs, own)
+        states.check_leaves(last, "the model's last state")
+        if state is not None:
+            last = states.match_keys(last, state, "the model's last state", "the state before it")
+        return outputs, last
+
+    def run_whole(self, inputs: Nest, state: State | None) -> tuple[Any, State, State]:
         """Does what `run` does, in the form of `run_in_two_parts`: outputs, last state, and the last state again."""
         outputs, last = self.run(inputs, state)
         return outputs, last, last
 
-    def run_in_two_parts(self, inputs: Tensor, state: State | None) -> tuple[Any, State, State]:
+    def run_in_two_parts(self, inputs: Nest, state: State | None) -> tuple[Any, State, State]:
         """Runs step 0 and then steps 1 to T - 1, so that the state after step 0 is available for an `AuxiliaryTask`.
 
         Returns:
             The outputs, concatenated along time, the state after step 0, and the last state. With T = 1 both are the same.
         """
-        if len(inputs) == 1:
+        if len(first_tensor(inputs)) == 1:
             outputs, last = self.run(inputs, state)
             return outputs, last, last
-        first, early = self.run(inputs[:1], state)
-        rest, last = self.run(inputs[1:], early)
-        return torch.cat([first, rest]), early, last
+        first, early = self.run(states.map_tensors(lambda tensor: tensor[:1], inputs), state)
+        rest, last = self.run(states.map_tensors(lambda tensor: tensor[1:], inputs), early)
+        return states.map_together(torch.cat, [first, rest], "the model's outputs"), early, last
 
-    def loss(self, outputs: Any, targets: Tensor, mask: Tensor | None) -> Tensor:
+    def loss(self, outputs: Any, targets: Nest, mask: Tensor | None) -> Tensor:
         """Returns the window's loss, 0-d; on several ranks this rank's contribution to the loss of all lanes.
 
         Raises:
@@ -112,7 +122,7 @@ class WindowRunner:
         return states.reset_lanes(state, ends, self.initial_state(len(ends)), self.state_batch_dim)
 
     @torch.no_grad()
-    def state_template(self, inputs: Tensor, lanes: int) -> State:
+    def state_template(self, inputs: Nest, lanes: int) -> State:
         """Returns a state with the structure and shapes of the model's for `lanes` lanes; its values are meaningless.
 
         Without an initial state it runs the model on `inputs` once.
@@ -123,15 +133,15 @@ class WindowRunner:
                 initial = self.run(inputs, None)[1]
         return initial
 
-    def check_saved(self, leaves: list[Any], template: State) -> None:
+    def check_saved(self, saved: State, template: State) -> None:
         """Raises a ValueError if a saved leaf does not have the shape of its leaf in `template`.
 
         Args:
-            leaves: the flattened leaves of a saved hidden state, with the lanes of all ranks.
+            saved: a saved hidden state, nested like `template`, with the lanes of all ranks.
             template: a state with this rank's lanes.
         """
         dims = states.broadcast_to_leaves(self.state_batch_dim, template, "state_batch_dim")
-        for leaf, like, dim in zip(leaves, states.flatten(template), dims, strict=True):
+        for leaf, like, dim in zip(states.flatten(saved), states.flatten(template), dims, strict=True):
             if not isinstance(like, Tensor):
                 continue
             expected = list(like.shape)
@@ -141,25 +151,52 @@ class WindowRunner:
             if found != expected:
                 raise ValueError(f"the saved hidden state has a leaf {found}, this model's has {expected}")
 
-    def _autocast(self, like: Tensor) -> contextlib.AbstractContextManager[Any]:
+    def _autocast(self, like: Nest) -> contextlib.AbstractContextManager[Any]:
         if self.autocast is None:
             return contextlib.nullcontext()
-        return torch.autocast(like.device.type, dtype=self.autocast)
+        return torch.autocast(first_tensor(like).device.type, dtype=self.autocast)
 
-    def check_window(self, inputs: Tensor, targets: Tensor, ends: Tensor | None) -> None:
-        """Raises a ValueError if the shapes of `inputs`, `targets` and `ends` do not match, or if gradients are disabled."""
+    def check_window(self, inputs: Nest, targets: Nest, ends: Tensor | None) -> None:
+        """Checks the kinds and shapes of `inputs`, `targets` and `ends`, and that gradients are enabled.
+
+        Raises:
+            ValueError: shapes do not match, or gradients are disabled.
+            TypeError: inputs or targets hold something else than tensors.
+        """
         if not torch.is_grad_enabled():
             raise ValueError("step needs gradients: call it outside of torch.no_grad() and torch.inference_mode()")
-        for name, tensor in (("inputs", inputs), ("targets", targets)):
-            if tensor.dim() <= self.batch_dim:
-                raise ValueError(f"{name} has shape {tuple(tensor.shape)}, and no dimension batch_dim={self.batch_dim}")
-            if tensor.shape[0] == 0:
-                raise ValueError(f"{name} has no steps: a window needs at least one")
-        lanes = inputs.shape[self.batch_dim]
-        if targets.shape[self.batch_dim] != lanes:
-            raise ValueError(f"inputs have {lanes} lanes, targets {targets.shape[self.batch_dim]}: they must agree")
+        lanes = lanes_of(inputs, "inputs", self.batch_dim)
+        of_targets = lanes_of(targets, "targets", self.batch_dim)
+        if of_targets != lanes:
+            raise ValueError(f"inputs have {lanes} lanes, targets {of_targets}: they must agree")
         if ends is not None and (ends.shape != (lanes,) or ends.dtype != torch.bool):
             raise ValueError(f"ends must be a bool tensor [{lanes}], got {ends.dtype} {list(ends.shape)}")
+
+
+def lanes_of(nest: Nest, name: str, batch_dim: int) -> int:
+    """Returns B, the number of lanes of inputs or targets.
+
+    Args:
+        nest: a tensor [T, B, ...], or a nest of such tensors.
+        name: what errors call it.
+        batch_dim: the dimension of the lanes.
+
+    Raises:
+        ValueError: a tensor has no such dimension or no steps, or the tensors of a nest differ in T or B.
+        TypeError: a leaf of a nest is not a tensor.
+    """
+    found = named_tensors(nest, name)
+    for place, tensor in found:
+        if tensor.dim() <= batch_dim:
+            raise ValueError(f"{place} has shape {tuple(tensor.shape)}, and no dimension batch_dim={batch_dim}")
+        if tensor.shape[0] == 0:
+            raise ValueError(f"{place} has no steps: a window needs at least one")
+    first, like = found[0]
+    for place, tensor in found[1:]:
+        if tensor.shape[0] != like.shape[0] or tensor.shape[batch_dim] != like.shape[batch_dim]:
+            shapes = f"{place} has shape {tuple(tensor.shape)}, {first} {tuple(like.shape)}"
+            raise ValueError(f"{shapes}: they must agree in steps (dimension 0) and lanes (dimension {batch_dim})")
+    return like.shape[batch_dim]
 
 
 def window_loss(losses: Tensor, mask: Tensor | None, reduction: Reduction) -> Tensor:
@@ -188,14 +225,18 @@ def window_loss(losses: Tensor, mask: Tensor | None, reduction: Reduction) -> Te
     return losses.sum() / losses.shape[1] if reduction == "lane-mean" else losses.sum()
 
 
-def lookahead_at_start(inputs: Tensor, targets: Tensor, mask: Tensor | None, lookahead: Lookahead) -> Lookahead:
+def lookahead_at_start(inputs: Nest, targets: Nest, mask: Tensor | None, lookahead: Lookahead) -> Lookahead:
     """Returns the lookahead at the window's first state: the next m steps, in the window and in its own lookahead."""
-    steps = len(lookahead.inputs)
-    counts = torch.ones_like(lookahead.valid[:1]).expand(len(inputs), -1) if mask is None else mask
+    steps = len(first_tensor(lookahead.inputs))
+    counts = torch.ones_like(lookahead.valid[:1]).expand(len(first_tensor(inputs)), -1) if mask is None else mask
     after = lookahead.valid if lookahead.mask is None else lookahead.mask
+
+    def first_steps(leaves: list[Tensor]) -> Tensor:
+        return torch.cat(leaves)[:steps]
+
     return Lookahead(
-        inputs=torch.cat([inputs, lookahead.inputs])[:steps],
-        targets=torch.cat([targets, lookahead.targets])[:steps],
+        inputs=states.map_together(first_steps, [inputs, lookahead.inputs], "the inputs"),
+        targets=states.map_together(first_steps, [targets, lookahead.targets], "the targets"),
         valid=torch.cat([torch.ones_like(counts), lookahead.valid])[:steps],
         mask=torch.cat([counts, after])[:steps],
     )
