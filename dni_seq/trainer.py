@@ -23,7 +23,7 @@ from dni_seq.core.nonfinite import all_finite, both_finite, select_where
 from dni_seq.core.optimizer_step import check_disjoint, clipped_step, gradient_norm, supports_found_inf
 from dni_seq.core.snapshot import ReentrancyGuard, TensorSnapshot, TrainingSnapshot, buffers_of
 from dni_seq.core.states import State
-from dni_seq.core.windows import Lookahead, Reduction, Window
+from dni_seq.core.windows import Lookahead, Nest, Reduction, Window, first_tensor
 from dni_seq.credit.config import SyntheticGradientConfig
 from dni_seq.credit.description import TrainerDescription, describe
 from dni_seq.credit.nonfinite_policy import NonFinitePolicy, diagnose
@@ -51,7 +51,7 @@ class SequenceTrainer:
 
     Args:
         model: `model(inputs, state) -> (outputs, state)`. A state is a tensor or any nest of tuples, lists and dicts of
-            tensors. It is None at the start of a stream without an initial state.
+            tensors; dicts are matched by key. It is None at the start of a stream without an initial state.
         optimizer: of the model's parameters.
         loss_fn: `loss_fn(outputs, targets)`, a scalar or unreduced losses [T, B].
         synthesizer: predicts the gradient of all later losses with respect to a window's last state. None for plain
@@ -85,7 +85,7 @@ class SequenceTrainer:
         self,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
-        loss_fn: Callable[[Any, Tensor], Tensor],
+        loss_fn: Callable[[Any, Any], Tensor],
         *,
         synthesizer: nn.Module | None = None,
         synthesizer_optimizer: torch.optim.Optimizer | None = None,
@@ -168,8 +168,8 @@ class SequenceTrainer:
 
     def step(
         self,
-        inputs: Tensor,
-        targets: Tensor,
+        inputs: Nest,
+        targets: Nest,
         *,
         ends: Tensor | None = None,
         mask: Tensor | None = None,
@@ -182,15 +182,15 @@ class SequenceTrainer:
         model, optimizer and hidden state stay, lanes in `ends` and lanes with a NaN are reset, and `steps` goes up.
 
         Args:
-            inputs: [T, B, ...], the model's inputs.
-            targets: [T, B, ...], passed to `loss_fn`.
+            inputs: [T, B, ...], the model's inputs: a tensor, or a nest of tuples, lists and dicts of such tensors.
+            targets: [T, B, ...], passed to `loss_fn`: a tensor or a nest.
             ends: [B] bool, True for lanes whose sequence ends with this window. Nothing is injected there, and the next
                 window of the lane starts from the initial state.
             mask: [T, B] bool, True for steps that count in the loss; `loss_fn` must then return unreduced losses.
             lookahead: the steps after the window, for a synthesizer that needs them (`dni_seq.with_lookahead`).
 
         Raises:
-            ValueError: shapes do not agree. Nothing has changed then.
+            ValueError, TypeError: shapes do not agree, or a nest holds something else than tensors. Nothing has changed.
             NonFiniteError: this is the `skip_limit`-th skipped window in a row. The message names the first bad tensor.
             RuntimeError: another step of this trainer is running.
         """
@@ -199,8 +199,8 @@ class SequenceTrainer:
         inputs, targets, mask, ends, lookahead = finite_window(window)
         with self._reentrancy_guard:
             self._gradients.check()
-            start = self._stream.start(inputs, inputs.shape[self.runner.batch_dim])
-            with self._transaction(inputs.device) as transaction:
+            start = self._stream.start(inputs)
+            with self._transaction(first_tensor(inputs).device) as transaction:
                 result = self._step(RecordedWindow(inputs, targets, mask, ends, start, None), lookahead, transaction)
             self._stepped = True
             return result
@@ -312,7 +312,7 @@ class SequenceTrainer:
         """Restores what `state_dict` returned; the nesting of the hidden state comes from the initial state.
 
         Args:
-            saved: what `state_dict` returned. Skip counts may be missing, as in states that older versions saved.
+            saved: what `state_dict` returned. Skip counts and `state_paths` may be missing, as older versions saved none.
             lanes: B over all ranks. If given, the hidden state is restored and checked now; the trainer must then know its
                 initial state. None to restore it at the next `step`.
 
@@ -321,7 +321,7 @@ class SequenceTrainer:
         """
         parts = self._parts()
         expected = {*parts, "state", "credit", "steps"}
-        if set(saved) - {"skipped", "fresh", "gradients"} != expected:
+        if set(saved) - {"skipped", "fresh", "gradients", "state_paths"} != expected:
             raise ValueError(f"the saved trainer has the parts {sorted(saved)}, this trainer needs {sorted(expected)}")
         for name, part in parts.items():
             part.load_state_dict(saved[name])

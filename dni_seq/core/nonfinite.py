@@ -45,9 +45,17 @@ def module_is_finite(module: nn.Module) -> bool:
 
 
 def select_where(good: Tensor, new: State, old: State) -> State:
-    """Returns `new` if `good` (0-d bool) is true, else `old`; selects leaf by leaf on the device."""
+    """Returns `new` if `good` (0-d bool) is true, else `old`; selects leaf by leaf on the device.
+
+    A leaf that is None in `old` and a tensor in `new` counts as zeros.
+    """
+    old = states.match_keys(old, new, "the old state", "the new state")
     pairs = zip(states.flatten(new), states.flatten(old), strict=True)
-    return states.unflatten(new, [torch.where(good, n, o.to(n)) if isinstance(n, Tensor) else n for n, o in pairs])
+    return states.unflatten(new, [_select(good, n, o) if isinstance(n, Tensor) else n for n, o in pairs])
+
+
+def _select(good: Tensor, new: Tensor, old: Tensor | None) -> Tensor:
+    return torch.where(good, new, 0 if old is None else old.to(new))
 
 
 class SkipCounter(Restorable):
@@ -89,13 +97,19 @@ class SkipCounter(Restorable):
         self._total, self._in_a_row = saved["total"], saved["in_a_row"]
 
 
+def has_nonfinite(leaf: Any) -> bool:
+    """Returns whether `leaf` is a tensor, real or complex, that holds a NaN or an infinity."""
+    numeric = isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex())
+    return numeric and not bool(leaf.isfinite().all())
+
+
 def broken_lanes(state: State, batch_dim: Any) -> Tensor | None:
     """Returns the lanes whose state holds a NaN or an infinity, [B] bool, or None if no lane does."""
     broken = None
     for leaf, dim in zip(
         states.flatten(state), states.broadcast_to_leaves(batch_dim, state, "state_batch_dim"), strict=True
     ):
-        if states.is_floating(leaf) and leaf.dim() and not leaf.isfinite().all():
+        if has_nonfinite(leaf) and leaf.dim():
             bad = ~leaf.isfinite().movedim(dim, 0).reshape(leaf.shape[dim], -1).all(dim=1)
             broken = bad if broken is None else broken | bad
     return broken
@@ -113,11 +127,11 @@ def first_nonfinite(named: Iterable[tuple[str, Any]]) -> tuple[int, str]:
     """
     place = 0
     for place, (name, nest) in enumerate(named):
-        for leaf in states.floating(states.detach(nest)):
-            if leaf.isfinite().all():
+        for leaf in states.flatten(states.detach(nest)):
+            if not has_nonfinite(leaf):
                 continue
             index = [int(i) for i in (~leaf.isfinite()).nonzero()[0]]
-            value = float(leaf[tuple(index)])
+            value = leaf[tuple(index)].item()
             where = f" at index {index} of shape {list(leaf.shape)}" if index else ""
             return place, f"{name} ({value}{where})"
     return place + 1, "the gradient norm, which overflows although all elements are finite"

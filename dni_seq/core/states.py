@@ -1,13 +1,16 @@
-"""Nested recurrent states: a tensor, or any nest of tuples, NamedTuples, lists and dicts of tensors.
+"""Nested recurrent states: a tensor, or any nest of tuples, NamedTuples, lists, dicts and other mappings of tensors.
 
-Leaves that are not floating-point tensors, such as step counters, are kept as they are and never receive gradients.
+Leaves that are not floating-point tensors, such as step counters, are kept as they are and never receive gradients. Entries
+of a mapping belong together by their keys: where two nests meet, `match_keys` gives them one order.
 
 Legend: B = lanes, H = hidden units, L = layers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -19,13 +22,18 @@ State = Any
 SEE_CHECK = "dni_seq.check_model(model, inputs) shows what the model does"
 """The end of messages about states that do not fit."""
 
+PLAIN = (type(None), bool, int, float, complex, str, bytes)
+"""Types of leaves beside tensors, which a state carries from window to window as they are."""
+
 
 def flatten(state: State) -> list[Any]:
-    """Returns the leaves of `state` in a fixed order: by position, and by insertion in dicts."""
+    """Returns the leaves of `state` in a fixed order: by position, and by insertion in mappings."""
     if isinstance(state, dict):
         state = state.values()
     elif not isinstance(state, (tuple, list)):
-        return [state]
+        if isinstance(state, Tensor) or not isinstance(state, Mapping):
+            return [state]
+        state = state.values()
     leaves: list[Any] = []
     for value in state:
         # Tensors need no recursive call, whose cost is noticeable several times a step.
@@ -34,7 +42,7 @@ def flatten(state: State) -> list[Any]:
 
 
 def unflatten(like: State, leaves: Sequence[Any]) -> State:
-    """Returns a nest shaped like `like` that holds `leaves`.
+    """Returns a nest shaped like `like` that holds `leaves`, given in the order of `flatten(like)`.
 
     Raises:
         ValueError: `like` has another number of leaves.
@@ -50,12 +58,174 @@ def _mapped(function: Callable[[Any], Any], state: State) -> State:
     """Returns `state` with `function` applied to every leaf, in the order of `flatten`."""
     if isinstance(state, Tensor):
         return function(state)
-    if isinstance(state, dict):
-        return {key: _mapped(function, value) for key, value in state.items()}
     if isinstance(state, (tuple, list)):
-        found = [function(value) if isinstance(value, Tensor) else _mapped(function, value) for value in state]
-        return type(state)(*found) if hasattr(state, "_fields") else type(state)(found)
+        return _sequence_like(state, [function(v) if isinstance(v, Tensor) else _mapped(function, v) for v in state])
+    if isinstance(state, Mapping):
+        return _mapping_like(state, {key: _mapped(function, value) for key, value in state.items()})
     return function(state)
+
+
+def _sequence_like(sequence: Any, entries: list[Any]) -> Any:
+    kind = type(sequence)
+    return kind(*entries) if hasattr(sequence, "_fields") else kind(entries)
+
+
+def _mapping_like(mapping: Any, entries: dict[Any, Any]) -> Any:
+    """Returns `entries` in a mapping of the type of `mapping`.
+
+    Raises:
+        TypeError: the type can neither be copied and filled nor be called with a dict.
+    """
+    kind = type(mapping)
+    if kind is dict:
+        return entries
+    for build in (_filled_copy, lambda _, wanted: kind(wanted)):
+        with suppress(Exception):  # whatever a user's class raises
+            found = build(mapping, entries)
+            if list(found) == list(entries) and all(found[key] is value for key, value in entries.items()):
+                return found
+    raise TypeError(f"a {kind.__name__} can neither be copied and filled nor be made from a dict: use a dict in its place")
+
+
+def _filled_copy(mapping: Any, entries: dict[Any, Any]) -> Any:
+    found = copy.copy(mapping)
+    found.clear()
+    for key, value in entries.items():
+        found[key] = value
+    return found
+
+
+def has_keys(state: State) -> bool:
+    """Returns whether `state` holds a mapping."""
+    if isinstance(state, (tuple, list)):
+        return any(map(has_keys, [value for value in state if not isinstance(value, Tensor)]))
+    return not isinstance(state, Tensor) and isinstance(state, Mapping)
+
+
+def match_keys(nest: State, like: State, name: str, other: str) -> State:
+    """Returns `nest` with the entries of its mappings in the order of `like`.
+
+    Nests without mappings are returned as they are.
+
+    Args:
+        nest: the nest to reorder.
+        like: a nest with the same keys.
+        name: what errors call `nest`.
+        other: what errors call `like`.
+
+    Raises:
+        ValueError: the keys differ, or there is a mapping in one nest only.
+    """
+    return _matched(nest, like, name, other) if has_keys(nest) or has_keys(like) else nest
+
+
+def _matched(nest: State, like: State, name: str, other: str) -> State:
+    if isinstance(like, Mapping) and isinstance(nest, Mapping):
+        check_keys(list(nest), list(like), name, other)
+        found = {key: _matched(nest[key], like[key], f"{name}[{key!r}]", f"{other}[{key!r}]") for key in like}
+        same = list(nest) == list(found) and all(nest[key] is value for key, value in found.items())
+        return nest if same else _mapping_like(nest, found)
+    if isinstance(like, Mapping):
+        kind = type(nest).__name__
+        raise ValueError(f"{name} is a {kind}, {other} has the keys {_listed(like)}: give a dict with these keys")
+    if isinstance(nest, Mapping):
+        raise ValueError(f"{name} has the keys {_listed(nest)}, {other} has none: both need one structure")
+    if isinstance(like, (tuple, list)) and isinstance(nest, (tuple, list)) and len(like) == len(nest):
+        pairs = enumerate(zip(nest, like, strict=True))
+        return _sequence_like(nest, [_matched(n, v, f"{name}[{i}]", f"{other}[{i}]") for i, (n, v) in pairs])
+    return nest
+
+
+def check_keys(found: Sequence[Any], expected: Sequence[Any], name: str, other: str) -> None:
+    """Raises a ValueError that names the missing and the unexpected keys of `found`, if there are any."""
+    missing = [key for key in expected if key not in found]
+    unexpected = [key for key in found if key not in expected]
+    parts = [f"{word} {_listed(keys)}" for word, keys in (("missing", missing), ("unexpected", unexpected)) if keys]
+    if parts:
+        raise ValueError(f"{name} and {other} must have the same keys; in {name}: {', '.join(parts)}")
+
+
+def _listed(keys: Any) -> str:
+    return ", ".join(repr(key) for key in keys)
+
+
+def paths(state: State, start: str = "") -> list[str]:
+    """Returns the place of every leaf, such as "['lstm'][0]", in the order of `flatten`; each begins with `start`."""
+    if isinstance(state, Tensor):
+        return [start]
+    if isinstance(state, Mapping):
+        return [path for key, value in state.items() for path in paths(value, f"{start}[{key!r}]")]
+    if isinstance(state, (tuple, list)):
+        return [path for i, value in enumerate(state) for path in paths(value, f"{start}[{i}]")]
+    return [start]
+
+
+def order_by_paths(state: State, places: Sequence[str], start: str = "") -> State:
+    """Returns `state`, whose own path is `start`, with its entries in the order in which `places` lists their `paths`."""
+    if isinstance(state, Tensor):
+        return state
+    if isinstance(state, Mapping):
+        first = {key: _first_with(places, f"{start}[{key!r}]") for key in state}
+        keys = sorted(state, key=first.__getitem__)
+        return _mapping_like(state, {key: order_by_paths(state[key], places, f"{start}[{key!r}]") for key in keys})
+    if isinstance(state, (tuple, list)):
+        return _sequence_like(state, [order_by_paths(v, places, f"{start}[{i}]") for i, v in enumerate(state)])
+    return state
+
+
+def _first_with(places: Sequence[str], prefix: str) -> int:
+    return next((i for i, place in enumerate(places) if place.startswith(prefix)), len(places))
+
+
+def structure(state: State) -> State:
+    """Returns the nesting of `state` in dicts and lists, with None for every leaf."""
+    if isinstance(state, Tensor):
+        return None
+    if isinstance(state, Mapping):
+        return {key: structure(value) for key, value in state.items()}
+    return [structure(value) for value in state] if isinstance(state, (tuple, list)) else None
+
+
+def key_paths(state: State) -> list[str] | None:
+    """Returns the `paths` of a state with keys, for a checkpoint beside its leaves; None for a state without keys."""
+    return paths(state) if has_keys(state) else None
+
+
+def from_saved(leaves: Sequence[Any], places: Sequence[str] | None, like: State) -> State:
+    """Returns a saved state, nested like `like`.
+
+    Args:
+        leaves: what `flatten` has returned.
+        places: what `key_paths` has returned. None for leaves in the order of `flatten(like)`, as older versions saved them.
+        like: a state of the model.
+
+    Raises:
+        ValueError: `like` has other keys, or another number of leaves.
+    """
+    if places is None:
+        return unflatten(like, leaves)
+    expected = paths(like)
+    check_keys(places, expected, "the saved state", "the model's state")
+    by_place = dict(zip(places, leaves, strict=True))
+    return unflatten(like, [by_place[place] for place in expected])
+
+
+def check_leaves(state: State, name: str) -> None:
+    """Raises a TypeError if a leaf of `state` is neither a tensor nor plain, so that it could hold tensors unseen."""
+    for leaf in flatten(state):
+        if not isinstance(leaf, Tensor) and not isinstance(leaf, PLAIN):
+            kind = type(leaf).__name__
+            raise TypeError(f"{name} holds a {kind}: use tensors, or tuples, NamedTuples, lists and dicts of tensors")
+
+
+def check_real(state: State, name: str) -> None:
+    """Raises a ValueError if a leaf of `state` is a complex tensor, which receives no synthetic gradient."""
+    for leaf in flatten(state):
+        if isinstance(leaf, Tensor) and leaf.is_complex():
+            raise ValueError(
+                f"{name} holds a complex tensor, whose gradient synthesizers do not predict: carry "
+                "torch.view_as_real(state) from window to window instead"
+            )
 
 
 HALF = (torch.float16, torch.bfloat16)
@@ -97,33 +267,55 @@ def map_floating(function: Callable[[Tensor], Tensor], state: State) -> State:
 
 def detach(state: State) -> State:
     """Returns `state` detached from its graph; the leaves share memory with those of `state`."""
-    return _map_tensors(Tensor.detach, state)
+    return map_tensors(Tensor.detach, state)
 
 
 def clone(state: State) -> State:
     """Returns `state` with every tensor copied to new memory; gradients flow through the copies."""
-    return _map_tensors(Tensor.clone, state)
+    return map_tensors(Tensor.clone, state)
 
 
 def detach_clone(state: State) -> State:
     """Returns `state` detached from its graph and copied to new memory."""
-    return _map_tensors(lambda leaf: leaf.detach().clone(), state)
+    return map_tensors(lambda leaf: leaf.detach().clone(), state)
 
 
-def _map_tensors(function: Callable[[Tensor], Tensor], state: State) -> State:
+def map_tensors(function: Callable[[Tensor], Tensor], state: State) -> State:
+    """Returns `state` with `function` applied to every tensor."""
     return _mapped(lambda leaf: function(leaf) if isinstance(leaf, Tensor) else leaf, state)
+
+
+def map_together(function: Callable[[list[Any]], Any], nests: Sequence[State], name: str) -> State:
+    """Returns a nest like the first of `nests`, with `function` of the leaves that have the same place in all of them.
+
+    Args:
+        function: maps a list with one leaf of each nest to the new leaf.
+        nests: at least one nest.
+        name: what errors call a nest.
+
+    Raises:
+        ValueError: the nests differ in their keys or in their number of leaves.
+    """
+    first = nests[0]
+    if all(isinstance(nest, Tensor) for nest in nests):
+        return function(list(nests))
+    rows = [flatten(match_keys(nest, first, name, f"{name} before them")) for nest in nests]
+    counts = sorted({len(row) for row in rows})
+    if len(counts) > 1:
+        raise ValueError(f"{name} must always have the same number of tensors, got {counts[0]} and {counts[-1]}")
+    return unflatten(first, [function(list(column)) for column in zip(*rows, strict=True)])
 
 
 def broadcast_to_leaves(setting: Any, state: State, name: str) -> list[Any]:
     """Returns one value of `setting` for every leaf of `state`; `setting` is one value, or a nest shaped like the state.
 
     Raises:
-        ValueError: `setting` is a nest with another number of leaves than the state.
+        ValueError: `setting` is a nest with other keys or another number of leaves than the state.
     """
     count = len(flatten(state))
-    if not isinstance(setting, (tuple, list, dict)):
+    if not isinstance(setting, (tuple, list, Mapping)):
         return [setting] * count
-    values = flatten(setting)
+    values = flatten(match_keys(setting, state, name, "the state"))
     if len(values) != count:
         raise ValueError(f"{name} has {len(values)} leaves, the state has {count}: give one value, or one for every leaf")
     return values
@@ -158,7 +350,9 @@ def reset_lanes(state: State, ends: Tensor, initial: State | None, batch_dim: An
         ValueError: `initial` or `batch_dim` is not nested like `state`.
     """
     leaves = flatten(state)
-    starts = [None] * len(leaves) if initial is None else flatten(initial)
+    starts = [None] * len(leaves)
+    if initial is not None:
+        starts = flatten(match_keys(initial, state, "the initial state", "the state"))
     if len(starts) != len(leaves):
         raise ValueError(f"the initial state has {len(starts)} leaves, the state has {len(leaves)}; {SEE_CHECK}")
     fresh = []

@@ -3,19 +3,26 @@
 A window is time-major: `inputs` [T, B, ...], `targets` [T, B, ...]. Its lookahead holds the m steps after the window in each
 lane. The lookahead is context for the synthesizer at the window's last state; the model never reads it.
 
+Inputs and targets may each be one tensor, or a nest of tuples, lists and dicts of tensors that agree in T and B.
+
 Legend: T = window length in steps, B = lanes, m = lookahead in steps.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 
 from dni_seq.core import states
+
+Nest = Any
+"""A tensor, or a nest of tuples, lists and dicts of tensors, which Python's type system cannot describe more exactly."""
+
 
 Reduction = Literal["mean", "lane-mean", "sum"]
 """How a window's losses become one number; see `window_runner.window_loss`."""
@@ -27,15 +34,15 @@ class Lookahead(NamedTuple):
     """For each lane, the m steps that follow a state: the context of a synthesizer that sees the future.
 
     Attributes:
-        inputs: [m, B, ...], the model's inputs.
-        targets: [m, B, ...], the targets of the loss.
+        inputs: [m, B, ...], the model's inputs, a tensor or a nest of tensors.
+        targets: [m, B, ...], the targets of the loss, a tensor or a nest of tensors.
         valid: [m, B] bool, False after the end of the lane's sequence or of the stream. The values of `inputs` and
             `targets` are undefined there.
         mask: [m, B] bool, True for steps that count in the loss; None if all valid steps count.
     """
 
-    inputs: Tensor
-    targets: Tensor
+    inputs: Nest
+    targets: Nest
     valid: Tensor
     mask: Tensor | None = None
 
@@ -46,8 +53,44 @@ class Lookahead(NamedTuple):
 
     def span(self, start: int, stop: int | None) -> Lookahead:
         """Returns the steps `start:stop`, as a slice does."""
-        mask = None if self.mask is None else self.mask[start:stop]
-        return Lookahead(self.inputs[start:stop], self.targets[start:stop], self.valid[start:stop], mask)
+        return self.map(lambda tensor: tensor[start:stop])
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Lookahead:
+        """Returns the lookahead with `function` applied to every tensor, each of them [m, B, ...]."""
+        mask = None if self.mask is None else function(self.mask)
+        inputs, targets = states.map_tensors(function, self.inputs), states.map_tensors(function, self.targets)
+        return Lookahead(inputs, targets, function(self.valid), mask)
+
+
+def named_tensors(nest: Nest, name: str) -> list[tuple[str, Tensor]]:
+    """Returns the tensors of inputs or targets, each after its name in errors, such as "inputs['tokens']".
+
+    Raises:
+        TypeError: a leaf is not a tensor.
+        ValueError: there is no tensor.
+    """
+    if isinstance(nest, Tensor):
+        return [(name, nest)]
+    if isinstance(nest, PackedSequence):
+        raise TypeError(f"{name} is a PackedSequence: pass a padded tensor [T, B, ...], and mask= for the steps that count")
+    found = list(zip(states.paths(nest, name), states.flatten(nest), strict=True))
+    if not found:
+        raise ValueError(f"{name} holds no tensor")
+    for place, leaf in found:
+        if not isinstance(leaf, Tensor):
+            kind = type(leaf).__name__
+            raise TypeError(f"{place} is a {kind}: pass a tensor [T, B, ...], or a tuple, list or dict of such tensors")
+    return found
+
+
+def first_tensor(nest: Nest) -> Tensor:
+    """Returns the first tensor of inputs or targets, from which T, B and the device are read.
+
+    Raises:
+        TypeError: a leaf is not a tensor.
+        ValueError: there is no tensor.
+    """
+    return nest if isinstance(nest, Tensor) else named_tensors(nest, "inputs")[0][1]
 
 
 def next_steps(context: Any, steps: int) -> Lookahead:
@@ -56,13 +99,13 @@ def next_steps(context: Any, steps: int) -> Lookahead:
     Raises:
         ValueError: the context is not a `Lookahead` of at least that many steps.
     """
-    if not isinstance(context, Lookahead) or len(context.inputs) < steps:
-        seen = f"{len(context.inputs)} steps" if isinstance(context, Lookahead) else type(context).__name__
+    if not isinstance(context, Lookahead) or len(first_tensor(context.inputs)) < steps:
+        seen = f"{len(first_tensor(context.inputs))} steps" if isinstance(context, Lookahead) else type(context).__name__
         raise ValueError(
             f"the synthesizer looks {steps} steps ahead, but its context is {seen}: pass windows through "
             f"dni_seq.with_lookahead(windows, {steps}) and pass lookahead=window.lookahead to the trainer"
         )
-    return context if len(context.inputs) == steps else context.span(0, steps)
+    return context if len(first_tensor(context.inputs)) == steps else context.span(0, steps)
 
 
 def check_unreduced(losses: Tensor, lookahead: Lookahead) -> None:
@@ -86,15 +129,15 @@ class Window(NamedTuple):
     """A window of a stream: T steps of B lanes, time-major.
 
     Attributes:
-        inputs: [T, B, ...], the model's inputs.
-        targets: [T, B, ...], the targets of the loss.
+        inputs: [T, B, ...], the model's inputs, a tensor or a nest of tensors.
+        targets: [T, B, ...], the targets of the loss, a tensor or a nest of tensors.
         mask: [T, B] bool, True for steps that count in the loss; None if all count.
         ends: [B] bool, True for lanes whose sequence ends with this window; None if no sequence ends.
         lookahead: the steps after the window, or None.
     """
 
-    inputs: Tensor
-    targets: Tensor
+    inputs: Nest
+    targets: Nest
     mask: Tensor | None = None
     ends: Tensor | None = None
     lookahead: Lookahead | None = None
@@ -137,21 +180,14 @@ def counted(window: Window) -> Tensor:
     """Returns which steps of `window` count in the loss, [T, B] bool."""
     if window.mask is not None:
         return window.mask
-    return torch.ones(window.inputs.shape[:2], dtype=torch.bool, device=window.inputs.device)
+    inputs = first_tensor(window.inputs)
+    return torch.ones(inputs.shape[:2], dtype=torch.bool, device=inputs.device)
 
 
 def on_device(window: Window, device: torch.device) -> Window:
     """Returns the window with all its tensors on `device`."""
-    inputs, targets, mask, ends, lookahead = window
-    if lookahead is not None:
-        lookahead = Lookahead(*(None if field is None else field.to(device) for field in lookahead))  # type: ignore[arg-type]
-    return Window(
-        inputs.to(device),
-        targets.to(device),
-        None if mask is None else mask.to(device),
-        None if ends is None else ends.to(device),
-        lookahead,
-    )
+    moved: Window = states.map_tensors(lambda tensor: tensor.to(device), window)
+    return moved
 
 
 def with_lookahead(windows: Iterable[Window | tuple[Any, ...]], steps: int) -> Iterator[Window]:
@@ -165,7 +201,8 @@ def with_lookahead(windows: Iterable[Window | tuple[Any, ...]], steps: int) -> I
         steps: m, the number of steps in each lookahead.
 
     Raises:
-        ValueError: `steps` is negative.
+        ValueError: `steps` is negative, or the inputs or targets of two windows differ in their structure.
+        TypeError: inputs or targets hold something else than tensors.
     """
     if steps < 0:
         raise ValueError(f"lookahead must be 0 or more steps, got {steps}")
@@ -173,7 +210,7 @@ def with_lookahead(windows: Iterable[Window | tuple[Any, ...]], steps: int) -> I
     pending: deque[Window] = deque()
     for window in source:
         pending.append(window if isinstance(window, Window) else Window(*window))
-        while sum(len(w.inputs) for w in list(pending)[1:]) >= steps:
+        while sum(len(first_tensor(w.inputs)) for w in list(pending)[1:]) >= steps:
             yield _attach(pending, steps)
             pending.popleft()
             if not pending:
@@ -186,27 +223,32 @@ def with_lookahead(windows: Iterable[Window | tuple[Any, ...]], steps: int) -> I
 def _attach(pending: deque[Window], steps: int) -> Window:
     """Returns the first window of `pending`, with its lookahead read from the windows after it."""
     first, *after = pending
-    lanes = first.inputs.shape[1]
+    inputs = first_tensor(first.inputs)
+    lanes = inputs.shape[1]
     alive = ~first.ends if first.ends is not None else torch.ones(lanes, dtype=torch.bool)
-    alive = alive.to(first.inputs.device)
+    alive = alive.to(inputs.device)
     valid, masks = [], []
     for window in after:
-        valid.append(alive.expand(len(window.inputs), lanes))
+        valid.append(alive.expand(len(first_tensor(window.inputs)), lanes))
         masks.append(counted(window))
         if window.ends is not None:
             alive = alive & ~window.ends
     return first._replace(
         lookahead=Lookahead(
-            inputs=_first_steps([w.inputs for w in after], steps, first.inputs),
-            targets=_first_steps([w.targets for w in after], steps, first.targets),
-            valid=_first_steps(valid, steps, counted(first)),
-            mask=_first_steps(masks, steps, counted(first)),
+            inputs=_first_steps([first.inputs, *(w.inputs for w in after)], steps, "the inputs"),
+            targets=_first_steps([first.targets, *(w.targets for w in after)], steps, "the targets"),
+            valid=_first_steps([counted(first), *valid], steps, "the steps"),
+            mask=_first_steps([counted(first), *masks], steps, "the mask"),
         )
     )
 
 
-def _first_steps(pieces: list[Tensor], steps: int, like: Tensor) -> Tensor:
-    """Returns the first `steps` steps of the concatenated `pieces`, padded with zeros, [steps, B, ...]."""
+def _first_steps(nests: list[Nest], steps: int, name: str) -> Nest:
+    """Returns the first `steps` steps after the first of `nests`, [steps, B, ...]: those of the others, then zeros."""
+    return states.map_together(lambda leaves: _joined(leaves[0], leaves[1:], steps), nests, name)
+
+
+def _joined(like: Tensor, pieces: list[Tensor], steps: int) -> Tensor:
     joined = torch.cat(pieces)[:steps] if pieces else like[:0]
     missing = steps - len(joined)
     if missing == 0:

@@ -19,6 +19,7 @@ from dni_seq.core.snapshot import buffers_apart
 from dni_seq.core.states import State
 from dni_seq.credit.replay import RecordedWindow, exact_gradients
 from dni_seq.credit.window_runner import WindowRunner
+from dni_seq.synthesizers.base import match_message
 
 
 class Fidelity(NamedTuple):
@@ -123,13 +124,13 @@ def fidelity(
         The fidelity of each message, of their discounted sum, and of that sum by leaf and layer of the state.
 
     Raises:
-        ValueError: there are fewer windows than horizons.
+        ValueError: there are fewer windows than horizons, or a message has other keys than the state.
     """
     if len(windows) < len(messages):
         raise ValueError(f"{len(messages)} horizons need at least as many windows, got {len(windows)}")
     all_dims = states.broadcast_to_leaves(runner.state_batch_dim, windows[0].start, "state_batch_dim")
     dims = [d for d, leaf in zip(all_dims, states.flatten(windows[0].start), strict=True) if states.is_floating(leaf)]
-    heads = [states.floating(message) for message in messages]
+    heads = [states.floating(match_message(message, windows[0].start)) for message in messages]
     weights = [discount**n for n in range(len(heads))]
     if bootstrapped:
         truths = exact_gradients(runner, windows, len(heads), discount)

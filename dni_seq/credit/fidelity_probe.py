@@ -13,8 +13,9 @@ from dni_seq.core.snapshot import Restorable
 from dni_seq.core.states import State
 from dni_seq.credit.config import CreditSettings
 from dni_seq.credit.fidelity import StateFidelity, fidelity
-from dni_seq.credit.replay import RecordedWindow, gather_lanes, own_lanes, pack, unpack
+from dni_seq.credit.replay import RecordedWindow, gather_lanes, own_lanes, pack, recorded, unpack
 from dni_seq.credit.window_runner import WindowRunner
+from dni_seq.synthesizers.base import match_message
 
 
 class FidelityProbe(Restorable):
@@ -49,6 +50,9 @@ class FidelityProbe(Restorable):
             predict: returns the messages at the window's first state, by horizon.
             bootstrapped: whether the last message predicts all later windows, as a tail does. `replay_windows` windows
                 then stand for them.
+
+        Raises:
+            ValueError: a checkpoint could not hold the window's inputs or targets.
         """
         every = self._settings.fidelity_every
         if not every:
@@ -57,7 +61,7 @@ class FidelityProbe(Restorable):
             self._messages = predict()
         if self._messages is None:
             return None
-        self._windows.append(states.clone(window))
+        self._windows.append(recorded(window))
         horizons = len(self._messages)
         needed = horizons - 1 + self._settings.replay_windows if bootstrapped else horizons
         if len(self._windows) < needed:
@@ -76,7 +80,9 @@ class FidelityProbe(Restorable):
         gather, dims = self._runner.parallel.all, self._runner.state_batch_dim
         messages = None
         if self._messages is not None:
-            messages = [states.flatten(states.map_lanes(gather, message, dims)) for message in self._messages]
+            start = self._windows[0].start  # gives the leaves of all messages one order
+            matched = [match_message(message, start) for message in self._messages]
+            messages = [states.flatten(states.map_lanes(gather, message, dims)) for message in matched]
         windows = [pack(gather_lanes(window, self._runner)) for window in self._windows]
         return {"probe_windows": windows, "probe_messages": messages}
 
@@ -85,6 +91,7 @@ class FidelityProbe(Restorable):
         own, dims = self._runner.parallel.own, self._runner.state_batch_dim
         messages = saved["probe_messages"]
         if messages is not None:
-            messages = [states.map_lanes(own, states.unflatten(like, leaves), dims) for leaves in messages]
+            places = saved["probe_windows"][0].get("start_paths")
+            messages = [states.map_lanes(own, states.from_saved(leaves, places, like), dims) for leaves in messages]
         self._messages = messages
         self._windows = [own_lanes(unpack(window, like), self._runner) for window in saved["probe_windows"]]

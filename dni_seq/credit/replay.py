@@ -13,6 +13,7 @@ Legend: B = lanes, N = horizons, K = windows.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -23,8 +24,9 @@ from torch import Tensor
 from dni_seq.core import states
 from dni_seq.core.states import State
 from dni_seq.core.vjp import without_parameter_gradients
-from dni_seq.core.windows import Lookahead
+from dni_seq.core.windows import Lookahead, Nest
 from dni_seq.credit.window_runner import WindowRunner
+from dni_seq.synthesizers.base import match_message
 from dni_seq.synthesizers.target_rule import TargetRule, combine
 
 
@@ -32,16 +34,16 @@ class RecordedWindow(NamedTuple):
     """A recorded training window and the state it started from, so that it can be run again.
 
     Attributes:
-        inputs: [T, B, ...], the model's inputs.
-        targets: [T, B, ...], the targets of the loss.
+        inputs: [T, B, ...], the model's inputs, a tensor or a nest of tensors.
+        targets: [T, B, ...], the targets of the loss, a tensor or a nest of tensors.
         mask: [T, B] bool, True for steps that count in the loss; None if all count.
         ends: [B] bool, True for lanes whose sequence ends with this window; None if no sequence ends.
         start: the state that the window started from, detached from its graph.
         context: the synthesizer's context at that state, or None.
     """
 
-    inputs: Tensor
-    targets: Tensor
+    inputs: Nest
+    targets: Nest
     mask: Tensor | None
     ends: Tensor | None
     start: State
@@ -138,7 +140,7 @@ def _targets(runner: WindowRunner, window: RecordedWindow, next_messages: list[S
             gradients: list[Tensor | None] = [loss.new_full((), own)] if own else []
             if any(shares):
                 roots += states.floating(last)
-                gradients += combine(next_messages, shares)
+                gradients += combine([match_message(message, last) for message in next_messages], shares)
             found = _gradient(roots, states.floating(start), gradients, keep=True)
             targets.append(states.with_floating(window.start, found))
     return targets
@@ -148,10 +150,10 @@ def map_recorded(function: Callable[[Tensor, int], Tensor], window: RecordedWind
     """Returns the window with `function(tensor, dim)` applied to all tensors; `dim` is the dimension of the lanes."""
     mask, ends, context = window.mask, window.ends, window.context
     if isinstance(context, Lookahead):
-        context = Lookahead(*(None if field is None else function(field, 1) for field in context))  # type: ignore[arg-type]
+        context = context.map(lambda tensor: function(tensor, 1))
     return RecordedWindow(
-        function(window.inputs, runner.batch_dim),
-        function(window.targets, runner.batch_dim),
+        states.map_tensors(lambda tensor: function(tensor, runner.batch_dim), window.inputs),
+        states.map_tensors(lambda tensor: function(tensor, runner.batch_dim), window.targets),
         None if mask is None else function(mask, 1),
         None if ends is None else function(ends, 0),
         states.map_lanes(function, window.start, runner.state_batch_dim),
@@ -169,8 +171,31 @@ def own_lanes(window: RecordedWindow, runner: WindowRunner) -> RecordedWindow:
     return map_recorded(runner.parallel.own, window, runner)
 
 
+def recorded(window: RecordedWindow) -> RecordedWindow:
+    """Returns a copy of a window that a checkpoint can hold.
+
+    Raises:
+        ValueError: inputs or targets are nested in containers that `torch.load(weights_only=True)` does not load.
+    """
+    for name, nest in (("inputs", window.inputs), ("targets", window.targets)):
+        if (kind := _foreign_container(nest)) is not None:
+            raise ValueError(f"{name} in a {kind.__name__} cannot be recorded for a replay: use a dict or a tuple")
+    copied: RecordedWindow = states.clone(window)
+    return copied
+
+
+def _foreign_container(nest: Nest) -> type | None:
+    """Returns the type of a container in `nest` other than tuple, list, dict and OrderedDict, or None."""
+    if isinstance(nest, Tensor):
+        return None
+    if type(nest) not in (tuple, list, dict, OrderedDict):
+        return type(nest)
+    entries = nest.values() if isinstance(nest, dict) else nest
+    return next(filter(None, map(_foreign_container, entries)), None)
+
+
 def _mix(message: State, target: State, lam: float) -> State:
-    pairs = zip(states.floating(message), states.floating(target), strict=True)
+    pairs = zip(states.floating(message), states.floating(match_message(target, message)), strict=True)
     return states.with_floating(message, [torch.lerp(m, g, lam) for m, g in pairs])
 
 
@@ -190,11 +215,13 @@ def pack(window: RecordedWindow) -> dict[str, Any]:
     return {
         **{name: getattr(window, name) for name in ("inputs", "targets", "mask", "ends")},
         "start": states.flatten(window.start),
+        "start_paths": states.key_paths(window.start),
         "context": None if context is None else list(context),
     }
 
 
 def unpack(saved: dict[str, Any], like: State) -> RecordedWindow:
     """Returns the window that `pack` converted; its state is nested like `like`."""
-    context = None if saved["context"] is None else Lookahead(*saved["context"])
-    return RecordedWindow(**{**saved, "start": states.unflatten(like, saved["start"]), "context": context})
+    fields = {name: saved[name] for name in ("inputs", "targets", "mask", "ends")}
+    start = states.from_saved(saved["start"], saved.get("start_paths"), like)
+    return RecordedWindow(**fields, start=start, context=None if saved["context"] is None else Lookahead(*saved["context"]))

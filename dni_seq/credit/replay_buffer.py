@@ -8,10 +8,9 @@ from __future__ import annotations
 from collections import deque
 from typing import Any
 
-from dni_seq.core import states
 from dni_seq.core.snapshot import Restorable
 from dni_seq.core.states import State
-from dni_seq.credit.replay import RecordedWindow, gather_lanes, own_lanes, pack, unpack
+from dni_seq.credit.replay import RecordedWindow, gather_lanes, own_lanes, pack, recorded, unpack
 from dni_seq.credit.window_runner import WindowRunner
 
 
@@ -39,8 +38,11 @@ class ReplayBuffer(Restorable):
         """Records a copy of a window; returns K windows, oldest first, and clears the buffer if the window completes it.
 
         Otherwise the list is empty.
+
+        Raises:
+            ValueError: a checkpoint could not hold the window's inputs or targets.
         """
-        self._windows.append(states.clone(window))
+        self._windows.append(recorded(window))
         if len(self._windows) < self._size:
             return []
         windows = list(self._windows)

@@ -13,6 +13,7 @@ from torch import Tensor
 from dni_seq.core import states
 from dni_seq.core.nonfinite import broken_lanes
 from dni_seq.core.states import State
+from dni_seq.core.windows import Nest, first_tensor
 from dni_seq.credit.synthetic_gradient import SyntheticCredit, without_chain
 from dni_seq.credit.window_runner import WindowRunner
 
@@ -20,8 +21,8 @@ from dni_seq.credit.window_runner import WindowRunner
 class StreamState:
     """Holds the hidden state that the next window starts from, and what a checkpoint holds of it.
 
-    A checkpoint has flat leaves. Their nesting is that of the model's initial state, which may be known only at the next
-    window; until then the loaded leaves wait.
+    A checkpoint has flat leaves, and their paths if the state has keys. Their nesting is that of the model's initial state,
+    which may be known only at the next window; until then the loaded leaves wait.
 
     An initial state that needs a gradient is learned: in the first window of a sequence the gradient at the lane's first
     state flows on to it.
@@ -42,12 +43,15 @@ class StreamState:
         self._fresh: Tensor | None = None
         self.state: State | None = None
 
-    def start(self, inputs: Tensor, lanes: int) -> State | None:
+    def start(self, inputs: Nest) -> State | None:
         """Returns the state that a window starts from, without a graph; restores a loaded state first.
 
         Raises:
             ValueError: the state has other lanes than the inputs.
+            TypeError: the state holds something else than tensors.
         """
+        first = first_tensor(inputs)
+        lanes = first.shape[self._runner.batch_dim]
         if self._waiting is not None:
             self.restore(self._runner.state_template(inputs, lanes), lanes)
         state, self._learned = self.state, None
@@ -59,9 +63,11 @@ class StreamState:
                 initial = states.detach(initial)
             if state is None:
                 state = initial
-                self._fresh = None if self._learned is None else torch.ones(lanes, dtype=torch.bool, device=inputs.device)
+                everywhere = torch.ones(lanes, dtype=torch.bool, device=first.device)
+                self._fresh = None if self._learned is None else everywhere
             elif self._fresh is not None:  # the optimizer has changed the initial state since the lanes were reset
                 state = states.reset_lanes(state, self._fresh, initial, self._runner.state_batch_dim)
+        states.check_leaves(state, "the state that a window starts from")
         if state is not None:
             self._runner.check_lanes(state, lanes)
         return state
@@ -122,8 +128,10 @@ class StreamState:
         if self._waiting is not None:
             return self._waiting
         gather, dims = self._runner.parallel.all, self._runner.state_batch_dim
+        places = states.key_paths(self.state)
         return {
             "state": None if self.state is None else states.flatten(states.map_lanes(gather, self.state, dims)),
+            **({} if places is None else {"state_paths": places}),
             "credit": None if self._credit is None else self._credit.state_dict(),
             "fresh": None if self._fresh is None else gather(self._fresh, 0),
         }
@@ -131,13 +139,16 @@ class StreamState:
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Keeps what `state_dict` returned until `restore` or the next window. Older states have no "fresh"."""
         self.state = self._fresh = None
-        self._waiting = {"state": saved["state"], "credit": saved["credit"], "fresh": saved.get("fresh")}
+        names = ("state", "state_paths", "credit", "fresh")
+        self._waiting = {"fresh": None, **{name: saved[name] for name in names if name in saved}}
 
     def restore(self, nest: State, lanes: int) -> None:
         """Restores what was loaded, in the nesting and shapes of `nest`, a state of `lanes` lanes.
 
+        Leaves without paths, as older versions saved them, are in the order of `nest`.
+
         Raises:
-            ValueError: a leaf does not have the shape of its leaf in `nest`.
+            ValueError: the saved state has other keys than `nest`, or a leaf has another shape than its leaf in `nest`.
         """
         if self._waiting is None:
             return
@@ -145,8 +156,8 @@ class StreamState:
         if nest is not None:
             self._runner.check_lanes(nest, lanes)
         if leaves is not None:
-            state = states.unflatten(nest, leaves)
-            self._runner.check_saved(leaves, nest)
+            state = states.from_saved(leaves, self._waiting.get("state_paths"), nest)
+            self._runner.check_saved(state, nest)
         if self._credit is not None:
             self._credit.load_state_dict(self._waiting["credit"], nest)
         if leaves is not None:

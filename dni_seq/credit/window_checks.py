@@ -12,22 +12,22 @@ from torch import Tensor
 
 from dni_seq.core import nonfinite, states
 from dni_seq.core.states import State
-from dni_seq.core.windows import Window, finite_inputs, finite_targets
+from dni_seq.core.windows import Nest, Window, finite_inputs, finite_targets, named_tensors
 
 
 def check_window(window: Window, batch_dim: int) -> None:
-    """Raises a ValueError if the tensors of a window do not match, or if gradients are disabled."""
+    """Checks the kinds and shapes of a window's tensors, and that gradients are enabled.
+
+    Raises:
+        ValueError: shapes do not match, or gradients are disabled.
+        TypeError: inputs or targets hold something else than tensors, or the mask is not bool.
+    """
     inputs, targets, mask, ends, lookahead = window
     if not torch.is_grad_enabled():
         raise ValueError("step needs gradients: call it outside of torch.no_grad() and torch.inference_mode()")
-    for name, tensor in (("inputs", inputs), ("targets", targets)):
-        if tensor.dim() <= batch_dim:
-            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, and no dimension batch_dim={batch_dim}")
-        if tensor.shape[0] == 0:
-            raise ValueError(f"{name} has no steps: a window needs at least one")
-    lanes = inputs.shape[batch_dim]
-    if targets.shape[batch_dim] != lanes:
-        raise ValueError(f"inputs have {lanes} lanes, targets {targets.shape[batch_dim]}: they must agree")
+    lanes, of_targets = lanes_of(inputs, "inputs", batch_dim), lanes_of(targets, "targets", batch_dim)
+    if of_targets != lanes:
+        raise ValueError(f"inputs have {lanes} lanes, targets {of_targets}: they must agree")
     if ends is not None and (ends.shape != (lanes,) or ends.dtype != torch.bool):
         raise ValueError(f"ends must be a bool tensor [{lanes}], got {ends.dtype} {list(ends.shape)}")
     if mask is not None and mask.dtype != torch.bool:
@@ -36,10 +36,37 @@ def check_window(window: Window, batch_dim: int) -> None:
         raise ValueError("a lookahead needs time-major windows [T, B, ...]: transpose inputs and targets, with batch_dim=1")
 
 
+def lanes_of(nest: Nest, name: str, batch_dim: int) -> int:
+    """Returns B, the number of lanes of inputs or targets.
+
+    Args:
+        nest: a tensor [T, B, ...], or a nest of such tensors.
+        name: what errors call it.
+        batch_dim: the dimension of the lanes.
+
+    Raises:
+        ValueError: a tensor has no such dimension or no steps, or the tensors of a nest differ in T or B.
+        TypeError: a leaf of a nest is not a tensor.
+    """
+    found = named_tensors(nest, name)
+    for place, tensor in found:
+        if tensor.dim() <= batch_dim:
+            raise ValueError(f"{place} has shape {tuple(tensor.shape)}, and no dimension batch_dim={batch_dim}")
+        if tensor.shape[0] == 0:
+            raise ValueError(f"{place} has no steps: a window needs at least one")
+    first, like = found[0]
+    for place, tensor in found[1:]:
+        if tensor.shape[0] != like.shape[0] or tensor.shape[batch_dim] != like.shape[batch_dim]:
+            shapes = f"{place} has shape {tuple(tensor.shape)}, {first} {tuple(like.shape)}"
+            raise ValueError(f"{shapes}: they must agree in steps (dimension 0) and lanes (dimension {batch_dim})")
+    return like.shape[batch_dim]
+
+
 def finite_window(window: Window) -> Window:
     """Returns the window with zeros in place of values that are not finite and on which nothing that counts depends."""
     inputs, targets, mask, ends, lookahead = window
-    if mask is not None and mask.shape == inputs.shape[:2] == targets.shape[:2]:  # the loss rejects other masks
+    shapes = {leaf.shape[:2] for leaf in (*states.floating(inputs), *states.floating(targets))}
+    if mask is not None and shapes <= {mask.shape}:  # the loss rejects other masks
         window = window._replace(inputs=finite_inputs(inputs, mask, ends), targets=finite_targets(targets, mask))
     if lookahead is not None and lookahead.mask is not None:
         counts = lookahead.counts

@@ -10,7 +10,7 @@ from torch import Tensor
 from dni_seq.core import states
 from dni_seq.core.deferred_backward import backward, defer_backward
 from dni_seq.core.states import State
-from dni_seq.core.windows import Lookahead
+from dni_seq.core.windows import Lookahead, first_tensor
 from dni_seq.credit.replay import RecordedWindow
 from dni_seq.credit.stream_state import StreamState
 from dni_seq.credit.synthetic_gradient import SyntheticCredit
@@ -46,12 +46,13 @@ def run_and_backpropagate(
         trigger = states.detach(start) if credit is None or start is None else credit.make_trigger(start, context)
         run = runner.run_in_two_parts if auxiliary else runner.run_whole
         outputs, early, last = run(window.inputs, stream.attach(trigger))
-        runner.check_lanes(last, window.inputs.shape[runner.batch_dim])
+        first = first_tensor(window.inputs)
+        runner.check_lanes(last, first.shape[runner.batch_dim])
         loss = runner.loss(outputs, window.targets, window.mask)
         backward(loss)
         if credit is not None:
             if not bound:
-                credit.bind(len(window.inputs), last)
+                credit.bind(len(first), last)
             exchange = credit.inject(scope, loss, last, window.ends, lookahead)
             if (own := credit.auxiliary_loss(early, exchange)) is not None:
                 backward(own)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from dni_seq.core import states
 from dni_seq.core.states import State
-from dni_seq.core.windows import REDUCTIONS, Lookahead, Reduction, over
+from dni_seq.core.windows import REDUCTIONS, Lookahead, Nest, Reduction, first_tensor, over
 from dni_seq.credit.window_checks import check_ignored, check_lanes, lane_dims
 from dni_seq.distributed.data_parallel import DataParallel, SingleProcess
 
@@ -43,7 +43,7 @@ class WindowRunner:
     """
 
     model: nn.Module
-    loss_fn: Callable[[Any, Tensor], Tensor]
+    loss_fn: Callable[[Any, Any], Tensor]
     reduction: Reduction = "mean"
     autocast: torch.dtype | None = None
     batch_dim: int = 1
@@ -70,32 +70,42 @@ class WindowRunner:
         of_model: Callable[[int], State] | None = getattr(self.model, "initial_state", None)
         return None if of_model is None else of_model(lanes)
 
-    def run(self, inputs: Tensor, state: State | None) -> tuple[Any, State]:
-        """Runs the model; returns outputs and last state. The model gets a copy of `state`, so it may write to it."""
-        state = None if state is None else states.clone(state)
-        with self._autocast(inputs):
-            result: tuple[Any, State] = self.model(inputs, state)
-        return result
+    def run(self, inputs: Nest, state: State | None) -> tuple[Any, State]:
+        """Runs the model; returns outputs and last state. The model gets a copy of `state`, so it may write to it.
 
-    def run_whole(self, inputs: Tensor, state: State | None) -> tuple[Any, State, State]:
+        The keys of the last state are in the order of `state`, whatever their order in the model.
+
+        Raises:
+            TypeError: the last state holds something else than tensors.
+            ValueError: the last state has other keys than `state`.
+        """
+        own = None if state is None else states.clone(state)
+        with self._autocast(inputs):
+            outputs, last = self.model(inputs, own)
+        states.check_leaves(last, "the model's last state")
+        if state is not None:
+            last = states.match_keys(last, state, "the model's last state", "the state before it")
+        return outputs, last
+
+    def run_whole(self, inputs: Nest, state: State | None) -> tuple[Any, State, State]:
         """Does what `run` does, in the form of `run_in_two_parts`: outputs, last state, and the last state again."""
         outputs, last = self.run(inputs, state)
         return outputs, last, last
 
-    def run_in_two_parts(self, inputs: Tensor, state: State | None) -> tuple[Any, State, State]:
+    def run_in_two_parts(self, inputs: Nest, state: State | None) -> tuple[Any, State, State]:
         """Runs step 0 and then steps 1 to T - 1, so that the state after step 0 is available for an `AuxiliaryTask`.
 
         Returns:
             The outputs, concatenated along time, the state after step 0, and the last state. With T = 1 both are the same.
         """
-        if len(inputs) == 1:
+        if len(first_tensor(inputs)) == 1:
             outputs, last = self.run(inputs, state)
             return outputs, last, last
-        first, early = self.run(inputs[:1], state)
-        rest, last = self.run(inputs[1:], early)
-        return torch.cat([first, rest]), early, last
+        first, early = self.run(states.map_tensors(lambda tensor: tensor[:1], inputs), state)
+        rest, last = self.run(states.map_tensors(lambda tensor: tensor[1:], inputs), early)
+        return states.map_together(torch.cat, [first, rest], "the model's outputs"), early, last
 
-    def loss(self, outputs: Any, targets: Tensor, mask: Tensor | None) -> Tensor:
+    def loss(self, outputs: Any, targets: Nest, mask: Tensor | None) -> Tensor:
         """Returns the window's loss, 0-d; on several ranks this rank's contribution to the loss of all lanes.
 
         Raises:
@@ -143,7 +153,7 @@ class WindowRunner:
             return self.initial_state(lanes + 1)
 
     @torch.no_grad()
-    def state_template(self, inputs: Tensor, lanes: int) -> State:
+    def state_template(self, inputs: Nest, lanes: int) -> State:
         """Returns a state with the structure and shapes of the model's for `lanes` lanes; its values are meaningless.
 
         Without an initial state it runs the model on `inputs` once.
@@ -154,15 +164,15 @@ class WindowRunner:
                 initial = self.run(inputs, None)[1]
         return initial
 
-    def check_saved(self, leaves: list[Any], template: State) -> None:
+    def check_saved(self, saved: State, template: State) -> None:
         """Raises a ValueError if a saved leaf does not have the shape of its leaf in `template`.
 
         Args:
-            leaves: the flattened leaves of a saved hidden state, with the lanes of all ranks.
+            saved: a saved hidden state, nested like `template`, with the lanes of all ranks.
             template: a state with this rank's lanes.
         """
         dims = states.broadcast_to_leaves(self.state_batch_dim, template, "state_batch_dim")
-        for leaf, like, dim in zip(leaves, states.flatten(template), dims, strict=True):
+        for leaf, like, dim in zip(states.flatten(saved), states.flatten(template), dims, strict=True):
             if not isinstance(like, Tensor):
                 continue
             expected = list(like.shape)
@@ -172,10 +182,10 @@ class WindowRunner:
             if found != expected:
                 raise ValueError(f"the saved hidden state has a leaf {found}, this model's has {expected}")
 
-    def _autocast(self, like: Tensor) -> contextlib.AbstractContextManager[Any]:
+    def _autocast(self, like: Nest) -> contextlib.AbstractContextManager[Any]:
         if self.autocast is None:
             return contextlib.nullcontext()
-        return torch.autocast(like.device.type, dtype=self.autocast)
+        return torch.autocast(first_tensor(like).device.type, dtype=self.autocast)
 
 
 def finite_gradients(outputs: Any, mask: Tensor) -> Any:
@@ -223,14 +233,18 @@ def window_loss(losses: Tensor, mask: Tensor | None, reduction: Reduction) -> Te
     return losses.sum() / losses.shape[1] if reduction == "lane-mean" else losses.sum()
 
 
-def lookahead_at_start(inputs: Tensor, targets: Tensor, mask: Tensor | None, lookahead: Lookahead) -> Lookahead:
+def lookahead_at_start(inputs: Nest, targets: Nest, mask: Tensor | None, lookahead: Lookahead) -> Lookahead:
     """Returns the lookahead at the window's first state: the next m steps, in the window and in its own lookahead."""
-    steps = len(lookahead.inputs)
-    counts = torch.ones_like(lookahead.valid[:1]).expand(len(inputs), -1) if mask is None else mask
+    steps = len(first_tensor(lookahead.inputs))
+    counts = torch.ones_like(lookahead.valid[:1]).expand(len(first_tensor(inputs)), -1) if mask is None else mask
     after = lookahead.valid if lookahead.mask is None else lookahead.mask
+
+    def first_steps(leaves: list[Tensor]) -> Tensor:
+        return torch.cat(leaves)[:steps]
+
     return Lookahead(
-        inputs=torch.cat([inputs, lookahead.inputs])[:steps],
-        targets=torch.cat([targets, lookahead.targets])[:steps],
+        inputs=states.map_together(first_steps, [inputs, lookahead.inputs], "the inputs"),
+        targets=states.map_together(first_steps, [targets, lookahead.targets], "the targets"),
         valid=torch.cat([torch.ones_like(counts), lookahead.valid])[:steps],
         mask=torch.cat([counts, after])[:steps],
     )

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dni_seq.core.windows import Lookahead, Window
+from dni_seq.core import states
+from dni_seq.core.windows import Window, first_tensor
 from dni_seq.distributed.process_group import Ranks
 
 
@@ -52,18 +53,9 @@ class DataParallel:
         Raises:
             ValueError: B is not a multiple of the number of ranks.
         """
-        mine = self.lanes(window.inputs.shape[1])
-        lookahead = window.lookahead
-        if lookahead is not None:
-            mask = None if lookahead.mask is None else lookahead.mask[:, mine]
-            lookahead = Lookahead(lookahead.inputs[:, mine], lookahead.targets[:, mine], lookahead.valid[:, mine], mask)
-        return Window(
-            window.inputs[:, mine],
-            window.targets[:, mine],
-            None if window.mask is None else window.mask[:, mine],
-            None if window.ends is None else window.ends[mine],
-            lookahead,
-        )
+        mine = self.lanes(first_tensor(window.inputs).shape[1])
+        own: Window = states.map_tensors(lambda tensor: tensor[:, mine], window._replace(ends=None))
+        return own if window.ends is None else own._replace(ends=window.ends[mine])
 
     def own(self, leaf: Tensor, dim: int) -> Tensor:
         """Returns this rank's lanes of a tensor that has all B lanes along `dim`."""
@@ -79,7 +71,7 @@ class DataParallel:
         """Number of ranks, W."""
         return self.ranks.size
 
-    def share(self, loss_fn: Callable[[Any, Tensor], Tensor]) -> Callable[[Any, Tensor], Tensor]:
+    def share(self, loss_fn: Callable[[Any, Any], Tensor]) -> Callable[[Any, Any], Tensor]:
         """Returns `loss_fn` divided by W, the number of ranks: the ranks' means then add up to the mean over all lanes.
 
         Wrap the loss passed to `ExactFuture` in it if the trainer's reduction is "mean" or "lane-mean": `ExactFuture` knows
@@ -228,7 +220,7 @@ class SingleProcess(DataParallel):
         """Returns `leaf`."""
         return leaf
 
-    def share(self, loss_fn: Callable[[Any, Tensor], Tensor]) -> Callable[[Any, Tensor], Tensor]:
+    def share(self, loss_fn: Callable[[Any, Any], Tensor]) -> Callable[[Any, Any], Tensor]:
         """Returns `loss_fn`."""
         return loss_fn
 

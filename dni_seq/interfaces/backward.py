@@ -21,7 +21,7 @@ from dni_seq.core.states import State
 from dni_seq.interfaces.base import Interface
 from dni_seq.interfaces.context import current_context
 from dni_seq.interfaces.exchange import InjectionPoint, ScopeExchange, pop_grad, with_gradients_wanted, zero_ended_lanes
-from dni_seq.synthesizers.base import Regression, check_like
+from dni_seq.synthesizers.base import Regression, check_like, match_message
 from dni_seq.synthesizers.target_rule import TargetRule, combine, rule_of
 
 
@@ -65,11 +65,11 @@ class BackwardInterface(Interface):
                 trigger that another network computed in the same step, such as an encoder's state.
 
         Raises:
-            ValueError: the trigger holds no floating-point tensor.
+            ValueError: the trigger holds no floating-point tensor, or a complex one.
         """
         if not self.training or not torch.is_grad_enabled():
             return trigger
-        if not states.floating(trigger):
+        if not _real_leaves(trigger, "make_trigger"):
             raise ValueError("make_trigger: the trigger holds no floating-point tensor, so no gradient can arrive at it")
         scope = current_scope()
         watched = watched or scope is None
@@ -108,12 +108,12 @@ class BackwardInterface(Interface):
             bootstrap: a synthesizer whose messages go into the targets, in place of this interface's own messages.
 
         Raises:
-            ValueError: the trigger does not require a gradient, or was given before in this scope, or the synthesizer's
-                message has another shape or dtype.
+            ValueError: the trigger does not require a gradient, holds a complex tensor, or was given before in this scope,
+                or the synthesizer's message has other keys, another shape or another dtype.
         """
         if not self.training or not torch.is_grad_enabled():
             return
-        leaves = states.floating(trigger)
+        leaves = _real_leaves(trigger, "backward")
         if not any(leaf.requires_grad for leaf in leaves):
             raise ValueError(
                 "backward: the trigger does not require a gradient, so nothing can be injected; pass the tensor that part A "
@@ -134,6 +134,10 @@ class BackwardInterface(Interface):
         if bootstrap is not None:
             others = self._checked(self.messages(trigger, context, bootstrap), trigger, ends, batch_dim)
         self.exchange(scope).add_end(InjectionPoint(leaves, injected, others or messages, rule, others is None))
+
+    def _adapted(self, message: State, trigger: State) -> State:
+        """Returns `message` with its keys in the order of its trigger, converted to the trigger's half precision."""
+        return super()._adapted(match_message(message, trigger), trigger)
 
     def _predicted(self, trigger: State, context: Any, rule: TargetRule, scope: GradientAccumulator | None) -> list[State]:
         """Returns the messages at `trigger`; a self-supervised synthesizer trains on its context in a scope."""
@@ -158,8 +162,9 @@ class BackwardInterface(Interface):
             if the synthesizer has no trainable parameter.
 
         Raises:
-            ValueError: the message does not have the trigger's shape and dtype.
+            ValueError: the message does not have the trigger's keys, shape and dtype.
         """
+        message = match_message(message, trigger)
         check_like(states.floating(message), states.floating(trigger), "message")
         if not self.training or not torch.is_grad_enabled() or not self.learns:
             return None
@@ -172,9 +177,8 @@ class BackwardInterface(Interface):
         A synthesizer with several horizons gives the sum of their messages, without discount. The context is that of
         `synthesizer_context`.
 
-
         Raises:
-            ValueError: the message does not have the trigger's shape and dtype.
+            ValueError: the message does not have the trigger's keys, shape and dtype.
         """
         messages = self._checked(self.messages(trigger, current_context()), trigger, None, None)
         return states.with_floating(trigger, combine(messages, rule_of(self.synthesizer, 1.0, 1.0).injection))
@@ -213,6 +217,12 @@ class BackwardInterface(Interface):
 
         for leaf in leaves:
             leaf.register_post_accumulate_grad_hook(arrived)
+
+
+def _real_leaves(trigger: State, method: str) -> list[Tensor]:
+    """Returns the floating-point leaves of `trigger`; raises a ValueError if another leaf is complex."""
+    states.check_real(trigger, f"{method}: the trigger")
+    return states.floating(trigger)
 
 
 def deliver(leaves: list[Tensor], gradients: list[Tensor]) -> None:

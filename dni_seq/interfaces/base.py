@@ -35,13 +35,17 @@ class Interface(nn.Module):
         """Returns the messages at `trigger` by horizon, without a graph, of `synthesizer` or the interface's own."""
         with _full_precision(trigger) as cast:
             messages = predict(synthesizer or self.synthesizer, cast(states.detach(trigger)), cast(context))
-        return [_like(message, trigger) for message in messages]
+        return [self._adapted(message, trigger) for message in messages]
+
+    def _adapted(self, message: State, trigger: State) -> State:
+        """Returns `message` converted to the half precision of its trigger."""
+        return _like(message, trigger)
 
     def _predict_and_train(self, trigger: State, context: Any) -> tuple[list[State], Tensor]:
         """Returns the messages of a self-supervised synthesizer, without a graph, and its loss, already backpropagated."""
         with _full_precision(trigger) as cast:
             messages, loss = predict_and_train(self.synthesizer, cast(states.detach(trigger)), cast(context))
-        return [_like(message, trigger) for message in messages], loss
+        return [self._adapted(message, trigger) for message in messages], loss
 
     def measure(self, trigger: State, context: Any, targets: list[State | None]) -> Regression:
         """Returns the regression of the synthesizer's messages towards `targets`, without a backward pass.

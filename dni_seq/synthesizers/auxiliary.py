@@ -48,12 +48,14 @@ class AuxiliaryTask(nn.Module):
 
         Args:
             state: the state after the window's first step, attached to its graph.
-            message: the floating-point leaves of the gradient that is injected at the window's last state.
+            message: the floating-point leaves of the gradient that is injected at the window's last state, in the order of
+                `state`.
 
         Returns:
             0-d, the mean squared error of the prediction in units of the running root mean square of `message`.
         """
-        prediction = states.floating(self.network(state))
+        prediction = self.network.packing.leaves(self.network(state))
+        message = self.network.packing.leaves(states.with_floating(state, message))
         self.rms.update(list(message), list(message))
         scales = self.rms.scales() or []
         normal = [m / scale.clamp_min(Normalized.tiny) for m, scale in zip(message, scales, strict=True)]

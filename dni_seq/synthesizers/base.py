@@ -124,6 +124,15 @@ def predict_and_train(synthesizer: nn.Module, trigger: State, context: Any) -> t
     return own(trigger, context)
 
 
+def match_message(message: State, trigger: State) -> State:
+    """Returns `message`, or a target, with its keys in the order of `trigger`.
+
+    Raises:
+        ValueError: the keys differ, or there is a mapping in one of them only.
+    """
+    return states.match_keys(message, trigger, "the message", "the trigger")
+
+
 def mean_squared(predictions: list[State], targets: list[State | None]) -> Regression:
     """Computes the mean squared error between predictions and targets, with its diagnostics.
 
@@ -134,7 +143,7 @@ def mean_squared(predictions: list[State], targets: list[State | None]) -> Regre
         targets: one state for each horizon, None for a horizon without a target.
 
     Raises:
-        ValueError: a prediction and its target differ in the number of tensors, a shape or a dtype.
+        ValueError: a prediction and its target differ in their keys, the number of tensors, a shape or a dtype.
     """
     errors: list[Tensor] = []
     powers: list[Tensor] = []
@@ -145,6 +154,7 @@ def mean_squared(predictions: list[State], targets: list[State | None]) -> Regre
             for values in (errors, powers, cosines):
                 values.append(unknown)
             continue
+        target = states.match_keys(target, prediction, "the target", "the synthesizer's message")
         p, t = states.floating(prediction), states.floating(target)
         check_like(p, t, "synthesizer's message", "real one")
         flat_p = torch.cat([leaf.reshape(-1) for leaf in p])

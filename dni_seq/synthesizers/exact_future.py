@@ -23,6 +23,7 @@ from dni_seq.core.windows import Lookahead, Reduction, check_unreduced, next_ste
 from dni_seq.synthesizers.base import (
     Recommended,
     Regression,
+    match_message,
     predict,
     predict_and_train,
     recommended,
@@ -42,6 +43,8 @@ class ExactFuture(nn.Module):
 
     The trainer's `fidelity_every` compares the message with the gradient of one window, so its numbers are meaningful only
     if n = T and there is no tail.
+
+    The lookahead's inputs and targets may be nests of tensors, as those of the trainer's windows.
 
     Args:
         model: `model(inputs, state) -> (outputs, state)`. It is not registered as a submodule.
@@ -72,7 +75,7 @@ class ExactFuture(nn.Module):
     def __init__(
         self,
         model: nn.Module,
-        loss_fn: Callable[[Any, Tensor], Tensor],
+        loss_fn: Callable[[Any, Any], Tensor],
         *,
         steps: int,
         window: int | None = None,
@@ -214,7 +217,7 @@ class ExactFuture(nn.Module):
                     (message,) = predict(self.tail, states.detach(last), after)
                 # If the lookahead has only n steps, it does not show whether a sequence ends with the n-th.
                 alive = after.valid[0] if len(after.valid) else lookahead.valid[-1]
-                message = states.reset_lanes(message, ~alive, None, self.batch_dim)
+                message = states.reset_lanes(match_message(message, last), ~alive, None, self.batch_dim)
                 for leaf, gradient in zip(states.floating(last), states.floating(message), strict=True):
                     roots.append(leaf)
                     gradients.append(gradient)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from dni_seq.core.snapshot import buffers_apart
 from dni_seq.core.states import State
+from dni_seq.core.windows import Nest
 from dni_seq.synthesizers.future_model import FutureModel
 from dni_seq.synthesizers.normalization import LSTM_CELLS
 from dni_seq.synthesizers.token_classes import FirstTokens, among_the_first
@@ -33,7 +34,7 @@ def default_horizons(window: int) -> int:
 
 def future_for(
     loss_fn: Callable[[Any, Tensor], Tensor],
-    inputs: Tensor,
+    inputs: Nest,
     vocabulary: int | None,
     outputs: int | None,
     horizons: int | None,
@@ -49,6 +50,9 @@ def future_for(
     """
     if (vocabulary is None) == (outputs is None):
         raise ValueError("give either vocabulary, for token ids, or outputs, the width of the model's outputs")
+    if not isinstance(inputs, Tensor):
+        kind = type(inputs).__name__
+        raise ValueError(f"example_inputs is a {kind}, for_model needs a tensor: build a FutureModel with your own inputs=")
     ids, kind = vocabulary is not None, f"{inputs.dtype} {list(inputs.shape)}"
     if ids and (inputs.is_floating_point() or inputs.dim() != 2):
         raise ValueError(f"vocabulary is for token ids [T, B], example_inputs is {kind}: give outputs instead")

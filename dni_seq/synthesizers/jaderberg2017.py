@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dni_seq.core.states import State
-from dni_seq.core.windows import Lookahead
+from dni_seq.core.windows import Lookahead, first_tensor
 from dni_seq.synthesizers.base import Recommended
 from dni_seq.synthesizers.mlp import BasicSynthesizer
 
@@ -40,7 +40,7 @@ class NextInput(nn.Module):
         Raises:
             ValueError: the context is not a `Lookahead` of at least one step.
         """
-        if not isinstance(context, Lookahead) or not len(context.inputs):
+        if not isinstance(context, Lookahead) or not len(first_tensor(context.inputs)):
             raise ValueError(
                 "NextInput needs the next step as context: pass windows through "
                 "dni_seq.with_lookahead(windows, 1), and lookahead=window.lookahead to the trainer"

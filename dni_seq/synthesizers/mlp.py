@@ -13,15 +13,17 @@ from torch.nn import functional as F
 
 from dni_seq.core import states
 from dni_seq.core.states import State
+from dni_seq.synthesizers.key_order import KeyOrder
 
 
 class BasicSynthesizer(nn.Module):
     """Predicts a message from a trigger and an optional context with a multi-layer perceptron (ReLU between its layers).
 
     The last layer starts at zero, so messages are exactly zero at the start of training. The leaves of a nested trigger are
-    concatenated along their last dimension, and the output is split back into the same leaves. The layers of a stacked
-    state [L, B, H] share the perceptron, which does not see the layer's index. In a `ForwardInterface` the message may have
-    another last dimension than the trigger; the trigger must then be a single tensor.
+    concatenated along their last dimension, and the output is split back into the same leaves. The first trigger decides the
+    order of a dict's entries. The layers of a stacked state [L, B, H] share the perceptron, which does not see the layer's
+    index. In a `ForwardInterface` the message may have another last dimension than the trigger; the trigger must then be a
+    single tensor.
 
     Source: dni-pytorch, and Jaderberg et al. 2017, arXiv 1608.05343, section 2. dni-pytorch leaves the last layer's biases
     random; here they start at zero too.
@@ -64,6 +66,7 @@ class BasicSynthesizer(nn.Module):
             raise ValueError(f"BasicSynthesizer: n_hidden must be 0 or more, got {n_hidden}")
         self.output_dim, self.trigger_dim, self.context_dim = output_dim, trigger_dim, context_dim
         first = hidden_dim if n_hidden else output_dim
+        self.order = KeyOrder()
         self.input_trigger = nn.Linear(trigger_dim, first)
         self.input_context = None if context_dim is None else nn.Linear(context_dim, first)
         self.layers = nn.ModuleList(
@@ -84,11 +87,13 @@ class BasicSynthesizer(nn.Module):
             A tensor [..., output_dim], or a nest with the trigger's leaf shapes.
 
         Raises:
-            ValueError: the context is missing or not expected, the trigger or the context has a wrong size, the context
+            ValueError: the context is missing or not expected, the trigger or the context has a wrong size, the trigger's
+                leaves differ in another dimension than the last, or its keys are not those of the first trigger, the context
                 does not broadcast, or a dtype differs from the parameters' outside of autocast.
         """
+        trigger = self.order.arrange(trigger)
         leaves = states.floating(trigger)
-        joined = leaves[0] if len(leaves) == 1 else torch.cat(leaves, dim=-1)
+        joined = leaves[0] if len(leaves) == 1 else _concatenated(leaves)
         self._check(joined, context)
         z = self.input_trigger(joined)
         if self.input_context is not None:
@@ -135,6 +140,16 @@ class BasicSynthesizer(nn.Module):
                 f"BasicSynthesizer: the {name} has dtype {tensor.dtype}, the synthesizer's parameters {expected}: convert "
                 "one of them with .to(dtype); interfaces convert half-precision tensors to float32"
             )
+
+
+def _concatenated(leaves: list[Tensor]) -> Tensor:
+    if len({leaf.shape[:-1] for leaf in leaves}) > 1:
+        shapes = ", ".join(str(list(leaf.shape)) for leaf in leaves)
+        raise ValueError(
+            f"BasicSynthesizer: the trigger's leaves {shapes} differ in another dimension than the last, so they cannot be "
+            "concatenated: use StateSynthesizer or MultiHorizonSynthesizer, which take leaves of any rank"
+        )
+    return torch.cat(leaves, dim=-1)
 
 
 def zero_(layer: nn.Module | None) -> None:

@@ -19,6 +19,7 @@ from dni_seq.core.states import State
 from dni_seq.synthesizers.base import (
     Recommended,
     Regression,
+    match_message,
     predict,
     predict_and_train,
     recommended,
@@ -99,7 +100,7 @@ class Horizons(nn.Module):
 
     def forward(self, trigger: State, context: Any = None) -> State:
         """Returns the weighted sum of all messages, the tail's included, with the entries of `weights` and no discount."""
-        messages = self.predict(trigger, context)
+        messages = [match_message(message, trigger) for message in self.predict(trigger, context)]
         return states.with_floating(trigger, combine(messages, self.target_rule(1.0, 1.0).injection))
 
     def regress(self, trigger: State, context: Any, targets: list[State | None]) -> Regression:

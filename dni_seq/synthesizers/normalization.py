@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from dni_seq.core import states
 from dni_seq.core.states import State
-from dni_seq.synthesizers.base import Collective, Regression, mean_squared, predict
+from dni_seq.synthesizers.base import Collective, Regression, match_message, mean_squared, predict
+from dni_seq.synthesizers.key_order import KeyOrder
 
 LSTM_CELLS = (False, True)
 """The value of `cells` for the state (h, c) of `torch.nn.LSTM` and `torch.nn.LSTMCell`: only c is a cell state."""
@@ -42,15 +43,16 @@ class GatedCells(nn.Module):
         """Does what `forward` does for a wrapped synthesizer with several horizons; returns one message for each.
 
         Raises:
-            ValueError: `cells` is a nest whose structure differs from the trigger's.
+            ValueError: `cells` is a nest whose keys or number of leaves differ from the trigger's.
         """
         marks = states.broadcast_to_leaves(self.cells, trigger, "cells")
         leaves = states.flatten(trigger)
+        marks = [mark and states.is_floating(leaf) for mark, leaf in zip(marks, leaves, strict=True)]
         bounded = [leaf.tanh() if mark else leaf for leaf, mark in zip(leaves, marks, strict=True)]
         gates = [1 - leaf.square() if mark else None for leaf, mark in zip(bounded, marks, strict=True)]
         gated = []
         for message in predict(self.synthesizer, states.unflatten(trigger, bounded), context):
-            pairs = zip(states.flatten(message), gates, strict=True)
+            pairs = zip(states.flatten(match_message(message, trigger)), gates, strict=True)
             gated.append(states.unflatten(trigger, [m if gate is None else m * gate for m, gate in pairs]))
         return gated
 
@@ -152,11 +154,12 @@ class Normalized(nn.Module):
         super().__init__()
         self.synthesizer = synthesizer
         self.rms = RunningRMS(decay)
+        self.order = KeyOrder()
         self.limit = checked_limit(limit)
 
     def predict(self, trigger: State, context: Any) -> list[State]:
         """Returns one message for each horizon, in the unit of the targets; exactly zero before the first regression."""
-        messages = predict(self.synthesizer, trigger, context)
+        messages = [self.order.arrange(message) for message in predict(self.synthesizer, trigger, context)]
         scales = self.rms.scales()
         if scales is None:
             return [states.map_floating(torch.zeros_like, message) for message in messages]
@@ -177,9 +180,10 @@ class Normalized(nn.Module):
             targets: one for each horizon, a gradient of the trainer's loss, or None for a horizon without a target.
 
         Raises:
-            ValueError: a target and its message differ in the number of tensors, a shape or a dtype.
+            ValueError: a target and its message differ in their keys, the number of tensors, a shape or a dtype.
         """
-        messages = predict(self.synthesizer, trigger, context)
+        messages = [self.order.arrange(message) for message in predict(self.synthesizer, trigger, context)]
+        targets = [None if target is None else self.order.arrange(target) for target in targets]
         like = [leaf for message in messages for leaf in states.floating(message)]
         width = len(like) // len(messages)
         leaves = [leaf for t in targets for leaf in ([None] * width if t is None else states.floating(t))]

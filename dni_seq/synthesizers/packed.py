@@ -134,7 +134,7 @@ class PackedSynthesizer(nn.Module):
             targets: one raw target for each horizon, None for a horizon without a target. At least one is not None.
 
         Raises:
-            ValueError: a target differs from the trigger in the number of tensors, a shape or a dtype.
+            ValueError: a target differs from the trigger in its keys, the number of tensors, a shape or a dtype.
         """
         trained = [i for i, target in enumerate(targets) if target is not None]
         wanted = self._wanted(trigger, targets, trained)
@@ -150,11 +150,11 @@ class PackedSynthesizer(nn.Module):
 
     def _wanted(self, trigger: State, targets: list[State | None], trained: list[int]) -> Tensor:
         """Returns the n targets that are not None, [B, n, S], normalised; adds them to the running mean square first."""
-        like = states.floating(trigger)
-        for target in targets:
-            if target is not None:
-                check_like(like, states.floating(target), "trigger", "real message")
-        packed = [self.packing.pack(states.floating(target)) for target in targets if target is not None]
+        like = self.packing.leaves(trigger)
+        rows = [self.packing.leaves(target) for target in targets if target is not None]
+        for row in rows:
+            check_like(like, row, "trigger", "real message")
+        packed = [self.packing.pack(row) for row in rows]
         wanted = torch.stack(packed, dim=1)
         self._update(trained, wanted)
         return wanted / self._scales()[trained].clamp_min(Normalized.tiny)
@@ -174,7 +174,7 @@ class PackedSynthesizer(nn.Module):
 
     def _bounded(self, trigger: State) -> tuple[Tensor, Tensor]:
         """Returns the packed state with tanh applied to its cells, and the gate of the messages, [B, S] each."""
-        bounded = self.packing.pack(states.floating(states.detach(trigger)))  # a copy, because `pack` concatenates
+        bounded = self.packing.pack(self.packing.leaves(states.detach(trigger)))  # a copy, because `pack` concatenates
         gate = torch.ones_like(bounded)
         for span in self.cells:
             cells = bounded[:, span].tanh_()

@@ -14,12 +14,14 @@ from torch import Tensor, nn
 
 from dni_seq.core import states
 from dni_seq.core.states import State
+from dni_seq.synthesizers.key_order import KeyOrder
 
 
 class Packing(nn.Module):
     """Converts a state's floating-point leaves to one vector per lane, and back.
 
     A segment is a part of the vector that shares one scale: a layer of a leaf [L, B, H], or a whole leaf of any other rank.
+    The entries of a dict are in the order of `example`, whatever their order in a state.
 
     Args:
         example: a state with leaves [L, B, H] or [B, H]; only structure and shapes are used, except B.
@@ -32,7 +34,7 @@ class Packing(nn.Module):
         lengths: buffer [G], the number of elements of each segment.
 
     Raises:
-        ValueError: a leaf has another number of dimensions than 2 or 3, and `batch_dim` is not given.
+        ValueError: a leaf is complex, or has another number of dimensions than 2 or 3 and `batch_dim` is not given.
     """
 
     segment: Tensor
@@ -40,6 +42,9 @@ class Packing(nn.Module):
 
     def __init__(self, example: State, batch_dim: Any = None) -> None:
         super().__init__()
+        states.check_real(example, "the example")
+        self._structure = states.structure(example)
+        self.order = KeyOrder(example)
         if batch_dim is None:
             dims = [usual_lane_dim(leaf) for leaf in states.flatten(example)]
         else:
@@ -63,9 +68,7 @@ class Packing(nn.Module):
         Raises:
             ValueError: the trainer's states have their lanes elsewhere, or have other sizes.
         """
-        dims = [state_batch_dim] * len(self._leaves)
-        if isinstance(state_batch_dim, (tuple, list, dict)):
-            dims = states.flatten(state_batch_dim)
+        dims = states.broadcast_to_leaves(state_batch_dim, self._structure, "state_batch_dim")
         shapes = iter(self._shapes)
         found = [d % (len(next(shapes)) + 1) for d, there in zip(dims, self._leaves, strict=True) if there]
         if found != self._dims:
@@ -82,15 +85,28 @@ class Packing(nn.Module):
                 f"have {sizes}: build it from a state of this model"
             )
 
+    def leaves(self, state: State) -> list[Tensor]:
+        """Returns the floating-point leaves of `state` in the order of the example.
+
+        Raises:
+            ValueError: the state has other keys or another number of floating-point tensors than the example.
+        """
+        found = states.floating(self.order.arrange(state))
+        if len(found) != len(self._dims):
+            count = len(self._dims)
+            raise ValueError(f"the state has {len(found)} floating-point tensors, the synthesizer's example {count}")
+        return found
+
     def pack(self, leaves: Sequence[Tensor]) -> Tensor:
-        """Returns a state's floating-point leaves concatenated, [B, S]."""
+        """Returns a state's floating-point leaves, given in the order of the example, concatenated, [B, S]."""
         flat = [leaf.movedim(d, 0).flatten(1) for leaf, d in zip(leaves, self._dims, strict=True)]
         return torch.cat(flat, dim=1)
 
     def unpack(self, packed: Tensor, like: State) -> State:
         """Returns `packed` [B, S] in the structure of `like`; leaves are contiguous, because they are read several times."""
         pieces = zip(packed.split(self._sizes, dim=1), self._shapes, self._dims, strict=True)
-        return states.with_floating(like, [p.view(len(packed), *shape).movedim(0, d).contiguous() for p, shape, d in pieces])
+        leaves = [p.view(len(packed), *shape).movedim(0, d).contiguous() for p, shape, d in pieces]
+        return states.with_floating(self.order.arrange(like), leaves)
 
     def spans(self, setting: Any, example: State, name: str) -> list[slice]:
         """Returns the slices of the packed vector of the leaves that `setting`, one bool or a nest of bools, marks."""

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dni_seq.core import states
 from dni_seq.core.states import State
 from dni_seq.synthesizers.future_model import FutureModel
 from dni_seq.synthesizers.mlp import zero_
@@ -105,7 +104,7 @@ class StateNetwork(StateTrunk):
 
     def predict(self, trigger: State, context: Any) -> list[State]:
         """Returns one message for each horizon, in the unit in which the network is trained."""
-        messages, _ = self.packed(self.packing.pack(states.floating(trigger)), context)
+        messages, _ = self.packed(self.packing.pack(self.packing.leaves(trigger)), context)
         return [self.packing.unpack(message, trigger) for message in messages.unbind(1)]
 
     def forward(self, trigger: State, context: Any = None) -> State:

@@ -6,7 +6,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from dni_seq.core.windows import Window, counted, with_lookahead
+from dni_seq.core.windows import (
+    Lookahead,
+    Window,
+    counted,
+    first_tensor,
+    named_tensors,
+    next_steps,
+    on_device,
+    with_lookahead,
+)
 
 LANES = 3
 
@@ -112,3 +121,67 @@ def test_counted_is_the_mask_or_everything() -> None:
 def test_a_negative_lookahead_is_refused() -> None:
     with pytest.raises(ValueError, match="0 or more"):
         next(with_lookahead([], -1))
+
+
+def nested(window: Window, swap: bool = False) -> Window:
+    """The window with its inputs twice, in a dict, and its targets in a tuple."""
+    parts = {"tokens": window.inputs, "features": (window.inputs[..., None] * 2.0,)}
+    return window._replace(inputs=dict(reversed(parts.items())) if swap else parts, targets=(window.targets,))
+
+
+@pytest.mark.parametrize("mask", [False, True])
+@pytest.mark.parametrize("steps", [0, 3, 7])
+@pytest.mark.parametrize("case", CASES)
+def test_the_lookahead_of_nests_is_that_of_their_tensors(case: str, steps: int, mask: bool) -> None:
+    """Entries are matched by key: every second window has its dict in another order."""
+    windows = make_windows(*CASES[case], mask)
+    nests = [nested(window, swap=i % 2 == 1) for i, window in enumerate(windows)]
+    for window, plain in zip(with_lookahead(nests, steps), with_lookahead(windows, steps), strict=True):
+        ahead, like = window.lookahead, plain.lookahead
+        assert ahead is not None
+        assert like is not None
+        assert torch.equal(ahead.inputs["tokens"], like.inputs)
+        assert torch.equal(ahead.inputs["features"][0], like.inputs[..., None] * 2.0)
+        assert torch.equal(ahead.targets[0], like.targets)
+        assert torch.equal(ahead.valid, like.valid)
+        assert torch.equal(counted(window), counted(plain))
+        if steps > 1:
+            first = next_steps(ahead, 2)
+            assert isinstance(first, Lookahead)
+            assert torch.equal(first.inputs["tokens"], like.inputs[:2])
+
+
+def test_windows_of_other_keys_are_refused() -> None:
+    windows = [nested(window) for window in make_windows([2, 2], {})]
+    windows[1] = windows[1]._replace(inputs={"tokens": windows[1].inputs["tokens"]})
+    with pytest.raises(ValueError, match=r"the inputs .* missing 'features'"):
+        list(with_lookahead(windows, 2))
+
+
+def test_on_device_moves_every_tensor_of_a_nest() -> None:
+    window = next(with_lookahead([nested(w) for w in make_windows([2, 2], {0: [True, False, False]}, mask=True)], 2))
+    moved = on_device(window, torch.device("meta"))
+    assert moved.lookahead is not None
+    assert moved.inputs["features"][0].is_meta
+    assert moved.lookahead.inputs["tokens"].is_meta
+    assert moved.lookahead.targets[0].is_meta
+    assert all(part is not None and part.is_meta for part in (moved.mask, moved.ends, moved.lookahead.mask))
+
+
+def test_tensors_of_a_nest_have_names() -> None:
+    x = torch.zeros(2, LANES)
+    assert [name for name, _ in named_tensors({"a": [x, x], "b": x}, "inputs")] == [
+        "inputs['a'][0]",
+        "inputs['a'][1]",
+        "inputs['b']",
+    ]
+    assert first_tensor({"a": [x]}) is x
+    with pytest.raises(TypeError, match=r"inputs\['a'\] is a str: pass a tensor"):
+        named_tensors({"a": "text"}, "inputs")
+    with pytest.raises(ValueError, match="inputs holds no tensor"):
+        named_tensors({}, "inputs")
+    packed = torch.nn.utils.rnn.pack_padded_sequence(torch.zeros(2, LANES, 1), torch.tensor([2, 1, 1]))
+    with pytest.raises(TypeError, match="inputs is a PackedSequence: pass a padded tensor"):
+        named_tensors(packed, "inputs")
+    with pytest.raises(TypeError, match="PackedSequence"):
+        next(with_lookahead([(packed, x)], 1))
