@@ -68,6 +68,7 @@ class LanguageModelRun(TrainingRun):
         held_out: what identifies the texts of `valid` and `test` if they are local files, see `scoring.held_out`.
     """
 
+    LIMIT: ClassVar[str] = "--epochs, --max-steps or --max-tokens"
     LOG_EVERY: ClassVar[int] = 50
     HISTOGRAM_EVERY: ClassVar[int] = 1000
     DASHBOARD = LAYOUT

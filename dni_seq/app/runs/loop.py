@@ -120,6 +120,7 @@ class TrainingRun(ABC):
 
     Attributes:
         UNIT: name of a step in messages.
+        LIMIT: name in messages of what ends the run.
         LOG_EVERY: steps between two points of the training curves.
         DASHBOARD: charts of TensorBoard's tab "Custom Scalars".
         FINAL: keys whose last values are the run's scores in TensorBoard's tab "HParams".
@@ -139,6 +140,7 @@ class TrainingRun(ABC):
     """
 
     UNIT: ClassVar[str] = "step"
+    LIMIT: ClassVar[str] = "the limit of the run"
     LOG_EVERY: ClassVar[int]
     DASHBOARD: ClassVar[Layout]
     FINAL: ClassVar[Sequence[str]]
@@ -272,7 +274,7 @@ class TrainingRun(ABC):
         """Trains until the run is done or a signal arrives, and returns the exit status."""
         if self.finished:
             where = f"finished at {self.UNIT} {self.steps}, results in {self.run.path}"
-            self.progress.write_line(f"{where}; to train on, raise the limit of the run")
+            self.progress.write_line(f"{where}; to train on, raise {self.LIMIT}")
             return 0
         while not self.done():
             for window in self.stream:

@@ -199,6 +199,10 @@ def _source(options: RunOptions) -> _Source:
             raise ValueError("--resume auto needs --run-dir, the directory of the run")
         return _Source(RunDirectory(options.run_dir), None)
     path = Path(str(options.resume))
+    if not path.exists():
+        raise ValueError(
+            f"there is no checkpoint {path}: give RUN_DIR, RUN_DIR/checkpoints/NAME.pt, or auto together with --run-dir"
+        )
     load_checkpoint(path)  # first of all, report a file that is not a checkpoint
     run = RunDirectory.of_checkpoint(path)
     if options.run_dir is not None and RunDirectory(options.run_dir).path.absolute() != run.path:

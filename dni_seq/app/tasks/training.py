@@ -62,6 +62,7 @@ class TaskRun(TrainingRun):
     """
 
     UNIT = "update"
+    LIMIT = "--updates"
     LOG_EVERY: ClassVar[int] = 100
     DASHBOARD = DASHBOARD
     FINAL = ("task/length", "speed/updates_per_second")

@@ -59,7 +59,8 @@ def test_a_finished_run_that_is_queued_again_has_no_point_twice(place):
     for _ in range(2):
         result = bash(f"$train {RUN} queued --resume auto", place)
         assert result.returncode == 0
-    assert result.stdout == b"finished at step 6, results in queued; to train on, raise the limit of the run\n"
+    hint = b"to train on, raise --epochs, --max-steps or --max-tokens"
+    assert result.stdout == b"finished at step 6, results in queued; " + hint + b"\n"
     assert points(place / "queued")["test/loss"].keys() == {6}
 
 

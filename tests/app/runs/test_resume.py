@@ -120,7 +120,7 @@ def test_what_is_refused_leaves_the_run_untouched(run, tmp_path):
         ({"resume": str(run.best), "bptt": 5}, "another configuration"),
         ({"resume": str(run.best), "run_dir": str(tmp_path / "other")}, "remove --run-dir"),
         ({"resume": str(tmp_path / "text.pt")}, "not a checkpoint"),
-        ({"resume": str(tmp_path / "absent.pt")}, "there is no checkpoint"),
+        ({"resume": str(tmp_path / "absent.pt")}, "there is no checkpoint .*: give RUN_DIR, "),
         ({"resume": str(stray)}, "RUN_DIR/checkpoints"),
         ({"run_dir": directory, "resume": "auto", "epochs": "many"}, "--epochs must be a whole number"),
     ]
