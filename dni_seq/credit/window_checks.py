@@ -65,8 +65,9 @@ def lanes_of(nest: Nest, name: str, batch_dim: int) -> int:
 def finite_window(window: Window) -> Window:
     """Returns the window with zeros in place of values that are not finite and on which nothing that counts depends."""
     inputs, targets, mask, ends, lookahead = window
-    shapes = {leaf.shape[:2] for leaf in (*states.floating(inputs), *states.floating(targets))}
-    if mask is not None and shapes <= {mask.shape}:  # the loss rejects other masks
+    if mask is not None and all(
+        leaf.shape[:2] == mask.shape for leaf in (*states.floating(inputs), *states.floating(targets))
+    ):  # the loss rejects other masks
         window = window._replace(inputs=finite_inputs(inputs, mask, ends), targets=finite_targets(targets, mask))
     if lookahead is not None and lookahead.mask is not None:
         counts = lookahead.counts
@@ -127,7 +128,7 @@ def check_ignored(losses: Tensor, targets: Any, mask: Tensor | None) -> None:
     """
     if mask is not None or not isinstance(targets, Tensor) or targets.is_floating_point() or losses.shape != targets.shape:
         return
-    if nonfinite.readable_without_sync(targets) and (ignored := targets < 0).any() and not losses[ignored].any():
+    if nonfinite.readable_without_sync(targets) and int(targets.min()) < 0 and not losses[targets < 0].any():
         raise ValueError(
             "targets hold ignored steps (negative ids), which would count as steps with loss 0: pass mask=targets >= 0"
         )
