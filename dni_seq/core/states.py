@@ -59,7 +59,8 @@ def _mapped(function: Callable[[Any], Any], state: State) -> State:
     if isinstance(state, Tensor):
         return function(state)
     if isinstance(state, (tuple, list)):
-        return _sequence_like(state, [function(v) if isinstance(v, Tensor) else _mapped(function, v) for v in state])
+        found = [function(value) if isinstance(value, Tensor) else _mapped(function, value) for value in state]
+        return type(state)(*found) if hasattr(state, "_fields") else type(state)(found)
     if isinstance(state, Mapping):
         return _mapping_like(state, {key: _mapped(function, value) for key, value in state.items()})
     return function(state)
@@ -116,6 +117,8 @@ def match_keys(nest: State, like: State, name: str, other: str) -> State:
     Raises:
         ValueError: the keys differ, or there is a mapping in one nest only.
     """
+    if isinstance(nest, Tensor) and isinstance(like, Tensor):
+        return nest
     return _matched(nest, like, name, other) if has_keys(nest) or has_keys(like) else nest
 
 

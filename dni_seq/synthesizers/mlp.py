@@ -143,13 +143,16 @@ class BasicSynthesizer(nn.Module):
 
 
 def _concatenated(leaves: list[Tensor]) -> Tensor:
-    if len({leaf.shape[:-1] for leaf in leaves}) > 1:
+    try:
+        return torch.cat(leaves, dim=-1)
+    except RuntimeError as error:
+        if len({leaf.shape[:-1] for leaf in leaves}) == 1:
+            raise
         shapes = ", ".join(str(list(leaf.shape)) for leaf in leaves)
         raise ValueError(
             f"BasicSynthesizer: the trigger's leaves {shapes} differ in another dimension than the last, so they cannot be "
-            "concatenated: use StateSynthesizer or MultiHorizonSynthesizer, which take leaves of any rank"
-        )
-    return torch.cat(leaves, dim=-1)
+            "concatenated: use StateSynthesizer or MultiHorizonSynthesizer, which take leaves of several ranks"
+        ) from error
 
 
 def zero_(layer: nn.Module | None) -> None:

@@ -89,10 +89,8 @@ def rule_of(synthesizer: nn.Module, scale: float, discount: float) -> TargetRule
 def combine(messages: list[State], weights: Sequence[float]) -> list[Tensor]:
     """Computes the weighted sum of the messages, Σ_j weights_j · messages_j, for each floating-point leaf.
 
-    The order of the leaves is that of the first message.
+    The messages must have their keys in one order, as after `match_message`.
     """
-    first = messages[0]
-    messages = [states.match_keys(message, first, "a message", "the first message") for message in messages]
     columns = zip(*(states.floating(message) for message in messages), strict=True)
     return [_weighted_sum(list(column), weights) for column in columns]
 
