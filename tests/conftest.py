@@ -14,6 +14,14 @@ LIMITS = ("--max-steps", "60", "--eval-every", "20", "--sample-every", "30")
 SYNTHETIC = ("--horizons", "2", "--synthesizer-hidden", "16", "--regress-every", "2", "--fidelity-every", "8")
 
 
+@pytest.fixture(params=["here", "on the device"])
+def decides(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Where a bad step is left out. A CPU has the same kernels, so what a GPU does without waiting runs here too."""
+    if request.param == "on the device":
+        monkeypatch.setattr("dni_seq.core.nonfinite.readable_without_sync", lambda flag: False)
+    return request.param
+
+
 @pytest.fixture(scope="session")
 def two_runs(tmp_path_factory) -> Path:
     """A directory with two runs, `none` by truncated BPTT and `multi-horizon` with synthetic gradients: 60 steps each,

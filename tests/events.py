@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
 
 event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+RecordWriter = pytest.importorskip("tensorboard.summary.writer.record_writer").RecordWriter
 
 
 def points(run: Path) -> dict[str, dict[int, float]]:
@@ -19,3 +21,11 @@ def points(run: Path) -> dict[str, dict[int, float]]:
         assert len(steps) == len(set(steps)), f"{key} has a step twice: {steps}"
         curves[key] = {event.step: event.value for event in events.Scalars(key)}
     return curves
+
+
+def wait_for_the_next_second() -> None:
+    """Waits, so that the event file of a next session in this process sorts after those of the sessions before.
+
+    File names hold the second and then a count without leading zeros: in one second the tenth file sorts before the ninth.
+    """
+    time.sleep(1 - time.time() % 1)

@@ -49,14 +49,6 @@ class Poison:
         return loss if self.value is None else loss * self.value
 
 
-@pytest.fixture(params=["here", "on the device"])
-def decides(request, monkeypatch):
-    """Where a bad step is left out. A CPU has the same kernels, so what a GPU does without waiting runs here too."""
-    if request.param == "on the device":
-        monkeypatch.setattr(nonfinite, "readable_without_sync", lambda flag: False)
-    return request.param
-
-
 def fused(model):
     return torch.optim.Adam(model.parameters(), 1e-2, fused=True)
 
@@ -80,6 +72,7 @@ def test_a_bad_loss_changes_nothing(name, synthesizer, value, decides):
     assert result.skipped
     assert not result.loss.isfinite()
     assert (one.steps, one.skipped) == (3, 1)
+    assert one.credit is None or one.credit.state_dict()["steps"] == 3
     after, before = without_counts(one.state_dict()), without_counts(before)
     if decides == "on the device" and one.credit is not None:
         # The synthesizer's regression was not sound either, and nobody on the device knows whose fault that was.
@@ -330,6 +323,28 @@ def test_a_bad_auxiliary_task_is_reset_with_the_synthesizer():
     assert one.credit.monitor.resets == 1
     assert_same(dict(auxiliary.state_dict()), dict(fresh))
     assert not any(r.skipped for r in run(one, some[6:]))
+
+
+def test_a_bad_auxiliary_task_is_not_reset_at_a_window_with_a_bad_loss():
+    """Its NaN may come from the loss. The next window with a finite loss resets it."""
+    model, loss = problems.make_model("gru"), Poison()
+    one = sequence_trainer(
+        model,
+        torch.optim.Adam(model.parameters(), 1e-2),
+        loss,
+        synthesizer=dni.Normalized(dni.BasicSynthesizer(5).double()),
+        auxiliary=dni.AuxiliaryTask(torch.zeros(1, LANES, 5, dtype=torch.float64)).double(),
+    )
+    *first, bad, good = windows(5)
+    run(one, first)
+    with torch.no_grad():
+        next(one.credit.auxiliary.parameters()).fill_(float("nan"))
+    resets = []
+    for window, loss.value in ((bad, float("nan")), (good, None)):
+        (result,) = run(one, [window])
+        assert result.skipped
+        resets.append(one.credit.monitor.resets)
+    assert resets == [0, 1]
 
 
 def test_a_comparison_is_not_carried_over_a_bad_window():

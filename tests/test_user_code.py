@@ -18,7 +18,7 @@ from tests.training import sequence_trainer
 SETTINGS = {
     "none": {"synthesizer": None},
     "bootstrap": {},
-    "auto": {"synthetic_scale": "auto", "fidelity_every": 1, "replay_windows": 2},
+    "auto": {"synthetic_scale": "auto", "fidelity_every": 2, "replay_windows": 2},  # compares windows 2 and 3, then 4 and 5
     "lambda": {"targets": "lambda", "replay_windows": 3},
     "target-network": {"target_network": 2},
     "auxiliary": {"auxiliary": True},

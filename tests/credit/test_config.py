@@ -35,9 +35,22 @@ def test_a_wrong_setting_is_named(name, value):
         dni.SyntheticGradientConfig(**{name: value})
 
 
-@pytest.mark.parametrize("edge", [{"discount": 0}, {"discount": 1}, {"lam": 0}, {"lam": 1}, {"synthetic_scale": 0}])
-def test_an_edge_is_allowed(edge):
-    dni.SyntheticGradientConfig(**edge)
+EDGES = {
+    "synthetic_scale": (0,),
+    "discount": (0, 1),
+    "synthesizer_clip": (math.inf,),
+    "lam": (0, 1),
+    "replay_windows": (1,),
+    "regress_every": (1,),
+    "target_network": (0, 1),
+    "fidelity_every": (0, 1),
+    "auxiliary_weight": (0,),
+}
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in EDGES.items() for value in values])
+def test_an_edge_is_allowed(name, value):
+    assert getattr(dni.SyntheticGradientConfig(**{name: value}), name) == value
 
 
 def test_every_field_is_checked_or_a_module():

@@ -109,6 +109,24 @@ def test_a_target_network_is_rolled_back_at_the_window_that_copies_it():
     assert_same(dict(copied.state_dict()), dict(before))
 
 
+def test_a_target_network_that_is_copied_twice_in_a_step_is_rolled_back():
+    """At window 12 a copy is due, and the synthesizer diverges, so that its reset copies once more."""
+    trainer = make_trainer(problems.make_model("gru"), "target-network", target_network=4)
+    windows = windows_of(3 * 12)
+    steps(trainer, windows[:9])
+    with torch.no_grad():
+        for parameter in trainer.credit.synthesizer.parameters():
+            parameter.fill_(float("nan"))
+    steps(trainer, windows[9:11])
+    copied = trainer.credit.target_network.module
+    before = copy.deepcopy(copied.state_dict())
+    fail_in_the_next_step(trainer, lambda: assert_differs(copied.state_dict(), before))
+    with pytest.raises(Interrupted):
+        steps(trainer, windows[11:])
+    assert trainer.credit.monitor.resets == 0
+    assert_same(dict(copied.state_dict()), dict(before))
+
+
 def assert_differs(found, other):
     assert any(not torch.equal(value, other[key]) for key, value in found.items())
 

@@ -10,11 +10,12 @@ from torch import nn
 from torch.nn import functional as F
 
 import dni_seq as dni
-from dni_seq.distributed.data_parallel import DataParallel
+from dni_seq.distributed.data_parallel import DataParallel, SingleProcess
 from dni_seq.distributed.process_group import Ranks
 from dni_seq.synthesizers.jaderberg2017 import Jaderberg2017Synthesizer
 from dni_seq.synthesizers.least_squares import LeastSquaresHeads
 from dni_seq.synthesizers.multi_horizon import Horizons
+from tests.nests import assert_same
 from tests.training import sequence_trainer
 
 LANES, STEPS, WIDTH = 4, 3, 5
@@ -342,6 +343,46 @@ def test_gradients_that_some_ranks_lack_count_as_zero(ranks):
         gradient, nothing = rank["partial"]
         assert gradient.tolist() == [3.0, 3.0]
         assert nothing is None
+
+
+def results(parallel: DataParallel) -> dict[str, Any]:
+    """Returns the result of every method on one rank with all lanes."""
+    window = windows(True)[0]
+    leaf, mask = window.inputs, window.mask
+    module = nn.Linear(2, 1).double()
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.fill_(0.5)
+            parameter.grad = torch.full_like(parameter, 3.0)
+    gradients = [parameter.grad.clone() for parameter in module.parameters()]
+    number = torch.tensor(2.0, dtype=torch.float64)
+    found = {
+        "size": parallel.size,
+        "lanes": parallel.lanes(LANES),
+        "window": list(parallel.window(window)[:4]),
+        "lookahead": list(parallel.window(window).lookahead),
+        "own": parallel.own(leaf, 1),
+        "all": parallel.all(leaf, 1),
+        "share": parallel.share(losses)(leaf[..., :2], window.targets),
+        "share_of_mean": [parallel.share_of_mean(leaf.mean(), None), parallel.share_of_mean(leaf.mean(), mask)],
+        "sum": parallel.sum(leaf),
+        "norm": parallel.norm(leaf.norm()),
+        "sums": parallel.sums([leaf, number]),
+        "mean": parallel.mean([leaf, None, number]),
+    }
+    parallel.divide_gradients(module.parameters())
+    parallel.sum_gradients(module.parameters(), [number])
+    parallel.average_gradients(module.parameters())
+    assert_same([parameter.grad for parameter in module.parameters()], gradients)
+    assert number == 2
+    return found
+
+
+def test_a_single_process_returns_what_one_rank_returns():
+    """Except that its diagnosis names no rank."""
+    assert_same(results(SingleProcess()), results(DataParallel(Ranks())))
+    assert SingleProcess().first(3, "the loss") == "the loss"
+    assert DataParallel(Ranks()).first(3, "the loss") == "the loss on rank 0"
 
 
 def test_lanes_that_the_ranks_do_not_divide():

@@ -12,6 +12,7 @@ from dni_seq.synthesizers.base import Recommended, recommended, supports_auto_sc
 from dni_seq.synthesizers.binding import StepWeight, bind
 from dni_seq.synthesizers.jaderberg2017 import Jaderberg2017Synthesizer
 from dni_seq.synthesizers.multi_horizon import Horizons
+from dni_seq.synthesizers.packing import Packing, usual_lane_dim
 from tests import problems
 from tests.credit.trainers import T, future_gradient, windows_of
 from tests.training import trainer_initial
@@ -95,6 +96,28 @@ def test_lanes_elsewhere_are_refused():
     synthesizer = dni.StateSynthesizer(model.initial_state(2), hidden=(4,), batch_dim=2).double()
     with pytest.raises(ValueError, match=r"along the dimensions \[2, 2\], the trainer's state_batch_dim says \[1, 1\]"):
         trained(synthesizer, model)
+
+
+@pytest.mark.parametrize(
+    ("example", "usual", "same", "other"),
+    [
+        (torch.zeros(2, 3, 5), 1, (1, -2), (0, 2, -1)),
+        (torch.zeros(3, 5), 0, (0, -2), (1, -1)),
+        ((torch.zeros(3, 5), torch.zeros(3, dtype=torch.int64)), 0, (0, (0, 0), (-2, -1), (0, 7)), (1, (1, 0))),
+        ({"a": torch.zeros(2, 3, 5), "b": torch.zeros(3, 5)}, None, ({"a": 1, "b": 0}, {"a": -2, "b": -2}), (0, 1)),
+    ],
+    ids=["layers", "one layer", "with a counter", "nest"],
+)
+def test_lane_dimensions_are_compared_counted_from_either_end(example, usual, same, other):
+    """A leaf that is not a floating-point tensor is not compared."""
+    packing = Packing(example)
+    if usual is not None:
+        assert usual_lane_dim(states.flatten(example)[0]) == usual
+    for dims in same:
+        packing.bind(window=T, reduction=None, state_batch_dim=dims)
+    for dims in other:
+        with pytest.raises(ValueError, match="the synthesizer was built for states with lanes along the dimensions"):
+            packing.bind(window=T, reduction=None, state_batch_dim=dims)
 
 
 @pytest.mark.parametrize("name", problems.MODELS)

@@ -19,6 +19,8 @@ from dni_seq.app.runs.options import build
 from dni_seq.models.language_model import LanguageModel, token_losses
 from dni_seq.models.vector_rnn import VectorRNN
 from dni_seq.synthesizers.base import recommended
+from dni_seq.synthesizers.for_model import HORIZONS, example_state, lstm_cells
+from dni_seq.synthesizers.token_classes import FirstTokens
 from tests.nests import assert_same
 
 LANES = 4
@@ -117,6 +119,40 @@ def test_a_model_is_left_as_it_is():
     assert [(span.start, span.stop) for span in found.cells] == [(5, 10)]
 
 
+def test_an_example_state_draws_no_random_number():
+    """Its dropout draws, but the random state is restored."""
+    model, ids = Own(), torch.zeros(5, 3, dtype=torch.int64)
+    before = torch.get_rng_state()
+    leaves = example_state(model, ids)
+    assert [leaf.shape for leaf in leaves] == [(1, 1, 5)] * 2
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_vocabulary_of_as_many_words_as_classes_shares_no_class():
+    """With one word more the last words share a class, and the default is one horizon."""
+    model, ids = LanguageModel(21, embed=4, hidden=5), torch.zeros(3, 2, dtype=torch.int64)
+    for vocabulary, horizons in ((20, HORIZONS), (21, 1)):
+        found = dni.FutureGradient.for_model(model, token_losses, example_inputs=ids, vocabulary=vocabulary, classes=20)
+        assert (found.lookahead, found.model.inputs.num_embeddings) == (3 * horizons, 20)
+        assert isinstance(found.model.inputs, FirstTokens) == (vocabulary == 21)
+
+
+class Cells(nn.Module):
+    """A model with the given recurrent parts."""
+
+    def __init__(self, *cells: nn.Module) -> None:
+        super().__init__()
+        self.cells = nn.ModuleList(cells)
+
+
+def test_only_a_pair_of_an_lstm_has_cell_states():
+    pair = (torch.zeros(1, 1, 5), torch.zeros(1, 1, 5))
+    assert lstm_cells(Cells(nn.LSTMCell(2, 5)), pair) == lstm_cells(Cells(nn.LSTM(2, 5)), pair) == dni.LSTM_CELLS
+    assert lstm_cells(Cells(nn.GRU(2, 5), nn.GRU(5, 5)), pair) is False
+    assert lstm_cells(Cells(nn.LSTM(2, 5), nn.GRU(5, 5)), (*pair, pair[0])) is False
+    assert lstm_cells(Cells(nn.LSTM(2, 5), nn.GRU(5, 5)), (pair, pair[0])) is False
+
+
 def test_half_precision_and_double():
     for dtype, expected in ((torch.float64, torch.float64), (torch.bfloat16, torch.float32)):
         model = LanguageModel(20, embed=4, hidden=5).to(dtype)
@@ -136,6 +172,10 @@ def test_what_does_not_fit_is_said():
         make(model, token_losses, example_inputs=vectors, vocabulary=20)
     with pytest.raises(ValueError, match=r"outputs is for vectors \[T, B, E\], example_inputs is torch.int64 \[2, 3\]"):
         make(model, token_losses, example_inputs=ids, outputs=20)
+    with pytest.raises(ValueError, match=r"for token ids \[T, B\], example_inputs is torch.int64 \[2, 3, 1\]"):
+        make(model, token_losses, example_inputs=ids[..., None], vocabulary=20)
+    with pytest.raises(ValueError, match=r"outputs is for vectors \[T, B, E\], example_inputs is torch.float32 \[2, 3\]"):
+        make(model, token_losses, example_inputs=vectors[..., 0], outputs=20)
 
 
 PLAIN = """

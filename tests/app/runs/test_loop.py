@@ -6,9 +6,11 @@ import json
 import os
 import re
 import signal
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
@@ -27,7 +29,7 @@ from dni_seq.core.windows import Window
 from dni_seq.credit.results import StepResult
 from dni_seq.distributed.process_group import Ranks
 from dni_seq.streams import DataError
-from tests.events import points
+from tests.events import RecordWriter, points, wait_for_the_next_second
 from tests.nests import assert_same
 
 STEPS, LANES = 3, 2
@@ -88,7 +90,7 @@ class Net(nn.Module):
 
 @dataclass(kw_only=True)
 class NumberRun(TrainingRun):
-    """The smallest run. `at` calls a function after a step."""
+    """The smallest run. `at` calls a function after a step; `losses` has the loss of each."""
 
     LOG_EVERY: ClassVar[int] = 5
     DASHBOARD = {}
@@ -98,6 +100,7 @@ class NumberRun(TrainingRun):
     stream: Numbers
     counters: Counters = field(default_factory=Counters)
     at: dict[int, Callable[[NumberRun], None]] = field(default_factory=dict)
+    losses: list[float] = field(default_factory=list)
 
     def done(self) -> bool:
         return self.steps >= self.options.limit
@@ -109,6 +112,7 @@ class NumberRun(TrainingRun):
         return Measured({"train/loss": result.loss, **measurements(result)}, weight=1, tokens=window.targets.numel())
 
     def after_step(self, window: Window, result: StepResult, measured: Measured) -> None:
+        self.losses.append(float(result.loss))
         if self.steps in self.at:
             self.at[self.steps](self)
 
@@ -195,6 +199,57 @@ def test_a_checkpoint_is_due_by_time_or_after_an_evaluation(tmp_path, monkeypatc
     assert load_checkpoint(tmp_path / "late" / previous)["trainer"]["steps"] == 11
 
 
+def test_a_point_is_the_average_since_the_point_before(tmp_path):
+    """If the last step is a fifth step, it has one point, not two."""
+    losses: list[float] = []
+    assert train(tmp_path / "run", limit=10, at={10: lambda run: losses.extend(run.losses)}) == 0
+    found = points(tmp_path / "run")["train/loss"]
+    assert found == pytest.approx({5: sum(losses[:5]) / 5, 10: sum(losses[5:]) / 5})
+
+
+def test_only_the_last_checkpoint_is_kept_as_previous(tmp_path):
+    """A run resumes from `previous.pt` if `last.pt` is damaged, so no other checkpoint may be moved there."""
+    run = RunDirectory(tmp_path / "run")
+    save_best = lambda each: each.save(run.best)  # noqa: E731
+    assert train(run.path, at={3: save_best, 5: save_best}) == 0
+    assert load_checkpoint(run.best)["trainer"]["steps"] == 5
+    assert not run.previous.exists()
+
+
+def test_checkpoints_are_a_minute_apart(tmp_path, monkeypatch):
+    """A step lasts 25 seconds here, so the third step after each checkpoint saves the next one."""
+    now, saved, save = [0.0], [], NumberRun.save
+
+    def wait(run: NumberRun) -> None:
+        now[0] += 25
+
+    def note(run: NumberRun, path: Path) -> None:
+        saved.append(run.steps)
+        save(run, path)
+
+    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: now[0], process_time=time.process_time))
+    monkeypatch.setattr(NumberRun, "save", note)
+    assert train(tmp_path / "run", limit=11, at=dict.fromkeys(range(12), wait)) == 0
+    assert saved == [3, 6, 9, 11]
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["seconds"] == 11 * 25
+
+
+def test_a_checkpoint_is_written_after_its_points(tmp_path, monkeypatch):
+    """Else a killed run would resume with a gap in its curves. TensorBoard's thread is slow here."""
+    logged = {}
+    write = RecordWriter.write
+    monkeypatch.setattr(RecordWriter, "write", lambda self, data: (time.sleep(0.05), write(self, data)))
+
+    def look(path: Path, content: dict[str, Any], **more: Any) -> None:
+        logged[content["trainer"]["steps"]] = list(points(tmp_path / "run")["train/loss"])
+        save_checkpoint(path, content, **more)
+
+    monkeypatch.setattr(loop, "save_checkpoint", look)
+    monkeypatch.setattr(NumberRun, "evaluate", lambda run: run.steps in (7, 10))
+    assert train(tmp_path / "run") == 0
+    assert logged == {7: [5], 10: [5, 10], 12: [5, 10, 12]}
+
+
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_stopped_run_resumes_bit_identically(number, status, tmp_path, capsys):
     run = tmp_path / "run"
@@ -205,6 +260,7 @@ def test_a_stopped_run_resumes_bit_identically(number, status, tmp_path, capsys)
     assert end == f"stopped at step 7; to resume: --run-dir {run} --resume auto"
     assert load_checkpoint(RunDirectory(run).last)["trainer"]["steps"] == 7
     assert not (run / "summary.json").exists()
+    wait_for_the_next_second()
     assert train(run) == 0
     assert capsys.readouterr().out.startswith(f"resuming from {run / 'checkpoints' / 'last.pt'} at step 7\n")
     assert_same(without_times(run), without_times(tmp_path / "whole"))

@@ -1,0 +1,58 @@
+"""StreamState: loads a hidden state, resets it before it is used, and rejects one that does not fit."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+import dni_seq as dni
+from tests import problems
+from tests.credit.trainers import T, make_trainer, steps, windows_of
+from tests.training import LANES
+
+
+@pytest.mark.parametrize("kind", ["lambda", "auto"])
+def test_a_reset_after_loading_drops_the_recorded_windows(kind):
+    """The next window does not follow them, and may have another number of lanes."""
+    model = problems.make_model("lstm")
+    saving = make_trainer(model, kind, initial_state=model.initial_state)
+    steps(saving, windows_of(T * 3))
+    saved = copy.deepcopy(saving.state_dict())
+    assert saved["credit"]["ring"] or saved["credit"]["probe_windows"]
+    trainer = make_trainer(model, kind, initial_state=model.initial_state)
+    trainer.load_state_dict(saved)
+    trainer.reset()
+    kept = trainer.state_dict()["credit"]
+    assert (kept["ring"], kept["probe_windows"], kept["probe_messages"]) == ([], [], None)
+    assert kept["steps"] == 3
+    narrow = dni.with_lookahead(problems.cut(problems.tokens(T * 12, LANES - 1), T), T)
+    assert all(result.loss.isfinite() for result in steps(trainer, list(narrow)))
+
+
+def test_loading_a_trainer_without_a_state_discards_the_current_state():
+    """The next window starts from the initial state, as it would in the trainer that was saved."""
+    first, *rest = windows_of(T * 4)
+    saving = make_trainer(problems.make_model("lstm"), "bootstrap")
+    steps(saving, rest)
+    saving.reset()
+    saved = copy.deepcopy(saving.state_dict())
+    loading = make_trainer(problems.make_model("lstm", seed=1), "bootstrap")
+    steps(loading, rest)
+    loading.load_state_dict(saved)
+    assert loading.state is None
+    (found,), (expected,) = steps(loading, [first]), steps(saving, [first])
+    assert torch.equal(found.loss, expected.loss)
+
+
+def test_a_saved_state_of_another_size_is_rejected():
+    """It has the nesting of the model's state, but more units. The message names both shapes."""
+    small, large = (problems.StackedLSTM(hidden=hidden).double() for hidden in (5, 6))
+    saving, loading = (dni.SequenceTrainer(model, problems.frozen(model), problems.mean) for model in (large, small))
+    steps(saving, windows_of(T)[:1])
+    saved = {**loading.state_dict(), "state": saving.state_dict()["state"]}
+    message = r"the saved hidden state has a leaf \[2, 3, 6\], this model's has \[2, 3, 5\]"
+    with pytest.raises(ValueError, match=message):
+        loading.load_state_dict(saved, LANES)
+    assert loading.state is None
