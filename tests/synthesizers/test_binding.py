@@ -114,10 +114,10 @@ def test_lane_dimensions_are_compared_counted_from_either_end(example, usual, sa
     if usual is not None:
         assert usual_lane_dim(states.flatten(example)[0]) == usual
     for dims in same:
-        packing.bind(window=T, reduction=None, state_batch_dim=dims)
+        packing.bind(window=T, reduction=None, state_batch_dim=dims, state=example)
     for dims in other:
         with pytest.raises(ValueError, match="the synthesizer was built for states with lanes along the dimensions"):
-            packing.bind(window=T, reduction=None, state_batch_dim=dims)
+            packing.bind(window=T, reduction=None, state_batch_dim=dims, state=example)
 
 
 @pytest.mark.parametrize("name", problems.MODELS)
