@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,12 @@ from tests.ranks import run_ranks
 TINY = ("--embed", "8", "--hidden", "8", "--bptt", "4", "--batch-size", "64", "--seed", "5", "--eval-tokens", "2048")
 LIMITS = ("--max-steps", "60", "--eval-every", "20", "--sample-every", "30")
 SYNTHETIC = ("--horizons", "2", "--synthesizer-hidden", "16", "--regress-every", "2", "--fidelity-every", "8")
+
+
+def pytest_configure() -> None:
+    """Gives SIGHUP its default again, which nohup takes away from the tests and from the processes that they start."""
+    if hasattr(signal, "SIGHUP"):
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(params=["here", "on the device"])
