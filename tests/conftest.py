@@ -16,7 +16,8 @@ SYNTHETIC = ("--horizons", "2", "--synthesizer-hidden", "16", "--regress-every",
 
 
 def pytest_configure() -> None:
-    """Gives SIGHUP its default again, which nohup takes away from the tests and from the processes that they start."""
+    """Gives signals their defaults again, which nohup and a shell's background jobs take away from the tests."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if hasattr(signal, "SIGHUP"):
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
 

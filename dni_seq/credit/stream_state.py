@@ -153,10 +153,11 @@ class StreamState:
         if self._waiting is None:
             return
         leaves, own = self._waiting["state"], self._runner.parallel.own
+        if leaves is not None:
+            state = states.from_saved(leaves, self._waiting.get("state_paths"), nest)
         if nest is not None:
             self._runner.check_lanes(nest, lanes)
         if leaves is not None:
-            state = states.from_saved(leaves, self._waiting.get("state_paths"), nest)
             self._runner.check_saved(state, nest)
         if self._credit is not None:
             self._credit.load_state_dict(self._waiting["credit"], nest)
