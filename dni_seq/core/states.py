@@ -59,8 +59,9 @@ def _mapped(function: Callable[[Any], Any], state: State) -> State:
     if isinstance(state, Tensor):
         return function(state)
     if isinstance(state, (tuple, list)):
-        found = [function(value) if isinstance(value, Tensor) else _mapped(function, value) for value in state]
-        return type(state)(*found) if hasattr(state, "_fields") else type(state)(found)
+        return _sequence_like(
+            state, [function(value) if isinstance(value, Tensor) else _mapped(function, value) for value in state]
+        )
     if isinstance(state, Mapping):
         return _mapping_like(state, {key: _mapped(function, value) for key, value in state.items()})
     return function(state)

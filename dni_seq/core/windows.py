@@ -146,7 +146,7 @@ class Window(NamedTuple):
 def finite_targets(targets: Any, counts: Tensor) -> Any:
     """Returns targets with zeros in place of NaNs and infinities at steps that do not count.
 
-    A loss of such a target is left out of the sum, but its gradient would be 0 times NaN.
+    The loss of such a target has no part in the sum, but its gradient would be 0 times NaN.
 
     Args:
         targets: [T, B, ...], a tensor or a nest of tensors.

@@ -108,7 +108,8 @@ def lambda_targets(
     Args:
         runner: runs the model.
         windows: K consecutive windows, oldest first.
-        last_messages: the synthesizer's messages at the last state of the last window, zero in lanes that ended.
+        last_messages: the synthesizer's messages at the last state of the last window; in lanes that
+            ended they count as zero.
         rule: the coefficients of targets.
         predict: returns the messages at a window's first state.
         lam: λ: 0 is the bootstrapped target, 1 that of BPTT over the K windows.

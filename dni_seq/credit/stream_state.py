@@ -80,8 +80,9 @@ class StreamState:
         if self._learned is None or self._fresh is None or start is None:
             return start
         dims = states.broadcast_to_leaves(self._runner.state_batch_dim, start, "state_batch_dim")
+        learned = states.flatten(states.match_keys(self._learned, start, "the initial state", "the state"))
         leaves = []
-        for leaf, initial, dim in zip(states.flatten(start), states.flatten(self._learned), dims, strict=True):
+        for leaf, initial, dim in zip(states.flatten(start), learned, dims, strict=True):
             if isinstance(initial, Tensor) and initial.requires_grad:
                 leaf = leaf + torch.where(states.lane_mask(self._fresh, leaf, dim), initial - initial.detach(), 0)
             leaves.append(leaf)
@@ -108,11 +109,6 @@ class StreamState:
             broken = broken_lanes(start, self._runner.state_batch_dim)
             start = self._runner.reset(self._runner.reset(start, broken), ends)
         self.advance(start, ends, broken, self._fresh)
-
-    @property
-    def fresh(self) -> Tensor | None:
-        """[B] bool, lanes whose window starts from a learned initial state; None for none."""
-        return self._fresh
 
     def reset(self) -> None:
         """Forgets the state: the next window starts from the initial state and does not continue an earlier window."""

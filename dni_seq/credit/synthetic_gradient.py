@@ -30,10 +30,10 @@ from dni_seq.credit.replay import RecordedWindow, lambda_targets
 from dni_seq.credit.replay_buffer import ReplayBuffer
 from dni_seq.credit.results import Synthetic
 from dni_seq.credit.synthesizer_step import SynthesizerStep
-from dni_seq.credit.target_network import target_network_of
+from dni_seq.credit.target_network import TargetNetwork
 from dni_seq.credit.window_runner import WindowRunner
 from dni_seq.interfaces.context import synthesizer_context
-from dni_seq.interfaces.exchange import ScopeExchange, zero_ended_lanes
+from dni_seq.interfaces.exchange import ScopeExchange
 from dni_seq.synthesizers.base import Regression, recommended, supports_auto_scale
 from dni_seq.synthesizers.binding import bind
 from dni_seq.synthesizers.target_rule import TargetRule, drawn, rule_of
@@ -72,7 +72,8 @@ class SyntheticCredit(Restorable):
         self.runner = runner
         self._filter = MessageFilter(runner.parallel)
         self.interface = FilteredInterface(synthesizer, self._filter)
-        self.target_network = target_network_of(synthesizer, settings.target_network, runner.model)
+        every = settings.target_network
+        self.target_network = TargetNetwork(synthesizer, every, runner.model) if every else None
         self._running = RunningFidelity()
         self._auto_scale = AutoScale()
         self._replay_buffer = ReplayBuffer(runner, settings.replay_windows)
@@ -235,16 +236,14 @@ class SyntheticCredit(Restorable):
             return None, torch.zeros(()), valid
         windows = self._replay_buffer.add(window)
         regression, norm = None, torch.zeros(())
-        for past, target in zip(windows, self._targets(windows, last, last_context, window.ends), strict=True):
+        for past, target in zip(windows, self._targets(windows, last, last_context), strict=True):
             self.step_optimizer.zero_grad()
             buffers = TensorSnapshot(buffers_of(self._learners)).keep()
             regression = self.step_optimizer.sum_gradients(self.interface.regress(past.start, past.context, list(target)))
             norm, valid = self.step_optimizer(regression.loss, valid, buffers)
         return regression, norm, valid
 
-    def _targets(
-        self, windows: list[RecordedWindow], last: State, last_context: Lookahead | None, ends: Tensor | None
-    ) -> list[list[State]]:
+    def _targets(self, windows: list[RecordedWindow], last: State, last_context: Lookahead | None) -> list[list[State]]:
         """Returns the λ-targets at the first states of K windows, an empty list for no windows."""
         if not windows:
             return []
@@ -252,8 +251,6 @@ class SyntheticCredit(Restorable):
         scale = 1.0 if self.settings.scale == "auto" else self.settings.scale
         rule = rule_of(self.synthesizer, scale, self.settings.discount)
         after = self.interface.messages(last, last_context, teacher)
-        if ends is not None:
-            after = [zero_ended_lanes(message, ends, self.runner.state_batch_dim) for message in after]
 
         def predict(past: RecordedWindow) -> list[State]:
             return self.interface.messages(past.start, past.context, teacher)

@@ -62,8 +62,3 @@ class TargetNetwork(Restorable):
     def load_state_dict(self, saved: dict[str, Any] | None) -> None:
         """Restores what `state_dict` returned; None, if no target network was saved, copies the synthesizer."""
         self.module.load_state_dict(saved or self._synthesizer.state_dict())
-
-
-def target_network_of(synthesizer: nn.Module, every: int, model: nn.Module) -> TargetNetwork | None:
-    """Returns a `TargetNetwork` that copies every `every` windows, None for 0."""
-    return TargetNetwork(synthesizer, every, model) if every else None

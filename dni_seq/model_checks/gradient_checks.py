@@ -27,7 +27,7 @@ class LastLeaf(NamedTuple):
     """A floating-point leaf of the last state, and what it has to do with the leaves of the first state.
 
     Attributes:
-        path: where it is in the state.
+        path: its place in the state.
         has_graph: whether it requires a gradient.
         varies: whether its value changes with the inputs and the first state.
         depends: the paths of the first state's leaves that its value depends on.
