@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.ranks import run_ranks
 
@@ -22,9 +24,17 @@ def pytest_configure() -> None:
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Restores the number of threads of the process, which the commands set."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(params=["here", "on the device"])
 def decides(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Where a bad step is left out. A CPU has the same kernels, so what a GPU does without waiting runs here too."""
+    """Where a bad step is skipped. A CPU has the same kernels, so what a GPU does without waiting runs here too."""
     if request.param == "on the device":
         monkeypatch.setattr("dni_seq.core.nonfinite.readable_without_sync", lambda flag: False)
     return request.param

@@ -265,7 +265,7 @@ def test_a_learned_initial_state_survives_resuming_and_bad_windows():
     trainer.step(ids(), ids(seed=1), ends=end)
     poison[0] = float("nan")
     assert trainer.step(ids(), ids(seed=1)).skipped
-    assert trainer._stream.fresh.tolist() == end.tolist()  # its window has not been trained on yet
+    assert trainer.state_dict()["fresh"].tolist() == end.tolist()  # its window has not been trained on yet
     poison[0] = 1.0
     trainer.step(ids(), ids(seed=1))
     assert model.first.grad.any()

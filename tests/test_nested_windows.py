@@ -1,4 +1,4 @@
-"""Nests of tensors as inputs and targets train as one tensor does, to the bit; what is no such nest is refused by name."""
+"""Nests of tensors as inputs and targets train bit-identically to one tensor; what is no such nest is refused by name."""
 
 from __future__ import annotations
 

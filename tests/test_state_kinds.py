@@ -143,7 +143,7 @@ def test_a_checkpoint_of_an_older_version_resumes_bit_identically(kind, at, tmp_
 @pytest.mark.parametrize("restored", ["now", "at the next step"])
 @pytest.mark.parametrize("kind", ["none", "basic", "basic, lambda", "basic, fidelity"])
 def test_a_checkpoint_is_read_by_key_into_a_model_with_another_order(kind, restored, tmp_path):
-    """Close and not to the bit: norms over leaves are summed in another order."""
+    """Close and not bit-identical: norms over leaves are summed in another order."""
     windows = windows_of(3 * 10, ENDS)
     whole = MAKERS[kind](make_model("hc", "ch"))
     steps(whole, windows[:5])

@@ -10,20 +10,20 @@ import torch
 from torch import nn
 
 import dni_seq as dni
-from dni_seq.app.build.credit import ModelSpec, build_synthesizer, trainer_settings
+from dni_seq.app.build.credit import build_synthesizer, trainer_settings
 from dni_seq.app.build.credit_options import SYNTHESIZERS, CreditOptions
 from dni_seq.app.lm.build import build_model
 from dni_seq.app.lm.build_trainer import build_trainer
 from dni_seq.app.lm.options import LanguageModelOptions, resolve_options
 from dni_seq.app.runs.options import build
 from dni_seq.core.windows import Lookahead
-from dni_seq.models.vector_rnn import VectorRNN
 from dni_seq.streams import open_corpus
 from dni_seq.synthesizers.base import predict, regress
 from dni_seq.synthesizers.binding import bind
-from dni_seq.synthesizers.for_model import EMBED, HORIZONS
+from dni_seq.synthesizers.for_model import HORIZONS
 from dni_seq.synthesizers.future_gradient import MEASURE_EVERY
 from dni_seq.synthesizers.target_rule import rule_of
+from tests.app.specs import spec_of_vectors
 
 BPTT, LANES = 2, 3
 
@@ -32,18 +32,10 @@ def made(**given: Any) -> tuple[nn.Module, tuple[torch.Tensor, torch.Tensor], Lo
     """A synthesizer whose every weight is random, a state with saturated cells, and its context."""
     credit = build(CreditOptions, {"fit": "descent"} | given).resolve(BPTT)
     torch.manual_seed(0)
-    model = VectorRNN(2, 2, hidden=8)
-    spec = ModelSpec(
-        model,
-        lambda outputs, targets: (outputs - targets).square().mean(-1),
-        example=model.initial_state(1),
-        cells=dni.LSTM_CELLS,
-        encode=lambda: (nn.Linear(2, EMBED), nn.Linear(2, EMBED)),
-        outputs=2,
-    )
+    spec = spec_of_vectors()
     synthesizer = build_synthesizer(credit, spec)
     assert synthesizer is not None
-    bind(synthesizer, window=BPTT, reduction="mean", state_batch_dim=1, state=model.initial_state(1))
+    bind(synthesizer, window=BPTT, reduction="mean", state_batch_dim=1, state=spec.example)
     for parameter in synthesizer.parameters():
         nn.init.normal_(parameter, std=0.3)
     state = (torch.randn(1, LANES, 8), torch.full((1, LANES, 8), 20.0))
@@ -233,15 +225,7 @@ def trainer_of_words(vocabulary: int, max_classes: int, **given: Any) -> dni.Seq
 
 
 def built(options: CreditOptions, outputs: int = 2) -> nn.Module:
-    model = VectorRNN(2, 2, hidden=8)
-    spec = ModelSpec(
-        model,
-        lambda outputs, targets: outputs.mean(-1),
-        example=model.initial_state(1),
-        cells=dni.LSTM_CELLS,
-        encode=lambda: (nn.Linear(2, EMBED), nn.Linear(2, EMBED)),
-        outputs=outputs,
-    )
+    spec = spec_of_vectors(outputs, lambda found, targets: found.mean(-1))
     found = build_synthesizer(options.resolve(BPTT), spec)
     assert found is not None
     return found

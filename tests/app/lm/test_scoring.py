@@ -40,12 +40,7 @@ def trained(directory: Path, *more: str) -> Path:
     return run
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """The commands set the number of threads of the process."""
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

@@ -20,12 +20,7 @@ pytest.importorskip("tensorboard")
 TINY = ("--embed", "8", "--hidden", "8", "--layers", "1", "--dropout", "0", "--batch-size", "4", "--device", "cpu")
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """The script sets the number of threads of the process."""
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

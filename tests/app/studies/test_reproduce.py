@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from torch import nn
 
 import dni_seq as dni
-from dni_seq.app.build.credit import ModelSpec, build_synthesizer, trainer_settings
+from dni_seq.app.build.credit import build_synthesizer, trainer_settings
 from dni_seq.app.lm.options import LanguageModelOptions
 from dni_seq.app.runs.options import build
 from dni_seq.app.studies import grid, tuning
@@ -21,8 +20,8 @@ from dni_seq.app.studies.records import append_line, read_lines
 from dni_seq.app.studies.tables import COLUMNS, MARKS, better, beyond_spread, fidelity, tables
 from dni_seq.app.studies.trial_runner import Trial
 from dni_seq.app.tasks.options import TaskOptions
-from dni_seq.models.vector_rnn import VectorRNN
-from dni_seq.synthesizers.for_model import EMBED, HORIZONS, default_horizons
+from dni_seq.synthesizers.for_model import HORIZONS, default_horizons
+from tests.app.specs import spec_of_vectors
 from tests.paths import ROOT
 
 PAGE = f"before\n{MARKS[0]}\n{MARKS[1]}\nbehind\n"
@@ -74,15 +73,7 @@ def test_every_trial_can_be_built(arguments):
         == len({json.dumps(trial.options, sort_keys=True) for trial in found})
         == len(found)
     )
-    model = VectorRNN(2, 2, hidden=8)
-    spec = ModelSpec(
-        model,
-        lambda outputs, targets: (outputs - targets).square().mean(-1),
-        example=model.initial_state(1),
-        cells=dni.LSTM_CELLS,
-        encode=lambda: (nn.Linear(2, EMBED), nn.Linear(2, EMBED)),
-        outputs=2,
-    )
+    spec = spec_of_vectors()
     for trial in found:
         options = build({"train_lm": LanguageModelOptions, "train_tasks": TaskOptions}[trial.script], trial.options)
         credit = options.resolve(options.bptt)

@@ -35,12 +35,7 @@ def main():
     return runpy.run_path(str(SCRIPT))["main"]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """The script sets the number of threads of the process."""
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 KINDS = {
