@@ -17,7 +17,7 @@ from dni_seq.core.states import State
 from dni_seq.core.windows import Nest
 from dni_seq.synthesizers.future_model import FutureModel
 from dni_seq.synthesizers.normalization import LSTM_CELLS
-from dni_seq.synthesizers.token_classes import FirstTokens, among_the_first
+from dni_seq.synthesizers.token_classes import among_the_first, token_embedding
 
 EMBED = 32
 """Width of a synthesizer's own embedding of an input."""
@@ -65,8 +65,8 @@ def future_for(
 
     def make(size: int) -> FutureModel:
         encoder: nn.Module
-        if ids:
-            encoder = FirstTokens(width, EMBED) if many else nn.Embedding(width, EMBED)
+        if vocabulary is not None:
+            encoder = token_embedding(vocabulary, classes, EMBED)
         else:
             encoder = nn.Linear(inputs.shape[-1], EMBED)
         sizes = {"inputs_width": EMBED, "outputs": width, "units": units, "parts": parts}

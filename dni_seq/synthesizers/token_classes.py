@@ -16,6 +16,11 @@ class FirstTokens(nn.Embedding):
         return super().forward(ids.clamp(max=self.num_embeddings - 1))
 
 
+def token_embedding(vocabulary: int, classes: int, width: int) -> nn.Embedding:
+    """Returns an embedding of a vocabulary's ids, or of its first `classes` ids if it has more."""
+    return FirstTokens(classes, width) if vocabulary > classes else nn.Embedding(vocabulary, width)
+
+
 def among_the_first(loss_fn: Callable[[Any, Tensor], Tensor], count: int) -> Callable[[Any, Tensor], Tensor]:
     """Returns `loss_fn` for `count` classes: target ids from count - 1 on share the last class."""
 

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from dni_seq.app.build.optimizers import adam
 from dni_seq.app.build.resolved_credit import ResolvedCredit
 from dni_seq.core.states import State, floating
+from dni_seq.credit.config import SyntheticGradientConfig
 from dni_seq.synthesizers.auxiliary import AuxiliaryTask
 from dni_seq.synthesizers.exact_future import ExactFuture
 from dni_seq.synthesizers.for_model import EMBED
@@ -213,6 +214,22 @@ def trainer_settings(credit: ResolvedCredit) -> dict[str, Any]:
     }
 
 
-def learning_parameters(*parts: nn.Module | None) -> list[torch.nn.Parameter]:
-    """Returns the parameters of all parts that are not None."""
-    return [parameter for part in parts if part is not None for parameter in part.parameters()]
+def synthetic_arguments(credit: ResolvedCredit, spec: ModelSpec, lr: float) -> dict[str, Any]:
+    """Returns the arguments of `SequenceTrainer` for synthetic gradients: synthesizer, its optimizer, and the config.
+
+    Modules have the device and the dtype of the state `spec.example`.
+
+    Args:
+        credit: the kind of synthesizer and its sizes.
+        spec: the model and its loss.
+        lr: learning rate of the synthesizer and the auxiliary task.
+    """
+    synthesizer, auxiliary = build_synthesizer(credit, spec), build_auxiliary(credit, spec)
+    like = floating(spec.example)[0]
+    parts = [part.to(like.device, like.dtype) for part in (synthesizer, auxiliary) if part is not None]
+    learning = [parameter for part in parts for parameter in part.parameters()]
+    return {
+        "synthesizer": synthesizer,
+        "synthesizer_optimizer": adam(learning, lr, like.device) if learning else None,
+        "config": SyntheticGradientConfig(auxiliary=auxiliary, **trainer_settings(credit)),
+    }

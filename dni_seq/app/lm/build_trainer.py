@@ -5,26 +5,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from dni_seq.app.build.credit import (
-    ModelSpec,
-    build_auxiliary,
-    build_synthesizer,
-    learning_parameters,
-    trainer_settings,
-)
+from dni_seq.app.build.credit import ModelSpec, synthetic_arguments
 from dni_seq.app.build.optimizers import adam
 from dni_seq.app.lm import build as lm
 from dni_seq.app.lm.options import LanguageModelOptions
 from dni_seq.core.optimizer_step import JoinedOptimizer
 from dni_seq.core.states import floating
 from dni_seq.core.windows import Lookahead
-from dni_seq.credit.config import SyntheticGradientConfig
 from dni_seq.distributed.data_parallel import DataParallel
 from dni_seq.models.language_model import LanguageModel, token_losses
 from dni_seq.models.lstm_kernels import native_up_to
 from dni_seq.synthesizers.for_model import EMBED
 from dni_seq.synthesizers.normalization import LSTM_CELLS
-from dni_seq.synthesizers.token_classes import FirstTokens
+from dni_seq.synthesizers.token_classes import token_embedding
 from dni_seq.trainer import SequenceTrainer
 
 
@@ -38,7 +31,6 @@ def build_trainer(
     """
     if parallel is not None and options.sparse_embedding:
         raise ValueError("--sparse-embedding works in one process only: remove it under torchrun")
-    dtype = model.projection.weight.dtype
     chosen = options.resolve(options.bptt)
     model.native_steps = native_up_to(chosen.state_products)
     spec = ModelSpec(
@@ -51,32 +43,25 @@ def build_trainer(
         max_classes=options.synthesizer_vocab_size,
         share=None if parallel is None else parallel.share,
     )
-    synthesizer = build_synthesizer(chosen, spec)
-    auxiliary = build_auxiliary(chosen, spec)
-    for part in (synthesizer, auxiliary):
-        if part is not None:
-            part.to(device, dtype)
+    synthetic = synthetic_arguments(chosen, spec, options.synthesizer_lr)
     if options.compile:
         compile_model(model, options, device)
     # So that dropout is the same with and without a synthesizer.
     torch.manual_seed(options.seed)
-    learning = learning_parameters(synthesizer, auxiliary)
     return SequenceTrainer(
         model,
         optimizer_of(model, options, device),
         token_losses,
-        synthesizer=synthesizer,
-        synthesizer_optimizer=adam(learning, options.synthesizer_lr, device) if learning else None,
-        config=SyntheticGradientConfig(auxiliary=auxiliary, **trainer_settings(chosen)),
         clip=options.clip or None,
         autocast=lm.autocast_of(options),
         parallel=parallel,
+        **synthetic,
     )
 
 
 def token_encoders(vocabulary_size: int, max_classes: int) -> tuple[nn.Module, nn.Module]:
     """Returns the synthesizer's own encoders of inputs and targets, one shared embedding. Rare tokens share one class."""
-    embedding = FirstTokens(max_classes, EMBED) if max_classes < vocabulary_size else nn.Embedding(vocabulary_size, EMBED)
+    embedding = token_embedding(vocabulary_size, max_classes, EMBED)
     return embedding, embedding
 
 

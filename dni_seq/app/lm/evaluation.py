@@ -16,7 +16,7 @@ from torch import nn
 from dni_seq.app.runs.tensorboard import perplexity
 from dni_seq.core.states import reset_lanes
 from dni_seq.core.windows import Window, counted
-from dni_seq.distributed.data_parallel import DataParallel
+from dni_seq.distributed.data_parallel import DataParallel, SingleProcess
 from dni_seq.models.language_model import token_losses
 
 
@@ -58,12 +58,12 @@ def evaluate(
     Raises:
         ValueError: there is no token to score.
     """
+    parallel = SingleProcess() if parallel is None else parallel
     loss, tokens = 0.0, 0
     state = None
     with evaluating(model), torch.no_grad():
         for window in windows:
-            if parallel is not None:
-                window = parallel.window(window)
+            window = parallel.window(window)
             lanes = window.inputs.shape[1]
             if state is None:
                 state = model.initial_state(lanes)  # type: ignore[operator]
@@ -74,8 +74,7 @@ def evaluate(
             tokens += int(keep.sum())
             if window.ends is not None:
                 state = reset_lanes(state, window.ends, model.initial_state(lanes), 1)  # type: ignore[operator]
-    if parallel is not None:
-        loss, tokens = parallel.sum(torch.tensor([loss, tokens], dtype=torch.float64)).tolist()
+    loss, tokens = parallel.sum(torch.tensor([loss, tokens], dtype=torch.float64)).tolist()
     if tokens == 0:
         raise ValueError("there is no token to score")
     return loss / tokens

@@ -37,13 +37,7 @@ import torch
 from torch import nn
 
 import dni_seq as dni
-from dni_seq.app.build.credit import (
-    ModelSpec,
-    build_auxiliary,
-    build_synthesizer,
-    learning_parameters,
-    trainer_settings,
-)
+from dni_seq.app.build.credit import ModelSpec, synthetic_arguments
 from dni_seq.app.build.device import device_of
 from dni_seq.app.build.optimizers import adam
 from dni_seq.app.build.unused_options import remarks
@@ -144,19 +138,11 @@ def build_trainer(options: TaskOptions, task: Task, model: VectorRNN, device: to
         encode=lambda: (nn.Linear(task.input_size, EMBED), nn.Linear(task.target_size, EMBED)),
         outputs=task.target_size,
     )
-    synthesizer = build_synthesizer(chosen, spec)
-    auxiliary = build_auxiliary(chosen, spec)
-    for part in (synthesizer, auxiliary):
-        if part is not None:
-            part.to(device)
-    learning = learning_parameters(synthesizer, auxiliary)
     return dni.SequenceTrainer(
         model,
         adam(list(model.parameters()), options.lr, device),
         task.losses,
-        synthesizer=synthesizer,
-        synthesizer_optimizer=adam(learning, options.synthesizer_lr, device) if learning else None,
-        config=dni.SyntheticGradientConfig(auxiliary=auxiliary, **trainer_settings(chosen)),
         clip=options.clip or None,
         reduction="lane-mean",
+        **synthetic_arguments(chosen, spec, options.synthesizer_lr),
     )
