@@ -24,6 +24,12 @@ def pytest_configure() -> None:
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
+def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
+    """Names a case by its argument where the value is bytes: packed files hold the second at which they were made, and the
+    processes that share a run of the tests must agree on their names."""
+    return argname if isinstance(val, bytes) else None
+
+
 @pytest.fixture
 def one_thread() -> Iterator[None]:
     """Restores the number of threads of the process, which the commands set."""
