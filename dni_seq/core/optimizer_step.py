@@ -61,6 +61,11 @@ class JoinedOptimizer(torch.optim.Optimizer):
         self.param_groups = [group for part in self.parts for group in part.param_groups]
 
 
+def parts_of(optimizer: torch.optim.Optimizer) -> list[torch.optim.Optimizer]:
+    """Returns the parts of a `JoinedOptimizer`, or the optimizer itself in a list."""
+    return optimizer.parts if isinstance(optimizer, JoinedOptimizer) else [optimizer]
+
+
 def gradient_norm(optimizer: torch.optim.Optimizer) -> Tensor:
     """Returns the norm of all gradients of `optimizer`'s parameters, 0-d; 0 if no parameter has a gradient."""
     return total_norm([_numbers(p, p.grad) for p in _parameters(optimizer) if p.grad is not None])
@@ -81,7 +86,7 @@ def total_norm(tensors: Sequence[Tensor]) -> Tensor:
 
 def clipped_step(optimizer: torch.optim.Optimizer, limit: float | None, norm: Tensor, good: Tensor) -> None:
     """Clips and steps `optimizer`, or each part of a `JoinedOptimizer`; see `_clipped_step`."""
-    for part in optimizer.parts if isinstance(optimizer, JoinedOptimizer) else [optimizer]:
+    for part in parts_of(optimizer):
         _clipped_step(part, limit, norm, good)
 
 
@@ -122,7 +127,7 @@ def _clipped_step(optimizer: torch.optim.Optimizer, limit: float | None, norm: T
 
 def clear_optimizer_state(optimizer: torch.optim.Optimizer) -> None:
     """Clears the state (moments) of `optimizer`, or of each part of a `JoinedOptimizer`."""
-    for part in optimizer.parts if isinstance(optimizer, JoinedOptimizer) else [optimizer]:
+    for part in parts_of(optimizer):
         part.state.clear()
 
 

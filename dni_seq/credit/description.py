@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dni_seq.core import states
-from dni_seq.core.optimizer_step import JoinedOptimizer
+from dni_seq.core.optimizer_step import parts_of
 from dni_seq.core.snapshot import undo_runs
 from dni_seq.core.windows import Window
 from dni_seq.credit.synthetic_gradient import SyntheticCredit
@@ -208,7 +208,7 @@ def _without_gradient_so_far(optimizer: torch.optim.Optimizer | None) -> set[int
     """Returns the ids of the parameters that had no gradient in any step; empty before the first step."""
     if optimizer is None:
         return set()
-    parts = optimizer.parts if isinstance(optimizer, JoinedOptimizer) else [optimizer]
+    parts = parts_of(optimizer)
     trained = {id(parameter) for part in parts for parameter, kept in part.state.items() if kept}
     everything = _parameters(optimizer)
     trained |= {id(parameter) for parameter in everything if parameter.grad is not None}

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from dni_seq.app.build.credit import ModelSpec, synthetic_arguments
-from dni_seq.app.build.optimizers import adam
+from dni_seq.app.build.optimizers import build_optimizer
 from dni_seq.app.lm import build as lm
 from dni_seq.app.lm.options import LanguageModelOptions
 from dni_seq.core.optimizer_step import JoinedOptimizer
@@ -48,7 +48,7 @@ def build_trainer(
         compile_model(model, options, device)
     # So that dropout is the same with and without a synthesizer.
     torch.manual_seed(options.seed)
-    return SequenceTrainer(
+    trainer = SequenceTrainer(
         model,
         optimizer_of(model, options, device),
         token_losses,
@@ -57,6 +57,8 @@ def build_trainer(
         parallel=parallel,
         **synthetic,
     )
+    trainer.accumulate = options.accumulate
+    return trainer
 
 
 def token_encoders(vocabulary_size: int, max_classes: int) -> tuple[nn.Module, nn.Module]:
@@ -105,9 +107,17 @@ def compile_model(model: LanguageModel, options: LanguageModelOptions, device: t
 
 
 def optimizer_of(model: LanguageModel, options: LanguageModelOptions, device: torch.device) -> torch.optim.Optimizer:
-    """Returns Adam for all parameters. With `--sparse-embedding`, SparseAdam updates the embedding."""
+    """Returns the optimizer of all parameters. With `--sparse-embedding`, SparseAdam updates the embedding.
+
+    Raises:
+        ValueError: a sparse embedding with another optimizer, or with weight decay.
+    """
     if not options.sparse_embedding:
-        return adam(list(model.parameters()), options.lr, device)
+        return build_optimizer(list(model.parameters()), options, options.lr, device)
+    if options.optimizer != "adam" or options.weight_decay:
+        raise ValueError("--sparse-embedding works with --optimizer adam without --weight-decay: remove one of them")
     rows = model.embedding.weight
     others = [parameter for parameter in model.parameters() if parameter is not rows]
-    return JoinedOptimizer([adam(others, options.lr, device), torch.optim.SparseAdam([rows], options.lr)])
+    return JoinedOptimizer(
+        [build_optimizer(others, options, options.lr, device), torch.optim.SparseAdam([rows], options.lr)]
+    )

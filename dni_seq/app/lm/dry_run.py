@@ -14,8 +14,10 @@ import torch
 from torch import nn
 
 from dni_seq.app.build.device import device_of
+from dni_seq.app.build.optimization_options import optimization_remarks
 from dni_seq.app.build.unused_options import remarks
 from dni_seq.app.lm import build as lm
+from dni_seq.app.lm.build_schedule import build_schedule
 from dni_seq.app.lm.build_trainer import build_trainer
 from dni_seq.app.lm.options import LanguageModelOptions, resolve_options
 from dni_seq.app.runs.tensorboard import peak_memory_mb
@@ -52,10 +54,12 @@ def dry_run(options: LanguageModelOptions) -> Iterator[str]:
     torch.manual_seed(options.seed)
     model = lm.build_model(options, tokenizer.vocabulary_size, device)
     trainer = build_trainer(options, model, device)
+    build_schedule(options, trainer, stream)  # raises the errors that the run would raise
     windows = (on_device(window, device) for window in itertools.chain.from_iterable(itertools.repeat(stream)))
     first = next(windows)
     yield from corpus.notes
     yield from remarks(options, options.bptt, cells=options.model == "lstm")
+    yield from optimization_remarks(options)
     yield f"data: {corpus.name}, by {options.tokenizer}, vocabulary {tokenizer.vocabulary_size:,}"
     yield from describe_shapes(trainer, first)
     yield from describe_parameters(trainer)

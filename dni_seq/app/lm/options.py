@@ -13,6 +13,8 @@ from typing import Any, ClassVar
 
 from dni_seq.app.build.credit_options import GROUP as CREDIT
 from dni_seq.app.build.credit_options import CreditOptions, without_resolved
+from dni_seq.app.build.optimization_options import GROUP as OPTIMIZATION
+from dni_seq.app.build.optimization_options import OptimizationOptions, check_optimization
 from dni_seq.app.runs.options import above_zero, at_least, build, flag, option, share
 from dni_seq.distributed.process_group import TIMEOUT
 from dni_seq.models.language_model import CELLS
@@ -105,7 +107,7 @@ _DATA, _MODEL, _RUN = "data", "model", "run"
 
 
 @dataclass(frozen=True)
-class LanguageModelOptions(CreditOptions):
+class LanguageModelOptions(OptimizationOptions, CreditOptions):
     """The options of `scripts/train_lm.py`."""
 
     MAY_CHANGE: ClassVar[frozenset[str]] = frozenset(
@@ -114,6 +116,7 @@ class LanguageModelOptions(CreditOptions):
             "epochs",
             "max_steps",
             "max_tokens",
+            "patience",
             "eval_every",
             "eval_tokens",
             "sample_every",
@@ -233,11 +236,17 @@ class LanguageModelOptions(CreditOptions):
         check=at_least(1),
         shown=_by_level("batch_size"),
     )
-    lr: float = option(None, "learning rate of Adam", group=_RUN, check=above_zero, shown=_by_level("lr"))
+    lr: float = option(
+        None,
+        "highest learning rate of the model",
+        group=OPTIMIZATION,
+        check=above_zero,
+        shown=_by_level("lr") + "; sgd has none",
+    )
     clip: float = option(
         None,
         "largest gradient norm of the model; 0: no limit",
-        group=_RUN,
+        group=OPTIMIZATION,
         check=at_least(0),
         shown=_by_level("clip"),
     )
@@ -282,14 +291,22 @@ class LanguageModelOptions(CreditOptions):
 
 
 def resolve_options(options: LanguageModelOptions, corpus: Corpus) -> LanguageModelOptions:
-    """Returns the options with the values filled in that depend on other options or on the corpus, such as `DEFAULTS`."""
+    """Returns the options with the values filled in that depend on other options or on the corpus, such as `DEFAULTS`.
+
+    Raises:
+        ValueError: a learning rate is missing, or the lowest one is not below the highest.
+    """
     kind = options.tokenizer or corpus.level
     defaults = dict(DEFAULTS["char" if kind == "char" else "word"])
     defaults |= {"tokenizer": kind, "data_dir": _absolute(str(default_data_dir()))}
     if options.max_steps is not None or options.max_tokens is not None:
         del defaults["epochs"]
+    if options.optimizer == "sgd" and options.lr is None:
+        raise ValueError("--optimizer sgd needs --lr, for example --lr 20 --clip 0.25 for words")
     missing = {name: value for name, value in defaults.items() if getattr(options, name) is None}
-    return with_default_sizes(dataclasses.replace(options, **missing))
+    options = dataclasses.replace(options, **missing)
+    check_optimization(options, options.lr)
+    return with_default_sizes(options)
 
 
 def check_spans(options: LanguageModelOptions, name: str, steps: int) -> None:

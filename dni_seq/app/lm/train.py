@@ -29,6 +29,7 @@ from typing import Any
 import torch
 
 from dni_seq.app.build.device import device_of
+from dni_seq.app.build.optimization_options import optimization_remarks
 from dni_seq.app.build.unused_options import remarks
 from dni_seq.app.lm import build as lm
 from dni_seq.app.lm.build_trainer import build_trainer
@@ -107,7 +108,8 @@ def prepare(given: dict[str, Any], ranks: Ranks, lock: RunLock) -> LanguageModel
     )
     training = ranks.run_on_all(lambda: assemble(plan, options, corpus, run, tokenizer, ranks))
     ranks.check_same({"training text": training.stream.state_dict()})
-    training.begin(plan, lock, [*corpus.notes, *remarks(options, options.bptt, cells=options.model == "lstm")])
+    unused = [*remarks(options, options.bptt, cells=options.model == "lstm"), *optimization_remarks(options)]
+    training.begin(plan, lock, [*corpus.notes, *unused])
     training.report_unknown_words()
     return training
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 
+from dni_seq.app.build.schedule import Schedule
 from dni_seq.app.lm import build as lm
+from dni_seq.app.lm.build_schedule import build_schedule, total_steps
 from dni_seq.app.lm.build_trainer import cell_size, messages
 from dni_seq.app.lm.evaluation import Score
 from dni_seq.app.lm.options import LanguageModelOptions
@@ -42,11 +43,13 @@ class LanguageModelCounters(Counters):
         tokens: number of tokens trained on so far.
         best: lowest validation loss so far, None before the first.
         validated_at: step of the latest validation.
+        since_best: number of validations since the best one.
     """
 
     tokens: int = 0
     best: float | None = None
     validated_at: int = 0
+    since_best: int = 0
 
     def check(self) -> None:
         """Raises a TypeError if a counter has the wrong type, as in a checkpoint of another program."""
@@ -65,10 +68,11 @@ class LanguageModelRun(TrainingRun):
         valid: the validation split.
         test: the test split.
         model: the model that `trainer` trains.
+        schedule: changes the learning rate, None if it is constant.
         held_out: what identifies the texts of `valid` and `test` if they are local files, see `scoring.held_out`.
     """
 
-    LIMIT: ClassVar[str] = "--epochs, --max-steps or --max-tokens"
+    LIMIT: ClassVar[str] = "--epochs, --max-steps, --max-tokens or --patience"
     LOG_EVERY: ClassVar[int] = 50
     HISTOGRAM_EVERY: ClassVar[int] = 1000
     DASHBOARD = LAYOUT
@@ -81,9 +85,11 @@ class LanguageModelRun(TrainingRun):
     valid: WindowStream
     test: WindowStream
     model: LanguageModel
+    schedule: Schedule | None = field(init=False)
     held_out: dict[str, Any] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
+        self.schedule = build_schedule(self.options, self.trainer, self.stream)
         self.held_out = held_out(self.options, {"valid": self.valid, "test": self.test})
 
     @property
@@ -92,8 +98,9 @@ class LanguageModelRun(TrainingRun):
         return self.options.eval_every or self.stream.windows_per_epoch or EVAL_EVERY_OF_STREAM
 
     def done(self) -> bool:
-        """Returns whether the limit of steps, tokens or epochs is reached."""
+        """Returns whether the limit of steps, tokens, epochs or validations without improvement is reached."""
         limits = (
+            (self.options.patience, self.counters.since_best),
             (self.options.max_steps, self.steps),
             (self.options.max_tokens, self.counters.tokens),
             (self.options.epochs, self.stream.epoch),
@@ -102,12 +109,7 @@ class LanguageModelRun(TrainingRun):
 
     def total_steps(self) -> int | None:
         """Returns the number of steps of the whole run, None if unknown."""
-        limits = [self.options.max_steps]
-        if self.options.max_tokens is not None:
-            limits.append(math.ceil(self.options.max_tokens / (self.stream.lanes * self.stream.bptt)))
-        if self.options.epochs is not None and self.stream.windows_per_epoch is not None:
-            limits.append(self.options.epochs * self.stream.windows_per_epoch)
-        return min((limit for limit in limits if limit is not None), default=None)
+        return total_steps(self.options, self.stream)
 
     def measure(self, window: Window, result: StepResult) -> Measured:
         """Returns the measurements of a step. Each token that counts has the same weight in the averages."""
@@ -117,13 +119,18 @@ class LanguageModelRun(TrainingRun):
     def after_step(self, window: Window, result: StepResult, measured: Measured) -> None:
         """Counts the tokens of a step, and now and then logs histograms of the synthesizer's messages."""
         self.counters.tokens += measured.tokens
+        if self.schedule is not None:
+            self.schedule.after_window(self.trainer.updates, self.stream.epoch)
         if self.steps % self.HISTOGRAM_EVERY == 0:
             for horizon, message in enumerate(messages(self.trainer, self.own_lanes(window).lookahead), start=1):
                 self.log.histogram(self.steps, f"messages/horizon_{horizon}", message)
 
     def point(self) -> dict[str, float]:
-        """Returns the size of the cells and the speed."""
-        return {**cell_size(self.trainer), "speed/tokens_per_second": self.progress.tokens_per_second()}
+        """Returns the size of the cells, the speed, and what the schedule and accumulation change."""
+        values = {} if self.schedule is None else {"train/lr": self.schedule.rate}
+        if self.options.accumulate > 1:
+            values["train/updates"] = self.trainer.updates
+        return {**values, **cell_size(self.trainer), "speed/tokens_per_second": self.progress.tokens_per_second()}
 
     def figures(self) -> str:
         """Returns the loss since the last point as a short text."""
@@ -154,8 +161,11 @@ class LanguageModelRun(TrainingRun):
         self.counters.curve.append([tokens, seconds, self.counters.process_seconds, result.bpc])
         self.log.scalars(self.steps, {"progress/tokens": tokens, "progress/seconds": seconds})
         self.log_score("valid", result)
+        self.counters.since_best += 1
+        if self.schedule is not None and self.schedule.after_validation(result.loss):
+            self.progress.write_line(f"learning rate lowered to {self.schedule.rate:.3g}")
         if self.counters.best is None or result.loss < self.counters.best:
-            self.counters.best = result.loss
+            self.counters.best, self.counters.since_best = result.loss, 0
             self.log.text(self.steps, "sample/best", lm.sample_text(self.model, self.tokenizer, seed=self.options.seed))
             self.save(self.run.best)
 
@@ -183,6 +193,11 @@ class LanguageModelRun(TrainingRun):
         if unknown := lm.describe_unknown({"train": self.stream, "valid": self.valid, "test": self.test}):
             self.progress.write_line(unknown)
 
+    def outcome(self) -> str:
+        """Returns why the run has ended early, for the last message; empty if it has not."""
+        patience, since = self.options.patience, self.counters.since_best
+        return "" if patience is None or since < patience else f", stopped by --patience {patience}"
+
     def scores(self) -> dict[str, Any]:
         """Returns the scores of the best checkpoint by split. Prints the test score and a sample."""
         best = self.best_model()
@@ -209,7 +224,8 @@ class LanguageModelRun(TrainingRun):
     def content(self) -> dict[str, Any]:
         """Returns the content of a checkpoint, with the random generators of all ranks. A collective call."""
         _, *others = self.ranks.gather(random_state())
-        return {**super().content(), "random_of_other_ranks": others, "held_out": self.held_out}
+        schedule = {} if self.schedule is None else {"schedule": self.schedule.state_dict()}
+        return {**super().content(), **schedule, "random_of_other_ranks": others, "held_out": self.held_out}
 
     def restore(self, checkpoint: dict[str, Any] | None) -> None:
         """Restores the run. A rank without a saved random state gets its own seed, so that every rank draws its own dropout.
@@ -221,6 +237,8 @@ class LanguageModelRun(TrainingRun):
         super().restore(checkpoint)
         check_held_out(checkpoint or {}, self.held_out, self.options.data_file)
         self.counters.check()
+        if checkpoint is not None and self.schedule is not None:
+            self.schedule.load_state_dict(checkpoint["schedule"])
         if self.ranks.first:
             return
         torch.manual_seed(self.options.seed + RANK_SEED * self.ranks.rank + self.steps)
@@ -241,6 +259,7 @@ class LanguageModelRun(TrainingRun):
                 "test": self.test.unknown_share,
             },
             "ranks": self.ranks.size,
+            "updates": self.trainer.updates,
             "tokens": self.counters.tokens,
             "tokens_per_second": self.counters.tokens / self.counters.seconds,
             **super().summary(),

@@ -1,0 +1,84 @@
+"""The options of the optimizer and of its learning rate. A window is one training step; n windows make one update."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from dni_seq.app.runs.options import at_least, flag, option, share
+
+GROUP = "optimization"
+
+OPTIMIZERS = ("adam", "adamw", "sgd")
+SCHEDULES = ("constant", "linear", "cosine", "step", "plateau")
+
+
+def _between(value: float) -> str | None:
+    """Checks that a number is above 0 and below 1."""
+    return None if 0 < value < 1 else "above 0 and below 1"
+
+
+@dataclass(frozen=True)
+class OptimizationOptions:
+    """The options of the model's optimizer beside its rate and clip, which have defaults by tokenizer.
+
+    Options that count updates say so. All others that count training count windows.
+    """
+
+    optimizer: str = option("adam", "optimizer of the model", group=GROUP, choices=OPTIMIZERS)
+    weight_decay: float = option(
+        0.0, "weight decay: decoupled with adamw, else an L2 penalty", group=GROUP, check=at_least(0)
+    )
+    momentum: float = option(0.0, "momentum of sgd", group=GROUP, check=share)
+    accumulate: int = option(1, "windows whose gradients are summed for one update", group=GROUP, check=at_least(1))
+    schedule: str = option(
+        "constant",
+        "learning rate after the warm-up: linear and cosine fall to --min-lr at the end of the run; step is multiplied by "
+        "--decay after each epoch; plateau, after each validation that is not the best so far",
+        group=GROUP,
+        choices=SCHEDULES,
+    )
+    warmup: int = option(0, "updates in which the learning rate rises from 0 to --lr", group=GROUP, check=at_least(0))
+    min_lr: float = option(0.0, "lowest learning rate after the warm-up", group=GROUP, check=at_least(0))
+    decay: float = option(0.5, "step and plateau: factor on the learning rate", group=GROUP, check=_between)
+    decay_after: int = option(1, "step: epochs at the full learning rate", group=GROUP, check=at_least(0))
+    synthesizer_schedule: str = option(
+        "follow",
+        "learning rate of the synthesizer: follow the model's in proportion, or stay constant",
+        group=GROUP,
+        choices=("follow", "constant"),
+    )
+    patience: int | None = option(
+        None,
+        "stop after this many validations in a row that are not the best so far",
+        group=GROUP,
+        check=at_least(1),
+        shown="never",
+    )
+
+    @property
+    def has_schedule(self) -> bool:
+        """Whether the learning rate changes during a run."""
+        return self.schedule != "constant" or self.warmup > 0
+
+
+def check_optimization(options: OptimizationOptions, lr: float) -> None:
+    """Raises a ValueError if the lowest learning rate is not below `lr`, the highest one."""
+    if options.min_lr >= lr:
+        raise ValueError(f"--min-lr {options.min_lr:g} must be below --lr {lr:g}")
+
+
+def optimization_remarks(options: OptimizationOptions) -> Iterator[str]:
+    """Yields one warning per reason for which options of the optimizer have no effect."""
+    kind, schedule = options.optimizer, options.schedule
+    reasons: list[tuple[bool, str, tuple[str, ...]]] = [
+        (kind != "sgd", f"--optimizer {kind}", ("momentum",)),
+        (schedule == "constant", "--schedule constant", ("min_lr", "decay", "decay_after")),
+        (schedule in ("linear", "cosine"), f"--schedule {schedule}", ("decay", "decay_after")),
+        (schedule == "plateau", "--schedule plateau", ("decay_after",)),
+        (not options.has_schedule, "a constant learning rate", ("synthesizer_schedule",)),
+    ]
+    for holds, reason, names in reasons:
+        changed = [flag(name) for name in names if getattr(options, name) != getattr(OptimizationOptions, name)]
+        if holds and changed:
+            yield f"no effect with {reason}: {', '.join(changed)}"

@@ -1,0 +1,137 @@
+"""The learning rate of a run over its updates, by PyTorch's schedulers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
+
+from dni_seq.app.build.optimization_options import OptimizationOptions
+
+
+class RateShare:
+    """Computes the share of the highest learning rate at an update; plateau's decays come on top.
+
+    The warm-up rises linearly and reaches the full rate at its last update. Then `linear` and `cosine` fall to the lowest
+    rate, which they would reach one update after the last. `step` follows Zaremba et al. 2014, section 4.1: a number of
+    epochs at the full rate, then a factor after every epoch.
+
+    Args:
+        options: the schedule.
+        floor: the lowest share.
+        total: number of updates of the whole run; None if it is not known and not needed.
+
+    Attributes:
+        epoch: number of epochs that are complete.
+    """
+
+    def __init__(self, options: OptimizationOptions, floor: float, total: int | None) -> None:
+        self._options, self._floor, self._total = options, floor, total
+        self.epoch = 0
+
+    def __call__(self, update: int) -> float:
+        """Returns the share for the update after `update` updates."""
+        options, floor = self._options, self._floor
+        if update < options.warmup:
+            return (update + 1) / options.warmup
+        if options.schedule == "step":
+            return max(options.decay ** max(self.epoch + 1 - options.decay_after, 0), floor)
+        if options.schedule not in ("linear", "cosine"):
+            return 1.0
+        assert self._total is not None
+        # The schedule ends one update after the last, so that no update has the rate 0.
+        done = min((update - options.warmup) / (self._total - options.warmup), 1.0)
+        return floor + (1 - floor) * (1 - done if options.schedule == "linear" else (1 + math.cos(math.pi * done)) / 2)
+
+
+class Schedule:
+    """Sets the learning rates of a run's optimizers after each update.
+
+    PyTorch's schedulers set that of the first optimizer. The others keep their proportion to it.
+
+    Args:
+        options: the schedule; it must change the rate.
+        optimizers: the model's optimizer first, with one learning rate, then the optimizers that follow it.
+        total: number of updates of the whole run, None if it is not known.
+
+    Raises:
+        ValueError: the schedule needs the length of the run, or the warm-up is longer than the run.
+    """
+
+    def __init__(self, options: OptimizationOptions, optimizers: Sequence[Optimizer], total: int | None) -> None:
+        _check_length(options, total)
+        self._first, *self._followers = optimizers
+        self._highest = self.rate
+        self._follower_rates = [[group["lr"] for group in follower.param_groups] for follower in self._followers]
+        self._warmup, self._updates = options.warmup, 0
+        self._share = RateShare(options, options.min_lr / self._highest, total)
+        self._by_update = LambdaLR(self._first, self._share)
+        self._by_score: ReduceLROnPlateau | None = None
+        if options.schedule == "plateau":
+            limits: dict[str, Any] = {"min_lr": options.min_lr, "patience": 0, "threshold": 0.0, "eps": 0.0}
+            self._by_score = ReduceLROnPlateau(self._first, factor=options.decay, **limits)
+        self._follow()
+
+    @property
+    def rate(self) -> float:
+        """The learning rate of the model's next update."""
+        return float(self._first.param_groups[0]["lr"])
+
+    def after_window(self, updates: int, epoch: int) -> None:
+        """Sets the rates for the next update, if the last window made one.
+
+        Args:
+            updates: number of updates so far.
+            epoch: number of complete epochs.
+        """
+        if updates == self._updates:
+            return
+        self._updates, self._share.epoch = updates, epoch
+        # After the warm-up only validations change the rate of plateau.
+        if self._by_score is None or updates <= self._warmup:
+            self._by_update.step()
+            self._follow()
+
+    def after_validation(self, loss: float) -> bool:
+        """Tells plateau the loss of a validation. Returns whether that has lowered the rate."""
+        if self._by_score is None or self._updates < self._warmup:
+            return False
+        before = self.rate
+        self._by_score.step(loss)
+        self._follow()
+        return self.rate < before
+
+    def _follow(self) -> None:
+        share = self.rate / self._highest
+        for follower, rates in zip(self._followers, self._follower_rates, strict=True):
+            for group, rate in zip(follower.param_groups, rates, strict=True):
+                group["lr"] = rate * share
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the states of the schedulers. The rates are in the optimizers' state."""
+        return {
+            "updates": self._updates,
+            "epoch": self._share.epoch,
+            "by_update": {name: value for name, value in self._by_update.state_dict().items() if name != "lr_lambdas"},
+            "by_score": None if self._by_score is None else self._by_score.state_dict(),
+        }
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """Restores what `state_dict` returned. Load the optimizers' state first."""
+        self._updates, self._share.epoch = saved["updates"], saved["epoch"]
+        self._by_update.load_state_dict({**saved["by_update"], "lr_lambdas": [None]})
+        if self._by_score is not None:
+            self._by_score.load_state_dict(saved["by_score"])
+
+
+def _check_length(options: OptimizationOptions, total: int | None) -> None:
+    if options.schedule in ("linear", "cosine") and total is None:
+        raise ValueError(
+            f"--schedule {options.schedule} needs the number of updates of the run, which is not known for this text: give "
+            "--max-steps or --max-tokens"
+        )
+    if total is not None and options.warmup >= total:
+        raise ValueError(f"--warmup {options.warmup} must be shorter than the run, which has {total} updates")
