@@ -22,6 +22,8 @@ KEYS = MappingProxyType(
         "train/loss": "mean cross-entropy since the last point, nats per token",
         "train/perplexity": "exp(train/loss)",
         "train/skipped": "steps skipped so far because the loss or the gradient held a NaN or an infinity",
+        "train/lr": "learning rate of the model's next update, if it is not constant",
+        "train/updates": "updates of the model so far, if --accumulate is above 1",
         "valid/loss": "cross-entropy of the validation split, nats per token",
         "valid/perplexity": "exp(valid/loss)",
         "valid/bpc": "bits per character of the validation split's text",

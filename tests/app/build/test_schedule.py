@@ -146,7 +146,7 @@ def test_what_is_saved_is_plain(tmp_path):
 
 
 def test_schedules_that_do_not_fit_the_run():
-    with pytest.raises(ValueError, match="--schedule cosine needs the number of updates of the run.*give --max-steps"):
+    with pytest.raises(ValueError, match=r"--schedule cosine needs the number of updates of the run.*give --max-steps"):
         made(total=None, schedule="cosine")
     with pytest.raises(ValueError, match="--warmup 10 must be shorter than the run, which has 10 updates"):
         made(schedule="linear", warmup=10)

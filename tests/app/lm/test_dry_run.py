@@ -70,11 +70,15 @@ def test_presets_can_be_built(name):
 
 
 def test_presets_are_the_known_settings():
-    """dni-pytorch's example and Zaremba et al. 2014, section 4.1: layers, units, dropout, window, lanes, clip."""
-    names = ("layers", "hidden", "dropout", "bptt", "batch_size", "clip")
-    assert [PRESETS["seed"][name] for name in names] == [2, 200, 0.2, 5, 20, 0.25]
-    assert [PRESETS["small"][name] for name in names] == [2, 200, 0.0, 20, 20, 5.0]
-    assert [PRESETS["medium"][name] for name in names] == [2, 650, 0.5, 35, 20, 5.0]
+    """dni-pytorch's example and Zaremba et al. 2014, section 4.1, which sums a window's losses where we take the mean."""
+    names = ("layers", "hidden", "dropout", "bptt", "batch_size", "epochs")
+    assert [PRESETS["seed"][name] for name in (*names[:-1], "clip")] == [2, 200, 0.2, 5, 20, 0.25]
+    published = {"small": ([2, 200, 0.0, 20, 20, 13], 5, 0.5, 4), "medium": ([2, 650, 0.5, 35, 20, 39], 5, 1 / 1.2, 6)}
+    for name, (sizes, clip, decay, after) in published.items():
+        preset = PRESETS[name]
+        assert [preset[key] for key in names] == sizes
+        assert (preset["lr"] / preset["bptt"], preset["clip"] * preset["bptt"]) == pytest.approx((1.0, clip))
+        assert [preset[key] for key in ("optimizer", "schedule", "decay", "decay_after")] == ["sgd", "step", decay, after]
     assert PRESETS["char"].items() >= DEFAULTS["char"].items()
 
 

@@ -22,8 +22,14 @@ from dni_seq.app.runs.lock import RunLock
 from dni_seq.app.studies import soak
 from tests.paths import SCRIPTS
 
-KINDS = ("none by documents", "multi-horizon, tail, drawn", "lambda, target network")
-"""Lanes that end, every place where chance is drawn, and everything that waits in a checkpoint: ring, targets, averages."""
+KINDS = (
+    "none by documents",
+    "multi-horizon, tail, drawn",
+    "lambda, target network",
+    "accumulation",
+)
+"""Lanes that end, every place where chance is drawn, and everything that waits in a checkpoint: ring, targets, averages,
+schedule, sums of gradients."""
 
 
 @pytest.fixture(scope="module")

@@ -128,7 +128,20 @@ def test_plateau_watches_validations(run, capsys):
 
 
 def test_patience_ends_a_run_and_resuming_with_more_trains_on(run, capsys):
-    bad = ("--optimizer", "sgd", "--lr", "500", "--clip", "0", "--eval-every", "1", "--synthesizer", "none", "--max-steps", "40")
+    bad = (
+        "--optimizer",
+        "sgd",
+        "--lr",
+        "500",
+        "--clip",
+        "0",
+        "--eval-every",
+        "1",
+        "--synthesizer",
+        "none",
+        "--max-steps",
+        "40",
+    )
     directory = run(*bad, "--patience", "3")
     steps = json.loads((directory / "summary.json").read_text())["steps"]
     losses = list(points(directory)["valid/loss"].values())
@@ -178,7 +191,10 @@ def test_a_sparse_embedding_follows_the_schedule():
         (["--optimizer", "sgd"], "--optimizer sgd needs --lr"),
         (["--min-lr", "0.1", "--lr", "0.1"], "--min-lr 0.1 must be below --lr 0.1"),
         (["--sparse-embedding", "--optimizer", "adamw"], "--sparse-embedding works with --optimizer adam"),
-        (["--sparse-embedding", "--weight-decay", "0.1"], "--sparse-embedding works with --optimizer adam without --weight-decay"),
+        (
+            ["--sparse-embedding", "--weight-decay", "0.1"],
+            "--sparse-embedding works with --optimizer adam without --weight-decay",
+        ),
         (["--warmup", "2", "--max-steps", "2"], "--warmup 2 must be shorter than the run, which has 2 updates"),
         (["--schedule", "linear", "--document-reset"], "give --max-steps or --max-tokens"),
         (["--decay", "1"], "--decay must be above 0 and below 1, got 1.0"),
