@@ -34,6 +34,7 @@ from dni_seq.credit.step_transaction import StepTransaction
 from dni_seq.credit.stream_state import StreamState
 from dni_seq.credit.synthetic_gradient import SyntheticCredit
 from dni_seq.credit.trainer_arguments import check_kinds, chosen_config
+from dni_seq.credit.trainer_settings import TrainerSettings
 from dni_seq.credit.window_checks import check_window, finite_window, nothing_counts
 from dni_seq.credit.window_pass import run_and_backpropagate, sum_over_ranks
 from dni_seq.credit.window_runner import WindowRunner, lookahead_at_start
@@ -43,7 +44,7 @@ SKIP_LIMIT = 10
 """Skipped windows in a row after which a trainer gives up, unless `skip_limit` is set."""
 
 
-class SequenceTrainer:
+class SequenceTrainer(TrainerSettings):
     """Trains an RNN on a stream of windows, one window per `step`; the hidden state is carried between windows.
 
     Without a synthesizer this is truncated BPTT. With a synthesizer, a prediction of the gradient that later windows would
@@ -73,8 +74,7 @@ class SequenceTrainer:
             collective call and holds all lanes.
 
     Attributes:
-        steps: number of windows so far, skipped ones included.
-        credit: manages the synthesizer; None without one.
+        steps, credit, and the settings that may be changed between two steps: see `TrainerSettings`.
 
     Raises:
         ValueError: a setting is out of its range, a parameter is in both optimizers, or the model is wrapped in
@@ -129,42 +129,7 @@ class SequenceTrainer:
 
     @state.setter
     def state(self, state: State | None) -> None:
-        self._stream.advance(state)
-
-    @property
-    def skip_limit(self) -> int:
-        """Number of windows skipped in a row, for a NaN or an infinity, at which `step` raises a NonFiniteError."""
-        return self._skip_policy.limit
-
-    @skip_limit.setter
-    def skip_limit(self, limit: int) -> None:
-        self._skip_policy.limit = limit
-
-    @property
-    def accumulate(self) -> int:
-        """n: the gradients of n windows are summed for one update of the model. 1; may be set at any time."""
-        return self._gradients.windows_per_update
-
-    @accumulate.setter
-    def accumulate(self, windows: int) -> None:
-        self._gradients.windows_per_update = windows
-
-    @property
-    def updates(self) -> int:
-        """Number of updates of the model so far; without accumulation that of windows that were not skipped on the host."""
-        return self._gradients.updates
-
-    @property
-    def skipped(self) -> int:
-        """Number of windows skipped so far because of a NaN or an infinity. Reading it synchronises with the GPU."""
-        return self._skip_policy.total
-
-    def skip_counts(self) -> dict[str, float]:
-        """Returns, by TensorBoard key, the numbers of windows skipped and of windows whose message or regression was."""
-        counts: dict[str, float] = {"train/skipped": self.skipped}
-        if self.credit is not None:
-            counts["synthetic/skipped"] = self.credit.monitor.total
-        return counts
+        self._stream.replace(state)
 
     def step(
         self,
@@ -250,6 +215,7 @@ class SequenceTrainer:
             self._buffers.restore_unless(good)
         self._skip_policy.count(passed)
         self._stream.advance(next_state, window.ends)
+        self._stream.past.add(window, passed)
         self.steps += 1
         return result._replace(synthetic=synthetic, events=self._events(window, result))
 
@@ -271,6 +237,7 @@ class SequenceTrainer:
             self.credit.skip_step(loss_is_finite=bool(result.loss.isfinite()))
         if empty:
             self._stream.advance(self.runner.reset(last, window.ends), window.ends)
+            self._stream.past.add(window, torch.ones_like(result.skipped))
             return result
         self._stream.stay(window.start, window.ends)
         self._skip_policy.count_skipped(result.skipped, self.steps, where)
@@ -321,7 +288,7 @@ class SequenceTrainer:
         """
         parts = self._parts()
         expected = {*parts, "state", "credit", "steps"}
-        if set(saved) - {"skipped", "fresh", "gradients", "state_paths"} != expected:
+        if set(saved) - {"skipped", "fresh", "gradients", "state_paths", "past"} != expected:
             raise ValueError(f"the saved trainer has the parts {sorted(saved)}, this trainer needs {sorted(expected)}")
         for name, part in parts.items():
             part.load_state_dict(saved[name])

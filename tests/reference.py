@@ -66,6 +66,31 @@ def truncated_bptt(
     return history
 
 
+def backward_over(
+    model: nn.Module,
+    loss_fn: Callable[[Tensor, Tensor], Tensor],
+    windows: list[dni.Window],
+    count: int,
+    initial: Any,
+    batch_dim: Any,
+) -> list[dict[str, Tensor]]:
+    """With frozen parameters: each window's gradient through one graph over it and the count - 1 windows before."""
+    starts = [initial]
+    for window in windows:
+        last = states.detach(model(window.inputs, starts[-1])[1])
+        starts.append(reset(last, window.ends, initial, batch_dim))
+    found = []
+    for k in range(len(windows)):
+        first = max(k - count + 1, 0)
+        state = starts[first]
+        for window in windows[first : k + 1]:
+            outputs, state = model(window.inputs, state)
+            state = reset(state, window.ends, initial, batch_dim)
+        gradients = torch.autograd.grad(loss_fn(outputs, windows[k].targets), list(model.parameters()))
+        found.append({name: g for (name, _), g in zip(model.named_parameters(), gradients, strict=True)})
+    return found
+
+
 class Oracle(nn.Module):
     """The exact gradient of all that is ahead: the context holds every step to come, one graph runs over all of them.
 

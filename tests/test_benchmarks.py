@@ -166,3 +166,9 @@ def test_past_and_future_steps_are_those_beside_the_state(study):
     assert (future.inputs[:left, : copying.LANES] == window.inputs[4:]).all()
     assert int(future.counts[:, : copying.LANES].sum()) == 5 * copying.LANES
     assert not future.counts[:, copying.LANES :].any(), "nothing follows the end"
+
+
+def test_recomputed_activations_need_less_memory():
+    settings = ("T = 200", "T = 200, recomputed every 20")
+    (whole,), (chunks,) = (call("long_windows.py", "characters", setting) for setting in settings)
+    assert chunks < 0.4 * whole

@@ -14,6 +14,7 @@ from dni_seq.core import states
 from dni_seq.core.nonfinite import broken_lanes
 from dni_seq.core.states import State
 from dni_seq.core.windows import Nest, first_tensor
+from dni_seq.credit.past_windows import PastWindows
 from dni_seq.credit.synthetic_gradient import SyntheticCredit, without_chain
 from dni_seq.credit.window_runner import WindowRunner
 
@@ -33,6 +34,7 @@ class StreamState:
 
     Attributes:
         state: the hidden state with this rank's lanes, None before the first window.
+        past: the windows before the next one through which its loss is propagated back.
     """
 
     def __init__(self, runner: WindowRunner, credit: SyntheticCredit | None) -> None:
@@ -42,6 +44,7 @@ class StreamState:
         self._learned: State | None = None
         self._fresh: Tensor | None = None
         self.state: State | None = None
+        self.past = PastWindows(runner)
 
     def start(self, inputs: Nest) -> State | None:
         """Returns the state that a window starts from, without a graph; restores a loaded state first.
@@ -75,8 +78,16 @@ class StreamState:
     def attach(self, start: State | None) -> State | None:
         """Returns a window's first state, from which the gradient of lanes that start a sequence flows on to a learned one.
 
-        Values do not change. Without a learned initial state it returns `start`.
+        Values do not change. Without a learned initial state it returns `start`. If the loss of a window is propagated back
+        through earlier windows, it returns the state after these.
+
+        Raises:
+            ValueError: a learned initial state, and earlier windows.
         """
+        if self.past.count > 1:
+            if self._learned is not None:
+                raise ValueError("backward_windows does not work with a learned initial state: remove one of them")
+            return self.past.run(start)
         if self._learned is None or self._fresh is None or start is None:
             return start
         dims = states.broadcast_to_leaves(self._runner.state_batch_dim, start, "state_batch_dim")
@@ -102,6 +113,11 @@ class StreamState:
             masks = []
         self._fresh = torch.stack(masks).any(0) if masks else None
 
+    def replace(self, state: State | None) -> None:
+        """Sets the state that the next window starts from to one that does not follow the last window."""
+        self.past.clear()
+        self.advance(state)
+
     def stay(self, start: State | None, ends: Tensor | None) -> None:
         """Sets the state after a window that is skipped: its first state, with broken lanes and lanes in `ends` reset."""
         broken = None
@@ -109,10 +125,12 @@ class StreamState:
             broken = broken_lanes(start, self._runner.state_batch_dim)
             start = self._runner.reset(self._runner.reset(start, broken), ends)
         self.advance(start, ends, broken, self._fresh)
+        self.past.clear()
 
     def reset(self) -> None:
         """Forgets the state: the next window starts from the initial state and does not continue an earlier window."""
         self.state = self._fresh = None
+        self.past.clear()
         if self._waiting is not None:
             credit = self._waiting["credit"]
             self._waiting = {"state": None, "credit": None if credit is None else without_chain(credit), "fresh": None}
@@ -130,12 +148,14 @@ class StreamState:
             **({} if places is None else {"state_paths": places}),
             "credit": None if self._credit is None else self._credit.state_dict(),
             "fresh": None if self._fresh is None else gather(self._fresh, 0),
+            **({} if self.past.count == 1 else {"past": self.past.state_dict()}),
         }
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Keeps what `state_dict` returned until `restore` or the next window. Older states have no "fresh"."""
         self.state = self._fresh = None
-        names = ("state", "state_paths", "credit", "fresh")
+        self.past.clear()
+        names = ("state", "state_paths", "credit", "fresh", "past")
         self._waiting = {"fresh": None, **{name: saved[name] for name in names if name in saved}}
 
     def restore(self, nest: State, lanes: int) -> None:
@@ -159,6 +179,8 @@ class StreamState:
             self._credit.load_state_dict(self._waiting["credit"], nest)
         if leaves is not None:
             self.state = states.map_lanes(own, state, self._runner.state_batch_dim)
+        if "past" in self._waiting:
+            self.past.load_state_dict(self._waiting["past"], nest)
         fresh = self._waiting["fresh"]
         self._fresh = None if fresh is None else own(fresh, 0)
         self._waiting = None

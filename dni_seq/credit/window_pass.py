@@ -9,8 +9,10 @@ from torch import Tensor
 
 from dni_seq.core import states
 from dni_seq.core.deferred_backward import backward, defer_backward
+from dni_seq.core.snapshot import TensorSnapshot, buffers_of
 from dni_seq.core.states import State
 from dni_seq.core.windows import Lookahead, first_tensor
+from dni_seq.credit.recomputation import run_in_chunks
 from dni_seq.credit.replay import RecordedWindow
 from dni_seq.credit.stream_state import StreamState
 from dni_seq.credit.synthetic_gradient import SyntheticCredit
@@ -39,16 +41,23 @@ def run_and_backpropagate(
         lookahead: its context at the last state.
         bound: whether the synthesizer knows how it is trained; it is told at the first window.
     """
-    exchange = None
+    exchange, buffers = None, None
     auxiliary = credit is not None and credit.auxiliary is not None
     with defer_backward() as scope:
         start = window.start
         trigger = states.detach(start) if credit is None or start is None else credit.make_trigger(start, context)
-        run = runner.run_in_two_parts if auxiliary else runner.run_whole
-        outputs, early, last = run(window.inputs, stream.attach(trigger))
+        first_state = stream.attach(trigger)
+        if runner.checkpoint_every is not None:
+            parts = (window.inputs, window.targets, window.mask, first_state)
+            outputs, last, loss = run_in_chunks(runner, *parts, runner.checkpoint_every)
+            buffers = TensorSnapshot(buffers_of([runner.model])).keep()
+            early = last  # of the auxiliary task, which does not work with chunks
+        else:
+            run = runner.run_in_two_parts if auxiliary else runner.run_whole
+            outputs, early, last = run(window.inputs, first_state)
+            loss = runner.loss(outputs, window.targets, window.mask)
         first = first_tensor(window.inputs)
         runner.check_lanes(last, first.shape[runner.batch_dim])
-        loss = runner.loss(outputs, window.targets, window.mask)
         backward(loss)
         if credit is not None:
             if not bound:
@@ -56,6 +65,8 @@ def run_and_backpropagate(
             exchange = credit.inject(scope, loss, last, window.ends, lookahead)
             if (own := credit.auxiliary_loss(early, exchange)) is not None:
                 backward(own)
+    if buffers is not None:  # the backward pass has run the model again
+        buffers.restore()
     return loss.detach(), outputs, last, exchange
 
 

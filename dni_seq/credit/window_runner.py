@@ -36,6 +36,7 @@ class WindowRunner:
         start: the initial state with all lanes, a function that makes it from the number of lanes, or None for
             `model.initial_state`.
         parallel: the `DataParallel` of this rank, or a `SingleProcess`.
+        checkpoint_every: steps of a chunk whose activations are computed again in the backward pass, None to keep them.
         reduces: whether `loss_fn` returned unreduced losses at the last window; `reduction` has no effect on a scalar.
 
     Raises:
@@ -50,6 +51,7 @@ class WindowRunner:
     state_batch_dim: Any = 1
     start: State | Callable[[int], State] | None = None
     parallel: DataParallel = field(default_factory=SingleProcess)
+    checkpoint_every: int | None = field(default=None, init=False)
     reduces: bool = field(default=True, init=False)
 
     def __post_init__(self) -> None:
@@ -111,10 +113,16 @@ class WindowRunner:
         Raises:
             ValueError: `mask` or the reduction does not fit the losses that `loss_fn` returns.
         """
+        return self.reduce(self.losses(outputs, targets, mask), targets, mask)
+
+    def losses(self, outputs: Any, targets: Nest, mask: Tensor | None) -> Tensor:
+        """Returns what `loss_fn` returns for the outputs of a window, or of a part of it."""
         with self._autocast(targets):
-            if mask is not None:
-                outputs = finite_gradients(outputs, mask)
-            losses = self.loss_fn(outputs, targets)
+            return self.loss_fn(outputs if mask is None else finite_gradients(outputs, mask), targets)
+
+    def reduce(self, losses: Tensor, targets: Nest, mask: Tensor | None) -> Tensor:
+        """Returns the loss of a window from its `losses`; see `loss`."""
+        with self._autocast(targets):
             check_ignored(losses, targets, mask)
             self.reduces = losses.dim() > 0
             loss = window_loss(losses, mask, self.reduction)

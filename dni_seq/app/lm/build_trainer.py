@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from dni_seq.app.build.backpropagation_options import set_backpropagation
 from dni_seq.app.build.credit import ModelSpec, synthetic_arguments
 from dni_seq.app.build.optimizers import build_optimizer
 from dni_seq.app.lm import build as lm
@@ -58,6 +59,7 @@ def build_trainer(
         **synthetic,
     )
     trainer.accumulate = options.accumulate
+    set_backpropagation(trainer, options, options.bptt)
     return trainer
 
 

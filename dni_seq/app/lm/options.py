@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, ClassVar
 
+from dni_seq.app.build.backpropagation_options import BackpropagationOptions
 from dni_seq.app.build.credit_options import GROUP as CREDIT
 from dni_seq.app.build.credit_options import CreditOptions, without_resolved
 from dni_seq.app.build.optimization_options import GROUP as OPTIMIZATION
@@ -116,7 +117,7 @@ _DATA, _MODEL, _RUN = "data", "model", "run"
 
 
 @dataclass(frozen=True)
-class LanguageModelOptions(OptimizationOptions, CreditOptions):
+class LanguageModelOptions(OptimizationOptions, BackpropagationOptions, CreditOptions):
     """The options of `scripts/train_lm.py`."""
 
     MAY_CHANGE: ClassVar[frozenset[str]] = frozenset(

@@ -74,6 +74,7 @@ KINDS = MappingProxyType(
         "sgd, step": (*_NONE, "--optimizer", "sgd", "--lr", "2", "--schedule", "step", *_SHORT_EPOCHS),
         "momentum, plateau": (*_NONE, *_MOMENTUM, "--schedule", "plateau", "--decay", "0.8", "--patience", "9"),
         "accumulation": (*_MULTI, "--accumulate", "7", "--schedule", "linear", "--warmup", "3"),
+        "backward steps, chunks": (*_NONE, "--backward-steps", "12", "--checkpoint-every", "2"),
         "sparse, accumulation": (*_NONE, "--sparse-embedding", "--accumulate", "3", "--schedule", "cosine"),
     }
 )

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
+from dni_seq.app.build.backpropagation_options import BackpropagationOptions
 from dni_seq.app.build.credit_options import GROUP as CREDIT
 from dni_seq.app.build.credit_options import STANDS_IN, SYNTHESIZERS, CreditOptions, without_resolved
 from dni_seq.app.runs.options import above_zero, at_least, build, option
@@ -20,7 +21,7 @@ _TASK, _MODEL, _RUN = "task", "model", "run"
 
 
 @dataclass(frozen=True)
-class TaskOptions(CreditOptions):
+class TaskOptions(BackpropagationOptions, CreditOptions):
     """The options of `scripts/train_tasks.py`."""
 
     MAY_CHANGE: ClassVar[frozenset[str]] = frozenset({"updates", "threads", "device"})

@@ -37,6 +37,7 @@ import torch
 from torch import nn
 
 import dni_seq as dni
+from dni_seq.app.build.backpropagation_options import set_backpropagation
 from dni_seq.app.build.credit import ModelSpec, synthetic_arguments
 from dni_seq.app.build.device import device_of
 from dni_seq.app.build.optimizers import adam
@@ -138,7 +139,7 @@ def build_trainer(options: TaskOptions, task: Task, model: VectorRNN, device: to
         encode=lambda: (nn.Linear(task.input_size, EMBED), nn.Linear(task.target_size, EMBED)),
         outputs=task.target_size,
     )
-    return dni.SequenceTrainer(
+    trainer = dni.SequenceTrainer(
         model,
         adam(list(model.parameters()), options.lr, device),
         task.losses,
@@ -146,3 +147,5 @@ def build_trainer(options: TaskOptions, task: Task, model: VectorRNN, device: to
         reduction="lane-mean",
         **synthetic_arguments(chosen, spec, options.synthesizer_lr),
     )
+    set_backpropagation(trainer, options, options.bptt)
+    return trainer

@@ -185,6 +185,21 @@ def test_a_sparse_embedding_follows_the_schedule():
     assert [group["lr"] for group in trainer.optimizer.param_groups] == pytest.approx([1.5e-3] * 2)
 
 
+def test_long_windows_reach_the_trainer():
+    trainer = trainer_of(checkpoint_every=2, backward_steps=12)
+    assert (trainer.checkpoint_every, trainer.backward_windows) == (2, 3)
+    assert (trainer_of().checkpoint_every, trainer_of().backward_windows) == (None, 1)
+
+
+def test_backward_steps_train_otherwise_and_recomputed_activations_the_same(run):
+    losses = {}
+    for name, more in {"plain": [], "back": ["--backward-steps", "8"], "recomputed": ["--checkpoint-every", "2"]}.items():
+        directory = run("--max-steps", "4", "--eval-every", "4", "--synthesizer", "none", "--lr", "0.1", *more, name=name)
+        losses[name] = points(directory)["valid/loss"][4]
+    assert losses["recomputed"] == pytest.approx(losses["plain"], rel=1e-5)
+    assert losses["back"] != pytest.approx(losses["plain"], rel=1e-4)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -198,6 +213,9 @@ def test_a_sparse_embedding_follows_the_schedule():
         (["--warmup", "2", "--max-steps", "2"], "--warmup 2 must be shorter than the run, which has 2 updates"),
         (["--schedule", "linear", "--document-reset"], "give --max-steps or --max-tokens"),
         (["--decay", "1"], "--decay must be above 0 and below 1, got 1.0"),
+        (["--backward-steps", "6"], "--backward-steps 6 must be a multiple of --bptt 4"),
+        (["--backward-steps", "8", "--synthesizer", "exact"], "--backward-steps needs --synthesizer none"),
+        (["--checkpoint-every", "2", "--synthesizer", "basic", "--auxiliary", "1"], "--checkpoint-every does not work with"),
         (["--accumulate", "0"], "--accumulate must be 1 or more, got 0"),
     ],
 )

@@ -1,0 +1,57 @@
+"""The options of truncated BPTT beside the window length: recomputed activations, and gradients over earlier windows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dni_seq.app.build.credit_options import GROUP
+from dni_seq.app.runs.options import at_least, option
+from dni_seq.trainer import SequenceTrainer
+
+
+@dataclass(frozen=True)
+class BackpropagationOptions:
+    """The options of truncated BPTT beside the window length, which has a default by command."""
+
+    checkpoint_every: int | None = option(
+        None,
+        "compute the activations of this many steps at a time again in the backward pass: long windows in little memory",
+        group=GROUP,
+        check=at_least(1),
+        shown="keep all activations",
+    )
+    backward_steps: int | None = option(
+        None,
+        "k2: propagate a window's losses back over the last k2 steps, a multiple of --bptt (k1); with --synthesizer none",
+        group=GROUP,
+        check=at_least(1),
+        shown="--bptt",
+    )
+
+    def backward_windows(self, bptt: int) -> int:
+        """Returns the number of windows over which a window's losses are propagated back.
+
+        Args:
+            bptt: T, the window length in steps.
+
+        Raises:
+            ValueError: the number of steps is not a multiple of T.
+        """
+        steps = bptt if self.backward_steps is None else self.backward_steps
+        if steps % bptt:
+            raise ValueError(f"--backward-steps {steps} must be a multiple of --bptt {bptt}")
+        return steps // bptt
+
+
+def set_backpropagation(trainer: SequenceTrainer, options: BackpropagationOptions, bptt: int) -> None:
+    """Sets the options on a trainer that has not stepped yet.
+
+    Raises:
+        ValueError: they do not go with the window length, a synthesizer or an auxiliary task.
+    """
+    windows = options.backward_windows(bptt)
+    if windows > 1 and trainer.credit is not None:
+        raise ValueError("--backward-steps needs --synthesizer none: a message would count later losses twice")
+    if options.checkpoint_every is not None and trainer.credit is not None and trainer.credit.auxiliary is not None:
+        raise ValueError("--checkpoint-every does not work with --auxiliary: remove one of them")
+    trainer.backward_windows, trainer.checkpoint_every = windows, options.checkpoint_every

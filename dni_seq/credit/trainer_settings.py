@@ -1,0 +1,94 @@
+"""TrainerSettings: the settings of a trainer that may be changed between two steps, and its counters."""
+
+from __future__ import annotations
+
+from dni_seq.credit.nonfinite_policy import NonFinitePolicy
+from dni_seq.credit.step_gradients import StepGradients
+from dni_seq.credit.stream_state import StreamState
+from dni_seq.credit.synthetic_gradient import SyntheticCredit
+from dni_seq.credit.window_runner import WindowRunner
+
+
+class TrainerSettings:
+    """The settings of a `SequenceTrainer` that may be changed between two steps, and its counters.
+
+    Attributes:
+        steps: number of windows so far, skipped ones included.
+        runner: runs the model on a window.
+        credit: manages the synthesizer; None without one.
+    """
+
+    steps: int
+    runner: WindowRunner
+    credit: SyntheticCredit | None
+    _stream: StreamState
+    _gradients: StepGradients
+    _skip_policy: NonFinitePolicy
+
+    @property
+    def skip_limit(self) -> int:
+        """Number of windows skipped in a row, for a NaN or an infinity, at which `step` raises a NonFiniteError; 10."""
+        return self._skip_policy.limit
+
+    @skip_limit.setter
+    def skip_limit(self, limit: int) -> None:
+        self._skip_policy.limit = limit
+
+    @property
+    def accumulate(self) -> int:
+        """n: the gradients of n windows are summed for one update of the model; 1."""
+        return self._gradients.windows_per_update
+
+    @accumulate.setter
+    def accumulate(self, windows: int) -> None:
+        self._gradients.windows_per_update = windows
+
+    @property
+    def checkpoint_every(self) -> int | None:
+        """Steps of a chunk whose activations are computed again in the backward pass; None to keep all of them.
+
+        It saves memory in long windows for one more forward pass. `loss_fn` must return unreduced losses [T, B].
+        """
+        return self.runner.checkpoint_every
+
+    @checkpoint_every.setter
+    def checkpoint_every(self, steps: int | None) -> None:
+        if steps is not None and steps < 1:
+            raise ValueError(f"checkpoint_every must be 1 or more steps, or None, got {steps}")
+        if steps is not None and self.credit is not None and self.credit.auxiliary is not None:
+            raise ValueError("checkpoint_every does not work with an auxiliary task: remove one of them")
+        self.runner.checkpoint_every = steps
+
+    @property
+    def backward_windows(self) -> int:
+        """n: the loss of a window is propagated back through the last n windows; 1.
+
+        With windows of T steps this is truncated BPTT with k1 = T and k2 = n T, see `PastWindows`. Each step then runs the
+        n - 1 windows before the newest one again. A trainer with a synthesizer has n = 1.
+        """
+        return self._stream.past.count
+
+    @backward_windows.setter
+    def backward_windows(self, windows: int) -> None:
+        if windows > 1 and self.credit is not None:
+            raise ValueError(
+                "backward_windows needs a trainer without a synthesizer, whose message would count a loss twice"
+            )
+        self._stream.past.count = windows
+
+    @property
+    def updates(self) -> int:
+        """Number of updates of the model so far; without accumulation that of windows that were not skipped on the host."""
+        return self._gradients.updates
+
+    @property
+    def skipped(self) -> int:
+        """Number of windows skipped so far because of a NaN or an infinity. Reading it synchronises with the GPU."""
+        return self._skip_policy.total
+
+    def skip_counts(self) -> dict[str, float]:
+        """Returns, by TensorBoard key, the numbers of windows skipped and of windows whose message or regression was."""
+        counts: dict[str, float] = {"train/skipped": self.skipped}
+        if self.credit is not None:
+            counts["synthetic/skipped"] = self.credit.monitor.total
+        return counts
