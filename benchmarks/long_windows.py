@@ -4,7 +4,8 @@ python benchmarks/long_windows.py
     Median CPU time of a step over 9 rounds in which all settings take turns, and the memory that a step needs beside
     parameters, gradients and the optimizer's state, each in a process of its own (Linux).
 
-Characters: LSTM 256, embedding 64, 64 lanes, 50 characters. Words: LSTM 2x200, 20 lanes, 10,000 words. Fused Adam, one thread.
+Characters: LSTM 256, embedding 64, 64 lanes, 50 characters. Words: LSTM 2x200, 20 lanes, 10,000 words. Fused Adam, one
+thread.
 """
 
 from __future__ import annotations
