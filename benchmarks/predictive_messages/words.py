@@ -278,10 +278,11 @@ class Column:
 COLUMNS = {
     "none": Column("none", (35, 20, 10)),
     "dense": Column("dense", (35,), (1.0, 0.3, 0.1, 0.03), every=5),
+    "multi-horizon": Column("multi-horizon", (5,)),
     "multi-token": Column("multi-token", (35,), (1.0, 0.3, 0.1, 4.0)),
     "exact": Column("exact", (20, 5)),
-    "multi-horizon": Column("multi-horizon", (5,)),
 }
+"""In order of value: each is finished before the next."""
 
 
 def constant_rates(known: dict[str, Line]) -> Iterator[Trial]:
@@ -298,12 +299,11 @@ def constant_rates(known: dict[str, Line]) -> Iterator[Trial]:
 
 
 def plan(known: dict[str, Line]) -> Iterator[Trial]:
-    """Every trial that can be run now, in order of value: columns to the budget of 1, then 3, then 6, then the rest."""
+    """Every trial that can be run now, in order of value: the budget of 1, then the others by column, then the rest."""
     wanted = [trial for column in COLUMNS.values() for trial in column.trials(known)]
     yield from (trial for trial in wanted if trial["budget"] == 1)
+    yield from (trial for trial in wanted if trial["budget"] > 1)
     yield from constant_rates(known)
-    yield from (trial for trial in wanted if trial["budget"] == 3)
-    yield from (trial for trial in wanted if trial["budget"] == 6)
     dense = COLUMNS["dense"].final(known)
     if dense is not None:  # parts of it, at its own settings
         whole = {name: value for name, value in dense.items() if name != "every"}
