@@ -91,6 +91,29 @@ def backward_over(
     return found
 
 
+def min_gru(cell: Any, inputs: Tensor, state: Tensor) -> Tensor:
+    """A minGRU step by step: states [T, B, H]."""
+    (wz, wh), (bz, bh) = cell.gates.weight.chunk(2), cell.gates.bias.chunk(2)
+    states_ = []
+    for x in inputs:
+        z = torch.sigmoid(x @ wz.T + bz)
+        state = (1 - z) * state + z * (x @ wh.T + bh)
+        states_.append(state)
+    return torch.stack(states_)
+
+
+def lru(cell: Any, inputs: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """An LRU step by step in complex numbers: outputs [T, B, D] and the last state, real parts first."""
+    b, c = (torch.complex(*m.chunk(2, d)) for m, d in ((cell.into, 0), (cell.out, 1)))
+    eigenvalues = torch.exp(-torch.exp(cell.nu) + 1j * torch.exp(cell.theta))
+    x = torch.complex(*state.chunk(2, -1))
+    outputs = []
+    for u in inputs:
+        x = eigenvalues * x + torch.exp(cell.gamma) * (u.to(b.dtype) @ b.T)
+        outputs.append((x @ c.T).real + cell.skip * u)
+    return torch.stack(outputs), torch.cat([x.real, x.imag], -1)
+
+
 class Oracle(nn.Module):
     """The exact gradient of all that is ahead: the context holds every step to come, one graph runs over all of them.
 

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dni_seq.core.traces import Trace
+
 State = Any
 """A nest of tensors, which Python's type system cannot describe more exactly."""
 
@@ -195,23 +197,30 @@ def key_paths(state: State) -> list[str] | None:
     return paths(state) if has_keys(state) else None
 
 
+def saved_leaves(state: State) -> list[Any]:
+    """Returns the leaves of `state` as a checkpoint can hold them: `flatten`, with traces as plain tensors."""
+    return [leaf.as_subclass(Tensor) if isinstance(leaf, Trace) else leaf for leaf in flatten(state)]
+
+
 def from_saved(leaves: Sequence[Any], places: Sequence[str] | None, like: State) -> State:
     """Returns a saved state, nested like `like`.
 
     Args:
-        leaves: what `flatten` has returned.
+        leaves: what `saved_leaves` has returned.
         places: what `key_paths` has returned. None for leaves in the order of `flatten(like)`, as older versions saved them.
         like: a state of the model.
 
     Raises:
         ValueError: `like` has other keys, or another number of leaves.
     """
-    if places is None:
-        return unflatten(like, leaves)
-    expected = paths(like)
-    check_keys(places, expected, "the saved state", "the model's state")
-    by_place = dict(zip(places, leaves, strict=True))
-    return unflatten(like, [by_place[place] for place in expected])
+    if places is not None:
+        expected = paths(like)
+        check_keys(places, expected, "the saved state", "the model's state")
+        by_place = dict(zip(places, leaves, strict=True))
+        leaves = [by_place[place] for place in expected]
+    pairs = zip(leaves, flatten(like), strict=False)  # `unflatten` counts them
+    wrapped = [leaf.as_subclass(Trace) if isinstance(own, Trace) else leaf for leaf, own in pairs]
+    return unflatten(like, [*wrapped, *leaves[len(wrapped) :]])
 
 
 def check_leaves(state: State, name: str) -> None:
@@ -242,8 +251,8 @@ def to_float32(leaf: Tensor) -> Tensor:
 
 
 def is_floating(leaf: Any) -> bool:
-    """Returns whether `leaf` is a floating-point tensor, which can receive a gradient."""
-    return isinstance(leaf, Tensor) and leaf.is_floating_point()
+    """Returns whether `leaf` is a floating-point tensor that can receive a gradient; a `Trace` cannot."""
+    return isinstance(leaf, Tensor) and leaf.is_floating_point() and not isinstance(leaf, Trace)
 
 
 def floating(state: State) -> list[Tensor]:

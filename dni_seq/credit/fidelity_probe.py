@@ -82,7 +82,7 @@ class FidelityProbe(Restorable):
         if self._messages is not None:
             start = self._windows[0].start  # gives the leaves of all messages one order
             matched = [match_message(message, start) for message in self._messages]
-            messages = [states.flatten(states.map_lanes(gather, message, dims)) for message in matched]
+            messages = [states.saved_leaves(states.map_lanes(gather, message, dims)) for message in matched]
         windows = [pack(gather_lanes(window, self._runner)) for window in self._windows]
         return {"probe_windows": windows, "probe_messages": messages}
 

@@ -215,7 +215,7 @@ def pack(window: RecordedWindow) -> dict[str, Any]:
     context = window.context
     return {
         **{name: getattr(window, name) for name in ("inputs", "targets", "mask", "ends")},
-        "start": states.flatten(window.start),
+        "start": states.saved_leaves(window.start),
         "start_paths": states.key_paths(window.start),
         "context": None if context is None else list(context),
     }

@@ -144,7 +144,7 @@ class StreamState:
         gather, dims = self._runner.parallel.all, self._runner.state_batch_dim
         places = states.key_paths(self.state)
         return {
-            "state": None if self.state is None else states.flatten(states.map_lanes(gather, self.state, dims)),
+            "state": None if self.state is None else states.saved_leaves(states.map_lanes(gather, self.state, dims)),
             **({} if places is None else {"state_paths": places}),
             "credit": None if self._credit is None else self._credit.state_dict(),
             "fresh": None if self._fresh is None else gather(self._fresh, 0),

@@ -41,21 +41,14 @@ def run_and_backpropagate(
         lookahead: its context at the last state.
         bound: whether the synthesizer knows how it is trained; it is told at the first window.
     """
-    exchange, buffers = None, None
+    exchange, buffers, without_message = None, None, None
     auxiliary = credit is not None and credit.auxiliary is not None
     with defer_backward() as scope:
         start = window.start
         trigger = states.detach(start) if credit is None or start is None else credit.make_trigger(start, context)
-        first_state = stream.attach(trigger)
+        outputs, early, last, loss = _run(runner, window, stream.attach(trigger), auxiliary)
         if runner.checkpoint_every is not None:
-            parts = (window.inputs, window.targets, window.mask, first_state)
-            outputs, last, loss = run_in_chunks(runner, *parts, runner.checkpoint_every)
             buffers = TensorSnapshot(buffers_of([runner.model])).keep()
-            early = last  # of the auxiliary task, which does not work with chunks
-        else:
-            run = runner.run_in_two_parts if auxiliary else runner.run_whole
-            outputs, early, last = run(window.inputs, first_state)
-            loss = runner.loss(outputs, window.targets, window.mask)
         first = first_tensor(window.inputs)
         runner.check_lanes(last, first.shape[runner.batch_dim])
         backward(loss)
@@ -65,9 +58,29 @@ def run_and_backpropagate(
             exchange = credit.inject(scope, loss, last, window.ends, lookahead)
             if (own := credit.auxiliary_loss(early, exchange)) is not None:
                 backward(own)
+            if runner.traced:
+                total = loss if own is None else loss + own
+                without_message = torch.autograd.grad(total, runner.traced, retain_graph=True, allow_unused=True)
+    if without_message is not None:
+        # The trace of the next window brings a later loss to these parameters; a message would bring it twice.
+        for parameter, gradient in zip(runner.traced, without_message, strict=True):
+            parameter.grad = gradient
     if buffers is not None:  # the backward pass has run the model again
         buffers.restore()
     return loss.detach(), outputs, last, exchange
+
+
+def _run(
+    runner: WindowRunner, window: RecordedWindow, state: State | None, auxiliary: bool
+) -> tuple[Any, State, State, Tensor]:
+    """Returns the outputs, the state after the first step for an auxiliary task, the last state and the loss."""
+    if runner.checkpoint_every is not None:  # does not work with an auxiliary task
+        parts = (window.inputs, window.targets, window.mask, state)
+        outputs, last, loss = run_in_chunks(runner, *parts, runner.checkpoint_every)
+        return outputs, last, last, loss
+    run = runner.run_in_two_parts if auxiliary else runner.run_whole
+    outputs, early, last = run(window.inputs, state)
+    return outputs, early, last, runner.loss(outputs, window.targets, window.mask)
 
 
 def sum_over_ranks(

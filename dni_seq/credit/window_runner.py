@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from dni_seq.core import states
 from dni_seq.core.states import State
+from dni_seq.core.traces import traced_parameters
 from dni_seq.core.windows import REDUCTIONS, Lookahead, Nest, Reduction, first_tensor, over
 from dni_seq.credit.window_checks import check_ignored, check_lanes, lane_dims
 from dni_seq.distributed.data_parallel import DataParallel, SingleProcess
@@ -36,6 +37,7 @@ class WindowRunner:
         start: the initial state with all lanes, a function that makes it from the number of lanes, or None for
             `model.initial_state`.
         parallel: the `DataParallel` of this rank, or a `SingleProcess`.
+        traced: the parameters whose credit from before a window comes by traces, and that get no message.
         checkpoint_every: steps of a chunk whose activations are computed again in the backward pass, None to keep them.
         reduces: whether `loss_fn` returned unreduced losses at the last window; `reduction` has no effect on a scalar.
 
@@ -51,6 +53,7 @@ class WindowRunner:
     state_batch_dim: Any = 1
     start: State | Callable[[int], State] | None = None
     parallel: DataParallel = field(default_factory=SingleProcess)
+    traced: list[nn.Parameter] = field(init=False)
     checkpoint_every: int | None = field(default=None, init=False)
     reduces: bool = field(default=True, init=False)
 
@@ -62,6 +65,7 @@ class WindowRunner:
             raise ValueError('reduction="lane-mean" needs time-major windows [T, B, ...]: use batch_dim=1')
         if isinstance(self.model, nn.parallel.DistributedDataParallel):
             raise ValueError("SequenceTrainer reduces gradients itself: pass the bare model, not DDP, and parallel=")
+        self.traced = traced_parameters(self.model)
 
     def initial_state(self, lanes: int) -> State | None:
         """Returns the initial state of `lanes` sequences, or None if the model creates it itself when called with None."""

@@ -1,4 +1,4 @@
-"""A recurrent language model: embedding, LSTM or GRU, and a projection to the vocabulary.
+"""A recurrent language model: embedding, recurrent cell, and a projection to the vocabulary.
 
 The layout and the uniform initialisation are those of PyTorch's `word_language_model` example. As in Zaremba et al. 2014,
 arXiv 1409.2329, dropout is on the non-recurrent connections only. Weight tying is from Press & Wolf 2017, arXiv 1608.05859.
@@ -8,17 +8,16 @@ Legend: T = window length, B = lanes, V = vocabulary size, E = embedding size, H
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from dni_seq.models.cells import CELLS, build_rnn, initial_state
 from dni_seq.models.lstm_kernels import native_up_to, run_rnn
 
-CELLS = ("lstm", "gru")
 _INITIAL_RANGE = 0.1  # weights of embedding and projection are uniform in [-0.1, 0.1], as in PyTorch's example
-
-LSTMState = tuple[Tensor, Tensor]
-"""(h, c), each [L, B, H]."""
 
 
 class LanguageModel(nn.Module):
@@ -26,7 +25,8 @@ class LanguageModel(nn.Module):
 
     Args:
         vocabulary_size: V, the number of token ids.
-        cell: "lstm", whose state is (h, c), each [L, B, H], or "gru", whose state is h [L, B, H].
+        cell: "lstm", whose state is (h, c), each [L, B, H]; "gru", whose state is h [L, B, H]; or a diagonal cell, "mingru"
+            or "lru", see `DiagonalRNN`.
         embed: E, the size of the embedding.
         hidden: H, the number of hidden units in a layer.
         layers: L, the number of recurrent layers.
@@ -34,10 +34,11 @@ class LanguageModel(nn.Module):
         tied: whether the projection uses the weights of the embedding.
         sparse_embedding: whether the gradient of the embedding is a sparse tensor of the rows that were read. The embedding
             then needs an optimizer for sparse gradients, see `core.optimizer_step.JoinedOptimizer`.
+        traces: whether the state of a diagonal cell carries traces, credit from before the window.
 
     Attributes:
         embedding: nn.Embedding(V, E).
-        rnn: the nn.LSTM or nn.GRU.
+        rnn: the recurrent network.
         projection: nn.Linear(H, V).
         native_steps: longest window, in steps, that runs on PyTorch's native LSTM kernel on the CPU; see
             `lstm_kernels.native_up_to`.
@@ -58,6 +59,7 @@ class LanguageModel(nn.Module):
         dropout: float = 0.0,
         tied: bool = False,
         sparse_embedding: bool = False,
+        traces: bool = False,
     ):
         super().__init__()
         sizes = {"vocabulary_size": vocabulary_size, "embed": embed, "hidden": hidden, "layers": layers}
@@ -65,10 +67,7 @@ class LanguageModel(nn.Module):
         self.cell, self.hidden, self.layers = cell, hidden, layers
         self.dropout = nn.Dropout(dropout)
         self.embedding = nn.Embedding(vocabulary_size, embed, sparse=sparse_embedding)
-        # nn.LSTM applies dropout between layers, and warns if there is only one layer.
-        between = dropout if layers > 1 else 0.0
-        kind = nn.LSTM if cell == "lstm" else nn.GRU
-        self.rnn = kind(embed, hidden, layers, dropout=between)
+        self.rnn = build_rnn(cell, embed, hidden, layers, dropout, traces)
         self.native_steps = native_up_to(0)
         self.projection = nn.Linear(hidden, vocabulary_size)
         nn.init.uniform_(self.embedding.weight, -_INITIAL_RANGE, _INITIAL_RANGE)
@@ -77,7 +76,7 @@ class LanguageModel(nn.Module):
         if tied:
             self.projection.weight = self.embedding.weight
 
-    def forward(self, tokens: Tensor, state: Tensor | LSTMState | None = None) -> tuple[Tensor, Tensor | LSTMState]:
+    def forward(self, tokens: Tensor, state: Any = None) -> tuple[Tensor, Any]:
         """Returns logits [T, B, V] and the state after the last token.
 
         Args:
@@ -88,11 +87,9 @@ class LanguageModel(nn.Module):
         outputs, state = run_rnn(self.rnn, embedded, state, self.native_steps)  # [T, B, H]
         return self.projection(self.dropout(outputs)), state
 
-    def initial_state(self, lanes: int) -> Tensor | LSTMState:
+    def initial_state(self, lanes: int) -> Any:
         """Returns a zero state for `lanes` lanes, with the dtype and the device of the parameters."""
-        shape = (self.layers, lanes, self.hidden)
-        hidden = self.projection.weight.new_zeros(shape)
-        return hidden if self.cell == "gru" else (hidden, torch.zeros_like(hidden))
+        return initial_state(self.rnn, lanes)
 
 
 def token_losses(logits: Tensor, targets: Tensor) -> Tensor:

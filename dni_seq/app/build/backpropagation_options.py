@@ -28,6 +28,10 @@ class BackpropagationOptions:
         shown="--bptt",
     )
 
+    traces: bool = option(
+        False, "carry exact credit from before the window, for the own parameters of a diagonal --model", group=GROUP
+    )
+
     def backward_windows(self, bptt: int) -> int:
         """Returns the number of windows over which a window's losses are propagated back.
 

@@ -136,7 +136,8 @@ def build_model(options: LanguageModelOptions, vocabulary_size: int, device: tor
         ValueError: the sizes contradict each other, or this processor does not support the dtype.
     """
     settings = {
-        name: getattr(options, name) for name in ("embed", "hidden", "layers", "dropout", "tied", "sparse_embedding")
+        name: getattr(options, name)
+        for name in ("embed", "hidden", "layers", "dropout", "tied", "sparse_embedding", "traces")
     }
     model = LanguageModel(vocabulary_size, cell=options.model, **settings)
     if options.dtype == "float64":

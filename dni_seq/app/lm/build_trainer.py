@@ -87,7 +87,7 @@ def messages(trainer: SequenceTrainer, lookahead: Lookahead | None) -> list[Tens
 
 def cell_size(trainer: SequenceTrainer) -> dict[str, float]:
     """Returns root mean square and largest absolute value of an LSTM's cells by TensorBoard key; empty for other models."""
-    if not isinstance(trainer.state, tuple):
+    if not isinstance(trainer.model.rnn, nn.LSTM) or trainer.state is None:
         return {}
     cells = trainer.state[1].float()
     return {"state/cell_rms": float(cells.square().mean().sqrt()), "state/cell_max": float(cells.abs().max())}

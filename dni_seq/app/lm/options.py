@@ -18,7 +18,7 @@ from dni_seq.app.build.optimization_options import GROUP as OPTIMIZATION
 from dni_seq.app.build.optimization_options import OptimizationOptions, check_optimization
 from dni_seq.app.runs.options import above_zero, at_least, build, flag, option, share
 from dni_seq.distributed.process_group import TIMEOUT
-from dni_seq.models.language_model import CELLS
+from dni_seq.models.cells import CELLS
 from dni_seq.streams import Corpus
 from dni_seq.streams.corpus import default_data_dir
 from dni_seq.streams.files import expand_home

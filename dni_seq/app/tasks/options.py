@@ -14,7 +14,7 @@ from dni_seq.app.build.backpropagation_options import BackpropagationOptions
 from dni_seq.app.build.credit_options import GROUP as CREDIT
 from dni_seq.app.build.credit_options import STANDS_IN, SYNTHESIZERS, CreditOptions, without_resolved
 from dni_seq.app.runs.options import above_zero, at_least, build, option
-from dni_seq.models.language_model import CELLS
+from dni_seq.models.cells import CELLS
 from dni_seq.streams.algorithmic_tasks import TASKS
 
 _TASK, _MODEL, _RUN = "task", "model", "run"

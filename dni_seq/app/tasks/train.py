@@ -101,7 +101,7 @@ def prepare(given: dict[str, Any], lock: RunLock) -> TaskRun:
         stage=start,
     )
     torch.manual_seed(options.seed)
-    size = {"hidden": options.hidden, "layers": options.layers}
+    size: dict[str, Any] = {"hidden": options.hidden, "layers": options.layers, "traces": options.traces}
     model = VectorRNN(task.input_size, task.target_size, cell=options.model, **size).to(device)
     training = TaskRun(
         options=options,
