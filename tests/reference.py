@@ -179,3 +179,27 @@ def future_features(model: dni.FutureModel, flat: Tensor, ahead: dni.Lookahead) 
         found = torch.autograd.grad(loss, reached, allow_unused=True) if loss.requires_grad else [None] * len(reached)
         rows.append(torch.cat([torch.zeros_like(r) if g is None else g for r, g in zip(reached, found, strict=True)]))
     return torch.stack(rows).detach()
+
+
+def snap1(step: Callable[..., Any], inputs: Tensor, state: list[Tensor], weights: list[Tensor]) -> list[Tensor]:
+    """SnAp-1 from dense Jacobians, one lane: for each tensor of the state and each weight, [units, *weight]."""
+    count, units = len(state), state[0].shape[-1]
+    traces = [torch.zeros(units, *weight.shape, dtype=weight.dtype) for _ in state for weight in weights]
+    for x in inputs:
+
+        def tensors(*given: Tensor, x: Tensor = x) -> tuple[Tensor, ...]:
+            return tuple(leaf[0] for leaf in step(x[None], given[:count], given[count:]).state)
+
+        jacobians: Any = torch.autograd.functional.jacobian(tensors, (*state, *weights))
+        moved = []
+        for s in range(count):
+            for p, weight in enumerate(weights):
+                total = jacobians[s][count + p].clone()
+                for other in range(count):
+                    total += torch.einsum("uv,v...->u...", jacobians[s][other][:, 0], traces[other * len(weights) + p])
+                mask = torch.zeros(units, len(weight), *(1 for _ in weight.shape[1:]), dtype=weight.dtype)
+                for u in range(units):
+                    mask[u, u::units] = 1  # the rows of unit u in every gate
+                moved.append(total * mask)
+        traces, state = moved, [leaf.detach() for leaf in step(x[None], state, weights).state]
+    return traces

@@ -34,7 +34,7 @@ class LanguageModel(nn.Module):
         tied: whether the projection uses the weights of the embedding.
         sparse_embedding: whether the gradient of the embedding is a sparse tensor of the rows that were read. The embedding
             then needs an optimizer for sparse gradients, see `core.optimizer_step.JoinedOptimizer`.
-        traces: whether the state of a diagonal cell carries traces, credit from before the window.
+        traces: credit from before the window that the state carries, see `build_rnn`; None for none.
 
     Attributes:
         embedding: nn.Embedding(V, E).
@@ -59,7 +59,7 @@ class LanguageModel(nn.Module):
         dropout: float = 0.0,
         tied: bool = False,
         sparse_embedding: bool = False,
-        traces: bool = False,
+        traces: str | None = None,
     ):
         super().__init__()
         sizes = {"vocabulary_size": vocabulary_size, "embed": embed, "hidden": hidden, "layers": layers}

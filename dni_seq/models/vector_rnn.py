@@ -23,7 +23,7 @@ class VectorRNN(nn.Module):
             or "lru", see `DiagonalRNN`.
         hidden: H, the number of hidden units in a layer.
         layers: L, the number of recurrent layers.
-        traces: whether the state of a diagonal cell carries traces, credit from before the window.
+        traces: credit from before the window that the state carries, see `build_rnn`; None for none.
 
     Attributes:
         rnn: the recurrent network.
@@ -43,7 +43,7 @@ class VectorRNN(nn.Module):
         cell: str = "lstm",
         hidden: int = 256,
         layers: int = 1,
-        traces: bool = False,
+        traces: str | None = None,
     ):
         super().__init__()
         sizes = {"input_size": input_size, "output_size": output_size, "hidden": hidden, "layers": layers}

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from dni_seq.app.build.credit_options import GROUP
 from dni_seq.app.runs.options import at_least, option
+from dni_seq.models.cells import TRACES
 from dni_seq.trainer import SequenceTrainer
 
 
@@ -28,8 +29,12 @@ class BackpropagationOptions:
         shown="--bptt",
     )
 
-    traces: bool = option(
-        False, "carry exact credit from before the window, for the own parameters of a diagonal --model", group=GROUP
+    traces: str | None = option(
+        None,
+        "credit from before the window for the recurrent parameters: exact for mingru and lru, approximate for lstm and gru",
+        group=GROUP,
+        choices=TRACES,
+        shown="none",
     )
 
     def backward_windows(self, bptt: int) -> int:

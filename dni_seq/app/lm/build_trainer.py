@@ -14,10 +14,10 @@ from dni_seq.core.optimizer_step import JoinedOptimizer
 from dni_seq.core.states import floating
 from dni_seq.core.windows import Lookahead
 from dni_seq.distributed.data_parallel import DataParallel
+from dni_seq.models.cells import state_cells
 from dni_seq.models.language_model import LanguageModel, token_losses
 from dni_seq.models.lstm_kernels import native_up_to
 from dni_seq.synthesizers.for_model import EMBED
-from dni_seq.synthesizers.normalization import LSTM_CELLS
 from dni_seq.synthesizers.token_classes import token_embedding
 from dni_seq.trainer import SequenceTrainer
 
@@ -38,7 +38,7 @@ def build_trainer(
         model,
         token_losses,
         example=model.initial_state(1),
-        cells=LSTM_CELLS if options.model == "lstm" else False,
+        cells=state_cells(model.rnn),
         encode=lambda: token_encoders(model.projection.out_features, options.synthesizer_vocab_size),
         outputs=model.projection.out_features,
         max_classes=options.synthesizer_vocab_size,

@@ -52,6 +52,7 @@ from dni_seq.app.runs.resume import plan_run
 from dni_seq.app.tasks.options import TaskOptions, as_given, resolve_options
 from dni_seq.app.tasks.training import TaskCounters, TaskRun
 from dni_seq.distributed.process_group import Ranks
+from dni_seq.models.cells import state_cells
 from dni_seq.models.lstm_kernels import native_up_to
 from dni_seq.models.vector_rnn import VectorRNN
 from dni_seq.streams.algorithmic_tasks import TASKS, Curriculum, Stage, Task, TaskStream
@@ -135,7 +136,7 @@ def build_trainer(options: TaskOptions, task: Task, model: VectorRNN, device: to
         model,
         task.losses,
         example=model.initial_state(1),
-        cells=dni.LSTM_CELLS if options.model == "lstm" else False,
+        cells=state_cells(model.rnn),
         encode=lambda: (nn.Linear(task.input_size, EMBED), nn.Linear(task.target_size, EMBED)),
         outputs=task.target_size,
     )
