@@ -341,14 +341,19 @@ def default_values(
 ) -> dict[str, Any]:
     """Returns the value that each option would have if it were not given, the others as they are.
 
+    An option of credit assignment has its own value if there is no synthesizer, and it thus has no effect.
+
     Args:
         options: options with their missing values filled in.
         as_given: removes the sizes that are filled in from other options, see `without_resolved`.
         by_setting: the defaults that depend on other options, by name.
     """
     values = {entry.name: getattr(options, entry.name) for entry in fields(options)}
-    derived = {name: values[name] for name in values.keys() - as_given(values).keys()}
-    return {entry.name: entry.default for entry in fields(options)} | dict(by_setting) | derived
+    derived = values.keys() - as_given(values).keys()
+    if options.synthesizer == "none":
+        derived |= {entry.name for entry in fields(CreditOptions)} - {"synthesizer"}
+    kept = {name: values[name] for name in derived}
+    return {entry.name: entry.default for entry in fields(options)} | dict(by_setting) | kept
 
 
 def without_resolved(

@@ -246,6 +246,8 @@ class RunLog:
         data.experiment.hparam_infos.extend(absent)
         for info in data.experiment.hparam_infos:
             info.display_name = headings[info.name][0]
+            # TensorBoard lists these before the others, next to the first columns.
+            info.differs = info.display_name in (*LEADING, OTHERS, *changed)
         for info in data.experiment.metric_infos:
             info.display_name = final[info.name.tag]
         plugin.content = data.SerializeToString()

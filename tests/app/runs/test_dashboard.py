@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from dni_seq.app.lm import train as train_lm
 from dni_seq.app.runs.tensorboard import FINAL, FIRST, LAYOUT, OTHER_KEYS
 from docs.images.browser import Browser, find_chromium, tensorboard
+from tests.conftest import TINY
 from tests.events import layout, points
 
 event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
@@ -43,6 +45,12 @@ def test_every_chart_of_a_run_has_curves(name, two_runs):
     for title, tags in ((title, tags) for group in charts.values() for title, tags in group.items()):
         for tag in tags:
             assert any(re.match(tag, key) for key in curves), f"{title}: no curve {tag}"
+
+
+def test_a_gru_has_no_chart_of_cells(tmp_path):
+    options = ("--model", "gru", "--synthesizer", "none", "--max-steps", "2", "--sample-every", "9", "--run-dir")
+    assert train_lm.main([*TINY, *options, str(tmp_path / "gru")]) == 0
+    assert layout(tmp_path / "gru")["stability"] == {"gradient norm": ["gradient/norm"]}
 
 
 def test_runs_share_the_charts_of_one_title(two_runs):
@@ -124,6 +132,8 @@ def test_hyperparameters_come_with_final_scores(two_runs):
     # TensorBoard sorts the columns by name and shows another one.
     shown = {info.name: info.display_name for info in sorted(experiment.hparam_infos, key=lambda info: info.name)}
     assert list(shown.values())[:6] == ["synthesizer", "bptt", "lr", "model", "others", "auxiliary"]
+    first = {info.display_name for info in experiment.hparam_infos if info.differs}
+    assert first - set(list(shown.values())[:5]) == {"tokenizer", "embed", "hidden", "batch_size", "seed"}
     # It takes the columns of all runs from one of them: options without a value here are among them.
     assert {"horizons", "vocab_size", "dropout"} <= set(shown.values())
     assert not {"data_dir", "max_steps", "threads"} & set(shown.values())

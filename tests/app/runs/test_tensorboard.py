@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from dni_seq.app.runs.tensorboard import KEYS, LAYOUT, OTHER_KEYS, RunLog, keys_at, peak_memory_mb, perplexity
+from tests.events import wait_for_the_next_second
 from tests.paths import ROOT
 
 event_file_loader = pytest.importorskip("tensorboard.backend.event_processing.event_file_loader")
@@ -86,6 +87,7 @@ def test_a_resumed_run_hides_what_was_logged_after_its_checkpoint(tmp_path):
     for step in range(1, 6):
         killed.scalars(step, {"train/loss": step})
     killed.close()
+    wait_for_the_next_second()
     resumed = RunLog(tmp_path, resumed_at=3)
     for step in range(4, 7):
         resumed.scalars(step, {"train/loss": 10 * step})
@@ -102,6 +104,7 @@ def test_points_of_the_last_step_that_are_there_are_not_written_again(tmp_path):
     assert keys_at(tmp_path, 2) == {"test/loss"}
     (tmp_path / "without").mkdir()
     assert keys_at(tmp_path / "without", 2) == set()
+    wait_for_the_next_second()
     resumed = RunLog(tmp_path, resumed_at=3, written=keys_at(tmp_path, 3))
     resumed.scalars(3, {"test/loss": 5, "best/loss": 4})
     resumed.scalars(4, {"test/loss": 6})
@@ -114,6 +117,7 @@ def test_the_second_key_of_a_curve_is_not_written_again_either(tmp_path):
     killed = RunLog(tmp_path)
     killed.scalars(3, {"valid/perplexity": 9})
     killed.close()
+    wait_for_the_next_second()
     resumed = RunLog(tmp_path, resumed_at=3, written=keys_at(tmp_path, 3))
     resumed.scalars(3, {"valid/perplexity": 9})
     resumed.scalars(4, {"valid/perplexity": 8})

@@ -114,6 +114,8 @@ def test_every_kind_of_credit_leaves_a_run(kind, main, tmp_path):
     if kind == "none":
         assert not [key for key in curves if key.startswith(("synthetic", "fidelity"))]
     assert_charts_are_filled(layout(run), curves)
+    # Only this kind has an automatic scale here.
+    assert ("share injected, by horizon" in layout(run).get("synthetic gradients", {})) == (kind == "lambda")
     assert all(list(curve) == [30] for curve in curves.values())
     assert curves["task/training_length"] == {30: 5.0}
     assert all(torch.tensor(list(curve.values())).isfinite().all() for curve in curves.values())
