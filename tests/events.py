@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+layouts = pytest.importorskip("tensorboard.plugins.custom_scalar.layout_pb2")
 RecordWriter = pytest.importorskip("tensorboard.summary.writer.record_writer").RecordWriter
 
 
@@ -21,6 +22,15 @@ def points(run: Path) -> dict[str, dict[int, float]]:
         assert len(steps) == len(set(steps)), f"{key} has a step twice: {steps}"
         curves[key] = {event.step: event.value for event in events.Scalars(key)}
     return curves
+
+
+def layout(run: Path) -> dict[str, dict[str, list[str]]]:
+    """The charts of a run in the tab "Custom Scalars": their keys by category and title."""
+    events = event_accumulator.EventAccumulator(str(run), size_guidance={"tensors": 0})
+    events.Reload()
+    (event,) = events.Tensors("custom_scalars__config__")
+    content = layouts.Layout.FromString(event.tensor_proto.string_val[0])
+    return {group.title: {chart.title: list(chart.multiline.tag) for chart in group.chart} for group in content.category}
 
 
 def wait_for_the_next_second() -> None:

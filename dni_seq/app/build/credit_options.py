@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from types import MappingProxyType
 from typing import Any, Literal, TypeVar
 
@@ -332,6 +332,28 @@ Value = TypeVar("Value")
 def _filled(value: Value | None, default: Value) -> Value:
     """Returns the value of an option that may be None, which means the default."""
     return default if value is None else value
+
+
+def default_values(
+    options: CreditOptionsT,
+    as_given: Callable[[Mapping[str, Any]], Mapping[str, Any]],
+    by_setting: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Returns the value that each option would have if it were not given, the others as they are.
+
+    An option of credit assignment has its own value if there is no synthesizer, and it thus has no effect.
+
+    Args:
+        options: options with their missing values filled in.
+        as_given: removes the sizes that are filled in from other options, see `without_resolved`.
+        by_setting: the defaults that depend on other options, by name.
+    """
+    values = {entry.name: getattr(options, entry.name) for entry in fields(options)}
+    derived = values.keys() - as_given(values).keys()
+    if options.synthesizer == "none":
+        derived |= {entry.name for entry in fields(CreditOptions)} - {"synthesizer"}
+    kept = {name: values[name] for name in derived}
+    return {entry.name: entry.default for entry in fields(options)} | dict(by_setting) | kept
 
 
 def without_resolved(

@@ -8,14 +8,17 @@ from typing import Any, ClassVar
 
 import torch
 
+from dni_seq.app.build.credit_options import default_values
+from dni_seq.app.build.method import describe_method, unwritten_keys
 from dni_seq.app.build.schedule import Schedule
 from dni_seq.app.lm import build as lm
 from dni_seq.app.lm.build_schedule import build_schedule, total_steps
 from dni_seq.app.lm.build_trainer import cell_size, messages
 from dni_seq.app.lm.evaluation import Score
-from dni_seq.app.lm.options import LanguageModelOptions
+from dni_seq.app.lm.options import DEFAULTS, LanguageModelOptions, as_given
 from dni_seq.app.lm.scoring import check_held_out, held_out
 from dni_seq.app.runs.checkpoint import CheckpointError, random_state, set_random_state
+from dni_seq.app.runs.dashboard import Dashboard, changed_options, charts
 from dni_seq.app.runs.lock import RunLock
 from dni_seq.app.runs.loop import Counters, Measured, TrainingRun, measurements
 from dni_seq.app.runs.resume import Plan
@@ -75,8 +78,6 @@ class LanguageModelRun(TrainingRun):
     LIMIT: ClassVar[str] = "--epochs, --max-steps, --max-tokens or --patience"
     LOG_EVERY: ClassVar[int] = 50
     HISTOGRAM_EVERY: ClassVar[int] = 1000
-    DASHBOARD = LAYOUT
-    FINAL = FINAL
 
     options: LanguageModelOptions
     stream: WindowStream
@@ -137,6 +138,19 @@ class LanguageModelRun(TrainingRun):
         loss = self.log.mean("train/loss")
         return f"loss {loss:.3f}, ppl {perplexity(loss):.1f}"
 
+    def dashboard(self) -> Dashboard:
+        """Returns the charts that this run fills, its method, and the options with other values than the defaults."""
+        options = self.options
+        credit = options.resolve(options.bptt)
+        absent = [*([] if options.model == "lstm" else ["state/"]), *([] if options.has_schedule else ["train/lr"])]
+        defaults = default_values(options, as_given, DEFAULTS["char" if options.tokenizer == "char" else "word"])
+        return Dashboard(
+            charts(LAYOUT, [*unwritten_keys(credit), *absent]),
+            describe_method(credit, options),
+            FINAL,
+            changed_options(options, defaults),
+        )
+
     def evaluate(self) -> bool:
         """Validates and samples if it is time. Returns whether this step was validated."""
         due = self.steps % self.eval_every == 0
@@ -157,9 +171,10 @@ class LanguageModelRun(TrainingRun):
         result = lm.score(self.model, self.valid, self.options, self.trainer.parallel)
         self.counters.validated_at = self.steps
         self.tick()
-        tokens, seconds = self.counters.tokens, self.counters.seconds
-        self.counters.curve.append([tokens, seconds, self.counters.process_seconds, result.bpc])
-        self.log.scalars(self.steps, {"progress/tokens": tokens, "progress/seconds": seconds})
+        names = ("tokens", "seconds", "process_seconds")
+        progress = {name: getattr(self.counters, name) for name in names}
+        self.counters.curve.append([*progress.values(), result.bpc])
+        self.log.scalars(self.steps, {f"progress/{name}": value for name, value in progress.items()})
         self.log_score("valid", result)
         self.counters.since_best += 1
         if self.schedule is not None and self.schedule.after_validation(result.loss):
@@ -203,7 +218,9 @@ class LanguageModelRun(TrainingRun):
         best = self.best_model()
         valid, test = (lm.score(best, split, self.options) for split in (self.valid, self.test))
         self.log_score("test", test)
-        self.log.scalars(self.steps, {"best/valid_perplexity": valid.ppl, "best/valid_bpc": valid.bpc})
+        # Not as curves, which would be charts of one point.
+        result = f"Best checkpoint: {lm.describe('valid', valid)}; {lm.describe('test', test)}"
+        self.log.paragraph(self.steps, "about/result", result)
         self.report_unknown_words()
         self.sample(best)
         return {"valid": valid._asdict(), "test": test._asdict()}

@@ -10,7 +10,7 @@ import dataclasses
 import json
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,13 +27,14 @@ from dni_seq.app.runs.checkpoint import (
     set_random_state,
     write_json,
 )
+from dni_seq.app.runs.dashboard import Dashboard, deciding_options
 from dni_seq.app.runs.directory import RunDirectory
 from dni_seq.app.runs.lock import RunLock
 from dni_seq.app.runs.options import program, report
 from dni_seq.app.runs.progress import NullProgress, Progress
 from dni_seq.app.runs.resume import Plan, RunOptions, config_of
 from dni_seq.app.runs.signals import StopSignals, interrupt_exits
-from dni_seq.app.runs.tensorboard import Layout, RunLog, keys_at, peak_memory_mb
+from dni_seq.app.runs.tensorboard import RunLog, keys_at, peak_memory_mb
 from dni_seq.core.nonfinite import NonFiniteError
 from dni_seq.core.windows import Window, on_device
 from dni_seq.credit.results import StepResult
@@ -122,8 +123,6 @@ class TrainingRun(ABC):
         UNIT: name of a step in messages.
         LIMIT: name in messages of what ends the run.
         LOG_EVERY: steps between two points of the training curves.
-        DASHBOARD: charts of TensorBoard's tab "Custom Scalars".
-        FINAL: keys whose last values are the run's scores in TensorBoard's tab "HParams".
         options: the options of the run.
         run: the directory of the run.
         device: the device of model and windows.
@@ -142,8 +141,6 @@ class TrainingRun(ABC):
     UNIT: ClassVar[str] = "step"
     LIMIT: ClassVar[str] = "the limit of the run"
     LOG_EVERY: ClassVar[int]
-    DASHBOARD: ClassVar[Layout]
-    FINAL: ClassVar[Sequence[str]]
 
     options: RunOptions
     run: RunDirectory
@@ -194,6 +191,10 @@ class TrainingRun(ABC):
     @abstractmethod
     def figures(self) -> str:
         """Returns the latest figures as a short text."""
+
+    @abstractmethod
+    def dashboard(self) -> Dashboard:
+        """Returns what TensorBoard shows of the run besides its curves."""
 
     def evaluate(self) -> bool:
         """Evaluates the model if an evaluation is due. Returns whether a checkpoint is due after it."""
@@ -258,7 +259,9 @@ class TrainingRun(ABC):
         # A session that was killed after its last checkpoint may have logged scores.
         written = keys_at(self.run.path, self.steps) if ended else ()
         self.log = RunLog(self.run.path, resumed_at=self.steps, written=written)
-        self.log.dashboard(self.DASHBOARD)
+        board = self.dashboard()
+        self.log.dashboard(board.layout)
+        self.log.paragraph(self.steps, "about/method", board.method)
         self.log.configuration(self.steps, config_of(self.options))
         return False
 
@@ -367,8 +370,8 @@ class TrainingRun(ABC):
         if not self.ranks.first:
             return
         scores = self.scores()
-        deciding = {name: value for name, value in config_of(self.options).items() if name not in self.options.MAY_CHANGE}
-        self.log.hyperparameters(deciding, self.FINAL)
+        board = self.dashboard()
+        self.log.hyperparameters(deciding_options(self.options), board.scores, board.changed)
         self.tick()
         write_json(self.run.summary, {**self.summary(), **scores})
         seconds = f"{self.counters.seconds:.0f} s"

@@ -19,6 +19,8 @@ from dni_seq.app.runs.crash_report import versions
 
 KEYS = MappingProxyType(
     {
+        "Perplexity/train": "train/perplexity again, in the group that TensorBoard shows first",
+        "Perplexity/valid": "valid/perplexity again, in the group that TensorBoard shows first",
         "train/loss": "mean cross-entropy since the last point, nats per token",
         "train/perplexity": "exp(train/loss)",
         "train/skipped": "steps skipped so far because the loss or the gradient held a NaN or an infinity",
@@ -32,8 +34,6 @@ KEYS = MappingProxyType(
         "test/perplexity": "exp(test/loss)",
         "test/bpc": "bits per character of the test split's text",
         "test/word_perplexity": "perplexity per word of the test split's text; line ends count as words",
-        "best/valid_perplexity": "validation perplexity of the best checkpoint, written at the end of the run",
-        "best/valid_bpc": "validation bits per character of the best checkpoint, written at the end of the run",
         "synthetic/loss": "loss of the synthesizer: regression in its own unit (normalised: 1 is no better than a zero "
         "message), or the loss of its future model",
         "synthetic/cosine": "cosine between message and target; /horizon_n for the n-th future window",
@@ -49,6 +49,7 @@ KEYS = MappingProxyType(
         "state/cell_max": "largest absolute value in the LSTM's cell state after the latest window",
         "progress/tokens": "tokens trained on so far, written at each validation",
         "progress/seconds": "time of the run so far over all sessions, validation included, written at each validation",
+        "progress/process_seconds": "CPU time of the process so far over all sessions, written at each validation",
         "speed/tokens_per_second": "training tokens per second of this session",
         "memory/peak_mb": "peak memory of the process, or of the GPU if one is used, MiB",
     }
@@ -57,6 +58,8 @@ KEYS = MappingProxyType(
 
 OTHER_KEYS = MappingProxyType(
     {
+        "about/method": "text: what is trained by which gradient in this run, in one sentence",
+        "about/result": "text: the scores of the best checkpoint, written at the end of the run",
         "config": "text: the run's options as a table",
         "sample/best": "text: a sample from the model at each best validation so far",
         "sample/regular": "text: a sample from the model every --sample-every steps",
@@ -65,6 +68,17 @@ OTHER_KEYS = MappingProxyType(
 )
 """Meaning of every entry that is not a curve."""
 
+FIRST = MappingProxyType(
+    {
+        "train/perplexity": "Perplexity/train",
+        "valid/perplexity": "Perplexity/valid",
+        "task/length": "Length/solved",
+        "task/training_length": "Length/training",
+    }
+)
+"""A second key of the curves that matter most. TensorBoard sorts groups by name, capital letters first, and opens the first
+two. Files cannot pin a chart or order the groups, and the keys themselves are promised, so these few are written twice."""
+
 Layout = Mapping[str, Mapping[str, Sequence[str]]]
 """Charts by category. A chart has a title and the keys that it shows, as regular expressions that match the key's start."""
 
@@ -72,16 +86,20 @@ LAYOUT: Layout = MappingProxyType(
     {
         "perplexity": {
             "training and validation": ["train/perplexity", "valid/perplexity"],
-            "validation: truncated BPTT against synthetic gradients, one line per run": ["valid/perplexity"],
+            "validation, one line per run": ["valid/perplexity"],
         },
         "synthetic gradients": {
+            "loss of the synthesizer": ["synthetic/loss"],
+            "norm of the synthesizer's gradient": ["gradient/synthesizer_norm"],
+            "cosine with targets, by horizon": ["synthetic/cosine"],
             "cosine with exact gradients, by horizon": [r"fidelity/cosine_\d+"],
             "R² against exact gradients, by horizon": [r"fidelity/r2_\d+"],
             "share injected, by horizon": ["synthetic/scale"],
             "injected message over own gradient": ["synthetic/injected_ratio"],
         },
         "stability": {
-            "gradient norms": ["gradient/norm", "gradient/synthesizer_norm"],
+            "learning rate": ["train/lr"],
+            "gradient norm": ["gradient/norm"],
             "size of LSTM cells": ["state/cell_rms", "state/cell_max"],
         },
         "resources": {
@@ -90,11 +108,27 @@ LAYOUT: Layout = MappingProxyType(
         },
     }
 )
-"""The dashboard of a language-model run in TensorBoard's tab "Custom Scalars"."""
+"""The dashboard of a language-model run in TensorBoard's tab "Custom Scalars". `dashboard.charts` leaves out the charts with
+keys that a run does not write. A run writes all keys of a chart or none: TensorBoard joins the layouts of several runs, and
+would show two charts of one title if their keys differed."""
 
-FINAL = ("best/valid_perplexity", "best/valid_bpc", "test/perplexity", "test/bpc", "speed/tokens_per_second")
-"""The keys whose last values are a run's scores in TensorBoard's tab "HParams"."""
+FINAL: Mapping[str, str] = MappingProxyType(
+    {
+        "valid/perplexity": "valid ppl (last)",
+        "test/perplexity": "test ppl (best)",
+        "valid/bpc": "valid bpc (last)",
+        "test/bpc": "test bpc (best)",
+        "speed/tokens_per_second": "tokens/s",
+    }
+)
+"""The keys whose last values are a run's scores in TensorBoard's tab "HParams", and the heading of each. That tab takes
+scores from curves alone: `valid/` is of the last validation, `test/` of the best checkpoint."""
 
+LEADING = ("synthesizer", "bptt", "lr", "model")
+"""The options in the first columns of that tab, which shows five options until others are ticked."""
+
+OTHERS = "others"
+"""The fifth column: the options with other values than the defaults, as text."""
 
 BY_HORIZON = ("synthetic/", "fidelity/")
 """Prefixes of the keys that can have one value per horizon, or no value at some steps."""
@@ -159,12 +193,17 @@ class RunLog:
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Writes values as the points of `step`."""
         for key, value in values.items():
-            if (key, step) not in self._written:
-                self._writer.add_scalar(key, value, step)
+            for name in (key, FIRST.get(key)):
+                if name is not None and (name, step) not in self._written:
+                    self._writer.add_scalar(name, value, step)
 
     def text(self, step: int, key: str, text: str) -> None:
         """Writes `text` verbatim, as a Markdown code block, because TensorBoard renders Markdown."""
         self._writer.add_text(key, "\n".join("    " + line for line in text.split("\n")), step)
+
+    def paragraph(self, step: int, key: str, text: str) -> None:
+        """Writes `text` as a paragraph of Markdown."""
+        self._writer.add_text(key, text, step)
 
     def histogram(self, step: int, key: str, values: Tensor) -> None:
         """Writes a histogram of the finite entries of `values`."""
@@ -184,21 +223,39 @@ class RunLog:
         rows = [f"| {name} | {'' if value is None else value} |" for name, value in {**config, **versions()}.items()]
         self._writer.add_text("config", "\n".join(["| option | value |", "|---|---|", *rows]), step)
 
-    def hyperparameters(self, config: Mapping[str, Any], final: Sequence[str]) -> None:
+    def hyperparameters(self, config: Mapping[str, Any], final: Mapping[str, str], changed: Mapping[str, Any]) -> None:
         """Adds the run to TensorBoard's tab "HParams". Call it once, at the end of the run.
 
         `SummaryWriter.add_hparams` would create a separate run, or a second event file for this run.
 
         Args:
-            config: the options that affect the training; those that are None are not listed.
-            final: keys whose last values are the run's scores; write them before this call.
+            config: the options that affect the training.
+            final: keys whose last values are the run's scores, with their headings; write them before this call.
+            changed: the options with other values than the defaults.
         """
+        from tensorboard.plugins.hparams.api_pb2 import HParamInfo
+        from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
         from torch.utils.tensorboard.summary import hparams
 
+        others = " ".join(f"{name}={_in_short(name, value)}" for name, value in changed.items() if name not in LEADING)
+        headings = _columns({**config, OTHERS: others or "none"})
         # TensorBoard shows bools as 0.0 and 1.0 unless they are texts.
-        chosen = {name: str(value) if isinstance(value, bool) else value for name, value in config.items()}
+        chosen = {name: str(value) if isinstance(value, bool) else value for name, (_, value) in headings.items()}
+        experiment, start, end = hparams(chosen, dict.fromkeys(final, 0.0))
+        # Of all runs in a directory TensorBoard reads one experiment, so each lists every option, also one without a value.
+        plugin = experiment.value[0].metadata.plugin_data
+        data = HParamsPluginData.FromString(plugin.content)
+        absent = [HParamInfo(name=name, type="DATA_TYPE_STRING") for name, value in chosen.items() if value is None]
+        data.experiment.hparam_infos.extend(absent)
+        for info in data.experiment.hparam_infos:
+            info.display_name = headings[info.name][0]
+            # TensorBoard lists these before the others, next to the first columns.
+            info.differs = info.display_name in (*LEADING, OTHERS, *changed)
+        for info in data.experiment.metric_infos:
+            info.display_name = final[info.name.tag]
+        plugin.content = data.SerializeToString()
         file: Any = self._writer.file_writer
-        for summary in hparams(chosen, dict.fromkeys(final, 0.0)):
+        for summary in (experiment, start, end):
             file.add_summary(summary)
 
     def flush(self) -> None:
@@ -244,6 +301,17 @@ def keys_at(directory: Path, step: int) -> set[str]:
     events = EventAccumulator(str(directory), size_guidance={"scalars": 0})
     events.Reload()
     return {key for key in events.Tags()["scalars"] if any(event.step == step for event in events.Scalars(key))}
+
+
+def _columns(config: Mapping[str, Any]) -> dict[str, tuple[str, Any]]:
+    """Returns heading and value of each column of "HParams" by a name. TensorBoard sorts by name, digits before letters."""
+    first = {name: f"{place} {name}" for place, name in enumerate((*LEADING, OTHERS), start=1)}
+    return {first.get(name, name): (name, value) for name, value in config.items()}
+
+
+def _in_short(name: str, value: Any) -> Any:
+    """Returns the value of an option, a path without its directory."""
+    return Path(value).name if name.endswith("_file") else value
 
 
 class _NullWriter:

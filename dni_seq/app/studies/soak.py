@@ -85,7 +85,7 @@ KINDS = MappingProxyType(
 TINY = ("--embed", "8", "--hidden", "8", "--layers", "2", "--dropout", "0.3", "--bptt", "4", "--batch-size", "8")
 LENGTH = ("--max-steps", "170", "--eval-every", "17", "--eval-tokens", "200", "--threads", "1", "--device", "cpu")
 
-OF_THE_MACHINE = ("speed/", "memory/", "progress/seconds")
+OF_THE_MACHINE = ("speed/", "memory/", "progress/seconds", "progress/process_seconds")
 """Prefixes of the TensorBoard keys that depend on the machine and are not compared."""
 
 

@@ -10,9 +10,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from dni_seq.app.build.credit_options import default_values
+from dni_seq.app.build.method import describe_method, unwritten_keys
+from dni_seq.app.runs.dashboard import Dashboard, changed_options, charts
 from dni_seq.app.runs.loop import Counters, Measured, TrainingRun, measurements
 from dni_seq.app.runs.tensorboard import LAYOUT, Layout
-from dni_seq.app.tasks.options import TaskOptions
+from dni_seq.app.tasks.options import TaskOptions, as_given
 from dni_seq.core.windows import Window
 from dni_seq.credit.results import StepResult
 from dni_seq.models.vector_rnn import VectorRNN
@@ -23,7 +26,7 @@ DASHBOARD: Layout = MappingProxyType(
         "length": {"solved and in training": ["task/length", "task/training_length"]},
         "error": {"of training sequences and of fresh sequences": ["task/error", "task/fresh_error"]},
         "synthetic gradients": LAYOUT["synthetic gradients"],
-        "stability": {"gradient norms": ["gradient/norm", "gradient/synthesizer_norm"]},
+        "stability": {"gradient norm": ["gradient/norm"]},
         "resources": {"updates per second": ["speed/updates_per_second"], "peak memory, MiB": ["memory/peak_mb"]},
     }
 )
@@ -64,8 +67,6 @@ class TaskRun(TrainingRun):
     UNIT = "update"
     LIMIT = "--updates"
     LOG_EVERY: ClassVar[int] = 100
-    DASHBOARD = DASHBOARD
-    FINAL = ("task/length", "speed/updates_per_second")
 
     options: TaskOptions
     stream: TaskStream
@@ -129,6 +130,17 @@ class TaskRun(TrainingRun):
             "task/training_length": self.curriculum.stage.length,
             "speed/updates_per_second": updates / max(time.monotonic() - self.began, 1e-9),
         }
+
+    def dashboard(self) -> Dashboard:
+        """Returns the charts that this run fills, its method, and the options with other values than the defaults."""
+        options = self.options
+        credit = options.resolve(options.bptt)
+        return Dashboard(
+            charts(DASHBOARD, unwritten_keys(credit)),
+            describe_method(credit, options),
+            {"task/length": "length solved", "speed/updates_per_second": "updates/s"},
+            changed_options(options, default_values(options, as_given, {})),
+        )
 
     def figures(self) -> str:
         """Returns the lengths as a short text."""

@@ -6,8 +6,8 @@ import dataclasses
 
 import pytest
 
-from dni_seq.app.build.credit_options import CreditOptions
-from dni_seq.app.lm.options import LanguageModelOptions, as_given, resolve_options
+from dni_seq.app.build.credit_options import CreditOptions, default_values
+from dni_seq.app.lm.options import DEFAULTS, LanguageModelOptions, as_given, resolve_options
 from dni_seq.app.runs.options import build
 from dni_seq.app.tasks.options import TaskOptions
 from dni_seq.app.tasks.options import as_given as tasks_as_given
@@ -116,3 +116,12 @@ def test_a_configuration_may_hold_a_contradiction_that_the_command_line_removes(
         build(LanguageModelOptions, config).resolve(4)
     assert as_given(config) == config
     assert build(LanguageModelOptions, as_given(config), {"synthesizer": "multi-horizon"}).resolve(4).fit == "future"
+
+
+@pytest.mark.parametrize(("synthesizer", "fidelity_every"), [("none", 47), ("basic", 0)])
+def test_options_without_effect_count_as_defaults(synthesizer, fidelity_every):
+    given = {**DEFAULTS["char"], "tokenizer": "char", "hidden": 8, "seed": 2}
+    options = LanguageModelOptions(synthesizer=synthesizer, fidelity_every=47, **given)
+    values = default_values(options, as_given, DEFAULTS["char"])
+    assert values["fidelity_every"] == fidelity_every
+    assert (values["synthesizer"], values["hidden"], values["seed"]) == ("multi-horizon", 256, 1111)

@@ -20,6 +20,7 @@ from torch import nn
 import dni_seq as dni
 from dni_seq.app.runs import loop
 from dni_seq.app.runs.checkpoint import load_checkpoint, save_checkpoint
+from dni_seq.app.runs.dashboard import Dashboard
 from dni_seq.app.runs.directory import RunDirectory
 from dni_seq.app.runs.lock import RunLock
 from dni_seq.app.runs.loop import Counters, Measured, TrainingRun, measurements, run_command
@@ -93,8 +94,6 @@ class NumberRun(TrainingRun):
     """The smallest run. `at` calls a function after a step; `losses` has the loss of each."""
 
     LOG_EVERY: ClassVar[int] = 5
-    DASHBOARD = {}
-    FINAL = ()
 
     options: NumberOptions
     stream: Numbers
@@ -121,6 +120,9 @@ class NumberRun(TrainingRun):
 
     def figures(self) -> str:
         return "figures"
+
+    def dashboard(self) -> Dashboard:
+        return Dashboard({}, "Numbers are added.", {}, {})
 
 
 def train(path: Path, limit: int = 12, at: dict[int, Any] | None = None, change: Any = None) -> int:

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
 import torch
 
-from dni_seq.app.runs.tensorboard import KEYS, OTHER_KEYS, RunLog, keys_at, peak_memory_mb, perplexity
+from dni_seq.app.runs.tensorboard import KEYS, LAYOUT, OTHER_KEYS, RunLog, keys_at, peak_memory_mb, perplexity
+from tests.events import wait_for_the_next_second
 from tests.paths import ROOT
 
+event_file_loader = pytest.importorskip("tensorboard.backend.event_processing.event_file_loader")
+hparams = pytest.importorskip("tensorboard.plugins.hparams.plugin_data_pb2")
 event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+
+DIGITS = r"\d+"
 
 CPU = torch.device("cpu")
 
@@ -81,6 +87,7 @@ def test_a_resumed_run_hides_what_was_logged_after_its_checkpoint(tmp_path):
     for step in range(1, 6):
         killed.scalars(step, {"train/loss": step})
     killed.close()
+    wait_for_the_next_second()
     resumed = RunLog(tmp_path, resumed_at=3)
     for step in range(4, 7):
         resumed.scalars(step, {"train/loss": 10 * step})
@@ -97,12 +104,44 @@ def test_points_of_the_last_step_that_are_there_are_not_written_again(tmp_path):
     assert keys_at(tmp_path, 2) == {"test/loss"}
     (tmp_path / "without").mkdir()
     assert keys_at(tmp_path / "without", 2) == set()
+    wait_for_the_next_second()
     resumed = RunLog(tmp_path, resumed_at=3, written=keys_at(tmp_path, 3))
     resumed.scalars(3, {"test/loss": 5, "best/loss": 4})
     resumed.scalars(4, {"test/loss": 6})
     resumed.close()
     assert points(tmp_path, "test/loss") == [(2, 1), (3, 5), (4, 6)]
     assert points(tmp_path, "best/loss") == [(3, 4)]
+
+
+def test_the_second_key_of_a_curve_is_not_written_again_either(tmp_path):
+    killed = RunLog(tmp_path)
+    killed.scalars(3, {"valid/perplexity": 9})
+    killed.close()
+    wait_for_the_next_second()
+    resumed = RunLog(tmp_path, resumed_at=3, written=keys_at(tmp_path, 3))
+    resumed.scalars(3, {"valid/perplexity": 9})
+    resumed.scalars(4, {"valid/perplexity": 8})
+    resumed.close()
+    assert points(tmp_path, "Perplexity/valid") == points(tmp_path, "valid/perplexity") == [(3, 9), (4, 8)]
+
+
+def test_a_path_among_the_changed_options_is_a_name(tmp_path):
+    log = RunLog(tmp_path)
+    changed = {"data_file": "/somewhere/book.txt", "lr": 0.5, "hidden": 8}
+    log.hyperparameters({"lr": 0.5, "hidden": 8, "horizons": None}, {"valid/loss": "loss"}, changed)
+    log.hyperparameters({"lr": 0.1}, {"valid/loss": "loss"}, {})
+    log.close()
+    starts = []
+    for file in tmp_path.glob("events.*"):
+        for event in event_file_loader.EventFileLoader(str(file)).Load():
+            for value in event.summary.value:
+                content = hparams.HParamsPluginData.FromString(value.metadata.plugin_data.content)
+                if content.HasField("session_start_info"):
+                    starts.append(dict(content.session_start_info.hparams.items()))
+    # The learning rate has its own column.
+    assert starts[0]["5 others"].string_value == "data_file=book.txt hidden=8"
+    assert starts[0].keys() == {"3 lr", "hidden", "5 others"}
+    assert starts[1]["5 others"].string_value == "none"
 
 
 def test_text_keeps_its_lines(tmp_path):
@@ -125,6 +164,17 @@ def test_perplexity():
 def test_peak_memory_is_of_this_process():
     # A Python with torch loaded takes more than 50 MB, and this test less than 100 GB.
     assert 50 < peak_memory_mb(CPU) < 100_000
+
+
+def test_the_page_says_what_to_do_for_every_chart():
+    page = (ROOT / "docs" / "dashboard.md").read_text(encoding="utf-8")
+    rows = " ".join(line.split("|")[1] for line in page.splitlines() if line.startswith("| "))
+    for keys in (keys for group in LAYOUT.values() for keys in group.values()):
+        for key in keys:
+            assert f"`{key.replace(DIGITS, 'n')}`" in rows
+    # And it names no key that is not written.
+    for key in re.findall(r"`((?:train|valid|synthetic|fidelity|gradient|state|speed|memory|progress)/\w+)`", page):
+        assert key in KEYS
 
 
 def test_the_readme_lists_every_key_with_its_meaning():

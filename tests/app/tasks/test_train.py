@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 import runpy
 
 import pytest
 import torch
 
 from dni_seq.app.runs.checkpoint import load_checkpoint
+from dni_seq.app.tasks.training import DASHBOARD
 from dni_seq.models.vector_rnn import VectorRNN
 from dni_seq.streams.algorithmic_tasks import TASKS, Stage, TaskStream
-from tests.events import points
+from tests.events import layout, points
 from tests.nests import assert_same
 from tests.paths import SCRIPTS
 
@@ -19,6 +21,8 @@ SCRIPT = SCRIPTS / "train_tasks.py"
 TINY = ("--hidden", "8", "--batch-size", "4", "--synthesizer-hidden", "8", "--threads", "1", "--device", "cpu")
 
 ALWAYS = {
+    "Length/solved",
+    "Length/training",
     "gradient/norm",
     "train/skipped",
     "memory/peak_mb",
@@ -69,10 +73,31 @@ KINDS = {
         SYNTHETIC,
     ),
     "exact": (("--synthesizer", "exact", "--exact-steps", "3"), {"synthetic/scale"}),
-    "exact-with-tail": (("--synthesizer", "exact", "--exact-steps", "3", "--tail"), {"synthetic/loss", "synthetic/scale"}),
-    "lambda": (("--synthesizer", "basic", "--targets", "lambda", "--replay-windows", "4"), {"synthetic/loss"}),
+    "exact-with-tail": (
+        ("--synthesizer", "exact", "--exact-steps", "3", "--tail", "--regress-every", "2"),
+        {"synthetic/loss", "synthetic/scale"},
+    ),
+    "lambda": (
+        ("--synthesizer", "basic", "--targets", "lambda", "--replay-windows", "4", "--fidelity-every", "7"),
+        {"synthetic/loss", "synthetic/scale", "fidelity/r2_1"},
+    ),
     "auxiliary": (("--synthesizer", "basic", "--synthetic-scale", "0.1", "--auxiliary", "0.1"), SYNTHETIC),
 }
+
+
+def assert_charts_are_filled(charts, curves) -> None:
+    """No chart of the run is empty, and it leaves none out whose curves say something. A scale that is a number and the
+    gradient of a synthesizer that does not learn say nothing."""
+    shown = {title: keys for group in charts.values() for title, keys in group.items()}
+    for title, keys in shown.items():
+        assert any(re.match(key, name) for name in curves for key in keys), title
+    for group in DASHBOARD.values():
+        for title, keys in group.items():
+            if title not in shown:
+                left = [name for name in curves for key in keys if re.match(key, name)]
+                says_nothing = ("synthetic/scale", "gradient/synthesizer_norm")
+                assert all(name.startswith(says_nothing) for name in left), title
+                assert all(curves[name][30] == 0 for name in left if name == "gradient/synthesizer_norm")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -88,6 +113,9 @@ def test_every_kind_of_credit_leaves_a_run(kind, main, tmp_path):
     assert curves.keys() >= ALWAYS | expected | {f"task/{TASKS[task].error_name}"}
     if kind == "none":
         assert not [key for key in curves if key.startswith(("synthetic", "fidelity"))]
+    assert_charts_are_filled(layout(run), curves)
+    # Only this kind has an automatic scale here.
+    assert ("share injected, by horizon" in layout(run).get("synthetic gradients", {})) == (kind == "lambda")
     assert all(list(curve) == [30] for curve in curves.values())
     assert curves["task/training_length"] == {30: 5.0}
     assert all(torch.tensor(list(curve.values())).isfinite().all() for curve in curves.values())

@@ -1,0 +1,100 @@
+"""What TensorBoard says of a run's credit assignment: its method in one sentence, and the curves that it does not have."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import MappingProxyType
+
+from dni_seq.app.build.backpropagation_options import BackpropagationOptions
+from dni_seq.app.build.resolved_credit import ResolvedCredit
+
+_TRACES = MappingProxyType(
+    {
+        "exact": "traces bring the exact credit",
+        "snap1": "SnAp-1 traces bring approximate credit",
+        "factored": "factored traces bring approximate credit",
+    }
+)
+
+
+def describe_method(credit: ResolvedCredit, options: BackpropagationOptions) -> str:
+    """Returns one sentence on the gradients that cross a window's ends, and on how a synthetic one is learned."""
+    window = f"window of {_count(credit.bptt, 'step')}"
+    traces = [] if options.traces is None else [f"{_TRACES[options.traces]} of earlier steps to the recurrent parameters"]
+    if credit.synthesizer == "none":
+        steps = options.backward_steps or credit.bptt
+        if steps > credit.bptt:
+            crossing = f"the losses of each {window} are propagated back over the last {steps} steps"
+        else:
+            crossing = f"no gradient crosses the end of a {window}" + (" backwards" if traces else "")
+        return "; ".join([f"Truncated BPTT (none): {crossing}", *traces]) + "."
+    parts = [f"After each {window}, {_message(credit)} ({credit.synthesizer}) is {_use(credit)}"]
+    if credit.synthesizer != "exact" or credit.tail:
+        parts.append(_training(credit))
+    if credit.auxiliary:
+        parts.append(f"an auxiliary task of weight {credit.auxiliary:g} predicts the next message")
+    return "; ".join([*parts, *traces]) + "."
+
+
+def unwritten_keys(credit: ResolvedCredit) -> Iterator[str]:
+    """Yields starts of the TensorBoard keys that have no curve in a run, or only a constant one."""
+    if credit.synthesizer == "none":
+        yield from ("synthetic/", "fidelity/", "gradient/synthesizer_norm")
+        return
+    exact = credit.synthesizer == "exact"
+    learns = credit.tail or not exact
+    written = {
+        "fidelity/": credit.fidelity_every > 0,
+        "synthetic/scale": credit.synthetic_scale == "auto",  # else a constant, which the method's sentence has
+        "synthetic/loss": learns,
+        "synthetic/cosine": learns,
+        # It needs the first horizon's target, which an exact gradient and a replay do not have.
+        "synthetic/injected_ratio": not exact and credit.targets == "bootstrap",
+        "gradient/synthesizer_norm": learns or credit.auxiliary > 0,
+    }
+    yield from (key for key, is_written in written.items() if not is_written)
+
+
+def _message(credit: ResolvedCredit) -> str:
+    """Returns what the message is a gradient of, in the singular."""
+    if credit.synthesizer == "exact":
+        exact = f"the exact gradient of the next {_count(credit.exact_steps, 'step')}"
+        return f"{exact} plus a synthetic gradient of later steps" if credit.tail else exact
+    if credit.synthesizer == "multi-horizon" or credit.message_count > 1:
+        windows = "the next window" if credit.horizons == 1 else f"each of the next {credit.horizons} windows"
+        return f"a synthetic gradient of {windows}" + (" and of all windows after them" if credit.tail else "")
+    return "a synthetic gradient of all later windows"
+
+
+def _use(credit: ResolvedCredit) -> str:
+    """Returns how the message is injected, as a participle."""
+    if credit.synthetic_scale == "auto":
+        return f"injected, scaled by a comparison with exact gradients every {_count(credit.fidelity_every, 'window')}"
+    if credit.synthetic_scale == 0:
+        return "predicted, but not injected (scale 0)"
+    return f"injected with scale {credit.synthetic_scale:g}"
+
+
+def _training(credit: ResolvedCredit) -> str:
+    """Returns how the synthetic gradient is learned."""
+    steps = f"the next {_count(credit.lookahead, 'step')}" if credit.lookahead > 1 else "the next step"
+    if credit.fit == "future":
+        later = f"{steps} after them" if credit.synthesizer == "exact" else steps
+        model = f"the loss of a small model of {later}, which trains on these steps at every window"
+        return f"the synthetic gradient is that of {model}"
+    source = "the state" if not credit.lookahead else f"the state and {steps}"
+    if credit.next_input_only:
+        source += "'s input"
+    # The other kinds have no heads that least squares could fit.
+    solved = credit.fit == "least-squares" and credit.synthesizer in ("state", "multi-horizon", "exact")
+    heads = " by least-squares heads" if solved else ""
+    regressed = f"the synthetic gradient is regressed{heads} from {source}"
+    if credit.targets == "lambda":
+        return f"{regressed} on λ-targets (λ = {credit.lam:g}) of {_count(credit.replay_windows, 'replayed window')}"
+    often = "every window" if credit.regress_every == 1 else f"one window in {credit.regress_every}"
+    return f"{regressed} on targets at {often}"
+
+
+def _count(number: int, name: str) -> str:
+    """Returns a number with its noun, such as "1 step" or "5 steps"."""
+    return f"{number} {name}" if number == 1 else f"{number} {name}s"

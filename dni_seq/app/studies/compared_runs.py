@@ -1,0 +1,179 @@
+"""Reads runs that are compared: validations over tokens, seconds and CPU seconds, and the options in which runs differ."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import struct
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from dni_seq.app.build.credit_options import CreditOptions
+from dni_seq.app.lm.options import LanguageModelOptions, as_given
+from dni_seq.app.runs.checkpoint import CheckpointError
+from dni_seq.app.runs.directory import RunDirectory
+from dni_seq.app.runs.options import build
+from dni_seq.streams.corpus import EMBEDDED
+
+CURVE, TOKENS, SECONDS, CPU_SECONDS = "valid/perplexity", "progress/tokens", "progress/seconds", "progress/process_seconds"
+
+
+class Validation(NamedTuple):
+    """A validation of a run.
+
+    Attributes:
+        step: step of the validation.
+        perplexity: perplexity of the validation split.
+        tokens: number of tokens trained on so far.
+        seconds: time of the run so far.
+        cpu_seconds: CPU time of the run's process so far, on several ranks that of the first one. None if unknown.
+    """
+
+    step: int
+    perplexity: float
+    tokens: float
+    seconds: float
+    cpu_seconds: float | None
+
+
+Axis = Callable[[Validation], "float | None"]
+"""Returns the place of a validation on an axis on which runs are compared, None if it is unknown."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """The data of a run that is compared.
+
+    Attributes:
+        path: its directory.
+        config: its options.
+        validations: its validations, at least one, by step.
+        summary: summary.json of a finished run, else empty.
+    """
+
+    path: Path
+    config: dict[str, Any]
+    validations: tuple[Validation, ...]
+    summary: dict[str, Any]
+
+    def at(self, axis: Axis, limit: float) -> Validation | None:
+        """Returns the last validation at or before `limit` on an axis, never one after it. None if there is none."""
+        found = [each for each in self.validations if (place := axis(each)) is not None and place <= limit]
+        return found[-1] if found else None
+
+
+def common_point(runs: Sequence[Run], axis: Axis) -> float | None:
+    """Returns the largest place on an axis that all runs have reached by their last validations.
+
+    Runs whose places are unknown do not count; None if no place is known.
+    """
+    reached = [max(places) for run in runs if (places := [p for v in run.validations if (p := axis(v)) is not None])]
+    return min(reached, default=None)
+
+
+def read_run(path: Path) -> Run:
+    """Returns a run read from its directory.
+
+    Raises:
+        ValueError: the directory holds no language-model run, or the run has no validation yet.
+    """
+    run = RunDirectory(path)
+    try:
+        config = json.loads(run.config.read_text(encoding="utf-8"))
+        summary = json.loads(run.summary.read_text(encoding="utf-8")) if run.summary.is_file() else {}
+        if not isinstance(config, dict) or not isinstance(summary, dict):
+            raise ValueError("not a JSON object")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} is not a run directory: config.json or summary.json cannot be read") from error
+    curve, tokens, seconds, cpu_seconds = read_curves(path, (CURVE, TOKENS, SECONDS, CPU_SECONDS))
+    steps = [step for step in sorted(curve) if step in tokens and step in seconds]
+    if not steps:
+        raise ValueError(
+            f"{path} has no validation yet: a language-model run validates after its first epoch or --eval-every steps"
+        )
+    if not cpu_seconds.keys() >= set(steps):  # a run of an older version
+        saved = saved_cpu_seconds(run, summary)
+        cpu_seconds = {step: saved[tokens[step]] for step in steps if tokens[step] in saved} | cpu_seconds
+    validations = (Validation(s, curve[s], tokens[s], seconds[s], cpu_seconds.get(s)) for s in steps)
+    return Run(path, config, tuple(validations), summary)
+
+
+def read_curves(path: Path, keys: Sequence[str]) -> list[dict[int, float]]:
+    """Returns a curve as values by step for each key, from all event files of a run. A missing curve is empty."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(path), size_guidance={"scalars": 0})
+    events.Reload()
+    there = events.Tags()["scalars"]
+    return [{event.step: event.value for event in events.Scalars(key)} if key in there else {} for key in keys]
+
+
+def saved_cpu_seconds(run: RunDirectory, summary: Mapping[str, Any]) -> dict[float, float]:
+    """Returns CPU seconds by tokens, as event files round them, from summary.json, or from the last checkpoint without one.
+
+    Empty if neither has them.
+    """
+    rows = summary.get("curve")
+    if rows is None:
+        try:
+            newest = run.newest_checkpoint()
+        except CheckpointError:
+            newest = None
+        rows = [] if newest is None else newest.content["counters"]["curve"]
+    return {_float32(row[0]): row[2] for row in rows if len(row) == 4}
+
+
+def _float32(number: float) -> float:
+    """Returns a number rounded to float32, in which event files hold values."""
+    rounded: float = struct.unpack("f", struct.pack("f", number))[0]
+    return rounded
+
+
+def differing_options(runs: Sequence[Run]) -> dict[str, list[Any]]:
+    """Returns the options in which runs differ, by name with the value of each run, None for an option without effect.
+
+    An option is not listed if it differs only because it follows from another one, or only by the directory of a path.
+    """
+    given = [given_options(run.config) for run in runs]
+    active = [active_options(run.config, options) for run, options in zip(runs, given, strict=True)]
+    names = sorted({name for options in given for name in options})
+    return {
+        name: [options.get(name) for options in active]
+        for name in names
+        if all(len({json.dumps(options.get(name)) for options in each}) > 1 for each in (given, active))
+    }
+
+
+def given_options(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a run's options by name, without the sizes that follow from other options. Missing ones have their defaults.
+
+    Of the path of a text only the file's name is kept.
+    """
+    defaults = {entry.name: entry.default for entry in fields(LanguageModelOptions)}
+    known = {name: value for name, value in config.items() if name in defaults}
+    with contextlib.suppress(ValueError):  # a value of another version
+        known = dict(as_given(known))
+    unknown = {name: value for name, value in config.items() if name not in defaults}
+    options = {**defaults, **unknown, **known}
+    names = {name: Path(value).name for name, value in options.items() if name.endswith("_file") and value is not None}
+    hidden = {*LanguageModelOptions.OF_THE_CALL, "data_dir"}
+    return {name: value for name, value in {**options, **names}.items() if name not in hidden}
+
+
+def active_options(config: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the options `given` with the defaults of credit assignment filled in, None for those without effect."""
+    options = dict(given)
+    if options["dataset"] is None and options["data_file"] is None:
+        options["dataset"] = EMBEDDED
+    credit = [entry.name for entry in fields(CreditOptions) if entry.name != "synthesizer"]
+    if options["synthesizer"] == "none":
+        return {**options, **dict.fromkeys(credit)}
+    known = {entry.name for entry in fields(LanguageModelOptions)}
+    try:
+        built = build(LanguageModelOptions, {name: value for name, value in config.items() if name in known})
+        resolved = built.resolve(int(config["bptt"]))
+    except (ValueError, KeyError):  # a value of another version
+        return options
+    return options | {name: getattr(resolved, name) for name in credit if options[name] is None and hasattr(resolved, name)}
