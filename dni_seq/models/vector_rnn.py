@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from dni_seq.models.language_model import CELLS, LSTMState
+from dni_seq.models.cells import CELLS
+from dni_seq.models.language_model import LSTMState
 from dni_seq.models.lstm_kernels import native_up_to, run_rnn
 
 
