@@ -9,16 +9,17 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from dni_seq.app.build.credit_options import GROUP as CREDIT
 from dni_seq.app.build.credit_options import CreditOptions, without_resolved
 from dni_seq.app.runs.options import above_zero, at_least, build, flag, option, share
-from dni_seq.distributed.process_group import TIMEOUT
-from dni_seq.models.language_model import CELLS
-from dni_seq.streams import Corpus
-from dni_seq.streams.corpus import default_data_dir
-from dni_seq.streams.files import expand_home
+from dni_seq.core.paths import expand_home
+from dni_seq.distributed.timeout import TIMEOUT
+from dni_seq.models.cells import CELLS
+
+if TYPE_CHECKING:
+    from dni_seq.streams import Corpus
 
 SYNTHESIZER_VOCAB_SIZE = 500
 """Default number of token classes of the synthesizer. To distinguish rare tokens would cost as much as the network's own
@@ -124,11 +125,17 @@ class LanguageModelOptions(CreditOptions):
         }
     )
     MAY_MOVE: ClassVar[frozenset[str]] = frozenset({"data_file", "valid_file", "test_file"})
+    COMMON: ClassVar[frozenset[str]] = frozenset(
+        {"dataset", "data_file", "data_dir", "tokenizer", "epochs", "max_steps", "batch_size", "lr"}
+        | {"seed", "device", "run_dir", "resume", "dry_run", "model", "hidden", "layers", "dropout"}
+        | {"synthesizer", "bptt", "horizons", "lookahead", "synthetic_scale"}
+    )
+    GROUPS: ClassVar[tuple[str, ...]] = (_DATA, _RUN, _MODEL, CREDIT)
     OF_THE_CALL: ClassVar[frozenset[str]] = frozenset({"run_dir", "resume", "eval_only", "dry_run", "rank_timeout"})
 
     dataset: str | None = option(
         None,
-        "data set name (an unknown name lists all), or OWNER/NAME on the Hugging Face Hub",
+        "data set name (an unknown one lists all), or OWNER/NAME on the Hub",
         group=_DATA,
         shown="pydoc, embedded",
     )
@@ -143,7 +150,7 @@ class LanguageModelOptions(CreditOptions):
     )
     data_dir: str | None = option(
         None,
-        "directory searched before the Hub, for files such as DIR/ptb/ptb.train.txt",
+        "directory searched before the Hub; for files such as DIR/ptb/ptb.train.txt",
         group=_DATA,
         metavar="DIR",
         convert=_absolute,
@@ -256,13 +263,12 @@ class LanguageModelOptions(CreditOptions):
     run_dir: str | None = option(None, "directory of the run", group=_RUN, metavar="DIR", shown="a new one in runs/")
     resume: str | None = option(
         None,
-        "resume from the last checkpoint in --run-dir if there is one (auto), or in RUN_DIR, or from "
-        "RUN_DIR/checkpoints/NAME.pt",
+        "resume the run in --run-dir if there is one (auto), or in RUN_DIR; or from RUN_DIR/checkpoints/NAME.pt",
         group=_RUN,
         metavar="auto|PATH",
     )
     dry_run: bool = option(
-        False, "print shapes, parameters, memory and time per epoch, then exit without writing files", group=_RUN
+        False, "print shapes, parameters, memory and time per epoch; then exit without writing files", group=_RUN
     )
     eval_only: bool = option(False, "score the best checkpoint in --run-dir, then exit", group=_RUN)
     eval_every: int | None = option(
@@ -283,6 +289,8 @@ class LanguageModelOptions(CreditOptions):
 
 def resolve_options(options: LanguageModelOptions, corpus: Corpus) -> LanguageModelOptions:
     """Returns the options with the values filled in that depend on other options or on the corpus, such as `DEFAULTS`."""
+    from dni_seq.streams.corpus import default_data_dir  # with torch, for which the parsing of options does not wait
+
     kind = options.tokenizer or corpus.level
     defaults = dict(DEFAULTS["char" if kind == "char" else "word"])
     defaults |= {"tokenizer": kind, "data_dir": _absolute(str(default_data_dir()))}

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import shlex
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 
+from dni_seq.app.build.unused_options import credit_in_force
 from dni_seq.app.lm import build as lm
 from dni_seq.app.lm.build_trainer import cell_size, messages
 from dni_seq.app.lm.evaluation import Score
 from dni_seq.app.lm.options import LanguageModelOptions
 from dni_seq.app.lm.scoring import check_held_out, held_out
 from dni_seq.app.runs.checkpoint import CheckpointError, random_state, set_random_state
+from dni_seq.app.runs.invocation import command_line, curves_command
 from dni_seq.app.runs.lock import RunLock
 from dni_seq.app.runs.loop import Counters, Measured, TrainingRun, measurements
+from dni_seq.app.runs.options import flag
 from dni_seq.app.runs.resume import Plan
 from dni_seq.app.runs.tensorboard import FINAL, LAYOUT, perplexity
 from dni_seq.core.windows import Window
@@ -170,7 +174,8 @@ class LanguageModelRun(TrainingRun):
                 f"{split}/word_perplexity": result.word_ppl,
             },
         )
-        self.progress.write_line(f"step {self.steps}, epoch {self.stream.epoch}, {lm.describe(split, result)}")
+        shown = lm.describe(split, result, self.tokenizer.kind)
+        self.progress.write_line(f"step {self.steps}, epoch {self.stream.epoch}, {shown}")
 
     def sample(self, model: LanguageModel) -> str:
         """Generates a text sample, prints it and returns it."""
@@ -227,6 +232,27 @@ class LanguageModelRun(TrainingRun):
         others = [] if checkpoint is None else checkpoint.get("random_of_other_ranks", [])
         if self.ranks.rank <= len(others):
             set_random_state(others[self.ranks.rank - 1])
+
+    def in_force(self) -> dict[str, Any]:
+        """Returns the value in force of every option."""
+        return super().in_force() | {
+            **credit_in_force(self.options, self.options.bptt, cells=self.options.model == "lstm"),
+            "dataset": None if self.options.data_file else self.options.dataset or EMBEDDED,
+            "vocab_size": self.tokenizer.vocabulary_size,
+            "eval_every": self.eval_every,
+            "eval_tokens": lm.token_limit(self.valid, self.options),
+        }
+
+    def next_commands(self) -> list[str]:
+        """Returns the commands that continue the run, sample from it, score it, and show it."""
+        run = shlex.quote(str(self.run.path))
+        limit = next(name for name in ("epochs", "max_steps", "max_tokens") if getattr(self.options, name) is not None)
+        further = f"--resume {run} {flag(limit)} {2 * getattr(self.options, limit)}"
+        return [
+            f"to train on: {command_line('train')} {further}",
+            f"to sample: {command_line('sample')} {run}; to score: {command_line('evaluate')} {run}",
+            f"to compare: {command_line('compare')} {run} OTHER_RUN; {curves_command(self.run.path)}",
+        ]
 
     def summary(self) -> dict[str, Any]:
         """Returns the content of summary.json without the scores."""

@@ -55,7 +55,7 @@ KEYS = MappingProxyType(
 
 OTHER_KEYS = MappingProxyType(
     {
-        "config": "text: the run's options as a table",
+        "config": "text: the values in force of the run's options, as a table",
         "sample/best": "text: a sample from the model at each best validation so far",
         "sample/regular": "text: a sample from the model every --sample-every steps",
         "messages/horizon_n": "histogram: the synthesizer's unscaled messages at the latest state, every 1,000 steps",

@@ -43,9 +43,9 @@ from dni_seq.app.build.optimizers import adam
 from dni_seq.app.build.unused_options import remarks
 from dni_seq.app.runs.allocator import keep_freed_memory
 from dni_seq.app.runs.checkpoint import checkpoint_errors
+from dni_seq.app.runs.command import run_command
 from dni_seq.app.runs.directory import RunDirectory, new_run_path
 from dni_seq.app.runs.lock import RunLock
-from dni_seq.app.runs.loop import run_command
 from dni_seq.app.runs.options import parse, report
 from dni_seq.app.runs.resume import plan_run
 from dni_seq.app.tasks.options import TaskOptions, as_given, resolve_options
