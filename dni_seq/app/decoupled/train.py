@@ -78,7 +78,7 @@ class DecoupledOptions:
     bptt: int = option(16, "lm: window length in steps", group=_NETWORK, check=at_least(1))
     mode: str = option(
         "unlocked",
-        "unlocked: no part waits; locked: backpropagation; alone: one part after the other",
+        "which parts wait; unlocked: none; locked: both, for backpropagation; alone: one part runs after the other",
         group=_RUN,
         choices=("unlocked", "locked", "alone"),
     )

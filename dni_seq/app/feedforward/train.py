@@ -74,7 +74,7 @@ class FeedForwardOptions:
     )
     unlock: str = option(
         "backward",
-        "none: backpropagation; backward: synthetic gradients; full: synthetic inputs too",
+        "decoupling of the layers; none: backpropagation; backward: synthetic gradients; full: synthetic inputs too",
         group=_CREDIT,
         choices=feedforward.UNLOCKS,
     )

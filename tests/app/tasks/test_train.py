@@ -198,3 +198,21 @@ def test_help_names_the_options_of_credit(capsys):
     text = capsys.readouterr().out
     for name in ("--task", "--bptt", "--synthesizer", "--exact-steps", "--horizons", "--updates", "task/length"):
         assert name in text
+
+
+def test_a_run_leaves_the_values_in_force_and_the_next_command(tmp_path, capsys, monkeypatch):
+    """The command works."""
+    monkeypatch.setattr("sys.argv", ["dni-seq tasks"])
+    run = tmp_path / "run"
+    assert main([*TINY, "--synthesizer", "multi-horizon", "--updates", "3", "--run-dir", str(run)]) == 0
+    further, curves = capsys.readouterr().out.splitlines()[-2:]
+    assert curves == f"curves: tensorboard --logdir {tmp_path}"
+    in_force, config = (json.loads((run / name).read_text()) for name in ("summary.json", "config.json"))
+    in_force = in_force["in_force"]
+    assert in_force.keys() == config.keys()
+    assert (config["lookahead"], config["start"], config["discount"]) == (None, None, None)
+    assert (in_force["lookahead"], in_force["start"], in_force["discount"]) == (8, 1, 1.0)
+    assert in_force["synthesizer_layers"] is None
+    assert further == f"to train on: dni-seq tasks --resume {run} --updates 6"
+    assert main(further.removeprefix("to train on: dni-seq tasks ").split()) == 0
+    assert json.loads((run / "summary.json").read_text())["updates"] == 6
