@@ -12,16 +12,17 @@ every kind of synthesizer and target, with LSTM and GRU, one thread. Of each run
 synthesizer, the parameters at the end, and the final scores. Two runs that end with the same parameters count as an error:
 the options of one of them had no effect, so that it would show nothing.
 
-The file uses only what a user sees: the commands' options, `SequenceTrainer.step` and `summary.json`.
+The file uses the commands' options and modules, `SequenceTrainer.step` and `summary.json`.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib
 import json
 import os
-import runpy
+import re
 import subprocess
 import sys
 import tempfile
@@ -93,7 +94,7 @@ def record(script: Path, options: list[str]) -> dict[str, Any]:
 
     dni.SequenceTrainer.step = watched  # type: ignore[method-assign]
     with tempfile.TemporaryDirectory() as folder:
-        status = runpy.run_path(str(script))["main"]([*options, "--run-dir", f"{folder}/run"])
+        status = command_of(script).main([*options, "--run-dir", f"{folder}/run"])
         summary = json.loads(Path(folder, "run", "summary.json").read_text())
     assert status == 0, f"{script.name} {' '.join(options)} ended with status {status}"
     scores = [summary.get(name, {}).get("loss") for name in ("valid", "test")]
@@ -110,6 +111,13 @@ def record(script: Path, options: list[str]) -> dict[str, Any]:
     }
 
 
+def command_of(script: Path) -> Any:
+    """The module of a script's command, as the script's docstring names it."""
+    named = re.search(r"The code is `(dni_seq[\w.]+)`", script.read_text(encoding="utf-8"))
+    assert named is not None, f"{script} does not name its module"
+    return importlib.import_module(named[1])
+
+
 def digest(numbers: list[float]) -> str:
     """A short digest of numbers, equal if and only if every bit is."""
     return hashlib.sha256(" ".join(number.hex() for number in numbers).encode()).hexdigest()[:16]
@@ -121,7 +129,9 @@ def record_all(tree: Path, output: Path, data_dir: Path | None, only: str) -> in
     import dni_seq
 
     assert Path(dni_seq.__file__).is_relative_to(tree), f"{dni_seq.__file__} is not in {tree}"
-    runpy.run_path(str(tree / "scripts" / "train_lm.py"))  # imports, so that the children need not
+    # Imports, so that the children need not. The commands themselves may import torch only when they are called.
+    for module in ("dni_seq.app.lm.build_trainer", "dni_seq.app.lm.training"):
+        importlib.import_module(module)
     failed = 0
     for name, script, options in runs(data_dir):
         if only not in name:

@@ -1,75 +1,29 @@
 """Trains recurrent networks on long streams with truncated BPTT and synthetic gradients.
 
 There are three levels of use: the command `python scripts/train_lm.py`, `SequenceTrainer` in your own training loop, and
-the interfaces such as `BackwardInterface`. `import dni_seq` needs only torch.
+the interfaces such as `BackwardInterface`. `import dni_seq` needs only torch, which it imports at the first
+use of a public name: a command can then show its help or an error in its options at once.
 """
 
-from dni_seq.check import check_model
-from dni_seq.core.deferred_backward import GradientAccumulator, backward, defer_backward
-from dni_seq.core.nonfinite import NonFiniteError
-from dni_seq.core.windows import Lookahead, Window, with_lookahead
-from dni_seq.credit.config import SyntheticGradientConfig
-from dni_seq.credit.description import TrainerDescription
-from dni_seq.credit.fidelity import fidelity
-from dni_seq.credit.replay import RecordedWindow
-from dni_seq.credit.results import StepResult, Synthetic
-from dni_seq.credit.window_runner import WindowRunner
-from dni_seq.distributed.data_parallel import DataParallel
-from dni_seq.interfaces.backward import BackwardInterface
-from dni_seq.interfaces.context import synthesizer_context
-from dni_seq.interfaces.forward import BidirectionalInterface, ForwardInterface
-from dni_seq.model_checks.report import ModelReport
-from dni_seq.synthesizers.auxiliary import AuxiliaryTask
-from dni_seq.synthesizers.base import Regression
-from dni_seq.synthesizers.exact_future import ExactFuture
-from dni_seq.synthesizers.future_gradient import FutureGradient
-from dni_seq.synthesizers.future_model import FutureModel
-from dni_seq.synthesizers.least_squares import LeastSquaresHeads
-from dni_seq.synthesizers.lookahead import LookaheadEncoder
-from dni_seq.synthesizers.mlp import BasicSynthesizer
-from dni_seq.synthesizers.multi_horizon import Horizons, MultiHorizonSynthesizer
-from dni_seq.synthesizers.normalization import LSTM_CELLS, GatedCells, Normalized
-from dni_seq.synthesizers.state_heads import StateHeads, StateSynthesizer
-from dni_seq.synthesizers.target_rule import TargetRule
-from dni_seq.trainer import SequenceTrainer
+from __future__ import annotations
 
-__all__ = [
-    "LSTM_CELLS",
-    "AuxiliaryTask",
-    "BackwardInterface",
-    "BasicSynthesizer",
-    "BidirectionalInterface",
-    "DataParallel",
-    "ExactFuture",
-    "ForwardInterface",
-    "FutureGradient",
-    "FutureModel",
-    "GatedCells",
-    "GradientAccumulator",
-    "Horizons",
-    "LeastSquaresHeads",
-    "Lookahead",
-    "LookaheadEncoder",
-    "ModelReport",
-    "MultiHorizonSynthesizer",
-    "NonFiniteError",
-    "Normalized",
-    "RecordedWindow",
-    "Regression",
-    "SequenceTrainer",
-    "StateHeads",
-    "StateSynthesizer",
-    "StepResult",
-    "Synthetic",
-    "SyntheticGradientConfig",
-    "TargetRule",
-    "TrainerDescription",
-    "Window",
-    "WindowRunner",
-    "backward",
-    "check_model",
-    "defer_backward",
-    "fidelity",
-    "synthesizer_context",
-    "with_lookahead",
-]
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dni_seq.public import *  # noqa: F403  # the names are listed once, there
+
+
+def __getattr__(name: str) -> Any:
+    """Returns a public name, or a module of the package that they need."""
+    public = importlib.import_module("dni_seq.public")
+    if name in ("__all__", *public.__all__):
+        return getattr(public, name)
+    if name in globals():  # a folder such as `core`, which is imported by now
+        return globals()[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """Returns the public names and what this module has already."""
+    return sorted({*globals(), *importlib.import_module("dni_seq.public").__all__})

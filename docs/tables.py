@@ -5,13 +5,12 @@ A test compares README with what this would write.
 
 from __future__ import annotations
 
-import dataclasses
 import re
 import sys
 from pathlib import Path
 
 from dni_seq.app.lm.options import PRESETS, LanguageModelOptions
-from dni_seq.app.runs.options import default_of, flag
+from dni_seq.app.runs.options import default_of, flag, groups
 from dni_seq.app.runs.tensorboard import KEYS, OTHER_KEYS
 
 README = Path(__file__).parents[1] / "README.md"
@@ -20,15 +19,13 @@ README = Path(__file__).parents[1] / "README.md"
 def options() -> list[str]:
     """A row for each option of scripts/train_lm.py, group by group."""
     rows = ["| option | meaning | default |", "|---|---|---|"]
-    fields = dataclasses.fields(LanguageModelOptions)
-    for group in dict.fromkeys(field.metadata["group"] for field in fields):
-        rows.append(f"| **{group}** | | |")
+    for title, fields in groups(LanguageModelOptions).items():
+        rows.append(f"| **{title}** | | |")
         for field in fields:
-            if field.metadata["group"] == group:
-                choices = field.metadata["choices"]
-                named = f"{field.metadata['help']}: {', '.join(choices)}" if choices else field.metadata["help"]
-                cells = (f"`{flag(field.name)}`", named, default_of(field))
-                rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+            choices = field.metadata["choices"]
+            named = f"{field.metadata['help']}: {', '.join(choices)}" if choices else field.metadata["help"]
+            cells = (f"`{flag(field.name)}`", named, default_of(field))
+            rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     presets = "; ".join(f"{name}: {', '.join(f'{k} {v}' for k, v in values.items())}" for name, values in PRESETS.items())
     rows += ["| **from elsewhere** | | |", f"| `--preset` | options of a known setting: {presets} | |"]
     return [*rows, "| `--config` | options from a JSON file, as a run's config.json is; over the preset, below the line | |"]

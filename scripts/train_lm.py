@@ -11,8 +11,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
     signal.signal(signal.SIGINT, lambda *_: (os.write(2, b"train_lm: stopped by Ctrl-C\n"), os._exit(130)))
 
 from dni_seq.app.lm.train import main
-from dni_seq.app.runs.program import run_program
-from dni_seq.distributed.process_group import leave
+from dni_seq.app.runs.program import leave, run_program
 
 if __name__ == "__main__":
     leave(run_program(main))

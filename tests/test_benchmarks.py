@@ -49,6 +49,13 @@ def test_reading_is_measured(tmp_path):
     assert line["peak_mb"] > 0
 
 
+def test_a_start_has_its_moments():
+    alone, start = call("start_up.py", "--runs", "1", "--only", "embedded corpus", "--max-steps", "20")
+    assert alone["case"] == "import torch"
+    assert 0 < start["first line"] < start["three lines"] < start["first figure"]
+    assert start["import torch"] == alone["end"]
+
+
 def test_a_point_of_growth_is_measured_and_drawn(tmp_path):
     pytest.importorskip("matplotlib", reason="matplotlib, of the extras plots and dev, is not installed")
     (point,) = call("growth.py", "--one", "multi-horizon", json.dumps({"hidden": 8, "lanes": 4, "windows": 110}))

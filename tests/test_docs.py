@@ -14,6 +14,7 @@ import shlex
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -96,6 +97,7 @@ ELSEWHERE = {
     "streams": "test_benchmarks.py, its smallest case",
     "steps": "test_benchmarks.py",
     "growth": "test_benchmarks.py",
+    "start_up": "test_benchmarks.py",
     "stability": "test_benchmarks.py",
     "golden_runs": "test_benchmarks.py",
     "git": "makes the other checkout for golden_runs",
@@ -164,6 +166,12 @@ def at_home(two_runs, tmp_path, monkeypatch):
     torch.set_num_threads(threads)
 
 
+def command_of(script: str) -> Any:
+    """The module of a script's command."""
+    text = (ROOT / "scripts" / f"{script}.py").read_text(encoding="utf-8")
+    return importlib.import_module(re.search(r"The code is `(dni_seq[\w.]+)`", text)[1])
+
+
 def test_commands_run(at_home, capsys):
     done = set()
     for page, words in commands():
@@ -181,7 +189,7 @@ def test_commands_run(at_home, capsys):
             pytest.importorskip("matplotlib", reason="matplotlib, of the extras plots and dev, is not installed")
         if "--synthesizer" in arguments and "|" in arguments[arguments.index("--synthesizer") + 1]:
             continue  # a pattern of commands, not one
-        status = importlib.import_module(f"scripts.{name}").main([*arguments, *SMALL[name]])
+        status = command_of(name).main([*arguments, *SMALL[name]])
         shown = capsys.readouterr()
         assert status == 0, f"{page}: {' '.join(words)}\n{shown.err}"
         # Into a pipe: no bar, no colours, nothing on stderr in so short a run.

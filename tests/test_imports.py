@@ -27,7 +27,8 @@ MAY_IMPORT = {
     "check": {"core", "model_checks"},
     "credit": CREDIT,
     "trainer": {*CREDIT, "credit"},
-    "dni_seq": {*CREDIT, "credit", "trainer", "check", "model_checks"},
+    "public": {*CREDIT, "credit", "trainer", "check", "model_checks"},
+    "dni_seq": {"public"},
     "app.runs": {"core", "distributed", "streams", "credit", "trainer"},
     "app.build": {*LIBRARY, "app.runs"},
     "app.lm": {*LIBRARY, "app.runs", "app.build"},
@@ -37,7 +38,8 @@ MAY_IMPORT = {
     "app.studies": {*LIBRARY, "app.runs", "app.build", "app.lm", "app.tasks", "app.feedforward"},
     "app": {"app.runs"},
 }
-"""What the files of a folder may import of other folders; `trainer` is the file, `dni_seq` the package's public names."""
+"""What the files of a folder may import of other folders; `trainer` is the file, `dni_seq` the package's first
+file, which takes the public names from `public`."""
 
 
 def modules() -> dict[str, Path]:
@@ -128,8 +130,21 @@ def test_scripts_only_call():
 
 def test_import_needs_torch_alone():
     code = (
-        "import sys, torch; before = set(sys.modules); import dni_seq; "
+        "import sys, torch; before = set(sys.modules); import dni_seq; dni_seq.SequenceTrainer; "
         "print({m.split('.')[0] for m in set(sys.modules) - before} - {'torch', 'dni_seq'} - sys.stdlib_module_names)"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "set()"
+
+
+def test_public_names_come_at_their_first_use():
+    """A command parses its options before it waits for torch, and every way to a public name still leads there."""
+    code = (
+        "import sys, dni_seq, dni_seq.app.lm.train, dni_seq.app.cli; assert 'torch' not in sys.modules; "
+        "assert {'SequenceTrainer', 'app'} <= set(dir(dni_seq)); from dni_seq import *; SequenceTrainer, defer_backward; "
+        "from dni_seq import trainer; assert trainer.SequenceTrainer is dni_seq.SequenceTrainer is SequenceTrainer; "
+        "dni_seq.core.states; assert not hasattr(dni_seq, 'nothing'); "
+        "assert all(hasattr(dni_seq, name) for name in dni_seq.__all__); print('torch' in sys.modules)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (result.stdout, result.stderr) == ("True\n", "")

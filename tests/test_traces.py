@@ -11,9 +11,9 @@ from torch import nn
 import dni_seq as dni
 from dni_seq.core import states
 from dni_seq.core.traces import Trace
-from dni_seq.models.cells import CELLS, build_rnn
+from dni_seq.models.cells import CELLS, DIAGONAL
 from dni_seq.models.diagonal_cells import LRU, MinGRU
-from dni_seq.models.diagonal_rnn import DIAGONAL
+from dni_seq.models.recurrent import build_rnn
 from tests import problems, reference
 from tests.nests import assert_same
 from tests.training import assert_same as assert_close

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
 from dni_seq.app.runs.options import did_you_mean, report
-from dni_seq.app.runs.program import run_program
+from dni_seq.app.runs.program import run_main, run_program
 
 COMMANDS: Mapping[str, tuple[str, str]] = MappingProxyType(
     {
@@ -24,6 +24,12 @@ COMMANDS: Mapping[str, tuple[str, str]] = MappingProxyType(
     }
 )
 """Each command's module and a short description."""
+
+RESULTS = frozenset({"evaluate", "sample", "compare"})
+"""Commands whose stdout is their result."""
+
+PARSES_FIRST = frozenset({"train"})
+"""Commands that parse their options before they import PyTorch, and say so themselves."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -42,8 +48,11 @@ def command(given: Sequence[str]) -> int:
         hint = did_you_mean(name, list(COMMANDS)) or f": choose one of {', '.join(COMMANDS)}"
         return report("dni-seq", ValueError(f"there is no command {name!r}{hint}"))
     sys.argv[0] = f"dni-seq {name}"
-    status: int = importlib.import_module(COMMANDS[name][0]).main(rest)
-    return status
+    module, _ = COMMANDS[name]
+    if name in PARSES_FIRST:
+        status: int = importlib.import_module(module).main(rest)
+        return status
+    return run_main(module, rest, result=name in RESULTS)
 
 
 def usage() -> str:

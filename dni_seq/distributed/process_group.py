@@ -7,20 +7,18 @@ close and the other ranks fail at once. If a rank hangs, the others fail after `
 from __future__ import annotations
 
 import os
-import sys
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
 
-TIMEOUT = 300.0
-"""Default number of seconds that a rank waits for the others."""
+from dni_seq.distributed.timeout import TIMEOUT
 
 Result = TypeVar("Result")
 
@@ -193,20 +191,6 @@ def init_distributed(timeout: float = TIMEOUT) -> Iterator[Ranks]:
     yield Ranks(timeout=timeout)
     # Not after an exception: destroying the group could wait for the other ranks. Connections close with the process.
     dist.destroy_process_group()
-
-
-def leave(status: int) -> NoReturn:
-    """Ends this process with `status`; skips the interpreter's shutdown if the process group still exists.
-
-    It exists after a failure of another rank. Its threads may be waiting for that rank, and ending them at shutdown can
-    abort the process.
-    """
-    for stream in (sys.stdout, sys.stderr):
-        if stream is not None:  # None if the process was started with the stream closed
-            stream.flush()
-    if dist.is_available() and dist.is_initialized():
-        os._exit(status)
-    sys.exit(status)
 
 
 def _meet(timeout: float) -> None:

@@ -1,73 +1,11 @@
-"""The recurrent cells that a model may have, by name.
+"""The recurrent cells and their traces, by name, without torch, so that a command's help need not import it."""
 
-Legend: B = lanes, D = inputs, H = hidden units, L = layers.
-"""
-
-from __future__ import annotations
-
-from typing import Any
-
-import torch
-from torch import nn
-
-from dni_seq.models.dense_cells import APPROXIMATE, DenseRNN
-from dni_seq.models.diagonal_rnn import DIAGONAL, DiagonalRNN
-from dni_seq.synthesizers.normalization import LSTM_CELLS
+DIAGONAL = ("mingru", "lru")
+"""Cells whose units do not mix in the recurrence."""
 
 CELLS = ("lstm", "gru", *DIAGONAL)
+
+APPROXIMATE = ("snap1", "factored")
+"""Traces of cells whose units mix."""
+
 TRACES = ("exact", *APPROXIMATE)
-
-
-def build_rnn(
-    cell: str, inputs: int, hidden: int, layers: int, dropout: float = 0.0, traces: str | None = None
-) -> nn.Module:
-    """Returns a recurrent network `rnn(inputs, state) -> (outputs [T, B, H], state)`.
-
-    Args:
-        cell: one of `CELLS`.
-        inputs: D.
-        hidden: H.
-        layers: L.
-        dropout: between layers.
-        traces: what the state carries: "exact" for a diagonal cell, "snap1" or "factored" for an LSTM or GRU, None for none.
-
-    Raises:
-        ValueError: the cell is unknown, or the traces are not made for it.
-    """
-    if cell not in CELLS:
-        raise ValueError(f"cell must be one of {', '.join(CELLS)}, got {cell!r}")
-    if cell in DIAGONAL:
-        if traces not in (None, "exact"):
-            raise ValueError(f"{traces} traces are made for lstm and gru: {cell} is diagonal and has exact traces")
-        return DiagonalRNN(cell, inputs, hidden, layers, dropout=dropout, traces=traces is not None)
-    if traces == "exact":
-        raise ValueError(
-            f"exact traces need a diagonal cell ({', '.join(DIAGONAL)}): the recurrence of {cell} mixes units, which "
-            f"{' or '.join(APPROXIMATE)} traces ignore"
-        )
-    if traces is not None:
-        return DenseRNN(cell, inputs, hidden, layers, dropout=dropout, traces=traces)
-    kind = nn.LSTM if cell == "lstm" else nn.GRU
-    # Dropout is applied between layers, and PyTorch warns if there is only one layer.
-    return kind(inputs, hidden, layers, dropout=dropout if layers > 1 else 0.0)
-
-
-def initial_state(rnn: nn.Module, lanes: int) -> Any:
-    """Returns a zero state of `build_rnn`'s network, with the dtype and the device of its parameters.
-
-    (h, c), each [L, B, H], for an LSTM; h [L, B, H] for a GRU; see `DiagonalRNN` for the others.
-    """
-    if isinstance(rnn, DiagonalRNN | DenseRNN):
-        return rnn.initial_state(lanes)
-    assert isinstance(rnn, nn.LSTM | nn.GRU)
-    hidden = next(rnn.parameters()).new_zeros((rnn.num_layers, lanes, rnn.hidden_size))
-    return (hidden, torch.zeros_like(hidden)) if isinstance(rnn, nn.LSTM) else hidden
-
-
-def state_cells(rnn: nn.Module) -> Any:
-    """Returns which leaves of the state are LSTM cells, for synthesizers: a tuple like the state, or False for none."""
-    if isinstance(rnn, nn.LSTM):
-        return LSTM_CELLS
-    if isinstance(rnn, DenseRNN) and isinstance(rnn.rnn, nn.LSTM):
-        return (*LSTM_CELLS, *(False for _ in rnn.initial_state(1)[2:]))
-    return False

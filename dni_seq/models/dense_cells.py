@@ -23,8 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from dni_seq.core import traces
+from dni_seq.models.cells import APPROXIMATE
 
-APPROXIMATE = ("snap1", "factored")
 DECAY = 0.9
 """α of factored traces."""
 

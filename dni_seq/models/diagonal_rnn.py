@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dni_seq.core import traces
+from dni_seq.models.cells import DIAGONAL
 from dni_seq.models.diagonal_cells import LRU, MinGRU
-
-DIAGONAL = ("mingru", "lru")
 
 
 class MinGRUBlock(nn.Module):

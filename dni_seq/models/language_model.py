@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dni_seq.models.cells import CELLS, build_rnn, initial_state
+from dni_seq.models.cells import CELLS
 from dni_seq.models.lstm_kernels import native_up_to, run_rnn
+from dni_seq.models.recurrent import build_rnn, initial_state
 
 _INITIAL_RANGE = 0.1  # weights of embedding and projection are uniform in [-0.1, 0.1], as in PyTorch's example
 

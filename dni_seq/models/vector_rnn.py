@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from dni_seq.models.cells import build_rnn, initial_state
 from dni_seq.models.lstm_kernels import native_up_to, run_rnn
+from dni_seq.models.recurrent import build_rnn, initial_state
 
 
 class VectorRNN(nn.Module):

@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from dni_seq.core.paths import expand_home
 from dni_seq.streams.documents import DataError, Documents
 from dni_seq.streams.embedded_corpus import load_pydoc
-from dni_seq.streams.files import expand_home
 from dni_seq.streams.formats import FileFormat
 from dni_seq.streams.hub import CORPORA, find_corpus, hub_corpus, local_corpus
 from dni_seq.streams.own_files import load_own_files

@@ -8,6 +8,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from dni_seq.core.paths import expand_home
 from dni_seq.streams.compression import packing_of
 from dni_seq.streams.documents import DataError, Documents, Piece, Position, Reader, check_visible
 from dni_seq.streams.file_types import PARQUET, check_ending
@@ -93,14 +94,6 @@ def load_lines(paths: Mapping[str, Path], form: FileFormat, names: Mapping[str, 
     for split, documents in splits.items():
         check_visible(documents, f"give {paths[split]} with text")
     return splits
-
-
-def expand_home(name: str | Path) -> Path:
-    """Returns the path `name`; a leading `~` or `~USER` becomes the home directory, unless a file has that name."""
-    path = Path(name)
-    if not path.parts or not path.parts[0].startswith("~") or os.path.lexists(path.parts[0]):
-        return path
-    return Path(os.path.expanduser(path))
 
 
 def matching(name: str | Path) -> list[Path]:

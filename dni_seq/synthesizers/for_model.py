@@ -5,7 +5,6 @@ Legend: T = window length in steps, B = lanes, K = horizons, V = token ids, E, Q
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -15,21 +14,13 @@ from torch import Tensor, nn
 from dni_seq.core.snapshot import buffers_apart
 from dni_seq.core.states import State
 from dni_seq.core.windows import Nest
+from dni_seq.synthesizers.defaults import default_horizons
 from dni_seq.synthesizers.future_model import FutureModel
 from dni_seq.synthesizers.normalization import LSTM_CELLS
 from dni_seq.synthesizers.token_classes import among_the_first, token_embedding
 
 EMBED = 32
 """Width of a synthesizer's own embedding of an input."""
-
-HORIZONS, LEAST_STEPS = 2, 4
-"""The default K is at least HORIZONS, and at least LEAST_STEPS / T. With fewer horizons copy tasks learn less; with fewer
-steps text learns less at T = 1 (docs/synthetic-gradients.md)."""
-
-
-def default_horizons(window: int) -> int:
-    """Returns the default K for windows of T = `window` steps."""
-    return max(HORIZONS, math.ceil(LEAST_STEPS / window))
 
 
 def future_for(

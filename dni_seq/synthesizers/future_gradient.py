@@ -27,24 +27,16 @@ from dni_seq.core.states import State
 from dni_seq.core.windows import Reduction
 from dni_seq.synthesizers.base import Recommended, Regression
 from dni_seq.synthesizers.binding import StepWeight
-from dni_seq.synthesizers.for_model import HORIZONS, example_state, future_for, lstm_cells
+from dni_seq.synthesizers.defaults import MEASURE_EVERY, default_scale
+from dni_seq.synthesizers.for_model import example_state, future_for, lstm_cells
 from dni_seq.synthesizers.future_model import FutureModel
 from dni_seq.synthesizers.packed import Outputs, PackedSynthesizer
 from dni_seq.synthesizers.packing import Packing
 from dni_seq.synthesizers.state_mlp import StateTrunk
 from dni_seq.synthesizers.target_rule import TargetRule, increments
 
-MEASURE_EVERY = 100
-"""Windows between two targets of a self-supervised synthesizer. Its targets only measure the messages."""
-
-
 MESSAGE_LIMIT = 10.0
 """Default of `limit` in `FutureGradient.for_model`."""
-
-
-def default_scale(horizons: int) -> float:
-    """Returns the default c for K = `horizons`, min(1, 2 / K): with K = 4, c = 0.5 was better than 1."""
-    return min(1.0, HORIZONS / horizons)
 
 
 class ClampCache(NamedTuple):

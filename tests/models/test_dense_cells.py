@@ -7,8 +7,9 @@ import torch
 
 from dni_seq.core import states
 from dni_seq.core.traces import Trace
-from dni_seq.models.cells import build_rnn, state_cells
-from dni_seq.models.dense_cells import APPROXIMATE, DECAY, gru_step, lstm_step
+from dni_seq.models.cells import APPROXIMATE
+from dni_seq.models.dense_cells import DECAY, gru_step, lstm_step
+from dni_seq.models.recurrent import build_rnn, state_cells
 from tests import reference
 
 LANES, INPUTS, UNITS = 2, 3, 8

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import runpy
 
 import pytest
 import torch
 
+from dni_seq.app.decoupled.train_multi_timescale import main
 from dni_seq.models.multi_timescale import FAST_SYMBOL, JOINTS, SLOW_SYMBOL, SYMBOLS, Counting, MultiTimescale
-from tests.paths import SCRIPTS
-
-SCRIPT = str(SCRIPTS / "train_slow_ticking.py")
 
 
 def test_the_counts_are_those_of_the_symbols():
@@ -49,7 +46,6 @@ def test_the_synthesizer_is_trained_with_the_gradients_of_the_slow_window():
 @pytest.mark.parametrize("joint", JOINTS)
 def test_the_script_measures_both_counts(joint, tmp_path, capsys):
     """How well each joint learns takes minutes; docs/distributed.md has it."""
-    main = runpy.run_path(SCRIPT, run_name="train_slow_ticking")["main"]
     arguments = ["--joint", joint, "--steps", "3", "--ticks", "2", "--blocks", "200", "--lr", "1e-2"]
     assert main([*arguments, "--run-dir", str(tmp_path / joint)]) == 0
     error = json.loads((tmp_path / joint / "summary.json").read_text())["error"]
@@ -59,7 +55,6 @@ def test_the_script_measures_both_counts(joint, tmp_path, capsys):
 
 
 def test_bad_input_is_one_line(tmp_path, capsys):
-    main = runpy.run_path(SCRIPT, run_name="train_slow_ticking")["main"]
     (tmp_path / "file").touch()
     assert main(["--run-dir", str(tmp_path)]) == 2
     assert capsys.readouterr().err.count("\n") == 1

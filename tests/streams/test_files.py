@@ -11,8 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from dni_seq.core.paths import expand_home
 from dni_seq.streams import CharTokenizer, DataError, Documents, WindowStream, files, formats, held_out, open_corpus
-from dni_seq.streams.files import FileDocuments, expand_home, matching
+from dni_seq.streams.files import FileDocuments, matching
 from dni_seq.streams.formats import FileFormat
 
 LINES = [f"line {i} of the text\n" for i in range(100)]

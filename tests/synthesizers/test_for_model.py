@@ -19,7 +19,8 @@ from dni_seq.app.runs.options import build
 from dni_seq.models.language_model import LanguageModel, token_losses
 from dni_seq.models.vector_rnn import VectorRNN
 from dni_seq.synthesizers.base import recommended
-from dni_seq.synthesizers.for_model import HORIZONS, example_state, lstm_cells
+from dni_seq.synthesizers.defaults import HORIZONS
+from dni_seq.synthesizers.for_model import example_state, lstm_cells
 from dni_seq.synthesizers.token_classes import FirstTokens
 from tests.nests import assert_same
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from dni_seq.app.build.credit_options import GROUP
 from dni_seq.app.runs.options import at_least, option
 from dni_seq.models.cells import TRACES
-from dni_seq.trainer import SequenceTrainer
 
 
 @dataclass(frozen=True)
@@ -50,17 +49,3 @@ class BackpropagationOptions:
         if steps % bptt:
             raise ValueError(f"--backward-steps {steps} must be a multiple of --bptt {bptt}")
         return steps // bptt
-
-
-def set_backpropagation(trainer: SequenceTrainer, options: BackpropagationOptions, bptt: int) -> None:
-    """Sets the options on a trainer that has not stepped yet.
-
-    Raises:
-        ValueError: they do not go with the window length, a synthesizer or an auxiliary task.
-    """
-    windows = options.backward_windows(bptt)
-    if windows > 1 and trainer.credit is not None:
-        raise ValueError("--backward-steps needs --synthesizer none: a message would count later losses twice")
-    if options.checkpoint_every is not None and trainer.credit is not None and trainer.credit.auxiliary is not None:
-        raise ValueError("--checkpoint-every does not work with --auxiliary: remove one of them")
-    trainer.backward_windows, trainer.checkpoint_every = windows, options.checkpoint_every

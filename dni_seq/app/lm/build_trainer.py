@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from dni_seq.app.build.backpropagation_options import set_backpropagation
+from dni_seq.app.build.backpropagation import set_backpropagation
 from dni_seq.app.build.credit import ModelSpec, synthetic_arguments
 from dni_seq.app.build.optimizers import build_optimizer
 from dni_seq.app.lm import build as lm
@@ -14,9 +14,9 @@ from dni_seq.core.optimizer_step import JoinedOptimizer
 from dni_seq.core.states import floating
 from dni_seq.core.windows import Lookahead
 from dni_seq.distributed.data_parallel import DataParallel
-from dni_seq.models.cells import state_cells
 from dni_seq.models.language_model import LanguageModel, token_losses
 from dni_seq.models.lstm_kernels import native_up_to
+from dni_seq.models.recurrent import state_cells
 from dni_seq.synthesizers.for_model import EMBED
 from dni_seq.synthesizers.token_classes import token_embedding
 from dni_seq.trainer import SequenceTrainer

@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from dni_seq.app.build.backpropagation_options import BackpropagationOptions
 from dni_seq.app.build.credit_options import GROUP as CREDIT
@@ -17,11 +17,12 @@ from dni_seq.app.build.credit_options import CreditOptions, without_resolved
 from dni_seq.app.build.optimization_options import GROUP as OPTIMIZATION
 from dni_seq.app.build.optimization_options import OptimizationOptions, check_optimization
 from dni_seq.app.runs.options import above_zero, at_least, build, flag, option, share
-from dni_seq.distributed.process_group import TIMEOUT
+from dni_seq.core.paths import expand_home
+from dni_seq.distributed.timeout import TIMEOUT
 from dni_seq.models.cells import CELLS
-from dni_seq.streams import Corpus
-from dni_seq.streams.corpus import default_data_dir
-from dni_seq.streams.files import expand_home
+
+if TYPE_CHECKING:
+    from dni_seq.streams import Corpus
 
 SYNTHESIZER_VOCAB_SIZE = 500
 """Default number of token classes of the synthesizer. To distinguish rare tokens would cost as much as the network's own
@@ -137,11 +138,17 @@ class LanguageModelOptions(OptimizationOptions, BackpropagationOptions, CreditOp
         }
     )
     MAY_MOVE: ClassVar[frozenset[str]] = frozenset({"data_file", "valid_file", "test_file"})
+    COMMON: ClassVar[frozenset[str]] = frozenset(
+        {"dataset", "data_file", "data_dir", "tokenizer", "epochs", "max_steps", "batch_size", "lr", "schedule"}
+        | {"seed", "device", "run_dir", "resume", "dry_run", "model", "hidden", "layers", "dropout"}
+        | {"synthesizer", "bptt", "horizons"}
+    )
+    GROUPS: ClassVar[tuple[str, ...]] = (_DATA, _RUN, OPTIMIZATION, _MODEL, CREDIT)
     OF_THE_CALL: ClassVar[frozenset[str]] = frozenset({"run_dir", "resume", "eval_only", "dry_run", "rank_timeout"})
 
     dataset: str | None = option(
         None,
-        "data set name (an unknown name lists all), or OWNER/NAME on the Hugging Face Hub",
+        "data set name (an unknown one lists all), or OWNER/NAME on the Hub",
         group=_DATA,
         shown="pydoc, embedded",
     )
@@ -156,7 +163,7 @@ class LanguageModelOptions(OptimizationOptions, BackpropagationOptions, CreditOp
     )
     data_dir: str | None = option(
         None,
-        "directory searched before the Hub, for files such as DIR/ptb/ptb.train.txt",
+        "directory searched before the Hub; for files such as DIR/ptb/ptb.train.txt",
         group=_DATA,
         metavar="DIR",
         convert=_absolute,
@@ -275,13 +282,12 @@ class LanguageModelOptions(OptimizationOptions, BackpropagationOptions, CreditOp
     run_dir: str | None = option(None, "directory of the run", group=_RUN, metavar="DIR", shown="a new one in runs/")
     resume: str | None = option(
         None,
-        "resume from the last checkpoint in --run-dir if there is one (auto), or in RUN_DIR, or from "
-        "RUN_DIR/checkpoints/NAME.pt",
+        "resume the run in --run-dir if there is one (auto), or in RUN_DIR; or from RUN_DIR/checkpoints/NAME.pt",
         group=_RUN,
         metavar="auto|PATH",
     )
     dry_run: bool = option(
-        False, "print shapes, parameters, memory and time per epoch, then exit without writing files", group=_RUN
+        False, "print shapes, parameters, memory and time per epoch; then exit without writing files", group=_RUN
     )
     eval_only: bool = option(False, "score the best checkpoint in --run-dir, then exit", group=_RUN)
     eval_every: int | None = option(
@@ -306,6 +312,8 @@ def resolve_options(options: LanguageModelOptions, corpus: Corpus) -> LanguageMo
     Raises:
         ValueError: a learning rate is missing, or the lowest one is not below the highest.
     """
+    from dni_seq.streams.corpus import default_data_dir  # with torch, for which the parsing of options does not wait
+
     kind = options.tokenizer or corpus.level
     defaults = dict(DEFAULTS["char" if kind == "char" else "word"])
     defaults |= {"tokenizer": kind, "data_dir": _absolute(str(default_data_dir()))}

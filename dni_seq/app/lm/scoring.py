@@ -26,16 +26,18 @@ class ScoredText(NamedTuple):
         score: the score.
         limit: the number of tokens after which scoring stopped before the end of the text; None for the whole text.
         unknown: tokens outside the vocabulary as a line of text, empty if there are none.
+        kind: the tokenizer's kind.
     """
 
     name: str
     score: Score
     limit: int | None
     unknown: str
+    kind: str
 
     def lines(self) -> Iterator[str]:
         """Yields the score as a line of text, and further lines if a limit cut it or tokens are unknown."""
-        yield lm.describe(self.name, self.score)
+        yield lm.describe(self.name, self.score, self.kind)
         if self.limit is not None:
             yield f"{self.name}: a limit of {self.limit:,} tokens cut this score, give --eval-tokens to change it"
         if self.unknown:
@@ -138,4 +140,4 @@ def _score(loaded: lm.LoadedRun, name: str, stream: WindowStream, options: Langu
     result = lm.score(loaded.model, stream, limited)
     whole = stream.epoch > epoch  # the last window of the text was read
     limit = None if whole else lm.token_limit(stream, limited)
-    return ScoredText(name, result, limit, lm.describe_unknown({name: stream}))
+    return ScoredText(name, result, limit, lm.describe_unknown({name: stream}), loaded.tokenizer.kind)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -10,7 +11,9 @@ import torch
 
 from dni_seq.app.build.credit_options import default_values
 from dni_seq.app.build.method import describe_method, unwritten_keys
+from dni_seq.app.build.optimization_options import optimization_without_effect
 from dni_seq.app.build.schedule import Schedule
+from dni_seq.app.build.unused_options import credit_in_force
 from dni_seq.app.lm import build as lm
 from dni_seq.app.lm.build_schedule import build_schedule, total_steps
 from dni_seq.app.lm.build_trainer import cell_size, messages
@@ -19,8 +22,10 @@ from dni_seq.app.lm.options import DEFAULTS, LanguageModelOptions, as_given
 from dni_seq.app.lm.scoring import check_held_out, held_out
 from dni_seq.app.runs.checkpoint import CheckpointError, random_state, set_random_state
 from dni_seq.app.runs.dashboard import Dashboard, changed_options, charts
+from dni_seq.app.runs.invocation import command_line, curves_command
 from dni_seq.app.runs.lock import RunLock
 from dni_seq.app.runs.loop import Counters, Measured, TrainingRun, measurements
+from dni_seq.app.runs.options import flag
 from dni_seq.app.runs.resume import Plan
 from dni_seq.app.runs.tensorboard import FINAL, LAYOUT, perplexity
 from dni_seq.core.windows import Window
@@ -195,7 +200,8 @@ class LanguageModelRun(TrainingRun):
                 f"{split}/word_perplexity": result.word_ppl,
             },
         )
-        self.progress.write_line(f"step {self.steps}, epoch {self.stream.epoch}, {lm.describe(split, result)}")
+        shown = lm.describe(split, result, self.tokenizer.kind)
+        self.progress.write_line(f"step {self.steps}, epoch {self.stream.epoch}, {shown}")
 
     def sample(self, model: LanguageModel) -> str:
         """Generates a text sample, prints it and returns it."""
@@ -219,8 +225,8 @@ class LanguageModelRun(TrainingRun):
         valid, test = (lm.score(best, split, self.options) for split in (self.valid, self.test))
         self.log_score("test", test)
         # Not as curves, which would be charts of one point.
-        result = f"Best checkpoint: {lm.describe('valid', valid)}; {lm.describe('test', test)}"
-        self.log.paragraph(self.steps, "about/result", result)
+        shown = (lm.describe(name, split, self.tokenizer.kind) for name, split in (("valid", valid), ("test", test)))
+        self.log.paragraph(self.steps, "about/result", f"Best checkpoint: {'; '.join(shown)}")
         self.report_unknown_words()
         self.sample(best)
         return {"valid": valid._asdict(), "test": test._asdict()}
@@ -262,6 +268,31 @@ class LanguageModelRun(TrainingRun):
         others = [] if checkpoint is None else checkpoint.get("random_of_other_ranks", [])
         if self.ranks.rank <= len(others):
             set_random_state(others[self.ranks.rank - 1])
+
+    def in_force(self) -> dict[str, Any]:
+        """Returns the value in force of every option."""
+        return super().in_force() | {
+            **credit_in_force(self.options, self.options.bptt, cells=self.options.model == "lstm"),
+            **dict.fromkeys(optimization_without_effect(self.options)),
+            "dataset": None if self.options.data_file else self.options.dataset or EMBEDDED,
+            "vocab_size": self.tokenizer.vocabulary_size,
+            "eval_every": self.eval_every,
+            "eval_tokens": lm.token_limit(self.valid, self.options),
+        }
+
+    def next_commands(self) -> list[str]:
+        """Returns the commands that continue the run, sample from it, score it, and show it."""
+        run = shlex.quote(str(self.run.path))
+        limits = ("epochs", "max_steps", "max_tokens")
+        limit = next(name for name in limits if getattr(self.options, name) is not None)
+        if self.outcome():
+            limit = "patience"
+        further = f"--resume {run} {flag(limit)} {2 * getattr(self.options, limit)}"
+        return [
+            f"to train on: {command_line('train')} {further}",
+            f"to sample: {command_line('sample')} {run}; to score: {command_line('evaluate')} {run}",
+            f"to compare: {command_line('compare')} {run} OTHER_RUN; {curves_command(self.run.path)}",
+        ]
 
     def summary(self) -> dict[str, Any]:
         """Returns the content of summary.json without the scores."""

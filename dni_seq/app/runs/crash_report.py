@@ -7,12 +7,12 @@ import sys
 import traceback
 from collections.abc import Callable
 
-import torch
-
 
 def versions() -> dict[str, str]:
     """Returns the versions of dni_seq, torch and Python, and the system."""
     from importlib import metadata
+
+    import torch
 
     try:
         own = metadata.version("dni-seq")

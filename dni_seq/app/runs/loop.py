@@ -1,7 +1,7 @@
 """The training loop of the commands: steps, curves, checkpoints, stops by signal, and the errors that end a run.
 
 `TrainingRun` is the base class of the runs of train_lm.py and train_tasks.py. A subclass holds the parts that only its
-command has, and overrides the methods that differ. `run_command` prepares a run, trains it, and reports expected errors.
+command has, and overrides the methods that differ.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import dataclasses
 import json
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from dni_seq.app.runs.checkpoint import (
-    CheckpointError,
     checkpoint_errors,
     random_state,
     save_checkpoint,
@@ -29,17 +28,15 @@ from dni_seq.app.runs.checkpoint import (
 )
 from dni_seq.app.runs.dashboard import Dashboard, deciding_options
 from dni_seq.app.runs.directory import RunDirectory
+from dni_seq.app.runs.invocation import curves_command
 from dni_seq.app.runs.lock import RunLock
-from dni_seq.app.runs.options import program, report
 from dni_seq.app.runs.progress import NullProgress, Progress
 from dni_seq.app.runs.resume import Plan, RunOptions, config_of
-from dni_seq.app.runs.signals import StopSignals, interrupt_exits
+from dni_seq.app.runs.signals import StopSignals
 from dni_seq.app.runs.tensorboard import RunLog, keys_at, peak_memory_mb
-from dni_seq.core.nonfinite import NonFiniteError
 from dni_seq.core.windows import Window, on_device
 from dni_seq.credit.results import StepResult
 from dni_seq.distributed.process_group import RankError, Ranks
-from dni_seq.streams import DataError
 from dni_seq.trainer import SequenceTrainer
 
 SAVE_SECONDS = 60.0
@@ -204,6 +201,14 @@ class TrainingRun(ABC):
         """Logs and returns the scores of the finished run, for summary.json. Only the first rank calls this."""
         return {}
 
+    def in_force(self) -> dict[str, Any]:
+        """Returns the value in force of every option that config.json stores; None for an option without effect."""
+        return {**config_of(self.options), "device": str(self.device)}
+
+    def next_commands(self) -> list[str]:
+        """Returns lines for the end of the run that name the next commands."""
+        return [curves_command(self.run.path)]
+
     def outcome(self) -> str:
         """Returns the outcome of the finished run for the last message."""
         return ""
@@ -262,7 +267,7 @@ class TrainingRun(ABC):
         board = self.dashboard()
         self.log.dashboard(board.layout)
         self.log.paragraph(self.steps, "about/method", board.method)
-        self.log.configuration(self.steps, config_of(self.options))
+        self.log.configuration(self.steps, self.in_force())
         return False
 
     def _has_summary(self) -> bool:
@@ -376,6 +381,8 @@ class TrainingRun(ABC):
         write_json(self.run.summary, {**self.summary(), **scores})
         seconds = f"{self.counters.seconds:.0f} s"
         self.progress.write_line(f"{self.steps} {self.UNIT}s in {seconds}{self.outcome()}; results in {self.run.path}")
+        for line in self.next_commands():
+            self.progress.write_line(line)
 
     def complete_curves(self) -> None:
         """Writes the points of the last step that are not written yet."""
@@ -392,6 +399,7 @@ class TrainingRun(ABC):
             "process_seconds": self.counters.process_seconds,
             "peak_memory_mb": peak_memory_mb(self.device),
             "curve": self.counters.curve,
+            "in_force": self.in_force(),
         }
 
     def close(self) -> None:
@@ -404,37 +412,3 @@ def agreed(ranks: Ranks, signal: int | None, save_due: bool) -> tuple[int | None
     """Returns a signal that any rank has received, and whether a checkpoint is due on any rank. A collective call."""
     number, due = ranks.all_reduce_max(signal or 0, int(save_due))
     return number or None, bool(due)
-
-
-def run_command(prog: str, ranks: Ranks, prepare: Callable[[], TrainingRun]) -> int:
-    """Prepares a run, trains it and returns the exit status. An expected error is one line on stderr and status 2.
-
-    Args:
-        prog: the command's name in messages.
-        ranks: the ranks that share the run.
-        prepare: returns the run after `TrainingRun.begin`. It raises the same ValueError or OSError on all ranks.
-    """
-    try:
-        with interrupt_exits(f"{program(prog)}: stopped by Ctrl-C before training began"):
-            training = prepare()
-    except (ValueError, OSError) as error:
-        return report(prog, error) if ranks.first else 2
-    except RankError as error:
-        return report(prog, error)
-    try:
-        with StopSignals() as stop:
-            return training.train(stop)
-    except RankError as error:
-        where = f"rank {ranks.rank} stopped at {training.UNIT} {training.steps}"
-        return report(prog, RankError(f"{where}: {error}; to resume from the last checkpoint: {training.how_to_resume}"))
-    except DataError as error:
-        if ranks.size > 1:  # a checkpoint needs all ranks, and the others may not have this error
-            return report(prog, DataError(f"rank {ranks.rank} stopped at {training.UNIT} {training.steps}: {error}"))
-        return report(prog, training.save_after(error))
-    except NonFiniteError as error:  # on all ranks at the same step
-        end = training.save_after(error)
-        return report(prog, end) if ranks.first else 2
-    except (CheckpointError, OSError) as error:
-        return report(prog, error)
-    finally:
-        training.close()

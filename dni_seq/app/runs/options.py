@@ -16,9 +16,11 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
+
+from dni_seq.app.runs.help import PrintHelp, brief, option_text
 
 Check = Callable[[Any], str | None]
 """Returns the condition that a value violates as text, for example "1 or more", or None for a valid value."""
@@ -107,7 +109,8 @@ class OneLineParser(argparse.ArgumentParser):
         wrong = re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message)
         if wrong:
             message += did_you_mean(wrong[1], [choice.strip(" '") for choice in wrong[2].split(",")])
-        self.exit(2, f"{_error_of(self.prog)} {message} (--help lists all options)\n")
+        everything = "--help-all" if "--help-all" in self._option_string_actions else "--help"
+        self.exit(2, f"{_error_of(self.prog)} {message} ({everything} lists all options)\n")
 
 
 def did_you_mean(wrong: str, names: Sequence[str]) -> str:
@@ -150,10 +153,11 @@ def parse(
     """Returns the given options of `cls` by name: the command line over `--config FILE` over `--preset NAME`.
 
     Options that are not given are absent. A syntax error ends the process with one line on stderr and status 2. `--help`
-    prints all options and defaults.
+    prints the common options, and `--help-all` all of them.
 
     Args:
-        cls: the dataclass of the options.
+        cls: the dataclass of the options. Its attribute `COMMON` may name the common ones; without it all are common. Its
+            attribute `GROUPS` may order the groups.
         arguments: the words of the command line, None for `sys.argv[1:]`.
         prog: the program's name.
         description: the text above the options in `--help`.
@@ -163,30 +167,60 @@ def parse(
     Raises:
         ValueError: the config file is missing, not JSON, or names options that `cls` does not have.
     """
-    parser = OneLineParser(
-        prog=prog,
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        argument_default=argparse.SUPPRESS,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--config", metavar="FILE", help="read options from a JSON file such as a run's config.json")
-    if presets:
-        text = "; ".join(f"{name}: {_described(values)}" for name, values in presets.items())
-        parser.add_argument(
-            "--preset", choices=tuple(presets), help=f"options of a named setting, overridden by --config. {text}"
-        )
-    groups: dict[str, argparse._ArgumentGroup] = {}
-    kinds = _kinds(cls)
-    for field in dataclasses.fields(cls):
-        title = field.metadata["group"]
-        if title not in groups:
-            groups[title] = parser.add_argument_group(title)
-        _add_argument(groups[title], field, kinds[field.name])
-    given = vars(parser.parse_args(arguments))
+    given = vars(_parser(cls, prog, description, presets or {}, short=False).parse_args(arguments))
     config, preset = given.pop("config", None), given.pop("preset", None)
     below = dict(presets[preset]) if presets and preset is not None else {}
     return below | ({} if config is None else dict(as_given(read_config(cls, config)))) | given
+
+
+def groups(cls: type) -> dict[str, list[dataclasses.Field]]:
+    """Returns the options by group, the common ones first. `cls.GROUPS` orders the groups, else their first options."""
+    fields = sorted(dataclasses.fields(cls), key=lambda field: field.name not in _common(cls))
+    titles = getattr(cls, "GROUPS", None) or dict.fromkeys(field.metadata["group"] for field in dataclasses.fields(cls))
+    return {title: [field for field in fields if field.metadata["group"] == title] for title in titles}
+
+
+def _common(cls: type) -> Collection[str]:
+    """Returns the names of the options that the short help lists, from `cls.COMMON`; empty if it lists all."""
+    return getattr(cls, "COMMON", ())
+
+
+def _parser(cls: type, prog: str, description: str, presets: Presets, *, short: bool) -> OneLineParser:
+    """Returns the parser of `parse`. With `short` it lists only the common options, in few lines."""
+    by_group = groups(cls)
+    fields = [field for group in by_group.values() for field in group]
+    parser = OneLineParser(
+        prog=prog,
+        usage="%(prog)s [options]",
+        description=brief(description) if short else description,
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=30),
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+        add_help=False,
+    )
+    kinds = _kinds(cls)
+    for title, group in by_group.items():
+        titled = parser.add_argument_group(title)
+        for field in group:
+            if field.name in _common(cls) or not short:
+                _add_argument(titled, field, kinds[field.name], short)
+    others = parser.add_argument_group("from files, and help")
+    others.add_argument("--config", metavar="FILE", help="read options from a JSON file such as a run's config.json")
+    if presets:
+        in_full = "; ".join(f"{name}: {_described(each)}" for name, each in presets.items())
+        text = f": {', '.join(presets)}" if short else f", overridden by --config. {in_full}"
+        others.add_argument("--preset", choices=tuple(presets), metavar="NAME", help=f"options of a named setting{text}")
+    has_short = bool(_common(cls))
+
+    def text_of(short: bool) -> Callable[[], str]:
+        return lambda: _parser(cls, prog, description, presets, short=short).format_help()
+
+    shows = "show the common options" if has_short else "show all options"
+    others.add_argument("-h", "--help", action=PrintHelp, text=text_of(has_short), help=shows)
+    if has_short:
+        everything = f"show the {len(fields)} options with all defaults"
+        others.add_argument("--help-all", action=PrintHelp, text=text_of(False), help=everything)
+    return parser
 
 
 def _described(values: Mapping[str, Any]) -> str:
@@ -262,23 +296,15 @@ def _kinds(cls: type) -> dict[str, _Kind]:
     return kinds
 
 
-def _add_argument(group: argparse._ArgumentGroup, field: dataclasses.Field, kind: _Kind) -> None:
-    """Adds one field to its group of options."""
-    details = field.metadata
-    text = details["help"].replace("%", "%%")
-    shown = default_of(field)
-    if shown:
-        text += f" (default: {shown.replace('%', '%%')})"
+def _add_argument(group: argparse._ArgumentGroup, field: dataclasses.Field, kind: _Kind, short: bool) -> None:
+    """Adds one field to its group of options. With `short`, its text is short."""
+    details, choices = field.metadata, field.metadata["choices"]
+    text = option_text(details["help"], choices, default_of(field), short=short)
     if kind.plain is bool:
         group.add_argument(flag(field.name), action=argparse.BooleanOptionalAction, help=text)
         return
-    group.add_argument(
-        flag(field.name),
-        type=kind.plain,
-        choices=details["choices"],
-        metavar=details["metavar"] or (None if details["choices"] else kind.plain.__name__.upper()),
-        help=text,
-    )
+    name = "NAME" if choices else kind.plain.__name__.upper()
+    group.add_argument(flag(field.name), type=kind.plain, choices=choices, metavar=details["metavar"] or name, help=text)
 
 
 def _checked(field: dataclasses.Field, kind: _Kind, value: Any) -> Any:

@@ -2,13 +2,35 @@
 
 from __future__ import annotations
 
+import importlib
+import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 from dni_seq.app.runs.crash_report import report_crash
+from dni_seq.app.runs.loading import loading
 from dni_seq.app.runs.output import program_name, tolerant_output
 from dni_seq.app.runs.signals import INTERRUPTED
+
+
+def run_module(name: str, *, result: bool = False) -> int:
+    """Imports a command's module and runs its `main` as a program; see `run_program`.
+
+    Args:
+        name: the module's dotted name.
+        result: whether stdout is the command's result; see `loading`.
+    """
+    return run_program(lambda: run_main(name, None, result=result))
+
+
+def run_main(name: str, arguments: Sequence[str] | None, *, result: bool = False) -> int:
+    """Imports a command's module, runs its `main` with `arguments`, and returns the exit status."""
+    with loading(result=result):
+        module = importlib.import_module(name)
+    status: int = module.main(arguments)
+    return status
 
 
 def run_program(main: Callable[[], int]) -> int:
@@ -25,3 +47,18 @@ def run_program(main: Callable[[], int]) -> int:
         except KeyboardInterrupt:
             print(f"{program_name()}: stopped by Ctrl-C", file=sys.stderr)
             return INTERRUPTED
+
+
+def leave(status: int) -> NoReturn:
+    """Ends this process with `status`; skips the interpreter's shutdown if the process group still exists.
+
+    It exists after a failure of another rank. Its threads may be waiting for that rank, and ending them at shutdown can
+    abort the process.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:  # None if the process was started with the stream closed
+            stream.flush()
+    dist = sys.modules.get("torch.distributed")  # not there after --help
+    if dist is not None and dist.is_available() and dist.is_initialized():
+        os._exit(status)
+    sys.exit(status)

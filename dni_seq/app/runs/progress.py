@@ -1,10 +1,13 @@
-"""Shows the progress of a run: a bar on a terminal, otherwise log lines at growing intervals."""
+"""Shows the progress of a run: a bar on a terminal, otherwise log lines, soon after the start and at growing intervals."""
 
 from __future__ import annotations
 
 import sys
 import time
 from collections.abc import Callable
+
+FIRST_STEPS = 10
+"""Steps of a session after which the first line is written, unless `FIRST_INTERVAL` is over before."""
 
 FIRST_INTERVAL = 10.0
 """Shortest time between two log lines, in seconds."""
@@ -30,6 +33,7 @@ class Progress:
         self._total, self._done = total, done
         self._tokens = 0
         self._begin = self._shown = clock()
+        self._first_at: int | None = done + FIRST_STEPS
         # None: no bar if stderr is not a terminal.
         disable = True if self.quiet else None
         self._bar = tqdm(total=total, initial=done, unit="step", disable=disable, dynamic_ncols=True, mininterval=0.5)
@@ -43,8 +47,8 @@ class Progress:
                 self._bar.set_postfix_str(f"{figures()}, {self.tokens_per_second():,.0f} tokens/s", refresh=False)
             return
         now = self._clock()
-        if now - self._shown >= max(FIRST_INTERVAL, SHARE_OF_RUN * (now - self._begin)):
-            self._shown = now
+        if self._done == self._first_at or now - self._shown >= max(FIRST_INTERVAL, SHARE_OF_RUN * (now - self._begin)):
+            self._shown, self._first_at = now, None
             of = f"/{self._total}" if self._total is not None else ""
             print(
                 f"step {self._done}{of}: {figures()}, {self.tokens_per_second():,.0f} tokens/s",

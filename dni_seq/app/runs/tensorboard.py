@@ -60,7 +60,7 @@ OTHER_KEYS = MappingProxyType(
     {
         "about/method": "text: what is trained by which gradient in this run, in one sentence",
         "about/result": "text: the scores of the best checkpoint, written at the end of the run",
-        "config": "text: the run's options as a table",
+        "config": "text: the values in force of the run's options, as a table",
         "sample/best": "text: a sample from the model at each best validation so far",
         "sample/regular": "text: a sample from the model every --sample-every steps",
         "messages/horizon_n": "histogram: the synthesizer's unscaled messages at the latest state, every 1,000 steps",

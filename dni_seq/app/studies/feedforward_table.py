@@ -7,6 +7,8 @@ python -m scripts.feedforward_table --part tune
     Tune the learning rates: the same grid for each method, 3 layers, seed 0, scored on 800 held-out training digits.
 python -m scripts.feedforward_table --part none
     Only write the tables.
+python -m scripts.feedforward_table --max-runs 5
+    Make five of the missing runs.
 
 Run it from the root of the repository. A killed study resumes with the missing runs. The settings are at the file's top.
 """
@@ -23,7 +25,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from dni_seq.app.feedforward.train import FeedForwardOptions, train
-from dni_seq.app.runs.options import build, option, parse, report
+from dni_seq.app.runs.options import at_least, build, option, parse, report
 from dni_seq.app.studies.records import append_line, around_tables, markdown, mean_and_std, read_lines, write_tables
 from dni_seq.streams import digits
 from dni_seq.streams.digits import Digits
@@ -124,6 +126,9 @@ class StudyOptions:
     results: str = option(
         "docs/results/feedforward.jsonl", "file of results, one line per run", group="study", metavar="FILE"
     )
+    max_runs: int | None = option(
+        None, "make at most this many runs; the missing ones follow in the next call", group="study", check=at_least(1)
+    )
     tables: str = option("docs/results/feedforward.md", "page that holds the tables", group="study", metavar="FILE")
 
 
@@ -133,7 +138,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options = build(StudyOptions, parse(StudyOptions, arguments, prog=_PROG, description=__doc__ or ""))
         around_tables(Path(options.tables), MARKS)
         if options.part != "none":
-            study(list(PARTS) if options.part == "all" else [options.part], Path(options.results))
+            study(list(PARTS) if options.part == "all" else [options.part], Path(options.results), options.max_runs)
         write_tables(Path(options.tables), MARKS, tables(read_lines(Path(options.results))))
     except (ValueError, OSError) as error:
         return report(_PROG, error)
@@ -144,11 +149,12 @@ _PROG = "feedforward_table"
 MARKS = ("<!-- tables: written by scripts/feedforward_table.py -->", "<!-- end of tables -->")
 
 
-def study(parts: Sequence[str], results: Path) -> None:
-    """Makes the runs of `parts` that are not recorded and appends a line to `results` after each run."""
+def study(parts: Sequence[str], results: Path, most: int | None = None) -> None:
+    """Makes at most `most` of the runs of `parts` that are not recorded; appends a line to `results` after each run."""
     data = digits.load("digits")
     done = {line["key"] for line in read_lines(results)}
-    for run in (run for part in parts for run in PARTS[part]() if run.key() not in done):
+    missing = (run for part in parts for run in PARTS[part]() if run.key() not in done)
+    for run in itertools.islice(missing, most):
         line = measure(run, data)
         print(f"{line['test_error']:6.2f} %  {line['seconds']:6.1f} s  {run.part} {run.method} {run.settings}", flush=True)
         append_line(results, line)

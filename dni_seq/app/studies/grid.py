@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from dni_seq.synthesizers.for_model import HORIZONS, default_horizons
-from dni_seq.synthesizers.future_gradient import default_scale
+from dni_seq.synthesizers.defaults import HORIZONS, default_horizons, default_scale
 
 FIDELITY_EVERY = 499
 """Windows between comparisons with exact gradients in columns that need none by default. They cost less than 2 %."""

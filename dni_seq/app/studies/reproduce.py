@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit status."""
     options = parse(arguments)
     if options.part == "figure":
-        return feedforward_table([])
+        return feedforward_table([] if options.max_runs is None else ["--max-runs", str(options.max_runs)])
     try:
         around_tables(options.page, MARKS)
         status = 0
@@ -104,6 +104,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         part.add_argument("--scratch", type=Path, default=Path("runs/reproduce_paper"), metavar="DIR")
     figure = parts.add_parser("figure", help="reproduce the other figures of the paper")
     figure.add_argument("which", choices=("feedforward",))
+    figure.add_argument("--max-runs", type=positive, metavar="N", help="make at most N of the missing runs")
     for part in (table, away, parts.add_parser("draw", help="only write tables and curves", allow_abbrev=False)):
         part.add_argument("--results", type=Path, default=Path("docs/results/paper.jsonl"), metavar="FILE")
         part.add_argument("--page", type=Path, default=Path("docs/results/paper.md"), metavar="FILE")

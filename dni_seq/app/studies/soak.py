@@ -180,6 +180,7 @@ def run(given: argparse.Namespace) -> int:
     import torch.utils.tensorboard
 
     torch.set_num_threads(1)
+    length = LENGTH if given.max_steps is None else (*LENGTH, "--max-steps", str(given.max_steps))
     chosen = {"--dataset": given.dataset, "--data-file": given.data_file, "--tokenizer": given.tokenizer}
     data = [text for name, value in chosen.items() if value is not None for text in (name, value)]
     chance = random.Random(given.seed)
@@ -188,14 +189,14 @@ def run(given: argparse.Namespace) -> int:
     # After Ctrl-C a session may still be writing there.
     with tempfile.TemporaryDirectory(prefix="soak-", ignore_cleanup_errors=True) as directory:
         for kind in given.kinds:
-            options = (*TINY, *LENGTH, *data, *KINDS[kind])
+            options = (*TINY, *length, *data, *KINDS[kind])
             results[kind] = soak(train_lm, options, Path(directory) / kind.replace(" ", "-"), given.kills, chance)
             print(f"{kind}: {describe(results[kind])}", flush=True)
     total = totals(results)
     print(f"all: {describe(total)}, {time.monotonic() - began:.0f} s")
     if given.out is not None:
         about = {"torch": torch.__version__, "corpus": given.dataset or given.data_file or "pydoc", "seed": given.seed}
-        about |= {"options": " ".join((*TINY, *LENGTH)), "seconds": round(time.monotonic() - began)}
+        about |= {"options": " ".join((*TINY, *length)), "seconds": round(time.monotonic() - began)}
         write_json(Path(given.out), {**about, "all": total, "kinds": results})
     return 1 if total["differences"] or total["failures"] else 0
 
@@ -212,6 +213,7 @@ def read_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="kinds of runs to test (default: all)",
     )
     parser.add_argument("--kills", type=int, default=6, help="number of kills per kind (default: 6)")
+    parser.add_argument("--max-steps", type=int, help="steps of each run (default: 170)")
     parser.add_argument("--dataset", help="data set, as in train_lm.py")
     parser.add_argument("--data-file", help="training text, as in train_lm.py")
     parser.add_argument("--tokenizer", help="tokenizer, as in train_lm.py")
@@ -220,6 +222,8 @@ def read_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     given: argparse.Namespace = parser.parse_args(arguments)
     if given.kills < 1:
         parser.error(f"--kills must be 1 or more, got {given.kills}")
+    if given.max_steps is not None and given.max_steps < 1:
+        parser.error(f"--max-steps must be 1 or more, got {given.max_steps}")
     return given
 
 

@@ -25,7 +25,7 @@ from dni_seq.app.studies.grid import (
 from dni_seq.app.studies.tables import Line, Rates
 from dni_seq.app.studies.trial_runner import Trial
 from dni_seq.app.studies.tuning import alike, rates_of, rates_to_try, reach, tied_rates
-from dni_seq.synthesizers.for_model import HORIZONS
+from dni_seq.synthesizers.defaults import HORIZONS
 
 
 def table_trials(

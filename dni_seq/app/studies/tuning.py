@@ -9,7 +9,7 @@ from typing import Any
 
 from dni_seq.app.studies.grid import BUDGETS, COLUMNS, LEARNING_RATES, LEARNS, SYNTHESIZER_LEARNING_RATES, TableCell
 from dni_seq.app.studies.tables import Rates, chosen, rates_in, tied
-from dni_seq.synthesizers.for_model import HORIZONS, default_horizons
+from dni_seq.synthesizers.defaults import HORIZONS, default_horizons
 
 
 def reach(settings: Mapping[str, Any], bptt: int) -> dict[str, int]:

@@ -26,6 +26,11 @@ class TaskOptions(BackpropagationOptions, CreditOptions):
 
     MAY_CHANGE: ClassVar[frozenset[str]] = frozenset({"updates", "threads", "device"})
     MAY_MOVE: ClassVar[frozenset[str]] = frozenset()
+    COMMON: ClassVar[frozenset[str]] = frozenset(
+        {"task", "start", "updates", "batch_size", "lr", "clip", "seed", "threads", "device", "run_dir", "resume"}
+        | {"model", "hidden", "layers", "synthesizer", "bptt", "horizons", "lookahead", "synthetic_scale"}
+    )
+    GROUPS: ClassVar[tuple[str, ...]] = (_TASK, _RUN, _MODEL, CREDIT)
     OF_THE_CALL: ClassVar[frozenset[str]] = frozenset({"run_dir", "resume"})
 
     synthesizer: str = option(None, STANDS_IN, group=CREDIT, choices=SYNTHESIZERS, shown="multi-horizon; adding: none")
@@ -51,8 +56,7 @@ class TaskOptions(BackpropagationOptions, CreditOptions):
     run_dir: str | None = option(None, "directory of the run", group=_RUN, metavar="DIR", shown="a new one in runs/")
     resume: str | None = option(
         None,
-        "resume from the last checkpoint in --run-dir if there is one (auto), or in RUN_DIR, or from "
-        "RUN_DIR/checkpoints/NAME.pt",
+        "resume the run in --run-dir if there is one (auto), or in RUN_DIR; or from RUN_DIR/checkpoints/NAME.pt",
         group=_RUN,
         metavar="auto|PATH",
     )

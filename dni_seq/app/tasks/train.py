@@ -37,23 +37,23 @@ import torch
 from torch import nn
 
 import dni_seq as dni
-from dni_seq.app.build.backpropagation_options import set_backpropagation
+from dni_seq.app.build.backpropagation import set_backpropagation
 from dni_seq.app.build.credit import ModelSpec, synthetic_arguments
 from dni_seq.app.build.device import device_of
 from dni_seq.app.build.optimizers import adam
 from dni_seq.app.build.unused_options import remarks
 from dni_seq.app.runs.allocator import keep_freed_memory
 from dni_seq.app.runs.checkpoint import checkpoint_errors
+from dni_seq.app.runs.command import run_command
 from dni_seq.app.runs.directory import RunDirectory, new_run_path
 from dni_seq.app.runs.lock import RunLock
-from dni_seq.app.runs.loop import run_command
 from dni_seq.app.runs.options import parse, report
 from dni_seq.app.runs.resume import plan_run
 from dni_seq.app.tasks.options import TaskOptions, as_given, resolve_options
 from dni_seq.app.tasks.training import TaskCounters, TaskRun
 from dni_seq.distributed.process_group import Ranks
-from dni_seq.models.cells import state_cells
 from dni_seq.models.lstm_kernels import native_up_to
+from dni_seq.models.recurrent import state_cells
 from dni_seq.models.vector_rnn import VectorRNN
 from dni_seq.streams.algorithmic_tasks import TASKS, Curriculum, Stage, Task, TaskStream
 from dni_seq.synthesizers.for_model import EMBED

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -12,7 +13,9 @@ from torch import Tensor
 
 from dni_seq.app.build.credit_options import default_values
 from dni_seq.app.build.method import describe_method, unwritten_keys
+from dni_seq.app.build.unused_options import credit_in_force
 from dni_seq.app.runs.dashboard import Dashboard, changed_options, charts
+from dni_seq.app.runs.invocation import command_line
 from dni_seq.app.runs.loop import Counters, Measured, TrainingRun, measurements
 from dni_seq.app.runs.tensorboard import LAYOUT, Layout
 from dni_seq.app.tasks.options import TaskOptions, as_given
@@ -149,6 +152,17 @@ class TaskRun(TrainingRun):
     def outcome(self) -> str:
         """Returns the lengths for the last message."""
         return f": {self.figures()}"
+
+    def in_force(self) -> dict[str, Any]:
+        """Returns the value in force of every option."""
+        cells = self.options.model == "lstm"
+        start = self.options.start or self.task.first.size
+        return super().in_force() | {**credit_in_force(self.options, self.options.bptt, cells=cells), "start": start}
+
+    def next_commands(self) -> list[str]:
+        """Returns the commands that continue the run and show it."""
+        further = f"--resume {shlex.quote(str(self.run.path))} --updates {2 * self.options.updates}"
+        return [f"to train on: {command_line('tasks')} {further}", *super().next_commands()]
 
     def content(self) -> dict[str, Any]:
         """Returns the content of a checkpoint, with the curriculum and the generator of fresh sequences."""

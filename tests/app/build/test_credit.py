@@ -20,8 +20,7 @@ from dni_seq.core.windows import Lookahead
 from dni_seq.streams import open_corpus
 from dni_seq.synthesizers.base import predict, regress
 from dni_seq.synthesizers.binding import bind
-from dni_seq.synthesizers.for_model import HORIZONS
-from dni_seq.synthesizers.future_gradient import MEASURE_EVERY
+from dni_seq.synthesizers.defaults import HORIZONS, MEASURE_EVERY
 from dni_seq.synthesizers.target_rule import rule_of
 from tests.app.specs import spec_of_vectors
 

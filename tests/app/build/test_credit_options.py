@@ -13,7 +13,7 @@ from dni_seq.app.tasks.options import TaskOptions
 from dni_seq.app.tasks.options import as_given as tasks_as_given
 from dni_seq.app.tasks.options import resolve_options as settle_task
 from dni_seq.streams import open_corpus
-from dni_seq.synthesizers.for_model import HORIZONS
+from dni_seq.synthesizers.defaults import HORIZONS
 
 BPTT = 2
 

@@ -90,8 +90,8 @@ def test_every_kind_of_synthesizer_has_a_sentence():
         ),
         (
             {"traces": "exact"},
-            "Truncated BPTT (none): no gradient crosses the end of a window of 5 steps backwards; traces bring the exact credit "
-            "of earlier steps to the recurrent parameters.",
+            "Truncated BPTT (none): no gradient crosses the end of a window of 5 steps backwards; traces bring the exact "
+            "credit of earlier steps to the recurrent parameters.",
         ),
     ],
 )

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 import dni_seq as dni
 from dni_seq.app.feedforward import train as train_feedforward
 from dni_seq.app.feedforward.train import FeedForwardOptions
-from dni_seq.app.studies import feedforward_table
+from dni_seq.app.studies import feedforward_table, reproduce
 from dni_seq.app.studies.records import read_lines
 from dni_seq.models import feedforward
 from dni_seq.models.feedforward import ConvSynthesizer, SynthesizerSettings, WithoutContext
@@ -294,6 +294,16 @@ def test_layers_are_updated_with_the_given_probability():
 # The command
 
 
+@pytest.mark.parametrize(("limit", "epochs"), [(2, 1), (7, 2), (100, 3)])
+def test_max_steps_ends_a_run_early(limit, epochs):
+    data = easy()
+    settings = options(epochs=3, max_steps=limit, batch_size=len(data.train_labels) // 4)
+    seen = []
+    summary = train_feedforward.train(settings, data, lambda epoch, scores: seen.append(epoch))
+    assert (summary["steps"], summary["epochs"]) == (min(limit, 12), epochs)
+    assert seen == [*range(1, epochs + 1)]
+
+
 def test_the_command_leaves_a_whole_run(table_of_digits, tmp_path, capsys):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -409,3 +419,17 @@ def test_a_killed_study_resumes(table_of_digits, tmp_path, monkeypatch):
     found = read_lines(results)
     assert [line["settings"]["seed"] for line in found] == [0, 1]
     assert all(0 < line["test_error"] < 90 for line in found)
+
+
+def test_max_runs_leaves_the_others_to_the_next_call(table_of_digits, tmp_path, monkeypatch):
+    """By the command that reproduces the figure, which hands the limit on."""
+    settings = {"epochs": 1, "hidden": 4, "layers": 2}
+    runs = [feedforward_table.Run("depth", "backprop", settings | {"seed": seed}) for seed in range(3)]
+    monkeypatch.setattr(feedforward_table, "PARTS", {"depth": lambda: runs})
+    monkeypatch.chdir(tmp_path)
+    page = tmp_path / "docs" / "results" / "feedforward.md"
+    page.parent.mkdir(parents=True)
+    page.write_text("\n".join(feedforward_table.MARKS))
+    for made in (2, 3):
+        assert reproduce.main(["figure", "feedforward", "--max-runs", "2"]) == 0
+        assert len(read_lines(page.with_suffix(".jsonl"))) == made

@@ -59,6 +59,16 @@ def test_the_kills_fell_while_training_and_while_saving(soaked):
     assert any(0 < steps < 170 for steps in soaked["all"]["kept steps"])
 
 
+def test_a_soak_of_short_runs(tmp_path):
+    (tmp_path / "text.txt").write_text("".join(f"line {i} of {i * i % 97} words\n" for i in range(300)))
+    arguments = ["--kinds", "none", "--kills", "1", "--max-steps", "20", "--data-file", str(tmp_path / "text.txt")]
+    assert soak.main([*arguments, "--out", str(tmp_path / "soak.json")]) == 0
+    found = json.loads((tmp_path / "soak.json").read_text())
+    assert found["options"].endswith("--max-steps 20")
+    assert found["all"]["kills"] == 1
+    assert all(steps <= 20 for steps in found["all"]["kept steps"])
+
+
 def test_the_soak_finds_a_difference(tmp_path):
     """One bit of one parameter, one moment, one point of a curve."""
     differences_of = soak.differences_of

@@ -138,7 +138,7 @@ def test_another_text_is_scored_whole(run, tmp_path, capsys):
     assert stream.characters_per_token == 1
     assert stream.tokens_per_epoch == sum(map(len, lines)) // 4 * 4 - 4
     expected = score_of(evaluate(loaded.model, stream), stream.characters_per_token, stream.words_per_token)
-    assert score == lm.describe(other, expected)
+    assert score == lm.describe(other, expected, "char")
     assert unknown == f"tokens outside the vocabulary: {other} {stream.unknown_share:.2%}"
 
 
@@ -183,6 +183,6 @@ def test_a_limit_of_the_run_is_said(tmp_path, capsys):
 
 def test_a_run_directory_is_resumed(run, capsys):
     assert train_lm.main(["--resume", str(run), "--max-steps", "5"]) == 0
-    assert capsys.readouterr().out.startswith(f"resuming from {run / 'checkpoints' / 'last.pt'} at step 3\n")
+    assert f"\nresuming from {run / 'checkpoints' / 'last.pt'} at step 3\n" in capsys.readouterr().out
     assert json.loads((run / "summary.json").read_text())["steps"] == 5
     assert train_lm.main(["--eval-only", "--resume", str(run)]) == 0

@@ -20,10 +20,11 @@ from torch import nn
 import dni_seq as dni
 from dni_seq.app.runs import loop
 from dni_seq.app.runs.checkpoint import load_checkpoint, save_checkpoint
+from dni_seq.app.runs.command import run_command
 from dni_seq.app.runs.dashboard import Dashboard
 from dni_seq.app.runs.directory import RunDirectory
 from dni_seq.app.runs.lock import RunLock
-from dni_seq.app.runs.loop import Counters, Measured, TrainingRun, measurements, run_command
+from dni_seq.app.runs.loop import Counters, Measured, TrainingRun, measurements
 from dni_seq.app.runs.options import option
 from dni_seq.app.runs.resume import plan_run
 from dni_seq.core.windows import Window
@@ -179,12 +180,14 @@ def test_points_checkpoint_and_summary(tmp_path, capsys):
         "seconds",
         "process_seconds",
         "peak_memory_mb",
+        "in_force",
     }
     assert summary["steps"] == 12
     assert summary["parameters"] == sum(parameter.numel() for parameter in Net().parameters())
-    start, end = capsys.readouterr().out.splitlines()
+    start, end, curves_of = capsys.readouterr().out.splitlines()
     assert start == f"there is no run in {tmp_path / 'run'} yet: starting a new one"
     assert re.fullmatch(rf"12 steps in \d+ s; results in {tmp_path / 'run'}", end)
+    assert curves_of == f"curves: tensorboard --logdir {tmp_path}"
 
 
 def test_a_checkpoint_is_due_by_time_or_after_an_evaluation(tmp_path, monkeypatch):

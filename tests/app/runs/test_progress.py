@@ -35,6 +35,16 @@ def test_a_line_every_ten_seconds(capsys):
     assert len(lines) == 3
 
 
+def test_the_first_line_comes_after_ten_steps_of_the_session(capsys):
+    """Quick steps are shown long before ten seconds are over; a very short run shows none."""
+    clock = Clock()
+    progress = Progress(total=100, done=40, clock=clock)
+    for _ in range(30):
+        clock.now += 0.1
+        progress.step(7, lambda: "loss 1.5")
+    assert capsys.readouterr().err == "step 50/100: loss 1.5, 70 tokens/s\n"
+
+
 def test_about_a_hundred_lines_in_a_run_of_hours(capsys):
     assert 50 < len(run(4 * 3600, capsys)) < 120
 

@@ -20,7 +20,7 @@ from dni_seq.app.studies.records import append_line, read_lines
 from dni_seq.app.studies.tables import COLUMNS, MARKS, better, beyond_spread, fidelity, tables
 from dni_seq.app.studies.trial_runner import Trial
 from dni_seq.app.tasks.options import TaskOptions
-from dni_seq.synthesizers.for_model import HORIZONS, default_horizons
+from dni_seq.synthesizers.defaults import HORIZONS, default_horizons
 from tests.app.specs import spec_of_vectors
 from tests.paths import ROOT
 

@@ -13,7 +13,7 @@ from dni_seq.app.runs.checkpoint import load_checkpoint, save_checkpoint
 from dni_seq.app.runs.signals import StopSignals
 from dni_seq.app.studies.records import read_lines
 from dni_seq.app.studies.trial_runner import Outcome, Study, Trial, finite
-from dni_seq.synthesizers.for_model import HORIZONS
+from dni_seq.synthesizers.defaults import HORIZONS
 
 TINY = {"task": "copy", "bptt": 2, "hidden": 8, "batch_size": 4, "synthesizer_hidden": 8, "threads": 1, "device": "cpu"}
 

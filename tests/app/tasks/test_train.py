@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import json
 import re
-import runpy
 
 import pytest
 import torch
 
 from dni_seq.app.runs.checkpoint import load_checkpoint
+from dni_seq.app.tasks.train import main
 from dni_seq.app.tasks.training import DASHBOARD
 from dni_seq.models.vector_rnn import VectorRNN
 from dni_seq.streams.algorithmic_tasks import TASKS, Stage, TaskStream
 from tests.events import layout, points
 from tests.nests import assert_same
-from tests.paths import SCRIPTS
 
-SCRIPT = SCRIPTS / "train_tasks.py"
 TINY = ("--hidden", "8", "--batch-size", "4", "--synthesizer-hidden", "8", "--threads", "1", "--device", "cpu")
 
 ALWAYS = {
@@ -31,12 +29,6 @@ ALWAYS = {
     "task/training_length",
 }
 SYNTHETIC = {f"synthetic/{name}" for name in ("loss", "cosine", "r2", "injected_ratio", "scale")}
-
-
-@pytest.fixture(scope="module")
-def main():
-    """The command, in this process: loading torch takes most of a short run's time."""
-    return runpy.run_path(str(SCRIPT))["main"]
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -101,7 +93,7 @@ def assert_charts_are_filled(charts, curves) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_of_credit_leaves_a_run(kind, main, tmp_path):
+def test_every_kind_of_credit_leaves_a_run(kind, tmp_path):
     arguments, expected = KINDS[kind]
     task = {"none": "adding", "auxiliary": "repeat-copy"}.get(kind, "copy")
     arguments = ("--synthesizer", "none", *arguments)  # the later one holds
@@ -133,7 +125,7 @@ def test_every_kind_of_credit_leaves_a_run(kind, main, tmp_path):
     assert names == {"checkpoints", "checkpoints/last.pt", "config.json", "lock", "summary.json"}
 
 
-def test_the_error_is_that_of_the_task(main, tmp_path):
+def test_the_error_is_that_of_the_task(tmp_path):
     """With a learning rate that moves nothing, the training error is that of the first weights on the same sequences."""
     arguments = ["--task", "copy", "--start", "3", "--bptt", "3", "--lr", "1e-30", "--updates", "9", "--synthesizer", "none"]
     assert main([*arguments, *TINY, "--seed", "5", "--run-dir", str(tmp_path / "run")]) == 0
@@ -150,7 +142,7 @@ def test_the_error_is_that_of_the_task(main, tmp_path):
     assert points(tmp_path / "run")["task/error_bits"][9] == pytest.approx(float(bits), rel=1e-5)
 
 
-def test_a_length_that_is_solved_is_raised(main, tmp_path):
+def test_a_length_that_is_solved_is_raised(tmp_path):
     """One vector in windows that hold the whole sequence is learned within 120 updates at this rate."""
     arguments = ["--task", "copy", "--bptt", "4", "--synthesizer", "none", "--lr", "0.02", "--updates", "120"]
     size = ("--hidden", "32", "--batch-size", "32", "--threads", "1", "--device", "cpu")
@@ -170,7 +162,7 @@ def test_a_length_that_is_solved_is_raised(main, tmp_path):
 
 
 @pytest.mark.parametrize(("synthesizer", "bptt", "updates", "stopped"), [("none", 4, 120, 91), ("multi-horizon", 2, 60, 31)])
-def test_a_run_resumes_bit_identically(synthesizer, bptt, updates, stopped, main, tmp_path):
+def test_a_run_resumes_bit_identically(synthesizer, bptt, updates, stopped, tmp_path):
     """Stopped within a sequence with the log half filled; without a synthesizer, after a length was raised."""
     common = ["--task", "copy", "--bptt", str(bptt), "--lr", "0.02", "--hidden", "32", "--device", "cpu"]
     common += ["--synthesizer", synthesizer, "--fidelity-every", "7", "--synthetic-scale", "auto"]
@@ -195,7 +187,7 @@ def test_a_run_resumes_bit_identically(synthesizer, bptt, updates, stopped, main
         assert curves[key] == {step: value for step, value in resumed[key].items() if step != stopped}
 
 
-def test_bad_input_is_one_line_and_status_2(main, tmp_path, capsys, monkeypatch):
+def test_bad_input_is_one_line_and_status_2(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(["--updates", "1", *TINY, "--run-dir", "run"]) == 0
     capsys.readouterr()
@@ -227,10 +219,28 @@ def test_bad_input_is_one_line_and_status_2(main, tmp_path, capsys, monkeypatch)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
-def test_help_names_the_options_of_credit(main, capsys):
+def test_help_names_the_options_of_credit(capsys):
     with pytest.raises(SystemExit) as end:
-        main(["--help"])
+        main(["--help-all"])
     assert end.value.code == 0
     text = capsys.readouterr().out
     for name in ("--task", "--bptt", "--synthesizer", "--exact-steps", "--horizons", "--updates", "task/length"):
         assert name in text
+
+
+def test_a_run_leaves_the_values_in_force_and_the_next_command(tmp_path, capsys, monkeypatch):
+    """The command works."""
+    monkeypatch.setattr("sys.argv", ["dni-seq tasks"])
+    run = tmp_path / "run"
+    assert main([*TINY, "--synthesizer", "multi-horizon", "--updates", "3", "--run-dir", str(run)]) == 0
+    further, curves = capsys.readouterr().out.splitlines()[-2:]
+    assert curves == f"curves: tensorboard --logdir {tmp_path}"
+    in_force, config = (json.loads((run / name).read_text()) for name in ("summary.json", "config.json"))
+    in_force = in_force["in_force"]
+    assert in_force.keys() == config.keys()
+    assert (config["lookahead"], config["start"], config["discount"]) == (None, None, None)
+    assert (in_force["lookahead"], in_force["start"], in_force["discount"]) == (8, 1, 1.0)
+    assert in_force["synthesizer_layers"] is None
+    assert further == f"to train on: dni-seq tasks --resume {run} --updates 6"
+    assert main(further.removeprefix("to train on: dni-seq tasks ").split()) == 0
+    assert json.loads((run / "summary.json").read_text())["updates"] == 6

@@ -1,0 +1,129 @@
+"""How long a training command takes to its first line, its three lines on the run, and its first training figure.
+
+python benchmarks/start_up.py
+    The embedded corpus, medians of 5 starts; two minutes on two cores. One JSON line a case. Needs an idle machine.
+python benchmarks/start_up.py --data-dir data --runs 3 --output start_up.jsonl
+    Penn Treebank too, 3 starts of each.
+
+Seconds from the start of the process, by wall time. Starts of the cases and of `import torch` alone take turns, so that all
+of them see the same machine. "help" and "import torch" end by themselves; the others are stopped after their first figure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPT = str(ROOT / "scripts" / "train_lm.py")
+
+ALONE = "import torch"
+"""The case that the others are compared with."""
+
+CASES = ("help", "embedded corpus", "dni-seq, embedded corpus", "Penn Treebank")
+
+MOMENTS: Mapping[str, str] = {"first line": "", "three lines": "method: ", "first figure": "step "}
+"""The start of the output line at which each moment is reached."""
+
+
+def main() -> None:
+    """The command."""
+    given = read_arguments()
+    found: dict[str, list[dict[str, float]]] = {}
+    for _ in range(given.runs):
+        for name, command in cases(given.data_dir, given.max_steps).items():
+            if name in (*given.only, ALONE):
+                found.setdefault(name, []).append(measure(command))
+    torch_alone = median_of([each["end"] for each in found[ALONE]])
+    lines = [
+        {
+            "case": name,
+            "runs": given.runs,
+            **{moment: median_of([each[moment] for each in starts]) for moment in starts[0]},
+            ALONE: torch_alone,
+            "torch": version("torch"),
+            "python": platform.python_version(),
+            "cpus": os.cpu_count(),
+        }
+        for name, starts in found.items()
+    ]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    sys.stdout.write(text)
+    if given.output is not None:
+        given.output.write_text(text, encoding="utf-8")
+
+
+def read_arguments() -> argparse.Namespace:
+    """The parsed command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=int, default=5, help="starts of each case (default: 5)")
+    parser.add_argument("--only", nargs="+", choices=CASES, default=CASES, metavar="CASE", help=f"of {', '.join(CASES)}")
+    parser.add_argument("--data-dir", type=Path, help="holds ptb/ptb.train.txt; without it no Penn Treebank")
+    parser.add_argument("--max-steps", type=int, default=200, help="of a run that is not stopped in time (default: 200)")
+    parser.add_argument("--output", type=Path, help="JSON lines; printed too")
+    return parser.parse_args()
+
+
+def cases(data_dir: Path | None, max_steps: int) -> dict[str, Sequence[str]]:
+    """The command line of each case."""
+    train = [SCRIPT, "--max-steps", str(max_steps)]
+    found = {
+        ALONE: ["-c", "import torch"],
+        "help": [SCRIPT, "--help"],
+        "embedded corpus": train,
+        "dni-seq, embedded corpus": ["-m", "dni_seq.app.cli", "train", *train[1:]],
+    }
+    if data_dir is not None:
+        found["Penn Treebank"] = [*train, "--dataset", "ptb", "--data-dir", str(data_dir.resolve())]
+    return found
+
+
+def measure(command: Sequence[str]) -> dict[str, float]:
+    """Seconds from the start of a command to each moment that it reaches, and to its end if it ends by itself."""
+    paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).strip(os.pathsep)
+    environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    seconds: dict[str, float] = {}
+    with tempfile.TemporaryDirectory(prefix="start-up-") as directory:
+        began = time.monotonic()
+        process: Any = subprocess.Popen(
+            [sys.executable, *command],
+            cwd=directory,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        with process:
+            for line in process.stdout:
+                now = time.monotonic() - began
+                for moment, start in MOMENTS.items():
+                    if line.startswith(start):
+                        seconds.setdefault(moment, now)
+                if "first figure" in seconds:
+                    process.kill()
+                    break
+        if "first figure" not in seconds:
+            if process.returncode:
+                raise SystemExit(f"{' '.join(command)} ended with status {process.returncode}")
+            seconds["end"] = time.monotonic() - began
+    return seconds
+
+
+def median_of(values: Sequence[float]) -> float:
+    """The median, to a millisecond."""
+    return round(statistics.median(values), 3)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,32 @@
+"""How the user calls the commands: by the scripts of a clone, or as `dni-seq COMMAND`."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+
+SCRIPTS: Mapping[str, str] = MappingProxyType(
+    {
+        "train": "train_lm",
+        "evaluate": "evaluate_lm",
+        "sample": "sample_lm",
+        "tasks": "train_tasks",
+        "compare": "compare_runs",
+    }
+)
+"""The script of each command of `dni-seq`."""
+
+
+def command_line(name: str) -> str:
+    """Returns how to call the `dni-seq` command `name`, in the form in which this process was called."""
+    script = Path(sys.argv[0]).with_name(f"{SCRIPTS[name]}.py")
+    called_by_script = sys.argv[0].endswith(".py") and script.is_file()
+    return f"python {shlex.quote(str(script))}" if called_by_script else f"dni-seq {name}"
+
+
+def curves_command(run: Path) -> str:
+    """Returns a line with the command that shows the curves of a run and of those beside it."""
+    return f"curves: tensorboard --logdir {shlex.quote(str(run.parent))}"

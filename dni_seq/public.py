@@ -1,0 +1,71 @@
+"""The public names of `dni_seq`, which imports this module at their first use."""
+
+from dni_seq.check import check_model
+from dni_seq.core.deferred_backward import GradientAccumulator, backward, defer_backward
+from dni_seq.core.nonfinite import NonFiniteError
+from dni_seq.core.windows import Lookahead, Window, with_lookahead
+from dni_seq.credit.config import SyntheticGradientConfig
+from dni_seq.credit.description import TrainerDescription
+from dni_seq.credit.fidelity import fidelity
+from dni_seq.credit.replay import RecordedWindow
+from dni_seq.credit.results import StepResult, Synthetic
+from dni_seq.credit.window_runner import WindowRunner
+from dni_seq.distributed.data_parallel import DataParallel
+from dni_seq.interfaces.backward import BackwardInterface
+from dni_seq.interfaces.context import synthesizer_context
+from dni_seq.interfaces.forward import BidirectionalInterface, ForwardInterface
+from dni_seq.model_checks.report import ModelReport
+from dni_seq.synthesizers.auxiliary import AuxiliaryTask
+from dni_seq.synthesizers.base import Regression
+from dni_seq.synthesizers.exact_future import ExactFuture
+from dni_seq.synthesizers.future_gradient import FutureGradient
+from dni_seq.synthesizers.future_model import FutureModel
+from dni_seq.synthesizers.least_squares import LeastSquaresHeads
+from dni_seq.synthesizers.lookahead import LookaheadEncoder
+from dni_seq.synthesizers.mlp import BasicSynthesizer
+from dni_seq.synthesizers.multi_horizon import Horizons, MultiHorizonSynthesizer
+from dni_seq.synthesizers.normalization import LSTM_CELLS, GatedCells, Normalized
+from dni_seq.synthesizers.state_heads import StateHeads, StateSynthesizer
+from dni_seq.synthesizers.target_rule import TargetRule
+from dni_seq.trainer import SequenceTrainer
+
+__all__ = [
+    "LSTM_CELLS",
+    "AuxiliaryTask",
+    "BackwardInterface",
+    "BasicSynthesizer",
+    "BidirectionalInterface",
+    "DataParallel",
+    "ExactFuture",
+    "ForwardInterface",
+    "FutureGradient",
+    "FutureModel",
+    "GatedCells",
+    "GradientAccumulator",
+    "Horizons",
+    "LeastSquaresHeads",
+    "Lookahead",
+    "LookaheadEncoder",
+    "ModelReport",
+    "MultiHorizonSynthesizer",
+    "NonFiniteError",
+    "Normalized",
+    "RecordedWindow",
+    "Regression",
+    "SequenceTrainer",
+    "StateHeads",
+    "StateSynthesizer",
+    "StepResult",
+    "Synthetic",
+    "SyntheticGradientConfig",
+    "TargetRule",
+    "TrainerDescription",
+    "Window",
+    "WindowRunner",
+    "backward",
+    "check_model",
+    "defer_backward",
+    "fidelity",
+    "synthesizer_context",
+    "with_lookahead",
+]
