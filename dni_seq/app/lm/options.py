@@ -140,7 +140,7 @@ class LanguageModelOptions(OptimizationOptions, BackpropagationOptions, CreditOp
     MAY_MOVE: ClassVar[frozenset[str]] = frozenset({"data_file", "valid_file", "test_file"})
     COMMON: ClassVar[frozenset[str]] = frozenset(
         {"dataset", "data_file", "data_dir", "tokenizer", "epochs", "max_steps", "batch_size", "lr", "schedule"}
-        | {"seed", "device", "run_dir", "resume", "dry_run", "model", "hidden", "layers", "dropout"}
+        | {"seed", "device", "run_dir", "resume", "dry_run", "model", "hidden", "dropout"}
         | {"synthesizer", "bptt", "horizons"}
     )
     GROUPS: ClassVar[tuple[str, ...]] = (_DATA, _RUN, OPTIMIZATION, _MODEL, CREDIT)

@@ -59,7 +59,7 @@ def test_a_finished_run_that_is_queued_again_has_no_point_twice(place):
     for _ in range(2):
         result = bash(f"$train {RUN} queued --resume auto", place)
         assert result.returncode == 0
-    hint = b"to train on, raise --epochs, --max-steps or --max-tokens"
+    hint = b"to train on, raise --epochs, --max-steps, --max-tokens or --patience"
     assert result.stdout.endswith(b"\nfinished at step 6, results in queued; " + hint + b"\n")
     assert points(place / "queued")["test/loss"].keys() == {6}
 

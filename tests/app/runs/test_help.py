@@ -68,7 +68,7 @@ def test_help_lists_the_common_options_and_help_all_lists_all(name, capsys, monk
 def test_options_come_in_the_order_of_use(capsys, monkeypatch):
     text = help_of(train_lm, capsys, monkeypatch)
     titles = re.findall(r"^([a-z].*):$", text, re.MULTILINE)
-    assert titles == ["data", "run", "model", "credit assignment", "from files, and help"]
+    assert titles == ["data", "run", "optimization", "model", "credit assignment", "from files, and help"]
     for group in groups(lm_options.LanguageModelOptions).values():
         common = [field.name in lm_options.LanguageModelOptions.COMMON for field in group]
         assert common == sorted(common, reverse=True)
