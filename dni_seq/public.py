@@ -15,6 +15,7 @@ from dni_seq.interfaces.backward import BackwardInterface
 from dni_seq.interfaces.context import synthesizer_context
 from dni_seq.interfaces.forward import BidirectionalInterface, ForwardInterface
 from dni_seq.model_checks.report import ModelReport
+from dni_seq.parameter_fidelity import GradientFidelity, gradient_fidelity
 from dni_seq.synthesizers.auxiliary import AuxiliaryTask
 from dni_seq.synthesizers.base import Regression
 from dni_seq.synthesizers.exact_future import ExactFuture
@@ -42,6 +43,7 @@ __all__ = [
     "FutureModel",
     "GatedCells",
     "GradientAccumulator",
+    "GradientFidelity",
     "Horizons",
     "LeastSquaresHeads",
     "Lookahead",
@@ -66,6 +68,7 @@ __all__ = [
     "check_model",
     "defer_backward",
     "fidelity",
+    "gradient_fidelity",
     "synthesizer_context",
     "with_lookahead",
 ]

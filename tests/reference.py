@@ -203,3 +203,41 @@ def snap1(step: Callable[..., Any], inputs: Tensor, state: list[Tensor], weights
                 moved.append(total * mask)
         traces, state = moved, [leaf.detach() for leaf in step(x[None], state, weights).state]
     return traces
+
+
+def uoro(
+    step: Callable[..., Any],
+    inputs: Tensor,
+    state: Tensor,
+    weights: list[Tensor],
+    loss: Callable[[Tensor, int], Tensor],
+    draws: int,
+    generator: torch.Generator,
+    traced: bool = True,
+) -> Tensor:
+    """Tallec and Ollivier 2017, arXiv 1702.05043: `draws` estimates of the gradient of the losses of all steps, [draws, P].
+
+    One lane; the state is one tensor [1, S]. Without its trace the estimator holds the last step's own derivative alone.
+    """
+    size, count = state.shape[-1], sum(weight.numel() for weight in weights)
+    sketch_s, sketch_w = (torch.zeros(draws, n, dtype=state.dtype) for n in (size, count))
+    total = torch.zeros(draws, count, dtype=state.dtype)
+    for t, x in enumerate(inputs):
+
+        def run(s: Tensor, *given: Tensor, x: Tensor = x) -> Tensor:
+            return step(x[None], (s,), given).state[0][0]
+
+        jacobians: Any = torch.autograd.functional.jacobian(run, (state, *weights))
+        of_state, of_weights = jacobians[0][:, 0], torch.cat([j.flatten(1) for j in jacobians[1:]], 1)
+        signs = torch.randint(0, 2, (draws, size), generator=generator).to(state) * 2 - 1
+        moved, new = sketch_s @ of_state.T * float(traced), signs @ of_weights
+        tiny = 1e-30
+        keep = (sketch_w.norm(dim=1) / (moved.norm(dim=1) + tiny) + tiny).sqrt()[:, None]
+        add = (new.norm(dim=1) / signs.norm(dim=1)).sqrt()[:, None]
+        sketch_s = keep * moved + add * signs
+        sketch_w = sketch_w / keep * float(traced) + new / add
+        state = run(state, *weights)[None].detach().requires_grad_()
+        (arrived,) = torch.autograd.grad(loss(state, t), state)
+        total += (sketch_s @ arrived[0])[:, None] * sketch_w
+        state = state.detach()
+    return total

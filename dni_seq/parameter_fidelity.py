@@ -1,0 +1,140 @@
+"""gradient_fidelity: how near an estimator's gradient of the parameters is to that of full BPTT.
+
+Legend: T = window length in steps, B = lanes.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dni_seq.core import states
+from dni_seq.core.snapshot import undo_runs
+from dni_seq.core.windows import Window, first_tensor
+from dni_seq.trainer import SequenceTrainer
+
+
+class ParameterFidelity(NamedTuple):
+    """An estimated gradient beside the exact one.
+
+    Attributes:
+        cosine: of the angle between the two; 0 if either is zero.
+        norm_ratio: norm of the estimate over that of the exact gradient; NaN if that is zero.
+    """
+
+    cosine: float
+    norm_ratio: float
+
+
+class GradientFidelity(NamedTuple):
+    """The gradient of a sequence by a trainer's estimator, beside that of full BPTT.
+
+    Attributes:
+        cosine: over all parameters together, see `ParameterFidelity`.
+        norm_ratio: over all parameters together.
+        parameters: the same for each parameter, by name.
+    """
+
+    cosine: float
+    norm_ratio: float
+    parameters: dict[str, ParameterFidelity]
+
+
+def gradient_fidelity(trainer: SequenceTrainer, windows: Iterable[Window]) -> GradientFidelity:
+    """Compares the gradient that a trainer accumulates over a sequence with that of full BPTT, for frozen parameters.
+
+    The estimator is whatever the trainer does: truncated BPTT, earlier windows, traces, messages of a synthesizer, or all of
+    them. The sequence starts from the initial state; the model runs in `eval()`. The trainer and the random state are the
+    same afterwards. Full BPTT keeps one graph over all windows.
+
+    Args:
+        trainer: in one process.
+        windows: consecutive windows, with the lookahead that the synthesizer needs.
+
+    Raises:
+        ValueError: there are no windows, or the trainer shares its lanes with other ranks.
+    """
+    sequence = list(windows)
+    if not sequence:
+        raise ValueError("gradient_fidelity needs at least one window")
+    if trainer.parallel.size > 1:
+        raise ValueError("gradient_fidelity works in one process: use a trainer without parallel=")
+    device = first_tensor(sequence[0].inputs).device
+    with undo_runs(trainer.model, device):
+        trainer.model.eval()
+        with _frozen(trainer):
+            estimate = _estimated(trainer, sequence)
+        exact = _exact(trainer, sequence)
+    rows = {
+        name: _compared(estimate[name], exact[name])
+        for name, parameter in trainer.model.named_parameters()
+        if parameter.requires_grad
+    }
+    together = [torch.cat([gradient.flatten() for gradient in found.values()]) for found in (estimate, exact)]
+    return GradientFidelity(*_compared(*together), rows)
+
+
+@contextmanager
+def _frozen(trainer: SequenceTrainer) -> Iterator[None]:
+    """Lets the trainer step without changing a parameter, and restores all of its state afterwards."""
+    saved, state = copy.deepcopy(trainer.state_dict()), trainer.state
+    clip, accumulate = trainer.clip, trainer.accumulate
+    credit = trainer.credit
+    optimizers = [trainer.optimizer, *([] if credit is None or credit.optimizer is None else [credit.optimizer])]
+    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+        group["lr"] = 0.0
+    trainer.clip, trainer.accumulate = None, 1
+    trainer.reset()
+    try:
+        yield
+    finally:
+        trainer.clip, trainer.accumulate = clip, accumulate
+        trainer.load_state_dict(saved)
+        if state is not None:
+            first = states.flatten(state)[0]
+            dim = states.broadcast_to_leaves(trainer.runner.state_batch_dim, state, "state_batch_dim")[0]
+            trainer._stream.restore(state, first.shape[dim])
+
+
+def _estimated(trainer: SequenceTrainer, windows: list[Window]) -> dict[str, Tensor]:
+    """Returns the sum of the gradients of all windows, by parameter, float64."""
+    total = {name: torch.zeros_like(p, dtype=torch.float64) for name, p in trainer.model.named_parameters()}
+    for window in windows:
+        trainer.step(window.inputs, window.targets, ends=window.ends, mask=window.mask, lookahead=window.lookahead)
+        for name, parameter in trainer.model.named_parameters():
+            if parameter.grad is not None:
+                total[name] += parameter.grad.to_dense() if parameter.grad.is_sparse else parameter.grad
+    return total
+
+
+def _exact(trainer: SequenceTrainer, windows: list[Window]) -> dict[str, Tensor]:
+    """Returns the gradient of the sum of all windows' losses through one graph, by parameter, float64."""
+    runner = trainer.runner
+    first = first_tensor(windows[0].inputs)
+    state = runner.initial_state(first.shape[runner.batch_dim])
+    total: Tensor | None = None
+    for window in windows:
+        outputs, last = runner.run(window.inputs, state)
+        loss = runner.loss(outputs, window.targets, window.mask)
+        total = loss if total is None else total + loss
+        state = runner.reset(last, window.ends)
+    assert total is not None
+    names, parameters = zip(*trainer.model.named_parameters(), strict=True)
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    found = iter(torch.autograd.grad(total, trained, allow_unused=True))
+    gradients = [next(found) if parameter.requires_grad else None for parameter in parameters]
+    return {
+        name: torch.zeros_like(p, dtype=torch.float64) if g is None else g.to_dense().double()
+        for name, p, g in zip(names, parameters, gradients, strict=True)
+    }
+
+
+def _compared(estimate: Tensor, exact: Tensor) -> ParameterFidelity:
+    size, other = float(estimate.norm()), float(exact.norm())
+    cosine = float(estimate.flatten() @ exact.flatten()) / (size * other) if size and other else 0.0
+    return ParameterFidelity(cosine, size / other if other else float("nan"))

@@ -1,0 +1,83 @@
+"""How near estimators are to full BPTT, and that looking changes nothing."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+
+import dni_seq as dni
+from tests import problems, reference
+from tests.credit.trainers import KINDS, make_trainer, steps, windows_of
+from tests.nests import assert_same
+from tests.test_long_windows import noisy
+from tests.test_traces import CUTS, model_of, trainer_of, windows
+
+
+def test_full_bptt_is_its_own_estimate_and_truncation_is_not():
+    some = windows(CUTS["T = 3"], [(6, 1)])
+    trainer = trainer_of(model_of("lru", traces=None), lr=0.1)
+    found = dni.gradient_fidelity(trainer, some)
+    assert 0 < found.cosine < 0.999
+    trainer.backward_windows = 4
+    found = dni.gradient_fidelity(trainer, some)
+    assert (found.cosine, found.norm_ratio) == (pytest.approx(1, abs=1e-12), pytest.approx(1, abs=1e-12))
+    assert set(found.parameters) == {name for name, _ in trainer.model.named_parameters()}
+
+
+def test_the_numbers_are_those_of_gradients_computed_by_hand():
+    some = windows(CUTS["T = 1"])
+    model = model_of("mingru")
+    plain = model_of("mingru", traces=None)
+    expected = reference.full_bptt(plain, problems.summed, some, plain.initial_state(3), 1)
+    found = dni.gradient_fidelity(trainer_of(model, lr=0.3), some)
+    for name, (cosine, ratio) in found.parameters.items():
+        if "cell" in name:  # exact by traces
+            assert (cosine, ratio) == (pytest.approx(1), pytest.approx(1)), name
+    total = {name: torch.zeros_like(gradient) for name, gradient in expected.items()}
+    trainer = trainer_of(model_of("mingru"))
+    for window in some:
+        trainer.step(window.inputs, window.targets, ends=window.ends)
+        for name, parameter in trainer.model.named_parameters():
+            total[name] += parameter.grad
+    mine, exact = (torch.cat([each[name].flatten() for name in expected]) for each in (total, expected))
+    assert found.cosine == pytest.approx(float(torch.cosine_similarity(mine, exact, dim=0)), rel=1e-9)
+    assert found.norm_ratio == pytest.approx(float(mine.norm() / exact.norm()), rel=1e-9)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_looking_changes_nothing(kind):
+    """A trainer of every kind goes on bit for bit, in the middle of an accumulation too."""
+    found = []
+    for look in (True, False):
+        trainer = make_trainer(problems.make_model("lstm"), kind)
+        trainer.accumulate = 2
+        trainer.clip = 0.5
+        some = windows_of(27, {3: [1]})
+        steps(trainer, some[:3])
+        if look:
+            before = copy.deepcopy(trainer.state_dict())
+            result = dni.gradient_fidelity(trainer, windows_of(12))
+            assert math.isfinite(result.cosine)
+            assert_same(trainer.state_dict(), before)
+        steps(trainer, some[3:])
+        found.append(trainer.state_dict())
+    assert_same(*found)
+
+
+def test_random_numbers_and_running_statistics_stay():
+    trainer = noisy()
+    some = windows_of(12)
+    state = torch.get_rng_state()
+    before = copy.deepcopy(trainer.state_dict())
+    dni.gradient_fidelity(trainer, some)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert_same(trainer.state_dict(), before)
+    assert trainer.model.training
+
+
+def test_no_windows():
+    with pytest.raises(ValueError, match="gradient_fidelity needs at least one window"):
+        dni.gradient_fidelity(noisy(), [])
