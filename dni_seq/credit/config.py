@@ -23,6 +23,8 @@ class CreditSettings(NamedTuple):
     regress_every: int
     target_network: int
     fidelity_every: int
+    message_every: int | None
+    message_at_end: bool
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,13 @@ class SyntheticGradientConfig:
     fidelity_every: int = 0
     """Number of windows between comparisons of messages with exact gradients; 0 for none."""
 
+    message_every: int | None = None
+    """n: messages are also sent to the states every n steps inside a window, as an auxiliary objective. None: to the last
+    state alone. For `FutureGradient` with a lookahead; costs one more call of the model for n steps."""
+
+    message_at_end: bool = True
+    """Whether the last state gets its message, which is credit from later steps; False only with `message_every`."""
+
     auxiliary: nn.Module | None = None
     """An `AuxiliaryTask`: its loss is added to the window's, and the synthesizer's optimizer trains it. The model's outputs
     must be one time-major tensor."""
@@ -89,6 +98,12 @@ class SyntheticGradientConfig:
         for name, count in (("target_network", self.target_network), ("fidelity_every", self.fidelity_every)):
             if count < 0:
                 raise ValueError(f"{name} must be 0 (off) or more windows, got {count}")
+        if self.message_every is not None and self.message_every < 1:
+            raise ValueError(f"message_every must be 1 or more steps, got {self.message_every}")
+        if self.message_every is not None and self.auxiliary is not None:
+            raise ValueError("message_every does not work with an auxiliary task: remove one of them")
+        if not self.message_at_end and self.message_every is None:
+            raise ValueError("message_at_end=False needs message_every, else nothing is injected: use no synthesizer")
         if scale == "auto" and self.fidelity_every == 0:
             raise ValueError('synthetic_scale="auto" needs comparisons with exact gradients: set fidelity_every, e.g. to 50')
         if not 0 <= self.auxiliary_weight < math.inf:
@@ -107,4 +122,6 @@ class SyntheticGradientConfig:
             regress_every=recommended.regress_every if self.regress_every is None else self.regress_every,
             target_network=self.target_network,
             fidelity_every=self.fidelity_every,
+            message_every=self.message_every,
+            message_at_end=self.message_at_end,
         )

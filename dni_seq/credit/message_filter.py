@@ -8,17 +8,22 @@ Legend: N = horizons.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dni_seq.core import nonfinite
+from dni_seq.core import nonfinite, states
 from dni_seq.core.deferred_backward import GradientAccumulator
 from dni_seq.core.optimizer_step import total_norm
 from dni_seq.core.snapshot import Restorable
 from dni_seq.core.states import State
+from dni_seq.core.windows import Lookahead
+from dni_seq.credit.inner_messages import InnerStates, join, join_contexts, split
 from dni_seq.distributed.data_parallel import DataParallel
 from dni_seq.interfaces.backward import BackwardInterface
+from dni_seq.interfaces.exchange import with_gradients_wanted
+from dni_seq.synthesizers.binding import several_states
 from dni_seq.synthesizers.target_rule import TargetRule
 
 LARGEST_MESSAGE = 100.0
@@ -85,12 +90,58 @@ class FilteredInterface(BackwardInterface):
         self._filter = message_filter
         self.norm = torch.zeros(())
         self.valid = torch.ones((), dtype=torch.bool)
+        self._at_last: list[State] | None = None
+        self._inner_valid: Tensor | None = None
+
+    def send_inner(
+        self,
+        scope: GradientAccumulator,
+        inner: InnerStates,
+        last: State,
+        context: Lookahead,
+        rule: TargetRule,
+        batch_dim: Any,
+    ) -> None:
+        """Injects messages at states inside a window. `backward` must follow, and takes its messages from the same call.
+
+        A message at one of the states is rejected with those at the others.
+
+        Args:
+            scope: of the window.
+            inner: the states, and the steps after each.
+            last: the window's last state.
+            context: the steps after it.
+            rule: the coefficients of injection; the synthesizer must be self-supervised.
+            batch_dim: the dimension of the lanes in the state's leaves, an int or a nest.
+        """
+        count = len(inner.states) + 1
+        joined = join([*inner.states, last], batch_dim)
+        with several_states(self.synthesizer, count):
+            messages = self._predicted(joined, join_contexts([*inner.contexts, context]), rule, scope)
+        by_horizon = [split(message, last, count, batch_dim) for message in messages]
+        *at_inner, self._at_last = [list(messages) for messages in zip(*by_horizon, strict=True)]
+        injected = super()._injection(messages, rule)
+        valid = self._filter.accepts(total_norm(injected))
+        for state, found in zip(inner.states, at_inner, strict=True):
+            gradients = [torch.where(valid, leaf, 0) for leaf in super()._injection(found, rule)]
+            for leaf, gradient in with_gradients_wanted(states.floating(state), gradients):
+                scope.add(leaf, gradient)
+        self._inner_valid = valid
+
+    def _predicted(self, trigger: State, context: Any, rule: TargetRule, scope: GradientAccumulator | None) -> list[State]:
+        """Returns the messages at `trigger`; those at a last state may be known from `send_inner`."""
+        if self._at_last is None:
+            return super()._predicted(trigger, context, rule, scope)
+        found, self._at_last = self._at_last, None
+        return found
 
     def _injection(self, messages: list[State], rule: TargetRule) -> list[Tensor]:
         """Returns the weighted sum of the messages if it is valid, else zeros; sets `norm` and `valid`."""
         injected = super()._injection(messages, rule)
         self.norm = total_norm(injected)
         self.valid = self._filter.accepts(self.norm)
+        if self._inner_valid is not None:
+            self.valid, self._inner_valid = self.valid & self._inner_valid, None
         if not nonfinite.readable_without_sync(self.valid):
             return [torch.where(self.valid, leaf, 0) for leaf in injected]
         return injected if self.valid else [torch.zeros_like(leaf) for leaf in injected]

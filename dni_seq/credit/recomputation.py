@@ -59,7 +59,7 @@ def run_in_chunks(
     total = len(first_tensor(inputs))
     for begin in range(0, total, steps):
         span = slice(begin, begin + steps)
-        chunk = states.map_tensors(partial(_cut, span), (inputs, targets, mask))
+        chunk = states.map_tensors(partial(cut, span), (inputs, targets, mask))
         if recompute:
             outputs, state, loss = recomputed(run_chunk, chunk, state)
         else:
@@ -78,7 +78,8 @@ def recomputed(function: Callable[..., Any], *arguments: Any) -> Any:
     return checkpoint(function, *arguments, use_reentrant=False)
 
 
-def _cut(span: slice, tensor: Tensor) -> Tensor:
+def cut(span: slice, tensor: Tensor) -> Tensor:
+    """Returns the steps `span` of a tensor [T, ...]."""
     return tensor[span]
 
 

@@ -25,6 +25,7 @@ from dni_seq.credit.config import CreditSettings, SyntheticGradientConfig
 from dni_seq.credit.divergence_monitor import DivergenceMonitor
 from dni_seq.credit.fidelity import StateFidelity
 from dni_seq.credit.fidelity_probe import FidelityProbe
+from dni_seq.credit.inner_messages import InnerStates
 from dni_seq.credit.message_filter import FilteredInterface, MessageFilter
 from dni_seq.credit.replay import RecordedWindow, lambda_targets
 from dni_seq.credit.replay_buffer import ReplayBuffer
@@ -132,18 +133,29 @@ class SyntheticCredit(Restorable):
             return self.interface.make_trigger(start, watched=watched)
 
     def inject(
-        self, scope: GradientAccumulator, loss: Tensor, last: State, ends: Tensor | None, context: Lookahead | None
+        self,
+        scope: GradientAccumulator,
+        loss: Tensor,
+        last: State,
+        ends: Tensor | None,
+        context: Lookahead | None,
+        inner: InnerStates | None,
     ) -> ScopeExchange:
-        """Injects the synthetic gradient of the future losses into the window's last state."""
+        """Injects the synthetic gradient of the future losses into the window's last state, and messages inside it."""
         if not self.monitor.disabled:
             self.interface.observe(loss, scope, self._steps)
+        rule, dims = self.rule, self.runner.state_batch_dim
+        if inner is not None and rule.self_supervised and context is not None:
+            self.interface.send_inner(scope, inner, last, context, rule, dims)
+            if not self.settings.message_at_end:
+                rule = rule._replace(injection=[0.0] * len(rule.injection))
         with synthesizer_context(context):
             self.interface.backward(
                 last,
-                rule=self.rule,
+                rule=rule,
                 bootstrap=None if self.target_network is None else self.target_network.module,
                 ends=ends,
-                batch_dim=self.runner.state_batch_dim,
+                batch_dim=dims,
             )
         return self.interface.exchange(scope)
 
@@ -236,26 +248,14 @@ class SyntheticCredit(Restorable):
             return None, torch.zeros(()), valid
         windows = self._replay_buffer.add(window)
         regression, norm = None, torch.zeros(())
-        for past, target in zip(windows, self._targets(windows, last, last_context), strict=True):
+        teacher = self.synthesizer if self.target_network is None else self.target_network.module
+        targets = targets_of(self.interface, teacher, self.runner, self.settings, windows, last, last_context)
+        for past, target in zip(windows, targets, strict=True):
             self.step_optimizer.zero_grad()
             buffers = TensorSnapshot(buffers_of(self._learners)).keep()
             regression = self.step_optimizer.sum_gradients(self.interface.regress(past.start, past.context, list(target)))
             norm, valid = self.step_optimizer(regression.loss, valid, buffers)
         return regression, norm, valid
-
-    def _targets(self, windows: list[RecordedWindow], last: State, last_context: Lookahead | None) -> list[list[State]]:
-        """Returns the λ-targets at the first states of K windows, an empty list for no windows."""
-        if not windows:
-            return []
-        teacher = self.synthesizer if self.target_network is None else self.target_network.module
-        scale = 1.0 if self.settings.scale == "auto" else self.settings.scale
-        rule = rule_of(self.synthesizer, scale, self.settings.discount)
-        after = self.interface.messages(last, last_context, teacher)
-
-        def predict(past: RecordedWindow) -> list[State]:
-            return self.interface.messages(past.start, past.context, teacher)
-
-        return lambda_targets(self.runner, windows, after, rule, predict, self.settings.lam)
 
     def _measure(self, window: RecordedWindow) -> StateFidelity | None:
         """Compares messages with exact gradients if a comparison is due, and updates the automatic scale."""
@@ -338,6 +338,28 @@ class SyntheticCredit(Restorable):
             self._filter.largest = saved["largest"]
 
 
+def targets_of(
+    interface: FilteredInterface,
+    teacher: nn.Module,
+    runner: WindowRunner,
+    settings: CreditSettings,
+    windows: list[RecordedWindow],
+    last: State,
+    last_context: Lookahead | None,
+) -> list[list[State]]:
+    """Returns the λ-targets at the first states of K windows by the messages of `teacher`, an empty list for no windows."""
+    if not windows:
+        return []
+    scale = 1.0 if settings.scale == "auto" else settings.scale
+    rule = rule_of(interface.synthesizer, scale, settings.discount)
+    after = interface.messages(last, last_context, teacher)
+
+    def predict(past: RecordedWindow) -> list[State]:
+        return interface.messages(past.start, past.context, teacher)
+
+    return lambda_targets(runner, windows, after, rule, predict, settings.lam)
+
+
 def step_rule(
     synthesizer: nn.Module, settings: CreditSettings, steps: int, shares: list[float] | None, *, can_skip: bool
 ) -> TargetRule:
@@ -373,6 +395,11 @@ def check_settings(synthesizer: nn.Module, settings: CreditSettings, rule: Targe
     """
     if settings.scale == "auto" and not supports_auto_scale(synthesizer):
         raise ValueError(f'{type(synthesizer).__name__} rejects synthetic_scale="auto": give a number')
+    if settings.message_every is not None and not rule.self_supervised:
+        raise ValueError(
+            f"{type(synthesizer).__name__} learns from targets at the end of windows: message_every needs a synthesizer "
+            "that learns from the next steps, such as FutureGradient"
+        )
     if settings.targets == "lambda" and not learns:
         raise ValueError('targets="lambda" needs a synthesizer with trainable parameters: use "bootstrap"')
     if rule.self_supervised and settings.targets == "lambda":

@@ -57,6 +57,8 @@ class TrainerSettings:
             raise ValueError(f"checkpoint_every must be 1 or more steps, or None, got {steps}")
         if steps is not None and self.credit is not None and self.credit.auxiliary is not None:
             raise ValueError("checkpoint_every does not work with an auxiliary task: remove one of them")
+        if steps is not None and self.credit is not None and self.credit.settings.message_every is not None:
+            raise ValueError("checkpoint_every does not work with message_every: remove one of them")
         self.runner.checkpoint_every = steps
 
     @property

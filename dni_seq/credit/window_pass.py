@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from dni_seq.core.deferred_backward import backward, defer_backward
 from dni_seq.core.snapshot import TensorSnapshot, buffers_of
 from dni_seq.core.states import State
 from dni_seq.core.windows import Lookahead, first_tensor
+from dni_seq.credit.inner_messages import InnerStates, run_in_parts
 from dni_seq.credit.recomputation import run_in_chunks
 from dni_seq.credit.replay import RecordedWindow
 from dni_seq.credit.stream_state import StreamState
@@ -42,11 +43,10 @@ def run_and_backpropagate(
         bound: whether the synthesizer knows how it is trained; it is told at the first window.
     """
     exchange, buffers, without_message = None, None, None
-    auxiliary = credit is not None and credit.auxiliary is not None
     with defer_backward() as scope:
         start = window.start
         trigger = states.detach(start) if credit is None or start is None else credit.make_trigger(start, context)
-        outputs, early, last, loss = _run(runner, window, stream.attach(trigger), auxiliary)
+        outputs, early, last, loss, inner = _run(runner, credit, window, stream.attach(trigger), lookahead)
         if runner.checkpoint_every is not None:
             buffers = TensorSnapshot(buffers_of([runner.model])).keep()
         first = first_tensor(window.inputs)
@@ -55,7 +55,7 @@ def run_and_backpropagate(
         if credit is not None:
             if not bound:
                 credit.bind(len(first), last)
-            exchange = credit.inject(scope, loss, last, window.ends, lookahead)
+            exchange = credit.inject(scope, loss, last, window.ends, lookahead, inner)
             if (own := credit.auxiliary_loss(early, exchange)) is not None:
                 backward(own)
             if runner.traced:
@@ -70,17 +70,44 @@ def run_and_backpropagate(
     return loss.detach(), outputs, last, exchange
 
 
+class _Pass(NamedTuple):
+    """A window's forward pass.
+
+    Attributes:
+        outputs: of the model.
+        early: the state after the first step, for an auxiliary task.
+        last: the last state.
+        loss: 0-d.
+        inner: states inside the window that get messages, None for none.
+    """
+
+    outputs: Any
+    early: State
+    last: State
+    loss: Tensor
+    inner: InnerStates | None = None
+
+
 def _run(
-    runner: WindowRunner, window: RecordedWindow, state: State | None, auxiliary: bool
-) -> tuple[Any, State, State, Tensor]:
-    """Returns the outputs, the state after the first step for an auxiliary task, the last state and the loss."""
-    if runner.checkpoint_every is not None:  # does not work with an auxiliary task
+    runner: WindowRunner,
+    credit: SyntheticCredit | None,
+    window: RecordedWindow,
+    state: State | None,
+    lookahead: Lookahead | None,
+) -> _Pass:
+    """Runs a window from `state`, in one of four ways that exclude each other."""
+    steps = None if credit is None else credit.settings.message_every
+    if runner.checkpoint_every is not None:
         parts = (window.inputs, window.targets, window.mask, state)
         outputs, last, loss = run_in_chunks(runner, *parts, runner.checkpoint_every)
-        return outputs, last, last, loss
+        return _Pass(outputs, last, last, loss)
+    if steps is not None and lookahead is not None and steps < len(first_tensor(window.inputs)):
+        outputs, inner, last = run_in_parts(runner, window, state, steps, lookahead)
+        return _Pass(outputs, last, last, runner.loss(outputs, window.targets, window.mask), inner)
+    auxiliary = credit is not None and credit.auxiliary is not None
     run = runner.run_in_two_parts if auxiliary else runner.run_whole
     outputs, early, last = run(window.inputs, state)
-    return outputs, early, last, runner.loss(outputs, window.targets, window.mask)
+    return _Pass(outputs, early, last, runner.loss(outputs, window.targets, window.mask))
 
 
 def sum_over_ranks(

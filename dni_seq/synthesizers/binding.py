@@ -5,7 +5,8 @@ Legend: T = window length in steps, B = lanes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -45,6 +46,20 @@ def check_dtype(synthesizer: nn.Module, state: State) -> None:
         )
 
 
+@contextmanager
+def several_states(synthesizer: nn.Module, count: int) -> Iterator[None]:
+    """In the block, the lanes that a synthesizer gets are those of `count` states of each of the trainer's lanes."""
+    found: list[Any] = [getattr(part, "step_weight", None) for part in synthesizer.modules()]
+    weights = [weight for weight in found if isinstance(weight, StepWeight)]
+    for weight in weights:
+        weight.states = count
+    try:
+        yield
+    finally:
+        for weight in weights:
+            weight.states = 1
+
+
 class StepWeight:
     """The weight of one step of one lane in the trainer's loss, such as 1 / (T B) for "mean".
 
@@ -56,6 +71,7 @@ class StepWeight:
     Attributes:
         window: T, None while it is unknown.
         reduction: the reduction.
+        states: number of states of each lane that are predicted together; see `several_states`.
 
     Raises:
         ValueError: `window` is not positive, or the reduction is unknown.
@@ -70,6 +86,7 @@ class StepWeight:
         self._given = (window, reduction)
         self.window = window
         self.reduction: Reduction = "mean" if reduction is None else reduction
+        self.states = 1
 
     def bind(self, window: int, reduction: Reduction | None) -> None:
         """Takes over the trainer's window length, and its reduction unless that is None.
@@ -95,4 +112,4 @@ class StepWeight:
         """
         if self.window is None and self.reduction == "mean":
             raise ValueError(f"{self._owner} does not know the window length: pass window=, or use it in a SequenceTrainer")
-        return step_weight(self.reduction, self.window or 1, lanes)
+        return step_weight(self.reduction, self.window or 1, lanes // self.states)

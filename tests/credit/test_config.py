@@ -25,6 +25,8 @@ WRONG = {
     "regress_every": (0,),
     "target_network": (-1,),
     "fidelity_every": (-1,),
+    "message_every": (0, -3),
+    "message_at_end": (False,),  # without messages inside the window
     "auxiliary_weight": (-1.0, math.inf),
 }
 
@@ -44,6 +46,7 @@ EDGES = {
     "regress_every": (1,),
     "target_network": (0, 1),
     "fidelity_every": (0, 1),
+    "message_every": (1,),
     "auxiliary_weight": (0,),
 }
 

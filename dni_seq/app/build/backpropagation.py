@@ -17,4 +17,6 @@ def set_backpropagation(trainer: SequenceTrainer, options: BackpropagationOption
         raise ValueError("--backward-steps needs --synthesizer none: a message would count later losses twice")
     if options.checkpoint_every is not None and trainer.credit is not None and trainer.credit.auxiliary is not None:
         raise ValueError("--checkpoint-every does not work with --auxiliary: remove one of them")
+    if options.checkpoint_every is not None and trainer.credit is not None and trainer.credit.settings.message_every:
+        raise ValueError("--checkpoint-every does not work with --message-every: remove one of them")
     trainer.backward_windows, trainer.checkpoint_every = windows, options.checkpoint_every

@@ -210,6 +210,8 @@ def trainer_settings(credit: ResolvedCredit) -> dict[str, Any]:
         "target_network": credit.target_network,
         "fidelity_every": credit.fidelity_every,
         "auxiliary_weight": credit.auxiliary,
+        "message_every": credit.message_every if credit.message_every < credit.bptt else None,
+        "message_at_end": credit.message_at_end,
         "synthesizer_clip": credit.synthesizer_clip or math.inf,
     }
 

@@ -145,6 +145,14 @@ class CreditOptions:
         group=GROUP,
         check=at_least(0),
     )
+    message_every: int | None = option(
+        None,
+        "steps between two states of a window that get messages, by multi-horizon with --fit future",
+        group=GROUP,
+        check=at_least(1),
+        shown="the last state alone",
+    )
+    message_at_end: bool = option(True, "send the message at the last state; no only with --message-every", group=GROUP)
     exact_steps: int = option(4, "exact: future steps whose gradient is computed", group=GROUP, check=at_least(1))
     targets: str = option("bootstrap", "training targets of the synthesizer", group=GROUP, choices=("bootstrap", "lambda"))
     lam: float = option(
@@ -198,6 +206,7 @@ class CreditOptions:
         """
         kind, fit, horizons = self.synthesizer, self._fit_at(bptt), self.horizons_at(bptt)
         self._check_regression(fit, bptt)
+        self._check_messages(fit, bptt)
         synthetic_scale = self._scale(fit, horizons)
         return ResolvedCredit(
             bptt=bptt,
@@ -223,6 +232,8 @@ class CreditOptions:
             regress_every=_filled(self.regress_every, MEASURE_EVERY if fit == "future" else REGRESS_EVERY.get(kind, 1)),
             target_network=self.target_network,
             fidelity_every=self.fidelity_every or (AUTO_FIDELITY_EVERY if synthetic_scale == "auto" else 0),
+            message_every=_filled(self.message_every, bptt),
+            message_at_end=self.message_at_end,
             auxiliary=self.auxiliary,
             synthesizer_clip=_filled(self.synthesizer_clip, 0.0 if fit == "future" else 1.0),
         )
@@ -314,6 +325,17 @@ class CreditOptions:
             raise ValueError(
                 "--fit least-squares needs features to learn: set --synthesizer-layers or --lookahead, or use --fit descent"
             )
+
+    def _check_messages(self, fit: str, bptt: int) -> None:
+        """Raises a ValueError if messages inside a window are not possible with the other options."""
+        if not self.message_at_end and _filled(self.message_every, bptt) >= bptt:
+            raise ValueError("--no-message-at-end needs --message-every below --bptt: else nothing is injected")
+        if self.message_every is None:
+            return
+        if self.synthesizer != "none" and (self.synthesizer, fit) != ("multi-horizon", "future"):
+            raise ValueError("--message-every needs --synthesizer multi-horizon with --fit future")
+        if self.auxiliary:
+            raise ValueError("--message-every does not work with --auxiliary: remove one of them")
 
     def _scale(self, fit: str, horizons: int) -> float | Literal["auto"]:
         """Returns c, the share of the message that is injected, given or by default."""

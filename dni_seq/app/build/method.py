@@ -31,6 +31,9 @@ def describe_method(credit: ResolvedCredit, options: BackpropagationOptions) -> 
     parts = [f"After each {window}, {_message(credit)} ({credit.synthesizer}) is {_use(credit)}"]
     if credit.synthesizer != "exact" or credit.tail:
         parts.append(_training(credit))
+    if credit.message_every < credit.bptt:
+        end = "" if credit.message_at_end else ", and not at its end"
+        parts.append(f"messages also reach the states every {_count(credit.message_every, 'step')} inside the window{end}")
     if credit.auxiliary:
         parts.append(f"an auxiliary task of weight {credit.auxiliary:g} predicts the next message")
     return "; ".join([*parts, *traces]) + "."

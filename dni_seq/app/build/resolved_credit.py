@@ -38,6 +38,8 @@ class ResolvedCredit:
         regress_every: mean number of windows from one computation of targets to the next.
         target_network: windows between two copies of the synthesizer, 0 for no copies.
         fidelity_every: windows between comparisons with exact gradients, those for an automatic scale included; 0 for none.
+        message_every: steps between two states of a window that get messages; T or more for the last state alone.
+        message_at_end: whether the last state gets its message.
         auxiliary: weight of the auxiliary loss, 0 for none.
         synthesizer_clip: largest gradient norm of the synthesizer, 0 for no limit.
     """
@@ -65,6 +67,8 @@ class ResolvedCredit:
     regress_every: int
     target_network: int
     fidelity_every: int
+    message_every: int
+    message_at_end: bool
     auxiliary: float
     synthesizer_clip: float
 

@@ -57,8 +57,11 @@ def test_a_given_option_is_the_setting():
         "fidelity_every": 11,
         "synthesizer_clip": 2.0,
     }
-    expected = given | {"synthetic_scale": 0.3, "bptt": BPTT, "next_input_only": False}
+    inner = {"message_every": BPTT, "message_at_end": True}
+    expected = given | inner | {"synthetic_scale": 0.3, "bptt": BPTT, "next_input_only": False}
     assert vars(resolved(**given)) == expected
+    inner = {"message_every": BPTT - 1, "message_at_end": False}
+    assert inner.items() <= vars(resolved(synthesizer="multi-horizon", **inner)).items()
 
 
 def test_an_automatic_scale_is_compared_at_its_own_interval_unless_one_is_given():

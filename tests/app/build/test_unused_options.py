@@ -57,6 +57,8 @@ CHANGES: dict[str, Any] = {
     "fit": "descent",
     "message_clip": 0.001,
     "exact_steps": 2,
+    "message_every": 1,
+    "message_at_end": False,
     "targets": "lambda",
     "lam": 0.2,
     "replay_windows": 3,

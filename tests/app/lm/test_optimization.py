@@ -216,6 +216,9 @@ def test_backward_steps_train_otherwise_and_recomputed_activations_the_same(run)
         (["--backward-steps", "6"], "--backward-steps 6 must be a multiple of --bptt 4"),
         (["--backward-steps", "8", "--synthesizer", "exact"], "--backward-steps needs --synthesizer none"),
         (["--checkpoint-every", "2", "--synthesizer", "basic", "--auxiliary", "1"], "--checkpoint-every does not work with"),
+        (["--message-every", "2", "--synthesizer", "exact"], "--message-every needs --synthesizer multi-horizon"),
+        (["--message-every", "2", "--synthesizer", "multi-horizon", "--fit", "descent"], "--message-every needs"),
+        (["--no-message-at-end", "--synthesizer", "multi-horizon"], "--no-message-at-end needs --message-every"),
         (["--accumulate", "0"], "--accumulate must be 1 or more, got 0"),
     ],
 )

@@ -1,0 +1,103 @@
+"""Messages at states inside a window: the gradient of a predictor's loss at the states every n steps, besides the last one.
+
+The message at the end of a window is credit from later steps. A message inside it is the gradient of an auxiliary objective,
+since the window's own graph already carries the credit of its steps: it moves the state there towards one from which the
+next m steps are better predicted. The states are joined along the lanes, so that the predictor runs once a window.
+
+Source: ours; Trinh et al. 2018, arXiv 1803.00144, add the losses of predictors at random places of a sequence. We differ in
+that the gradient is injected at a state, with the same weight as that of the message at the end.
+
+Legend: T = window length in steps, B = lanes, m = lookahead in steps, q = states with a message in a window.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dni_seq.core import states
+from dni_seq.core.states import State
+from dni_seq.core.windows import Lookahead, first_tensor
+from dni_seq.credit.recomputation import cut
+from dni_seq.credit.replay import RecordedWindow
+from dni_seq.credit.window_runner import WindowRunner, lookahead_at_start
+
+
+class InnerStates(NamedTuple):
+    """States inside a window and what follows them.
+
+    Attributes:
+        states: the states after n, 2n, ... steps, with their graph; not the last one.
+        contexts: the next m steps after each of them.
+    """
+
+    states: list[State]
+    contexts: list[Lookahead]
+
+
+def run_in_parts(
+    runner: WindowRunner, window: RecordedWindow, state: State | None, steps: int, lookahead: Lookahead
+) -> tuple[Any, InnerStates, State]:
+    """Runs a window in parts; returns the outputs, the states between the parts and the last state.
+
+    Args:
+        runner: runs the model.
+        window: the window.
+        state: its first state.
+        steps: n, the length of a part; the last one may be shorter.
+        lookahead: the m steps after the window.
+    """
+    outputs, inner, contexts = [], [], []
+    total = len(first_tensor(window.inputs))
+    for begin in range(0, total, steps):
+        part = states.map_tensors(partial(cut, slice(begin, begin + steps)), window.inputs)
+        output, state = runner.run(part, state)
+        outputs.append(output)
+        if begin + steps < total:
+            inner.append(state)
+            contexts.append(lookahead_after(window, begin + steps, lookahead))
+    return states.map_together(torch.cat, outputs, "the model's outputs"), InnerStates(inner, contexts), state
+
+
+def lookahead_after(window: RecordedWindow, steps: int, lookahead: Lookahead) -> Lookahead:
+    """Returns the m steps after the first `steps` of a window: the rest of it, then those after it."""
+    rest = partial(cut, slice(steps, None))
+    mask = None if window.mask is None else rest(window.mask)
+    inputs, targets = (states.map_tensors(rest, nest) for nest in (window.inputs, window.targets))
+    return lookahead_at_start(inputs, targets, mask, lookahead)
+
+
+def join(nests: Sequence[State], batch_dim: Any) -> State:
+    """Returns states side by side along the lanes, without a graph; leaves without gradients are those of the last one."""
+    last = nests[-1]
+    dims = _dims(last, batch_dim)
+    columns = zip(*(states.floating(nest) for nest in nests), strict=True)
+    joined = [torch.cat([leaf.detach() for leaf in column], dim) for column, dim in zip(columns, dims, strict=True)]
+    return states.with_floating(states.detach(last), joined)
+
+
+def split(message: State, like: State, count: int, batch_dim: Any) -> list[State]:
+    """Returns the messages of `count` joined states, each nested like `like`."""
+    dims = _dims(like, batch_dim)
+    parts = [leaf.chunk(count, dim) for leaf, dim in zip(states.floating(message), dims, strict=True)]
+    return [states.with_floating(states.detach(like), list(leaves)) for leaves in zip(*parts, strict=True)]
+
+
+def join_contexts(contexts: Sequence[Lookahead]) -> Lookahead:
+    """Returns lookaheads side by side along the lanes."""
+    filled = [context._replace(mask=context.counts) for context in contexts]
+    joined: Lookahead = states.map_together(_side_by_side, filled, "the lookahead")
+    return joined
+
+
+def _side_by_side(leaves: list[Tensor]) -> Tensor:
+    return torch.cat(leaves, 1)
+
+
+def _dims(state: State, batch_dim: Any) -> list[int]:
+    dims = states.broadcast_to_leaves(batch_dim, state, "state_batch_dim")
+    return [dim for dim, leaf in zip(dims, states.flatten(state), strict=True) if states.is_floating(leaf)]
