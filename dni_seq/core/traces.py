@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-Contraction = Callable[[Tensor, Sequence[Tensor]], Sequence[Tensor]]
-"""Maps the gradient a_k at a state, and its traces, to one gradient for each parameter."""
+Contraction = Callable[[Sequence[Tensor], Sequence[Tensor]], Sequence[Tensor]]
+"""Maps the gradients a_k at the tensors of a state, and its traces, to one gradient for each parameter."""
 
 
 class Trace(Tensor):
@@ -31,16 +31,15 @@ class Trace(Tensor):
 
 class _Attach(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, contract: Contraction, count: int, state: Tensor, *tensors: Tensor) -> Tensor:
-        ctx.contract, ctx.count = contract, count
-        ctx.save_for_backward(*tensors[:count])
-        return state.view_as(state)
+    def forward(ctx: Any, contract: Contraction, leaves: int, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.contract, ctx.others = contract, leaves + count
+        ctx.save_for_backward(*tensors[leaves : ctx.others])
+        return tuple(leaf.view_as(leaf) for leaf in tensors[:leaves])
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (gradient,) = gradients
-        found = ctx.contract(gradient, ctx.saved_tensors) if any(ctx.needs_input_grad[3 + ctx.count :]) else ()
-        return (None, None, gradient, *(None for _ in range(ctx.count)), *found)
+        found = ctx.contract(gradients, ctx.saved_tensors) if any(ctx.needs_input_grad[3 + ctx.others :]) else ()
+        return (None, None, None, *gradients, *(None for _ in range(ctx.others - len(gradients))), *found)
 
 
 class _Link(torch.autograd.Function):
@@ -58,21 +57,23 @@ def plain(traces: Sequence[Tensor]) -> list[Tensor]:
     return [trace.detach().as_subclass(Tensor) for trace in traces]
 
 
-def attach(state: Tensor, traces: Sequence[Tensor], parameters: Sequence[Tensor], contract: Contraction) -> Tensor:
-    """Returns `state`; the gradient that arrives at it is also contracted with its traces, into the parameters' gradients.
+def attach(
+    state: Sequence[Tensor], traces: Sequence[Tensor], parameters: Sequence[Tensor], contract: Contraction
+) -> tuple[Tensor, ...]:
+    """Returns `state`; the gradients that arrive at it are also contracted with its traces, into the parameters' gradients.
 
     Nothing is contracted if the state's own graph reaches back over this call, as for the second part of one window: the
     graph's first state does it then.
 
     Args:
-        state: [.., B, ..], the state before a window.
+        state: the tensors of a state before a window, each [.., B, ..].
         traces: its traces.
         parameters: the parameters, in the order in which `contract` returns gradients.
         contract: computes a_kᵀ E_k.
     """
     if not is_active(parameters) or any(trace.requires_grad for trace in traces):
-        return state
-    attached: Tensor = _Attach.apply(contract, len(traces), state, *plain(traces), *parameters)
+        return tuple(state)
+    attached: tuple[Tensor, ...] = _Attach.apply(contract, len(state), len(traces), *state, *plain(traces), *parameters)
     return attached
 
 

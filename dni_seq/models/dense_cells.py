@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from dni_seq.core import traces
 from dni_seq.models.cells import APPROXIMATE
@@ -45,6 +46,37 @@ class Step(NamedTuple):
     of_hidden: Tensor
 
 
+class _LSTMGates(torch.autograd.Function):
+    """The elementwise part of an LSTM's step. Its derivatives serve the backward pass and the traces."""
+
+    @staticmethod
+    def forward(ctx: Any, pre: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        i, f, g, o = pre.unflatten(-1, (4, -1)).unbind(1)
+        i, f, g, o = i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()
+        cell = torch.addcmul(f * c, i, g)
+        squashed = cell.tanh()
+        through = torch.addcmul(o, o * squashed, squashed, value=-1)  # ∂h / ∂c of the same step
+        slopes = pre.new_zeros(2, len(pre), 4, c.shape[-1])
+        of_cell = slopes[1]
+        torch.mul(g, i * (1 - i), out=of_cell[:, 0])
+        torch.mul(c, f * (1 - f), out=of_cell[:, 1])
+        torch.mul(i, 1 - g * g, out=of_cell[:, 2])
+        torch.mul(of_cell, through[:, None], out=slopes[0])
+        torch.mul(squashed, o * (1 - o), out=slopes[0][:, 3])
+        from_c = torch.stack([through * f, f])
+        ctx.save_for_backward(slopes, from_c)
+        slopes = slopes.flatten(2)
+        ctx.mark_non_differentiable(slopes, from_c)
+        return o * squashed, cell, slopes, from_c
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
+        slopes, from_c = ctx.saved_tensors
+        of_h, of_c = gradients[:2]
+        pre = torch.addcmul(slopes[0] * of_h[:, None], slopes[1], of_c[:, None])
+        return pre.flatten(1), torch.addcmul(from_c[0] * of_h, from_c[1], of_c)
+
+
 def lstm_step(x: Tensor, state: Sequence[Tensor], weights: Sequence[Tensor]) -> Step:
     """Returns one step of PyTorch's LSTM, and its derivatives without a graph.
 
@@ -55,21 +87,13 @@ def lstm_step(x: Tensor, state: Sequence[Tensor], weights: Sequence[Tensor]) -> 
     """
     h, c = state
     w_ih, w_hh, b_ih, b_hh = weights
-    i, f, g, o = (x @ w_ih.T + b_ih + h @ w_hh.T + b_hh).chunk(4, -1)
-    i, f, g, o = i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()
-    cell = f * c + i * g
-    squashed = cell.tanh()
-    hidden = o * squashed
+    pre = functional.linear(x, w_ih, b_ih) + functional.linear(h, w_hh, b_hh)
+    hidden, cell, slopes, from_c = _LSTMGates.apply(pre, c)
     with torch.no_grad():
-        through = o * (1 - squashed**2)
-        of_cell = torch.cat([g * i * (1 - i), c * f * (1 - f), i * (1 - g**2), torch.zeros_like(o)], -1)
-        of_output = torch.cat([torch.zeros_like(o).repeat(1, 3), squashed * o * (1 - o)], -1)
-        direct = torch.stack([through.repeat(1, 4) * of_cell + of_output, of_cell])  # [S, B, G]
-        own = torch.cat([block.diagonal() for block in w_hh.chunk(4)])  # a unit's own recurrent weights, [G]
-        from_h = (direct * own).unflatten(-1, (4, -1)).sum(2)
-        from_c = torch.stack([through * f, f])
+        own = w_hh.unflatten(0, (4, -1)).diagonal(dim1=1, dim2=2)  # a unit's own recurrent weights, [4, H]
+        from_h = (slopes.unflatten(-1, (4, -1)) * own).sum(2)
         jacobian = torch.stack([from_h, from_c], 1)
-    return Step((hidden, cell), jacobian, direct, direct)
+    return Step((hidden, cell), jacobian, slopes, slopes)
 
 
 def gru_step(x: Tensor, state: Sequence[Tensor], weights: Sequence[Tensor]) -> Step:
@@ -99,18 +123,17 @@ class SnAp1:
         return [weight.new_zeros(1, lanes, *weight.shape) for _ in range(tensors) for weight in weights]
 
     @staticmethod
-    def of_tensor(carried: Sequence[Tensor], tensor: int, tensors: int) -> list[Tensor]:
-        """Returns the traces that are contracted with the gradient at one tensor of the state."""
-        each = len(carried) // tensors
-        return list(carried[tensor * each : (tensor + 1) * each])
-
-    @staticmethod
-    def contract(gradient: Tensor, carried: Sequence[Tensor]) -> list[Tensor]:
-        """Returns a gradient for each parameter from that at a tensor of the state, [B, H]."""
+    def contract(gradients: Sequence[Tensor], carried: Sequence[Tensor]) -> list[Tensor]:
+        """Returns a gradient for each parameter from those at the tensors of the state, each [B, H]."""
+        each = len(carried) // len(gradients)
         found = []
-        for trace in carried:
-            rows = gradient.repeat(1, trace.shape[2] // gradient.shape[1])
-            found.append(torch.einsum("bg,bg...->g...", rows, trace[0]))
+        for p in range(each):
+            gates = carried[p].shape[2] // gradients[0].shape[1]
+            terms = (
+                torch.einsum("bg,bg...->g...", gradient.repeat(1, gates), carried[s * each + p][0])
+                for s, gradient in enumerate(gradients)
+            )
+            found.append(sum(terms, next(terms)))
         return found
 
     @staticmethod
@@ -139,37 +162,36 @@ class Factored:
 
     @staticmethod
     def initial(weights: Sequence[Tensor], lanes: int, tensors: int) -> list[Tensor]:
-        """Returns ξ [1, B, D], [1, B, H] and [1, B, 1], then for each tensor of the state ε of both matrices, [1, B, G]."""
+        """Returns ξ [1, B, D], [1, B, H] and [1, B, 1], then ε [1, B, S, G] of the matrix of the inputs.
+
+        A cell whose matrices have other slopes, the GRU, has a second ε.
+        """
         w_ih, w_hh, *_ = weights
         inputs = [w_ih.new_zeros(1, lanes, size) for size in (w_ih.shape[1], w_hh.shape[1], 1)]
-        return [*inputs, *(w_ih.new_zeros(1, lanes, len(w_ih)) for _ in range(2 * tensors))]
+        return [*inputs, *(w_ih.new_zeros(1, lanes, tensors, len(w_ih)) for _ in range(3 - tensors))]
 
     @staticmethod
-    def of_tensor(carried: Sequence[Tensor], tensor: int, tensors: int) -> list[Tensor]:
-        """Returns the traces that are contracted with the gradient at one tensor of the state."""
-        return [*carried[:3], *carried[3 + 2 * tensor : 5 + 2 * tensor]]
-
-    @staticmethod
-    def contract(gradient: Tensor, carried: Sequence[Tensor]) -> list[Tensor]:
-        """Returns a gradient for each parameter from that at a tensor of the state, [B, H]."""
-        of_x, of_h, of_one, slopes_x, slopes_h = (trace[0] for trace in carried)
-        rows = gradient.repeat(1, slopes_x.shape[1] // gradient.shape[1])
-        x_rows, h_rows = rows * slopes_x, rows * slopes_h
+    def contract(gradients: Sequence[Tensor], carried: Sequence[Tensor]) -> list[Tensor]:
+        """Returns a gradient for each parameter from those at the tensors of the state, each [B, H]."""
+        of_x, of_h, of_one, *slopes = (trace[0] for trace in carried)
+        at = torch.stack(list(gradients), 1)  # [B, S, H]
+        found = [(each.unflatten(-1, (-1, at.shape[-1])) * at[:, :, None]).sum(1).flatten(1) for each in slopes]
+        x_rows, h_rows = found[0], found[-1]
         return [x_rows.T @ of_x, h_rows.T @ of_h, (x_rows * of_one).sum(0), (h_rows * of_one).sum(0)]
 
     @staticmethod
     def step(carried: Sequence[Tensor], x: Tensor, h: Tensor, step: Step) -> list[Tensor]:
         """Returns the traces after a step with inputs x [B, D] from a state with h [B, H]."""
-        tensors = len(step.state)
-        gates = step.of_inputs.shape[-1] // step.jacobian.shape[-1]
-        jacobian = step.jacobian.repeat(1, 1, 1, gates) * DECAY
-        found = [DECAY * carried[0] + x, DECAY * carried[1] + h, DECAY * carried[2] + 1]
-        for s in range(tensors):
-            for p, slopes in enumerate((step.of_inputs, step.of_hidden)):
-                new = (1 - DECAY) * slopes[s]
+        units, tensors = step.jacobian.shape[-1], len(step.state)
+        found = [torch.add(new, trace, alpha=DECAY) for new, trace in ((x, carried[0]), (h, carried[1]))]
+        found.append(DECAY * carried[2] + 1)
+        for slope, trace in zip((step.of_inputs, step.of_hidden), carried[3:], strict=False):
+            before = trace[0].unflatten(-1, (-1, units))  # [B, S, gates, H]
+            moved = (slope * (1 - DECAY)).unflatten(-1, (-1, units))  # [S, B, gates, H]
+            for s in range(tensors):
                 for other in range(tensors):
-                    new = torch.addcmul(new, jacobian[s, other], carried[3 + 2 * other + p][0])
-                found.append(new[None])
+                    moved[s].addcmul_(step.jacobian[s, other][:, None], before[:, other], value=DECAY)
+            found.append(moved.flatten(2).transpose(0, 1)[None])
         return found
 
 
@@ -241,8 +263,7 @@ class DenseRNN(nn.Module):
         self, inputs: Tensor, state: Sequence[Tensor], carried: Sequence[Tensor], weights: Sequence[Tensor]
     ) -> tuple[Tensor, tuple[Tensor, ...], Sequence[Tensor]]:
         """Runs one layer; returns its outputs, its last state and the traces there."""
-        parts = (self._rule.of_tensor(carried, s, self._tensors) for s in range(self._tensors))
-        now = tuple(traces.attach(leaf, own, weights, self._rule.contract) for leaf, own in zip(state, parts, strict=True))
+        now = traces.attach(state, carried, weights, self._rule.contract)
         active = traces.is_active(weights)
         moved = traces.plain(carried)
         outputs = []

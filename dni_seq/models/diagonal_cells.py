@@ -57,7 +57,7 @@ class MinGRU(nn.Module):
         """
         start = state
         if carried:
-            start = traces.attach(state, carried, self.own_parameters, self._contract)
+            (start,) = traces.attach([state], carried, self.own_parameters, self._contract)
         pre_gate, candidate = self.gates(inputs).chunk(2, -1)
         gate = pre_gate.sigmoid()
         states = gated(1 - gate, gate * candidate, start)
@@ -66,7 +66,8 @@ class MinGRU(nn.Module):
         return states, self._carried_on(carried, inputs, gate, candidate, states, state)
 
     @staticmethod
-    def _contract(gradient: Tensor, carried: Sequence[Tensor]) -> list[Tensor]:
+    def _contract(gradients: Sequence[Tensor], carried: Sequence[Tensor]) -> list[Tensor]:
+        (gradient,) = gradients
         both = torch.cat([gradient, gradient], -1)
         return [torch.einsum("br,brd->rd", both, carried[0]), (both * carried[1]).sum(0)]
 
@@ -142,7 +143,7 @@ class LRU(nn.Module):
         """
         start = state
         if carried:
-            start = traces.attach(state, carried, self.own_parameters, self._contract)
+            (start,) = traces.attach([state], carried, self.own_parameters, self._contract)
         real, imaginary = self.eigenvalues()
         driven = (inputs @ self.into.T) * self.gamma.exp().repeat(2)
         states = rotation(real, imaginary, driven, start)
@@ -153,7 +154,8 @@ class LRU(nn.Module):
         return outputs, states[-1], self._carried_on(carried, inputs, driven, states, state)
 
     @staticmethod
-    def _contract(gradient: Tensor, carried: Sequence[Tensor]) -> list[Tensor]:
+    def _contract(gradients: Sequence[Tensor], carried: Sequence[Tensor]) -> list[Tensor]:
+        (gradient,) = gradients
         of_scalars, of_into = carried
         three = (gradient[:, None] * of_scalars).sum(0).unflatten(-1, (2, -1)).sum(1)  # [3, N]
         real, imaginary = gradient.chunk(2, -1)

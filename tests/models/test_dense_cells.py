@@ -84,13 +84,18 @@ def test_factored_traces_are_their_equations(kind):
                     moved[s, p, :, g] = DECAY * carried + (1 - DECAY) * slopes[s, :, g]
         eps, now = moved, list(step.state)
     found = [leaf.detach().as_subclass(torch.Tensor)[0] for leaf in state[tensors:]]
-    for mine, expected in zip(found, [xi_x, xi_h, found[2], *eps.flatten(0, 1)], strict=True):
+    slopes = [eps[:, p].transpose(0, 1) for p in range(3 - tensors)]  # [B, S, G]; both matrices of an LSTM have the same
+    torch.testing.assert_close(eps[:, 0] if kind == "lstm" else eps, eps[:, 1] if kind == "lstm" else eps, **EXACT)
+    for mine, expected in zip(found, [xi_x, xi_h, found[2], *slopes], strict=True):
         torch.testing.assert_close(mine, expected, **EXACT)
-    gradient = torch.randn(LANES, UNITS, dtype=torch.float64)
-    product = torch.einsum("bg,bd->bgd", eps[0, 0], xi_x)
-    expected = torch.einsum("bg,bgd->gd", gradient.repeat(1, len(weights[0]) // UNITS), product)
-    carried = rnn._rule.of_tensor(found and [leaf[None] for leaf in found], 0, tensors)
-    torch.testing.assert_close(rnn._rule.contract(gradient, carried)[0], expected, **EXACT)
+    gradients = [torch.randn(LANES, UNITS, dtype=torch.float64) for _ in range(tensors)]
+    expected = 0.0
+    for s, gradient in enumerate(gradients):
+        product = torch.einsum("bg,bd->bgd", eps[s, 1], xi_h)
+        expected = expected + torch.einsum("bg,bgd->gd", gradient.repeat(1, len(weights[0]) // UNITS), product)
+    contracted = rnn._rule.contract(gradients, [leaf[None] for leaf in found])
+    torch.testing.assert_close(contracted[1], expected, **EXACT)
+    assert [tuple(each.shape) for each in contracted] == [tuple(weight.shape) for weight in weights]
 
 
 @pytest.mark.parametrize("kind", STEP)
