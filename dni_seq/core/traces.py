@@ -71,10 +71,15 @@ def attach(
         parameters: the parameters, in the order in which `contract` returns gradients.
         contract: computes a_kᵀ E_k.
     """
-    if not is_active(parameters) or any(trace.requires_grad for trace in traces):
+    if not start_a_graph(traces, parameters):
         return tuple(state)
     attached: tuple[Tensor, ...] = _Attach.apply(contract, len(state), len(traces), *state, *plain(traces), *parameters)
     return attached
+
+
+def start_a_graph(traces: Sequence[Tensor], parameters: Sequence[Tensor]) -> bool:
+    """Returns whether the state that carries these traces begins a graph, so that they are contracted there."""
+    return is_active(parameters) and not any(trace.requires_grad for trace in traces)
 
 
 def carry(traces: Sequence[Tensor], state: Tensor) -> list[Trace]:

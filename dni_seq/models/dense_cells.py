@@ -16,7 +16,7 @@ S = tensors of a state.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -46,11 +46,16 @@ class Step(NamedTuple):
     of_hidden: Tensor
 
 
-class _LSTMGates(torch.autograd.Function):
-    """The elementwise part of an LSTM's step. Its derivatives serve the backward pass and the traces."""
+class _LSTMStep(torch.autograd.Function):
+    """One step of an LSTM. With factored traces of the state before it, the backward pass contracts them too.
+
+    The gradient of a weight matrix is then one product, of the step's own slopes and inputs above those of the traces.
+    """
 
     @staticmethod
-    def forward(ctx: Any, pre: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def forward(ctx: Any, x: Tensor, h: Tensor, c: Tensor, *others: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        w_ih, w_hh, b_ih, b_hh, *carried = others
+        pre = functional.linear(x, w_ih, b_ih) + functional.linear(h, w_hh, b_hh)
         i, f, g, o = pre.unflatten(-1, (4, -1)).unbind(1)
         i, f, g, o = i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()
         cell = torch.addcmul(f * c, i, g)
@@ -63,34 +68,46 @@ class _LSTMGates(torch.autograd.Function):
         torch.mul(i, 1 - g * g, out=of_cell[:, 2])
         torch.mul(of_cell, through[:, None], out=slopes[0])
         torch.mul(squashed, o * (1 - o), out=slopes[0][:, 3])
-        from_c = torch.stack([through * f, f])
-        ctx.save_for_backward(slopes, from_c)
         slopes = slopes.flatten(2)
+        from_c = torch.stack([through * f, f])
+        ctx.save_for_backward(x, h, w_ih, w_hh, slopes, from_c, *carried)
         ctx.mark_non_differentiable(slopes, from_c)
         return o * squashed, cell, slopes, from_c
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
-        slopes, from_c = ctx.saved_tensors
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        x, h, w_ih, w_hh, slopes, from_c, *carried = ctx.saved_tensors
         of_h, of_c = gradients[:2]
-        pre = torch.addcmul(slopes[0] * of_h[:, None], slopes[1], of_c[:, None])
-        return pre.flatten(1), torch.addcmul(from_c[0] * of_h, from_c[1], of_c)
+        rows = (slopes.unflatten(-1, (4, -1)) * torch.stack([of_h, of_c])[:, :, None]).sum(0).flatten(1)  # [B, G]
+        at_c = torch.addcmul(from_c[0] * of_h, from_c[1], of_c)
+        trains = any(ctx.needs_input_grad[3:7])
+        at_h = rows @ w_hh if ctx.needs_input_grad[1] or (trains and carried) else None
+        of_weights: list[Tensor | None] = [None] * 4
+        if trains:
+            bias, inputs, hidden, both = rows.sum(0), x, h, rows
+            if carried:
+                assert at_h is not None
+                older = Factored.rows([at_h, at_c], carried)[0]
+                bias = bias + (older * carried[2][0]).sum(0)
+                inputs, hidden = torch.cat([x, carried[0][0]]), torch.cat([h, carried[1][0]])
+                both = torch.cat([rows, older])
+            of_weights = [both.T @ inputs, both.T @ hidden, bias, bias]
+        of_x = rows @ w_ih if ctx.needs_input_grad[0] else None
+        return (of_x, at_h, at_c, *of_weights, *(None for _ in carried))
 
 
-def lstm_step(x: Tensor, state: Sequence[Tensor], weights: Sequence[Tensor]) -> Step:
+def lstm_step(x: Tensor, state: Sequence[Tensor], weights: Sequence[Tensor], carried: Sequence[Tensor] = ()) -> Step:
     """Returns one step of PyTorch's LSTM, and its derivatives without a graph.
 
     Args:
         x: [B, D].
         state: (h, c).
         weights: weight_ih [4H, D], weight_hh [4H, H], bias_ih and bias_hh [4H].
+        carried: factored traces of the state, to be contracted with the gradient that arrives at it; or nothing.
     """
-    h, c = state
-    w_ih, w_hh, b_ih, b_hh = weights
-    pre = functional.linear(x, w_ih, b_ih) + functional.linear(h, w_hh, b_hh)
-    hidden, cell, slopes, from_c = _LSTMGates.apply(pre, c)
+    hidden, cell, slopes, from_c = _LSTMStep.apply(x, *state, *weights, *carried)
     with torch.no_grad():
-        own = w_hh.unflatten(0, (4, -1)).diagonal(dim1=1, dim2=2)  # a unit's own recurrent weights, [4, H]
+        own = weights[1].unflatten(0, (4, -1)).diagonal(dim1=1, dim2=2)  # a unit's own recurrent weights, [4, H]
         from_h = (slopes.unflatten(-1, (4, -1)) * own).sum(2)
         jacobian = torch.stack([from_h, from_c], 1)
     return Step((hidden, cell), jacobian, slopes, slopes)
@@ -173,11 +190,17 @@ class Factored:
     @staticmethod
     def contract(gradients: Sequence[Tensor], carried: Sequence[Tensor]) -> list[Tensor]:
         """Returns a gradient for each parameter from those at the tensors of the state, each [B, H]."""
-        of_x, of_h, of_one, *slopes = (trace[0] for trace in carried)
-        at = torch.stack(list(gradients), 1)  # [B, S, H]
-        found = [(each.unflatten(-1, (-1, at.shape[-1])) * at[:, :, None]).sum(1).flatten(1) for each in slopes]
-        x_rows, h_rows = found[0], found[-1]
+        of_x, of_h, of_one, *_ = (trace[0] for trace in carried)
+        rows = Factored.rows(gradients, carried)
+        x_rows, h_rows = rows[0], rows[-1]
         return [x_rows.T @ of_x, h_rows.T @ of_h, (x_rows * of_one).sum(0), (h_rows * of_one).sum(0)]
+
+    @staticmethod
+    def rows(gradients: Sequence[Tensor], carried: Sequence[Tensor]) -> list[Tensor]:
+        """Returns a_k ε for each ε, [B, G]: the gradient with respect to earlier pre-activations, but for their inputs ξ."""
+        at = torch.stack(list(gradients), 1)  # [B, S, H]
+        each = (trace[0].unflatten(-1, (-1, at.shape[-1])) for trace in carried[3:])
+        return [(slopes * at[:, :, None]).sum(1).flatten(1) for slopes in each]
 
     @staticmethod
     def step(carried: Sequence[Tensor], x: Tensor, h: Tensor, step: Step) -> list[Tensor]:
@@ -223,7 +246,7 @@ class DenseRNN(nn.Module):
         self.rnn = (nn.LSTM if kind == "lstm" else nn.GRU)(inputs, units, layers)
         self.dropout = nn.Dropout(dropout)
         self._tensors = 2 if kind == "lstm" else 1
-        self._step = lstm_step if kind == "lstm" else gru_step
+        self._step: Callable[..., Step] = lstm_step if kind == "lstm" else gru_step
         self._rule: Any = SnAp1 if traces == "snap1" else Factored
 
     @property
@@ -263,12 +286,18 @@ class DenseRNN(nn.Module):
         self, inputs: Tensor, state: Sequence[Tensor], carried: Sequence[Tensor], weights: Sequence[Tensor]
     ) -> tuple[Tensor, tuple[Tensor, ...], Sequence[Tensor]]:
         """Runs one layer; returns its outputs, its last state and the traces there."""
-        now = traces.attach(state, carried, weights, self._rule.contract)
         active = traces.is_active(weights)
         moved = traces.plain(carried)
+        within: Sequence[Tensor] = ()  # traces that the first step contracts
+        now = tuple(state)
+        if self._step is lstm_step and self._rule is Factored:
+            within = moved if traces.start_a_graph(carried, weights) else ()
+        else:
+            now = traces.attach(state, carried, weights, self._rule.contract)
         outputs = []
         for x in inputs:
-            step = self._step(x, now, weights)
+            step = self._step(x, now, weights, within) if within else self._step(x, now, weights)
+            within = ()
             if active:
                 with torch.no_grad():
                     moved = self._rule.step(moved, x, now[0], step)

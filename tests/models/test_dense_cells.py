@@ -99,6 +99,32 @@ def test_factored_traces_are_their_equations(kind):
 
 
 @pytest.mark.parametrize("kind", STEP)
+@pytest.mark.parametrize("traces", APPROXIMATE)
+@pytest.mark.parametrize("length", [1, 3])
+def test_a_windows_gradient_is_its_own_and_what_arrives_times_the_trace(kind, traces, length):
+    """By PyTorch's cell alone: its gradients, those at its first state, and the rule's contraction of the two."""
+    rnn = network(kind, traces)
+    inputs = text(7)
+    _, state = rnn(inputs[:4])
+    state = states.detach(state)
+    window = inputs[4 : 4 + length].clone().requires_grad_()
+    leaves = [leaf.detach().clone().requires_grad_() for leaf in state[: rnn._tensors]]
+    outputs, last = rnn(window, (*leaves, *state[rnn._tensors :]))
+    found = torch.autograd.grad((outputs**3).sum() + last[0].sum(), [window, *leaves, *rnn.parameters()])
+    start = [leaf.detach().clone().requires_grad_() for leaf in leaves]
+    outputs, last = rnn.rnn(window, tuple(start) if kind == "lstm" else start[0])
+    loss = (outputs**3).sum() + (last[0] if kind == "lstm" else last).sum()
+    own = torch.autograd.grad(loss, [window, *start, *rnn.rnn.parameters()])
+    arrived = [gradient[0] for gradient in own[1 : 1 + rnn._tensors]]
+    carried = [leaf.as_subclass(torch.Tensor) for leaf in state[rnn._tensors :]]
+    older = rnn._rule.contract(arrived, carried)
+    expected = [*own[: 1 + rnn._tensors], *(a + b for a, b in zip(own[1 + rnn._tensors :], older, strict=True))]
+    for mine, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, other, **EXACT)
+    assert any(gradient.abs().max() > 1e-3 for gradient in older)
+
+
+@pytest.mark.parametrize("kind", STEP)
 def test_snap1_is_nearer_to_full_bptt_than_truncation_is(kind):
     """The loss of the last step alone, over single steps: its whole credit comes from before the window."""
     rnn = network(kind, "snap1")
