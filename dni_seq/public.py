@@ -1,6 +1,7 @@
 """The public names of `dni_seq`, which imports this module at their first use."""
 
 from dni_seq.check import check_model
+from dni_seq.core.burn_in import burn_in
 from dni_seq.core.deferred_backward import GradientAccumulator, backward, defer_backward
 from dni_seq.core.nonfinite import NonFiniteError
 from dni_seq.core.windows import Lookahead, Window, with_lookahead
@@ -65,6 +66,7 @@ __all__ = [
     "Window",
     "WindowRunner",
     "backward",
+    "burn_in",
     "check_model",
     "defer_backward",
     "fidelity",

@@ -5,6 +5,10 @@ in. The network sees the hours one by one, in windows of six, and errors of the 
 What they will be can hardly be told from the state alone; the known inputs of the next six hours, the context here, tell
 how the state will matter there. The demand that was measured there lies in the data that is trained on: the synthesizer may
 see it too, as the network that forecasts never does, and `LookaheadEncoder` shows it both.
+
+Records are a month long, and the network starts each with a state of zeros, which does not know how warm the building is.
+The first day is a burn-in: it warms the state up, and its errors do not count. With records of five days, in which less
+crosses a window's end, truncated BPTT had the smaller error (0.015 against 0.016 to 0.024, one seed).
 """
 
 from __future__ import annotations
@@ -16,7 +20,7 @@ from torch import Tensor, nn
 
 import dni_seq as dni
 
-WINDOW, LANES, UNITS = 6, 32, 32
+WINDOW, LANES, UNITS, DAY, MONTH = 6, 32, 32, 24, 720
 
 
 class KnownFuture(nn.Module):
@@ -74,9 +78,10 @@ def train(windows: list[dni.Window], encoder: nn.Module | None, synthetic: bool)
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
     trainer = dni.SequenceTrainer(model, optimizer, losses, synthesizer=synthesizer, config=config, clip=1.0)
     errors, cosines = [], []
-    for window in dni.with_lookahead(windows, WINDOW):
-        result = trainer.step(window.inputs, window.targets, lookahead=window.lookahead if encoder is not None else None)
-        errors.append(float(result.loss))
+    for inputs, targets, mask, ends, lookahead in dni.with_lookahead(dni.burn_in(windows, DAY), WINDOW):
+        context = lookahead if encoder is not None else None
+        result = trainer.step(inputs, targets, mask=mask, ends=ends, lookahead=context)
+        errors += [float(result.loss)] if mask.any() else []
         if result.synthetic is not None and result.synthetic.fidelity is not None:
             cosines.append(float(result.synthetic.fidelity.horizons[0].cosine))
     late = errors[-len(errors) // 10 :]
@@ -87,7 +92,10 @@ def main(windows: int = 500) -> None:
     torch.set_num_threads(1)  # tensors are small: a second thread would only wait
     torch.manual_seed(0)
     inputs, demand = buildings(windows * WINDOW)
-    pieces = [dni.Window(*pair) for pair in zip(inputs.split(WINDOW), demand.split(WINDOW), strict=True)]
+    pieces = [
+        dni.Window(*pair, ends=torch.ones(LANES, dtype=torch.bool) if index * WINDOW % MONTH == 0 else None)
+        for index, pair in enumerate(zip(inputs.split(WINDOW), demand.split(WINDOW), strict=True), 1)
+    ]
     for name, encoder, synthetic in (
         ("truncated BPTT", None, False),
         ("synthetic gradients, the future unknown", None, True),

@@ -57,6 +57,14 @@ def test_time_series_messages_get_truer_with_what_is_known(run):
     assert unknown < inputs < both
 
 
+def test_recurrent_policy_learns_to_remember(run):
+    points = run("recurrent_policy", 180)
+    assert [update for update, _ in points] == [30, 60, 90, 120, 150, 180]
+    assert points[0][1] < 80  # chance is 50
+    assert points[-1][1] > 95
+    assert len((EXAMPLES / "recurrent_policy.py").read_text().splitlines()) <= 60
+
+
 def test_bare_interfaces_train_in_time_and_in_depth(run):
     (_, cut), (_, injected), (plain,), (decoupled,) = run("bare_interfaces", 120, 150)
     # Uniform over the 90 characters is 4.5 nats.

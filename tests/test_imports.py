@@ -38,6 +38,7 @@ MAY_IMPORT = {
     "app.decoupled": {*LIBRARY, "app.runs", "app.build"},
     "app.studies": {*LIBRARY, "app.runs", "app.build", "app.lm", "app.tasks", "app.feedforward"},
     "app": {"app.runs"},
+    "integrations": {*LIBRARY, "app.runs", "app.lm"},
 }
 """What the files of a folder may import of other folders; `trainer` is the file, `dni_seq` the package's first
 file, which takes the public names from `public`."""

@@ -41,6 +41,7 @@ class LanguageModel(nn.Module):
         embedding: nn.Embedding(V, E).
         rnn: the recurrent network.
         projection: nn.Linear(H, V).
+        settings: the arguments of the constructor, by name.
         native_steps: longest window, in steps, that runs on PyTorch's native LSTM kernel on the CPU; see
             `lstm_kernels.native_up_to`.
 
@@ -65,6 +66,8 @@ class LanguageModel(nn.Module):
         super().__init__()
         sizes = {"vocabulary_size": vocabulary_size, "embed": embed, "hidden": hidden, "layers": layers}
         _check_settings(sizes, cell, dropout, tied, sparse_embedding)
+        options = {"dropout": dropout, "tied": tied, "sparse_embedding": sparse_embedding, "traces": traces}
+        self.settings: dict[str, Any] = {"cell": cell, **sizes, **options}
         self.cell, self.hidden, self.layers = cell, hidden, layers
         self.dropout = nn.Dropout(dropout)
         self.embedding = nn.Embedding(vocabulary_size, embed, sparse=sparse_embedding)

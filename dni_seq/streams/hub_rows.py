@@ -51,7 +51,7 @@ class RowDocuments(Documents):
         self.column, self.render, self.nulls = column, render, nulls
         # A data set keeps the state of its last iteration, so each reader has its own copy. A later copy could race with a
         # thread that changes objects that the copies share, such as the cache of a file system.
-        self._frozen = pickle.dumps(dataset)
+        self._copy = _copies(dataset)
 
     def read(self, position: Position | None = None) -> Reader:
         """Returns a reader over a copy of the data set."""
@@ -59,7 +59,32 @@ class RowDocuments(Documents):
 
     def dataset(self) -> Any:
         """Returns a copy of the data set."""
-        return pickle.loads(self._frozen)
+        return self._copy()
+
+    def text_of(self, row: Any) -> str | None:
+        """Returns the text of a row, None to skip the row.
+
+        Raises:
+            DataError: the row has no text.
+        """
+        return text_in(row, self.column, partial(_place, self.name, row), self.nulls)
+
+
+def _copies(dataset: Any) -> Callable[[], Any]:
+    """Returns a function that copies `dataset` as it is now.
+
+    Raises:
+        DataError: the data set holds an object that cannot be copied, such as a generator.
+    """
+    try:
+        return partial(pickle.loads, pickle.dumps(dataset))
+    except (pickle.PicklingError, AttributeError, TypeError):  # it maps a lambda or a local function
+        import dill  # `datasets` needs it
+
+    try:
+        return partial(dill.loads, dill.dumps(dataset))
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        raise DataError(f"the data set cannot be copied, which resuming needs: {first_line(error)}") from error
 
 
 class _RowReader(WholeReader):
@@ -76,8 +101,7 @@ class _RowReader(WholeReader):
         documents = self._documents
         found = None
         while found is None:
-            row = self._patient_row()
-            found = text_in(row, documents.column, partial(_place, documents.name, row), documents.nulls)
+            found = documents.text_of(self._patient_row())
             self._rows += 1
         text = documents.render(found)
         self._characters += len(text)

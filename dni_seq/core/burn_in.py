@@ -1,0 +1,71 @@
+"""Burn-in: the first steps of a sequence update the state and count in no loss.
+
+Source: Kapturowski et al. 2019, "Recurrent Experience Replay in Distributed Reinforcement Learning" (R2D2), section 3. There
+the stored state may be out of date, and the first steps of a replayed sequence update it. In a forecast they warm up a state
+of zeros.
+
+Legend: T = window length in steps, B = lanes, m = lookahead in steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+
+from dni_seq.core.windows import Window, counted, first_tensor
+
+
+def burn_in(windows: Iterable[Window | tuple[Any, ...]], steps: int) -> Iterator[Window]:
+    """Yields each window with a mask that is False in the first `steps` steps of every sequence.
+
+    A lane's sequence begins with the first window, and again after each window whose `ends` is True for the lane. A burn-in
+    may be longer than a window. A window's own mask stays in force, and the steps that it masks count towards `steps`.
+    Lookaheads are masked in the same way, so `with_lookahead` may come before or after `burn_in`.
+
+    The model runs through these steps as through all others. Within a window, losses of later steps propagate through them.
+    Choose a multiple of T to cut the gradient at the end of the burn-in, as R2D2 does. A window without a step that counts
+    has loss 0.
+
+    The count of steps is not part of a stream's saved position: every call of `burn_in` starts at 0. After a resume within
+    a sequence the burn-in runs once more.
+
+    Args:
+        windows: consecutive windows of a stream, as `Window` or as tuples of its first fields, such as (inputs, targets).
+        steps: the length of the burn-in; 0 returns every window unchanged.
+
+    Raises:
+        ValueError: `steps` is negative, or two windows differ in B.
+    """
+    if steps < 0:
+        raise ValueError(f"burn-in must be 0 or more steps, got {steps}")
+    return _masked((window if isinstance(window, Window) else Window(*window) for window in windows), steps)
+
+
+def _masked(windows: Iterator[Window], steps: int) -> Iterator[Window]:
+    """Yields the windows with their masks."""
+    passed = None  # [B], steps of each lane's sequence before the window
+    for window in windows:
+        if steps == 0:
+            yield window
+            continue
+        inputs = first_tensor(window.inputs)
+        length, lanes = inputs.shape[:2]
+        if passed is None:
+            passed = torch.zeros(lanes, dtype=torch.int64, device=inputs.device)
+        elif len(passed) != lanes:
+            raise ValueError(f"a window has {lanes} lanes, the one before it {len(passed)}: they must agree")
+        mask = counted(window) & _after(passed, length, steps)
+        passed = passed + length
+        lookahead = window.lookahead
+        if lookahead is not None:
+            lookahead = lookahead._replace(mask=lookahead.counts & _after(passed, len(lookahead.valid), steps))
+        if window.ends is not None:
+            passed = torch.where(window.ends.to(passed.device), 0, passed)
+        yield window._replace(mask=mask, lookahead=lookahead)
+
+
+def _after(passed: torch.Tensor, length: int, steps: int) -> torch.Tensor:
+    """Returns which of the `length` steps after `passed` [B] follow the burn-in of `steps`, [length, B] bool."""
+    return passed + torch.arange(length, device=passed.device)[:, None] >= steps
