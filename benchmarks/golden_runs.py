@@ -18,11 +18,13 @@ The file uses the commands' options and modules, `SequenceTrainer.step` and `sum
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import importlib
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 import tempfile
@@ -94,7 +96,7 @@ def record(script: Path, options: list[str]) -> dict[str, Any]:
 
     dni.SequenceTrainer.step = watched  # type: ignore[method-assign]
     with tempfile.TemporaryDirectory() as folder:
-        status = command_of(script).main([*options, "--run-dir", f"{folder}/run"])
+        status = main_of(script)([*options, "--run-dir", f"{folder}/run"])
         summary = json.loads(Path(folder, "run", "summary.json").read_text())
     assert status == 0, f"{script.name} {' '.join(options)} ended with status {status}"
     scores = [summary.get(name, {}).get("loss") for name in ("valid", "test")]
@@ -111,11 +113,10 @@ def record(script: Path, options: list[str]) -> dict[str, Any]:
     }
 
 
-def command_of(script: Path) -> Any:
-    """The module of a script's command, as the script's docstring names it."""
+def main_of(script: Path) -> Any:
+    """The function `main` of a command: of the module that its script names, or of the script in an older checkout."""
     named = re.search(r"The code is `(dni_seq[\w.]+)`", script.read_text(encoding="utf-8"))
-    assert named is not None, f"{script} does not name its module"
-    return importlib.import_module(named[1])
+    return runpy.run_path(str(script))["main"] if named is None else importlib.import_module(named[1]).main
 
 
 def digest(numbers: list[float]) -> str:
@@ -130,8 +131,10 @@ def record_all(tree: Path, output: Path, data_dir: Path | None, only: str) -> in
 
     assert Path(dni_seq.__file__).is_relative_to(tree), f"{dni_seq.__file__} is not in {tree}"
     # Imports, so that the children need not. The commands themselves may import torch only when they are called.
+    main_of(tree / "scripts" / "train_lm.py")
     for module in ("dni_seq.app.lm.build_trainer", "dni_seq.app.lm.training"):
-        importlib.import_module(module)
+        with contextlib.suppress(ImportError):  # modules of other checkouts have other names
+            importlib.import_module(module)
     failed = 0
     for name, script, options in runs(data_dir):
         if only not in name:
