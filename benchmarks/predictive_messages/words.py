@@ -276,7 +276,7 @@ class Column:
 
 
 COLUMNS = {
-    "none": Column("none", (35, 20, 10)),
+    "none": Column("none", (35, 20, 10, 5)),
     "dense": Column("dense", (35,), (1.0, 0.3, 0.1, 0.03), every=5),
     "multi-horizon": Column("multi-horizon", (5,)),
     "multi-token": Column("multi-token", (35,), (1.0, 0.3, 0.1, 4.0)),
