@@ -16,6 +16,8 @@ from torch import Tensor
 from dni_seq.core import states
 from dni_seq.core.snapshot import undo_runs
 from dni_seq.core.windows import Window, first_tensor
+from dni_seq.credit.fidelity import cosine
+from dni_seq.credit.replay import unrolled_losses
 from dni_seq.trainer import SequenceTrainer
 
 
@@ -117,13 +119,7 @@ def _exact(trainer: SequenceTrainer, windows: list[Window]) -> dict[str, Tensor]
     runner = trainer.runner
     first = first_tensor(windows[0].inputs)
     state = runner.initial_state(first.shape[runner.batch_dim])
-    total: Tensor | None = None
-    for window in windows:
-        outputs, last = runner.run(window.inputs, state)
-        loss = runner.loss(outputs, window.targets, window.mask)
-        total = loss if total is None else total + loss
-        state = runner.reset(last, window.ends)
-    assert total is not None
+    total = torch.stack(unrolled_losses(runner, windows, state)).sum()
     names, parameters = zip(*trainer.model.named_parameters(), strict=True)
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     found = iter(torch.autograd.grad(total, trained, allow_unused=True))
@@ -136,5 +132,4 @@ def _exact(trainer: SequenceTrainer, windows: list[Window]) -> dict[str, Tensor]
 
 def _compared(estimate: Tensor, exact: Tensor) -> ParameterFidelity:
     size, other = float(estimate.norm()), float(exact.norm())
-    cosine = float(estimate.flatten() @ exact.flatten()) / (size * other) if size and other else 0.0
-    return ParameterFidelity(cosine, size / other if other else float("nan"))
+    return ParameterFidelity(float(cosine([estimate], [exact])), size / other if other else float("nan"))

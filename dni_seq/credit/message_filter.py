@@ -90,8 +90,6 @@ class FilteredInterface(BackwardInterface):
         self._filter = message_filter
         self.norm = torch.zeros(())
         self.valid = torch.ones((), dtype=torch.bool)
-        self._at_last: list[State] | None = None
-        self._inner_valid: Tensor | None = None
 
     def send_inner(
         self,
@@ -101,10 +99,10 @@ class FilteredInterface(BackwardInterface):
         context: Lookahead,
         rule: TargetRule,
         batch_dim: Any,
-    ) -> None:
-        """Injects messages at states inside a window. `backward` must follow, and takes its messages from the same call.
+    ) -> tuple[list[State], Tensor]:
+        """Injects messages at states inside a window; those at its last state are predicted in the same call.
 
-        A message at one of the states is rejected with those at the others.
+        The messages at all states are accepted or rejected together.
 
         Args:
             scope: of the window.
@@ -113,35 +111,31 @@ class FilteredInterface(BackwardInterface):
             context: the steps after it.
             rule: the coefficients of injection; the synthesizer must be self-supervised.
             batch_dim: the dimension of the lanes in the state's leaves, an int or a nest.
+
+        Returns:
+            The messages at the last state by horizon, for `backward`, zeros if they are rejected; and whether they are
+            accepted, 0-d bool.
         """
         count = len(inner.states) + 1
         joined = join([*inner.states, last], batch_dim)
         with several_states(self.synthesizer, count):
             messages = self._predicted(joined, join_contexts([*inner.contexts, context]), rule, scope)
         by_horizon = [split(message, last, count, batch_dim) for message in messages]
-        *at_inner, self._at_last = [list(messages) for messages in zip(*by_horizon, strict=True)]
+        *at_inner, at_last = [list(messages) for messages in zip(*by_horizon, strict=True)]
         injected = super()._injection(messages, rule)
         valid = self._filter.accepts(total_norm(injected))
         for state, found in zip(inner.states, at_inner, strict=True):
             gradients = [torch.where(valid, leaf, 0) for leaf in super()._injection(found, rule)]
             for leaf, gradient in with_gradients_wanted(states.floating(state), gradients):
                 scope.add(leaf, gradient)
-        self._inner_valid = valid
-
-    def _predicted(self, trigger: State, context: Any, rule: TargetRule, scope: GradientAccumulator | None) -> list[State]:
-        """Returns the messages at `trigger`; those at a last state may be known from `send_inner`."""
-        if self._at_last is None:
-            return super()._predicted(trigger, context, rule, scope)
-        found, self._at_last = self._at_last, None
-        return found
+        accepted = [states.map_floating(lambda leaf: torch.where(valid, leaf, 0), message) for message in at_last]
+        return accepted, valid
 
     def _injection(self, messages: list[State], rule: TargetRule) -> list[Tensor]:
         """Returns the weighted sum of the messages if it is valid, else zeros; sets `norm` and `valid`."""
         injected = super()._injection(messages, rule)
         self.norm = total_norm(injected)
         self.valid = self._filter.accepts(self.norm)
-        if self._inner_valid is not None:
-            self.valid, self._inner_valid = self.valid & self._inner_valid, None
         if not nonfinite.readable_without_sync(self.valid):
             return [torch.where(self.valid, leaf, 0) for leaf in injected]
         return injected if self.valid else [torch.zeros_like(leaf) for leaf in injected]

@@ -30,7 +30,6 @@ def run_in_chunks(
     mask: Tensor | None,
     state: State | None,
     steps: int,
-    recompute: bool = True,
 ) -> tuple[Any, State, Tensor]:
     """Runs a window chunk by chunk; returns the outputs without a graph, the last state and the loss, 0-d.
 
@@ -44,7 +43,6 @@ def run_in_chunks(
         mask: [T, B] bool, or None.
         state: the state before the window.
         steps: length of a chunk; the last one may be shorter.
-        recompute: False to keep all activations. The gradients are the same bits.
 
     Raises:
         ValueError: `loss_fn` returns a scalar, from which the chunks' losses cannot be joined.
@@ -60,10 +58,7 @@ def run_in_chunks(
     for begin in range(0, total, steps):
         span = slice(begin, begin + steps)
         chunk = states.map_tensors(partial(cut, span), (inputs, targets, mask))
-        if recompute:
-            outputs, state, loss = recomputed(run_chunk, chunk, state)
-        else:
-            outputs, state, loss = run_chunk(chunk, state)
+        outputs, state, loss = recomputed(run_chunk, chunk, state)
         if loss.dim() == 0:
             raise ValueError(
                 "checkpoint_every needs a loss_fn that returns unreduced losses [T, B], this one returned a scalar"

@@ -24,7 +24,7 @@ from torch import Tensor
 from dni_seq.core import states
 from dni_seq.core.states import State
 from dni_seq.core.vjp import without_parameter_gradients
-from dni_seq.core.windows import Lookahead, Nest
+from dni_seq.core.windows import Lookahead, Nest, Window
 from dni_seq.credit.window_runner import WindowRunner
 from dni_seq.synthesizers.base import match_message
 from dni_seq.synthesizers.target_rule import TargetRule, combine
@@ -81,15 +81,19 @@ def exact_gradients(
 @contextmanager
 def _unrolled(runner: WindowRunner, windows: Sequence[RecordedWindow]) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
     """Yields the leaves of the first state, and the losses of all windows, computed from it in one graph."""
-    losses = []
     with without_parameter_gradients(runner.model), torch.enable_grad():
         start = states.map_floating(lambda leaf: leaf.detach().requires_grad_(), windows[0].start)
-        state = start
-        for window in windows:
-            outputs, last = runner.run(window.inputs, state)
-            losses.append(runner.loss(outputs, window.targets, window.mask))
-            state = runner.reset(last, window.ends)
-        yield states.floating(start), losses
+        yield states.floating(start), unrolled_losses(runner, windows, start)
+
+
+def unrolled_losses(runner: WindowRunner, windows: Sequence[Window | RecordedWindow], state: State | None) -> list[Tensor]:
+    """Returns the losses of consecutive windows, computed from `state` in one graph."""
+    losses = []
+    for window in windows:
+        outputs, last = runner.run(window.inputs, state)
+        losses.append(runner.loss(outputs, window.targets, window.mask))
+        state = runner.reset(last, window.ends)
+    return losses
 
 
 def lambda_targets(

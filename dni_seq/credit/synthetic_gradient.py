@@ -145,18 +145,16 @@ class SyntheticCredit(Restorable):
         if not self.monitor.disabled:
             self.interface.observe(loss, scope, self._steps)
         rule, dims = self.rule, self.runner.state_batch_dim
-        if inner is not None and rule.self_supervised and context is not None:
-            self.interface.send_inner(scope, inner, last, context, rule, dims)
-            if not self.settings.message_at_end:
-                rule = rule._replace(injection=[0.0] * len(rule.injection))
+        teacher = None if self.target_network is None else self.target_network.module
         with synthesizer_context(context):
-            self.interface.backward(
-                last,
-                rule=rule,
-                bootstrap=None if self.target_network is None else self.target_network.module,
-                ends=ends,
-                batch_dim=dims,
-            )
+            if inner is None or context is None or not rule.self_supervised:
+                self.interface.backward(last, rule=rule, bootstrap=teacher, ends=ends, batch_dim=dims)
+            else:
+                messages, valid = self.interface.send_inner(scope, inner, last, context, rule, dims)
+                if not self.settings.message_at_end:
+                    rule = rule._replace(injection=[0.0] * len(rule.injection))
+                self.interface.inject(last, messages, rule, ends=ends, batch_dim=dims, bootstrap=teacher)
+                self.interface.valid = self.interface.valid & valid
         return self.interface.exchange(scope)
 
     def auxiliary_loss(self, early: State, exchange: ScopeExchange) -> Tensor | None:

@@ -122,7 +122,22 @@ class BackwardInterface(Interface):
         if rule is None:
             rule = rule_of(self.synthesizer, float(factor), float(factor))
         scope, context = current_scope(), current_context()
-        messages = self._checked(self._predicted(trigger, context, rule, scope), trigger, ends, batch_dim)
+        messages = self._predicted(trigger, context, rule, scope)
+        self.inject(trigger, messages, rule, ends=ends, batch_dim=batch_dim, bootstrap=bootstrap)
+
+    def inject(
+        self,
+        trigger: State,
+        messages: list[State],
+        rule: TargetRule,
+        *,
+        ends: Tensor | None,
+        batch_dim: Any,
+        bootstrap: nn.Module | None,
+    ) -> None:
+        """Does what `backward` does, with messages that are predicted already, by horizon."""
+        leaves, scope = states.floating(trigger), current_scope()
+        messages = self._checked(messages, trigger, ends, batch_dim)
         injected = self._injection(messages, rule)
         if rule.skip_injection:
             injected = [torch.zeros_like(leaf) for leaf in injected]
@@ -132,7 +147,7 @@ class BackwardInterface(Interface):
             return
         others = None
         if bootstrap is not None:
-            others = self._checked(self.messages(trigger, context, bootstrap), trigger, ends, batch_dim)
+            others = self._checked(self.messages(trigger, current_context(), bootstrap), trigger, ends, batch_dim)
         self.exchange(scope).add_end(InjectionPoint(leaves, injected, others or messages, rule, others is None))
 
     def _adapted(self, message: State, trigger: State) -> State:

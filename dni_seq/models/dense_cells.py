@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from dni_seq.core import traces
@@ -75,6 +76,7 @@ class _LSTMStep(torch.autograd.Function):
         return o * squashed, cell, slopes, from_c
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, h, w_ih, w_hh, slopes, from_c, *carried = ctx.saved_tensors
         of_h, of_c = gradients[:2]

@@ -62,10 +62,10 @@ def gated(a: Tensor, b: Tensor, start: Tensor) -> Tensor:
     return states
 
 
-def swap(x: Tensor, dim: int = -1) -> Tensor:
-    """Returns (im, re) for a tensor that holds real parts and then imaginary parts along `dim`."""
-    real, imaginary = x.chunk(2, dim)
-    return torch.cat([imaginary, real], dim)
+def swap(x: Tensor) -> Tensor:
+    """Returns (im, re) for a tensor that holds real parts and then imaginary parts along its last dimension."""
+    real, imaginary = x.chunk(2, -1)
+    return torch.cat([imaginary, real], -1)
 
 
 def rotate(real: Tensor, imaginary: Tensor, x: Tensor) -> Tensor:

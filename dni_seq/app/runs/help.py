@@ -53,7 +53,7 @@ def option_text(help: str, choices: Sequence[str] | None, default: str, *, short
         help: the help; remarks follow after a semicolon.
         choices: the allowed values, None for any.
         default: the default as text, empty if there is none.
-        short: whether to leave out the remarks, and a default that would need another line.
+        short: whether to skip the remarks, and a default that would need another line.
     """
     listed = f": {', '.join(choices)}" if choices else ""
     text = (help.split("; ", maxsplit=1)[0] if short else help) + listed

@@ -108,7 +108,7 @@ LAYOUT: Layout = MappingProxyType(
         },
     }
 )
-"""The dashboard of a language-model run in TensorBoard's tab "Custom Scalars". `dashboard.charts` leaves out the charts with
+"""The dashboard of a language-model run in TensorBoard's tab "Custom Scalars". `dashboard.charts` skips the charts with
 keys that a run does not write. A run writes all keys of a chart or none: TensorBoard joins the layouts of several runs, and
 would show two charts of one title if their keys differed."""
 
