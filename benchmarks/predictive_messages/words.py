@@ -285,6 +285,10 @@ COLUMNS = {
 """In order of value: each is finished before the next."""
 
 
+RIVALS = ("none", "dense", "multi-horizon", "multi-token")
+"""The columns that run to the largest budget before anything else does; `exact` was behind at the smallest."""
+
+
 def constant_rates(known: dict[str, Line]) -> Iterator[Trial]:
     """One epoch at a constant rate, as the command trains: truncated BPTT at each T, and the command's default."""
     for method, windows in (("none", (5, 10, 20, 35)), ("multi-horizon", (5,))):
@@ -300,20 +304,19 @@ def constant_rates(known: dict[str, Line]) -> Iterator[Trial]:
 
 def plan(known: dict[str, Line]) -> Iterator[Trial]:
     """Every trial that can be run now, in order of value: the budget of 1, then the others by column, then the rest."""
-    wanted = [trial for column in COLUMNS.values() for trial in column.trials(known)]
-    yield from (trial for trial in wanted if trial["budget"] == 1)
-    yield from (trial for trial in wanted if trial["budget"] > 1)
-    yield from constant_rates(known)
+    wanted = {name: list(column.trials(known)) for name, column in COLUMNS.items()}
+    yield from (trial for trials in wanted.values() for trial in trials if trial["budget"] == 1)
+    yield from (trial for name in RIVALS for trial in wanted[name] if trial["budget"] > 1)
     dense = COLUMNS["dense"].final(known)
-    if dense is not None:  # parts of it, at its own settings
+    if dense is not None:  # parts of it, at its own settings and the largest budget
         whole = {name: value for name, value in dense.items() if name != "every"}
-        for part in ({**dense, "method": "dense, no end"}, {**whole, "method": "end alone"}):
-            yield from ({**part, "budget": budget} for budget in (3, 6))
-    finals = [column.final(known) for column in COLUMNS.values()]
-    done = [trial for trial in finals if trial is not None and key_of(trial) in known]
-    if len(done) == len(finals):
-        for trial in sorted(done, key=lambda trial: score(known[key_of(trial)]))[:2]:
+        yield from ({**dense, "method": "dense, no end"}, {**whole, "method": "end alone"})
+    finals = [trial for trial in (COLUMNS[name].final(known) for name in RIVALS) if trial is not None]
+    if len(finals) == len(RIVALS) and all(key_of(trial) in known for trial in finals):
+        for trial in sorted(finals, key=lambda trial: score(known[key_of(trial)]))[:2]:
             yield {**trial, "seed": 2}
+    yield from constant_rates(known)
+    yield from (trial for trials in wanted.values() for trial in trials if trial["budget"] > 1)
 
 
 def table(results: Path) -> Iterable[str]:
