@@ -63,10 +63,19 @@ def _message(credit: ResolvedCredit) -> str:
     if credit.synthesizer == "exact":
         exact = f"the exact gradient of the next {_count(credit.exact_steps, 'step')}"
         return f"{exact} plus a synthetic gradient of later steps" if credit.tail else exact
+    if credit.predict != "horizons":
+        return f"the gradient of a small model's loss on {_predicted(credit)}"
     if credit.synthesizer == "multi-horizon" or credit.message_count > 1:
         windows = "the next window" if credit.horizons == 1 else f"each of the next {credit.horizons} windows"
         return f"a synthetic gradient of {windows}" + (" and of all windows after them" if credit.tail else "")
     return "a synthetic gradient of all later windows"
+
+
+def _predicted(credit: ResolvedCredit) -> str:
+    """Returns what a predictor with a reach of its own predicts."""
+    steps = credit.predict_steps
+    future, past = f"the next {_count(steps, 'step')}", f"the last {_count(steps, 'input')}"
+    return {"future": future, "past": past, "both": f"{future} and {past}"}[credit.predict]
 
 
 def _use(credit: ResolvedCredit) -> str:
@@ -80,6 +89,8 @@ def _use(credit: ResolvedCredit) -> str:
 
 def _training(credit: ResolvedCredit) -> str:
     """Returns how the synthetic gradient is learned."""
+    if credit.predict != "horizons":
+        return "the model trains on the same steps at every window"
     steps = f"the next {_count(credit.lookahead, 'step')}" if credit.lookahead > 1 else "the next step"
     if credit.fit == "future":
         later = f"{steps} after them" if credit.synthesizer == "exact" else steps

@@ -76,6 +76,7 @@ KINDS = MappingProxyType(
         "accumulation": (*_MULTI, "--accumulate", "7", "--schedule", "linear", "--warmup", "3"),
         "backward steps, chunks": (*_NONE, "--backward-steps", "12", "--checkpoint-every", "2"),
         "messages inside windows": (*_MULTI, "--message-every", "1"),
+        "past and future": (*_MULTI, "--predict", "both", "--predict-steps", "9"),
         "exact traces": (*_MULTI, "--model", "lru", "--traces", "exact"),
         "factored traces": (*_MULTI, "--traces", "factored"),
         "sparse, accumulation": (*_NONE, "--sparse-embedding", "--accumulate", "3", "--schedule", "cosine"),

@@ -34,7 +34,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 import dni_seq as dni
 from dni_seq.app.build.backpropagation import set_backpropagation
@@ -122,6 +123,11 @@ def prepare(given: dict[str, Any], lock: RunLock) -> TaskRun:
     return training
 
 
+def input_losses(outputs: Tensor, inputs: Tensor) -> Tensor:
+    """Returns the binary cross-entropy of logits for inputs from 0 to 1, [m, B], averaged over the numbers of an input."""
+    return F.binary_cross_entropy_with_logits(outputs, inputs, reduction="none").mean(-1)
+
+
 def run_name(options: TaskOptions) -> str:
     """Returns a readable name for a run's directory, from its main options."""
     size = f"{options.model}{options.layers}x{options.hidden}"
@@ -139,6 +145,8 @@ def build_trainer(options: TaskOptions, task: Task, model: VectorRNN, device: to
         cells=state_cells(model.rnn),
         encode=lambda: (nn.Linear(task.input_size, EMBED), nn.Linear(task.target_size, EMBED)),
         outputs=task.target_size,
+        past_loss=input_losses,
+        inputs=task.input_size,
     )
     trainer = dni.SequenceTrainer(
         model,

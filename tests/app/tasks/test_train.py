@@ -161,11 +161,18 @@ def test_a_length_that_is_solved_is_raised(tmp_path):
     assert curves["task/length"] == solved
 
 
-@pytest.mark.parametrize(("synthesizer", "bptt", "updates", "stopped"), [("none", 4, 120, 91), ("multi-horizon", 2, 60, 31)])
-def test_a_run_resumes_bit_identically(synthesizer, bptt, updates, stopped, tmp_path):
+@pytest.mark.parametrize(
+    ("synthesizer", "bptt", "updates", "stopped", "more"),
+    [
+        ("none", 4, 120, 91, []),
+        ("multi-horizon", 2, 60, 31, []),
+        ("multi-horizon", 2, 60, 31, ["--predict", "both", "--predict-steps", "5"]),
+    ],
+)
+def test_a_run_resumes_bit_identically(synthesizer, bptt, updates, stopped, more, tmp_path):
     """Stopped within a sequence with the log half filled; without a synthesizer, after a length was raised."""
     common = ["--task", "copy", "--bptt", str(bptt), "--lr", "0.02", "--hidden", "32", "--device", "cpu"]
-    common += ["--synthesizer", synthesizer, "--fidelity-every", "7", "--synthetic-scale", "auto"]
+    common += ["--synthesizer", synthesizer, "--fidelity-every", "7", "--synthetic-scale", "auto", *more]
     whole, halves = tmp_path / "whole", tmp_path / "halves"
     assert main([*common, "--updates", str(updates), "--run-dir", str(whole)]) == 0
     assert main([*common, "--updates", str(stopped), "--run-dir", str(halves), "--resume", "auto"]) == 0
@@ -174,6 +181,7 @@ def test_a_run_resumes_bit_identically(synthesizer, bptt, updates, stopped, tmp_
         assert within["counters"]["curve"]
     else:
         assert within["stream"]["position"] == 1  # of two
+        assert bool(more) == ("past_inputs" in within["trainer"])
     assert main(["--updates", str(updates), "--run-dir", str(halves), "--resume", "auto"]) == 0
     one, two = (load_checkpoint(run / "checkpoints" / "last.pt") for run in (whole, halves))
     for saved in (one, two):
