@@ -39,6 +39,35 @@ def describe_method(credit: ResolvedCredit, options: BackpropagationOptions) -> 
     return "; ".join([*parts, *traces]) + "."
 
 
+def brief_method(credit: ResolvedCredit, options: BackpropagationOptions) -> str:
+    """Returns the method of credit assignment in a few words, for the screen."""
+    window = f"windows of T = {credit.bptt}"
+    if credit.synthesizer == "none":
+        parts = ["truncated BPTT", window]
+    else:
+        parts = [f"synthetic gradients by {credit.synthesizer}", window, *_brief_messages(credit)]
+    if (options.backward_steps or 0) > credit.bptt:
+        parts.append(f"backward over {options.backward_steps} steps")
+    if options.checkpoint_every is not None:
+        parts.append(f"recomputed in chunks of {_count(options.checkpoint_every, 'step')}")
+    if options.traces is not None:
+        parts.append(f"{options.traces} traces")
+    return ", ".join(parts)
+
+
+def _brief_messages(credit: ResolvedCredit) -> Iterator[str]:
+    """Yields what the messages of a synthesizer are of, and where they are sent, in a few words each."""
+    if credit.predict != "horizons":
+        yield f"of {_predicted(credit)}"
+    elif credit.synthesizer in ("multi-horizon", "paper"):
+        yield _count(credit.horizons, "horizon")
+    if credit.window_lookahead and credit.predict == "horizons":
+        yield f"lookahead {credit.window_lookahead}"
+    if credit.message_every < credit.bptt:
+        end = "" if credit.message_at_end else ", not at the end"
+        yield f"messages every {_count(credit.message_every, 'step')}{end}"
+
+
 def unwritten_keys(credit: ResolvedCredit) -> Iterator[str]:
     """Yields starts of the TensorBoard keys that have no curve in a run, or only a constant one."""
     if credit.synthesizer == "none":
