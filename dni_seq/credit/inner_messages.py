@@ -13,7 +13,6 @@ Legend: T = window length in steps, B = lanes, m = lookahead in steps, q = state
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -21,11 +20,7 @@ from torch import Tensor
 
 from dni_seq.core import states
 from dni_seq.core.states import State
-from dni_seq.core.windows import Context, Lookahead, Past, Surroundings, first_tensor
-from dni_seq.credit.past_inputs import WindowContexts
-from dni_seq.credit.recomputation import cut
-from dni_seq.credit.replay import RecordedWindow
-from dni_seq.credit.window_runner import WindowRunner
+from dni_seq.core.windows import Context, Lookahead, Past, Surroundings
 
 
 class InnerStates(NamedTuple):
@@ -38,30 +33,6 @@ class InnerStates(NamedTuple):
 
     states: list[State]
     contexts: list[Context]
-
-
-def run_in_parts(
-    runner: WindowRunner, window: RecordedWindow, state: State | None, steps: int, around: WindowContexts
-) -> tuple[Any, InnerStates, State]:
-    """Runs a window in parts; returns the outputs, the states between the parts and the last state.
-
-    Args:
-        runner: runs the model.
-        window: the window.
-        state: its first state.
-        steps: n, the length of a part; the last one may be shorter.
-        around: what surrounds the window's states.
-    """
-    outputs, inner, contexts = [], [], []
-    total = len(first_tensor(window.inputs))
-    for begin in range(0, total, steps):
-        part = states.map_tensors(partial(cut, slice(begin, begin + steps)), window.inputs)
-        output, state = runner.run(part, state)
-        outputs.append(output)
-        if begin + steps < total:
-            inner.append(state)
-            contexts.append(around.after(begin + steps))
-    return states.map_together(torch.cat, outputs, "the model's outputs"), InnerStates(inner, contexts), state
 
 
 def join(nests: Sequence[State], batch_dim: Any) -> State:

@@ -15,9 +15,8 @@ from dni_seq.core import states
 from dni_seq.core.nonfinite import select_where
 from dni_seq.core.snapshot import Restorable
 from dni_seq.core.windows import Context, Lookahead, Nest, Past, Surroundings, first_tensor
-from dni_seq.credit.recomputation import cut
 from dni_seq.credit.replay import RecordedWindow, check_loadable
-from dni_seq.credit.window_runner import WindowRunner, lookahead_at_start
+from dni_seq.credit.window_runner import WindowRunner, cut, lookahead_at_start
 
 
 class PastInputs(Restorable):

@@ -12,7 +12,7 @@ from dni_seq.core.deferred_backward import backward, defer_backward
 from dni_seq.core.snapshot import TensorSnapshot, buffers_of
 from dni_seq.core.states import State
 from dni_seq.core.windows import Context, first_tensor
-from dni_seq.credit.inner_messages import InnerStates, run_in_parts
+from dni_seq.credit.inner_messages import InnerStates
 from dni_seq.credit.past_inputs import WindowContexts
 from dni_seq.credit.recomputation import run_in_chunks
 from dni_seq.credit.replay import RecordedWindow
@@ -103,8 +103,10 @@ def _run(
         outputs, last, loss = run_in_chunks(runner, *parts, runner.checkpoint_every)
         return _Pass(outputs, last, last, loss)
     if steps is not None and around.known and steps < len(first_tensor(window.inputs)):
-        outputs, inner, last = run_in_parts(runner, window, state, steps, around)
-        return _Pass(outputs, last, last, runner.loss(outputs, window.targets, window.mask), inner)
+        outputs, (*inner, last) = runner.run_in_parts(window.inputs, state, steps)
+        contexts = [around.after(steps * (part + 1)) for part in range(len(inner))]
+        loss = runner.loss(outputs, window.targets, window.mask)
+        return _Pass(outputs, last, last, loss, InnerStates(inner, contexts))
     auxiliary = credit is not None and credit.auxiliary is not None
     run = runner.run_in_two_parts if auxiliary else runner.run_whole
     outputs, early, last = run(window.inputs, state)

@@ -81,7 +81,7 @@ def predictor_for(text: Text, window: int, predict: str, steps: int | None, hori
         text: what it reads and predicts.
         window: T.
         predict: one of `PREDICTIONS`.
-        steps: m; None for K T with "horizons", else `REACH`.
+        steps: m, a multiple of K; None for K T with "horizons", else `REACH`.
         horizons: K; None for the default.
         units: hidden units.
 
@@ -92,10 +92,9 @@ def predictor_for(text: Text, window: int, predict: str, steps: int | None, hori
         raise ValueError(f"predict must be one of {PREDICTIONS}, got {predict!r}")
     if predict != "horizons" and horizons is not None:
         raise ValueError(f'horizons needs predict="horizons", which has parts: remove it with predict={predict!r}')
-    if predict == "horizons" and steps is not None:
-        raise ValueError('predict_steps needs another predict than "horizons", which predicts the next K windows')
-    reach = REACH if steps is None else steps
     parts = text.parts if horizons is None else horizons
+    usual = parts * window if predict == "horizons" else REACH
+    reach = usual if steps is None else steps
     read = {"inputs_width": EMBED, "outputs": text.width, "loss_fn": text.loss_fn}
 
     def future(size: int, units: int) -> Predictor:
@@ -106,7 +105,7 @@ def predictor_for(text: Text, window: int, predict: str, steps: int | None, hori
 
     def make(size: int) -> Predictor:
         if predict == "horizons":
-            return FutureModel(size, parts * window, inputs=text.encoder(), units=units, parts=parts, **read)  # type: ignore[arg-type]
+            return FutureModel(size, reach, inputs=text.encoder(), units=units, parts=parts, **read)  # type: ignore[arg-type]
         if predict == "both":
             return JointPredictor([future(size, units // 2), past(size, units // 2)])
         return (future if predict == "future" else past)(size, units)

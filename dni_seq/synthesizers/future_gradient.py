@@ -169,7 +169,8 @@ class FutureGradient(PackedSynthesizer):
                 one lane of `example_inputs` from None.
             predict: what the predictor predicts: "horizons", the next K windows; "future", the next m steps, for far
                 reaches; "past", the last m inputs, for which no lookahead is needed; or "both" of these.
-            predict_steps: m, for all but "horizons". Default: 40.
+            predict_steps: m, a multiple of K. Default: K T for "horizons", else 40. With messages inside a window, such as
+                `message_every=5` at T = 35, fewer than T are enough: 5.
 
         Raises:
             ValueError: not exactly one of `vocabulary` and `outputs` is given, or `example_inputs` does not fit it.

@@ -164,7 +164,7 @@ def test_for_model_builds_them_for_tokens_and_vectors(predict, tokens):
     [
         ({"predict": "everything"}, "predict must be one of"),
         ({"predict": "past", "horizons": 2}, 'horizons needs predict="horizons"'),
-        ({"predict_steps": 4}, 'predict_steps needs another predict than "horizons"'),
+        ({"predict_steps": 5, "horizons": 2}, "steps must be a multiple of parts, got 5 steps and 2 parts"),
     ],
     ids=str,
 )
@@ -173,3 +173,13 @@ def test_for_model_refuses_what_does_not_go_together(given, message):
     inputs = torch.zeros(3, LANES, dtype=torch.int64)
     with pytest.raises(ValueError, match=message):
         dni.FutureGradient.for_model(model, problems.unreduced, example_inputs=inputs, vocabulary=VOCABULARY, **given)
+
+
+def test_the_next_steps_may_be_fewer_than_a_window():
+    """For messages inside windows; the weight of a step is still that of the window."""
+    model = problems.make_model("lstm")
+    inputs = torch.zeros(12, LANES, dtype=torch.int64)
+    made = dni.FutureGradient.for_model(
+        model, problems.unreduced, example_inputs=inputs, vocabulary=VOCABULARY, predict_steps=4, horizons=2
+    )
+    assert (made.lookahead, made.network.horizons, made.step_weight.window) == (4, 2, 12)
