@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from dni_seq.core import states
 from dni_seq.core.windows import check_unreduced, next_steps, previous_steps
@@ -200,10 +201,18 @@ class GatedPast(Predictor):
         chosen, weights = self.offsets()
         inputs = states.map_tensors(lambda tensor: tensor[chosen], past.inputs)
         valid = past.valid[chosen]
-        losses = self.loss_fn(self.output(torch.tanh(self.read(flats)) * self.gate[chosen]), inputs)
+        losses = self.loss_fn(self._outputs(torch.tanh(self.read(flats[0])), self.gate[chosen]), inputs)
         if losses.shape != valid.shape:
             raise ValueError(f"loss_fn must return unreduced losses {list(valid.shape)}, got {list(losses.shape)}")
         return StepLosses(losses, valid, weights)
+
+    def _outputs(self, read: Tensor, gates: Tensor) -> Tensor:
+        """Returns D (tanh(W s) ⊙ g_j) [n, B, Q] from tanh(W s) [B, F] and gates [n, 1, F], by the smaller product."""
+        if self.output.out_features >= len(read):
+            return self.output(read * gates)
+        weights = (self.output.weight * gates).flatten(0, 1)  # [n Q, F]
+        found = F.linear(read, weights).unflatten(1, (len(gates), -1))
+        return found.transpose(0, 1) + self.output.bias
 
 
 class JointPredictor(Predictor):

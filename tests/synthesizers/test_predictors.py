@@ -36,6 +36,15 @@ def past(draws=None, steps=M):
     return GatedPast(SIZE, steps, outputs=VOCABULARY, loss_fn=class_losses, units=8, draws=draws).double()
 
 
+def past_of_two():
+    """Predicts fewer numbers than there are lanes, which is computed in another order."""
+
+    def losses(outputs, inputs):
+        return (outputs - inputs[..., None]).square().mean(-1)
+
+    return GatedPast(SIZE, M, outputs=2, loss_fn=losses, units=8).double()
+
+
 def surroundings(steps=M):
     generator = torch.Generator().manual_seed(4)
     before, inputs, targets = (torch.randint(VOCABULARY, (steps, LANES), generator=generator) for _ in range(3))
@@ -64,7 +73,11 @@ def expected_total(predictor, flat, around):
     return reference.gated_future_losses(predictor, flat, ahead.inputs, ahead.targets, ahead.counts)
 
 
-@pytest.mark.parametrize("make", [future, past, lambda: JointPredictor([future(), past()])], ids=["future", "past", "both"])
+@pytest.mark.parametrize(
+    "make",
+    [future, past, past_of_two, lambda: JointPredictor([future(), past()])],
+    ids=["future", "past", "past of two", "both"],
+)
 def test_loss_and_message_are_those_of_the_slow_reference(make):
     predictor, around = make(), surroundings()
     flat = torch.randn(LANES, SIZE, dtype=torch.float64, requires_grad=True)
