@@ -147,10 +147,11 @@ class LanguageModelRun(TrainingRun):
         """Returns the charts that this run fills, its method, and the options with other values than the defaults."""
         options = self.options
         credit = options.resolve(options.bptt)
+        moving = ["synthetic/scale"] if options.has_schedule and options.scale_schedule == "follow" else []
         absent = [*([] if options.model == "lstm" else ["state/"]), *([] if options.has_schedule else ["train/lr"])]
         defaults = default_values(options, as_given, DEFAULTS["char" if options.tokenizer == "char" else "word"])
         return Dashboard(
-            charts(LAYOUT, [*unwritten_keys(credit), *absent]),
+            charts(LAYOUT, [*(key for key in unwritten_keys(credit) if key not in moving), *absent]),
             describe_method(credit, options),
             FINAL,
             changed_options(options, defaults),

@@ -44,6 +44,8 @@ _NONE = ("--synthesizer", "none")
 _MOMENTUM = ("--optimizer", "sgd", "--momentum", "0.9", "--lr", "3")
 _SHORT_EPOCHS = ("--batch-size", "512", "--bptt", "8")
 
+_FOLLOW = ("--scale-schedule", "follow")
+
 KINDS = MappingProxyType(
     {
         "none": _NONE,
@@ -69,7 +71,7 @@ KINDS = MappingProxyType(
             "5",
         ),
         "auxiliary": (*_BASIC, "--auxiliary", "0.1"),
-        "adamw, linear": (*_MULTI, "--optimizer", "adamw", "--weight-decay", "0.1", "--schedule", "linear"),
+        "adamw, linear": (*_MULTI, "--optimizer", "adamw", "--weight-decay", "0.1", "--schedule", "linear", *_FOLLOW),
         "cosine, warm-up": (*_MULTI, "--schedule", "cosine", "--warmup", "60", "--min-lr", "1e-4"),
         "sgd, step": (*_NONE, "--optimizer", "sgd", "--lr", "2", "--schedule", "step", *_SHORT_EPOCHS),
         "momentum, plateau": (*_NONE, *_MOMENTUM, "--schedule", "plateau", "--decay", "0.8", "--patience", "9"),
