@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dni_seq.app.build.credit_options import CreditOptions
+from dni_seq.app.build.unused_options import credit_in_force
 from dni_seq.app.lm.options import LanguageModelOptions, as_given
 from dni_seq.app.runs.checkpoint import CheckpointError
 from dni_seq.app.runs.directory import RunDirectory
@@ -163,17 +163,13 @@ def given_options(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def active_options(config: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the options `given` with the defaults of credit assignment filled in, None for those without effect."""
+    """Returns the options `given`, those of credit assignment with the values in force: None for one without effect."""
     options = dict(given)
     if options["dataset"] is None and options["data_file"] is None:
         options["dataset"] = EMBEDDED
-    credit = [entry.name for entry in fields(CreditOptions) if entry.name != "synthesizer"]
-    if options["synthesizer"] == "none":
-        return {**options, **dict.fromkeys(credit)}
     known = {entry.name for entry in fields(LanguageModelOptions)}
     try:
         built = build(LanguageModelOptions, {name: value for name, value in config.items() if name in known})
-        resolved = built.resolve(int(config["bptt"]))
+        return options | credit_in_force(built, built.bptt, cells=built.model == "lstm")
     except (ValueError, KeyError):  # a value of another version
         return options
-    return options | {name: getattr(resolved, name) for name in credit if options[name] is None and hasattr(resolved, name)}
