@@ -37,6 +37,7 @@ MAY_IMPORT = {
     "app.feedforward": {*LIBRARY, "app.runs", "app.build"},
     "app.decoupled": {*LIBRARY, "app.runs", "app.build"},
     "app.studies": {*LIBRARY, "app.runs", "app.build", "app.lm", "app.tasks", "app.feedforward"},
+    "app.gpu_check": {*LIBRARY, "app.runs"},
     "app": {"app.runs"},
     "integrations": {*LIBRARY, "app.runs", "app.lm"},
 }

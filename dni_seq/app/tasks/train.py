@@ -34,8 +34,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 
 import dni_seq as dni
 from dni_seq.app.build.backpropagation import set_backpropagation
@@ -56,7 +55,7 @@ from dni_seq.distributed.process_group import Ranks
 from dni_seq.models.lstm_kernels import native_up_to
 from dni_seq.models.recurrent import state_cells
 from dni_seq.models.vector_rnn import VectorRNN
-from dni_seq.streams.algorithmic_tasks import TASKS, Curriculum, Stage, Task, TaskStream
+from dni_seq.streams.algorithmic_tasks import TASKS, Curriculum, Stage, Task, TaskStream, input_losses
 from dni_seq.synthesizers.for_model import EMBED
 
 _PROG = "train_tasks"
@@ -121,11 +120,6 @@ def prepare(given: dict[str, Any], lock: RunLock) -> TaskRun:
         training.restore(plan.checkpoint)
     training.begin(plan, lock, remarks(options, options.bptt, cells=options.model == "lstm"))
     return training
-
-
-def input_losses(outputs: Tensor, inputs: Tensor) -> Tensor:
-    """Returns the binary cross-entropy of logits for inputs from 0 to 1, [m, B], averaged over the numbers of an input."""
-    return F.binary_cross_entropy_with_logits(outputs, inputs, reduction="none").mean(-1)
 
 
 def run_name(options: TaskOptions) -> str:
