@@ -45,8 +45,20 @@ SAVE_SECONDS = 60.0
 """Seconds between two checkpoints, the most work that a kill loses. A subclass may ask for more checkpoints."""
 
 
-class SavedStream(Protocol):
-    """A stream of windows whose position can be saved and restored.
+class SavedPosition(Protocol):
+    """A stream of windows whose position can be saved and restored."""
+
+    def __iter__(self) -> Iterator[Any]: ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the position."""
+
+    def load_state_dict(self, saved: dict[str, Any], /) -> None:
+        """Restores a position."""
+
+
+class SavedStream(SavedPosition, Protocol):
+    """The stream of a run.
 
     Attributes:
         lanes: B, the number of lanes over all ranks.
@@ -57,12 +69,6 @@ class SavedStream(Protocol):
         """B, the number of lanes."""
 
     def __iter__(self) -> Iterator[Window]: ...
-
-    def state_dict(self) -> dict[str, Any]:
-        """Returns the position."""
-
-    def load_state_dict(self, saved: dict[str, Any], /) -> None:
-        """Restores a position."""
 
 
 @dataclass

@@ -63,13 +63,13 @@ class RunLog:
             self.close()
             raise
 
-    def add(self, measurements: Mapping[str, Tensor], weight: int, skipped: Tensor | None = None) -> None:
+    def add(self, measurements: Mapping[str, Tensor], weight: int | Tensor, skipped: Tensor | None = None) -> None:
         """Adds one step's measurements to the averages.
 
         Args:
             measurements: values by key, each 0-d, or [N] with one value per horizon. A NaN of a key in `BY_HORIZON` means
                 "not measured" and is ignored; any other NaN stays in the average.
-            weight: weight of the step, such as its number of tokens.
+            weight: weight of the step, such as its number of tokens; a number or a 0-d tensor.
             skipped: 0-d bool; if True the step is ignored.
         """
         for key, value in measurements.items():
@@ -88,10 +88,16 @@ class RunLog:
 
     def write(self, step: int) -> None:
         """Writes the averages as the points of `step`. Writes nothing if there is no measurement."""
+        self.scalars(step, self.points())
+
+    def points(self) -> dict[str, float]:
+        """Returns the averages by key, with a key for each horizon, and the perplexity of the loss. Waits for the device."""
+        values: dict[str, float] = {}
         for key, total in self._sums.items():
-            self.scalars(step, _by_horizon(key, total / self._weights[key]))
+            values |= _by_horizon(key, total / self._weights[key])
         if "train/loss" in self._sums:
-            self.scalars(step, {"train/perplexity": perplexity(self.mean("train/loss"))})
+            values["train/perplexity"] = perplexity(self.mean("train/loss"))
+        return values
 
     def clear(self) -> None:
         """Resets the averages."""
