@@ -292,7 +292,7 @@ class LanguageModelRun(TrainingRun):
         return [
             f"to train on: {command_line('train')} {further}",
             f"to sample: {command_line('sample')} {run}; to score: {command_line('evaluate')} {run}",
-            f"to compare: {command_line('compare')} {run} OTHER_RUN; {curves_command(self.run.path)}",
+            f"to compare: {command_line('compare')} {run} OTHER_RUN; {curves_command(self.run.path, self.options.logger)}",
         ]
 
     def summary(self) -> dict[str, Any]:

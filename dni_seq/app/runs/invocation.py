@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 
+from dni_seq.app.runs.metrics_file import METRICS
+
 SCRIPTS: Mapping[str, str] = MappingProxyType(
     {
         "train": "train_lm",
@@ -27,6 +29,8 @@ def command_line(name: str) -> str:
     return f"python {shlex.quote(str(script))}" if called_by_script else f"dni-seq {name}"
 
 
-def curves_command(run: Path) -> str:
-    """Returns a line with the command that shows the curves of a run and of those beside it."""
-    return f"curves: tensorboard --logdir {shlex.quote(str(run.parent))}"
+def curves_command(run: Path, logger: str) -> str:
+    """Returns a line that says where the curves of a run are: the command that shows them, or their file."""
+    if logger == "tensorboard":
+        return f"curves: tensorboard --logdir {shlex.quote(str(run.parent))}"
+    return f"curves: {'at wandb, and in' if logger == 'wandb' else 'in'} {shlex.quote(str(run / METRICS))}"

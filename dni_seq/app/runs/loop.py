@@ -32,8 +32,10 @@ from dni_seq.app.runs.invocation import curves_command
 from dni_seq.app.runs.lock import RunLock
 from dni_seq.app.runs.progress import NullProgress, Progress
 from dni_seq.app.runs.resume import Plan, RunOptions, config_of
+from dni_seq.app.runs.run_log import RunLog
 from dni_seq.app.runs.signals import StopSignals
-from dni_seq.app.runs.tensorboard import RunLog, keys_at, peak_memory_mb
+from dni_seq.app.runs.tensorboard import keys_at, peak_memory_mb
+from dni_seq.app.runs.trackers import logger_change
 from dni_seq.core.windows import Window, on_device
 from dni_seq.credit.results import StepResult
 from dni_seq.distributed.process_group import RankError, Ranks
@@ -43,8 +45,20 @@ SAVE_SECONDS = 60.0
 """Seconds between two checkpoints, the most work that a kill loses. A subclass may ask for more checkpoints."""
 
 
-class SavedStream(Protocol):
-    """A stream of windows whose position can be saved and restored.
+class SavedPosition(Protocol):
+    """A stream of windows whose position can be saved and restored."""
+
+    def __iter__(self) -> Iterator[Any]: ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the position."""
+
+    def load_state_dict(self, saved: dict[str, Any], /) -> None:
+        """Restores a position."""
+
+
+class SavedStream(SavedPosition, Protocol):
+    """The stream of a run.
 
     Attributes:
         lanes: B, the number of lanes over all ranks.
@@ -55,12 +69,6 @@ class SavedStream(Protocol):
         """B, the number of lanes."""
 
     def __iter__(self) -> Iterator[Window]: ...
-
-    def state_dict(self) -> dict[str, Any]:
-        """Returns the position."""
-
-    def load_state_dict(self, saved: dict[str, Any], /) -> None:
-        """Restores a position."""
 
 
 @dataclass
@@ -127,7 +135,7 @@ class TrainingRun(ABC):
         trainer: trains on a window.
         counters: see `Counters`.
         ranks: the ranks that share the run. Only the first one writes files and messages.
-        log: the TensorBoard log; writes nothing before `begin`, and on ranks other than the first.
+        log: the curves of the run; writes nothing before `begin`, and on ranks other than the first.
         progress: shows steps and messages, from `begin` on.
         resumed_at: step of the loaded checkpoint, None for a new run.
         finished: whether an earlier session has finished the run, so that there is nothing to train; known from `begin` on.
@@ -191,7 +199,7 @@ class TrainingRun(ABC):
 
     @abstractmethod
     def dashboard(self) -> Dashboard:
-        """Returns what TensorBoard shows of the run besides its curves."""
+        """Returns what the tracker shows of the run besides its curves."""
 
     def evaluate(self) -> bool:
         """Evaluates the model if an evaluation is due. Returns whether a checkpoint is due after it."""
@@ -207,7 +215,7 @@ class TrainingRun(ABC):
 
     def next_commands(self) -> list[str]:
         """Returns lines for the end of the run that name the next commands."""
-        return [curves_command(self.run.path)]
+        return [curves_command(self.run.path, self.options.logger)]
 
     def outcome(self) -> str:
         """Returns the outcome of the finished run for the last message."""
@@ -245,7 +253,8 @@ class TrainingRun(ABC):
                 self.log.load_state_dict(plan.checkpoint["log"], self.device)
         self.progress = (Progress if self.ranks.first else NullProgress)(self.total_steps(), self.steps)
         start = plan.note if self.finished else plan.describe_start(f"{self.UNIT} {self.steps}")
-        for note in (start, lock.missing, *notes):
+        change = None if self.finished else logger_change(plan.checkpoint, self.options.logger)
+        for note in (start, lock.missing, change, *notes):
             if note:
                 self.progress.write_line(note)
         self.began = self.saved_at = self._clock = time.monotonic()
@@ -263,7 +272,7 @@ class TrainingRun(ABC):
             return True
         # A session that was killed after its last checkpoint may have logged scores.
         written = keys_at(self.run.path, self.steps) if ended else ()
-        self.log = RunLog(self.run.path, resumed_at=self.steps, written=written)
+        self.log = RunLog(self.run.path, resumed_at=self.steps, written=written, logger=self.options.logger)
         board = self.dashboard()
         self.log.dashboard(board.layout)
         self.log.paragraph(self.steps, "about/method", board.method)
@@ -377,6 +386,7 @@ class TrainingRun(ABC):
         scores = self.scores()
         board = self.dashboard()
         self.log.hyperparameters(deciding_options(self.options), board.scores, board.changed)
+        self.log.flush()
         self.tick()
         write_json(self.run.summary, {**self.summary(), **scores})
         seconds = f"{self.counters.seconds:.0f} s"

@@ -27,6 +27,7 @@ class RunOptions(Protocol):
         OF_THE_CALL: names of options that concern only this call and are not stored in config.json.
         run_dir: the directory of the run, None for a new one.
         resume: None for a new run, "auto" to resume if there is a checkpoint, or the path of a run or of a checkpoint.
+        logger: where the curves go besides metrics.csv, one of `LOGGERS`.
     """
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
@@ -41,6 +42,10 @@ class RunOptions(Protocol):
     @property
     def resume(self) -> str | None:
         """The checkpoint to resume from: None, "auto" or a path."""
+
+    @property
+    def logger(self) -> str:
+        """The tracker of the curves."""
 
 
 Options = TypeVar("Options", bound=RunOptions)

@@ -12,8 +12,10 @@ from typing import Any, NamedTuple
 
 from dni_seq.app.build.unused_options import credit_in_force
 from dni_seq.app.lm.options import LanguageModelOptions, as_given
+from dni_seq.app.runs import metrics_file
 from dni_seq.app.runs.checkpoint import CheckpointError
 from dni_seq.app.runs.directory import RunDirectory
+from dni_seq.app.runs.metrics_file import METRICS
 from dni_seq.app.runs.options import build
 from dni_seq.streams.corpus import EMBEDDED
 
@@ -101,13 +103,21 @@ def read_run(path: Path) -> Run:
 
 
 def read_curves(path: Path, keys: Sequence[str]) -> list[dict[int, float]]:
-    """Returns a curve as values by step for each key, from all event files of a run. A missing curve is empty."""
+    """Returns a curve as values by step for each key, from the event files of a run and its metrics.csv.
+
+    A missing curve is empty. A run of an older version, or of another logger, has only one of the two.
+    """
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(path), size_guidance={"scalars": 0})
     events.Reload()
     there = events.Tags()["scalars"]
-    return [{event.step: event.value for event in events.Scalars(key)} if key in there else {} for key in keys]
+    metrics = metrics_file.read_curves(path / METRICS) if (path / METRICS).exists() else {}
+    return [
+        {event.step: event.value for event in (events.Scalars(key) if key in there else ())}
+        | {step: _float32(value) for step, value in metrics.get(key, {}).items()}
+        for key in keys
+    ]
 
 
 def saved_cpu_seconds(run: RunDirectory, summary: Mapping[str, Any]) -> dict[float, float]:

@@ -36,6 +36,7 @@ import torch
 from dni_seq.app.lm.train import main as train_lm
 from dni_seq.app.runs.checkpoint import load_checkpoint, write_json
 from dni_seq.app.runs.directory import RunDirectory
+from dni_seq.app.runs.metrics_file import METRICS, read_curves
 from dni_seq.app.runs.options import OneLineParser, report
 
 _MULTI = ("--synthesizer", "multi-horizon", "--synthesizer-hidden", "8")
@@ -306,6 +307,7 @@ def compare(whole: RunDirectory, run: RunDirectory) -> Iterator[str]:
             counters["curve"] = [(tokens, bpc) for tokens, _, _, bpc in counters["curve"]]
         yield from differences_of(one, two, name)
     yield from differences_of(points(whole.path), points(run.path), "TensorBoard")
+    yield from differences_of(metrics(whole.path), metrics(run.path), "metrics.csv")
     one, two = (json.loads(each.summary.read_text(encoding="utf-8")) for each in (whole, run))
     for name in ("steps", "updates", "tokens", "valid", "test"):
         yield from differences_of(one[name], two[name], f"summary.{name}")
@@ -342,6 +344,11 @@ def points(run: Path) -> dict[str, list[tuple[int, float]]]:
     events.Reload()
     keys = [key for key in events.Tags()["scalars"] if not key.startswith(OF_THE_MACHINE)]
     return {key: [(event.step, event.value) for event in events.Scalars(key)] for key in keys}
+
+
+def metrics(run: Path) -> dict[str, dict[int, float]]:
+    """Returns every curve of a run in metrics.csv as values by step, without time, speed and memory."""
+    return {key: curve for key, curve in read_curves(run / METRICS).items() if not key.startswith(OF_THE_MACHINE)}
 
 
 def totals(results: dict[str, dict[str, Any]]) -> dict[str, Any]:

@@ -17,7 +17,8 @@ from dni_seq.app.build.unused_options import credit_in_force
 from dni_seq.app.runs.dashboard import Dashboard, changed_options, charts
 from dni_seq.app.runs.invocation import command_line
 from dni_seq.app.runs.loop import Counters, Measured, TrainingRun, measurements
-from dni_seq.app.runs.tensorboard import LAYOUT, Layout
+from dni_seq.app.runs.tensorboard import LAYOUT
+from dni_seq.app.runs.trackers import Layout
 from dni_seq.app.tasks.options import TaskOptions, as_given
 from dni_seq.core.windows import Window
 from dni_seq.credit.results import StepResult

@@ -8,7 +8,8 @@ import re
 import pytest
 import torch
 
-from dni_seq.app.runs.tensorboard import KEYS, LAYOUT, OTHER_KEYS, RunLog, keys_at, peak_memory_mb, perplexity
+from dni_seq.app.runs.run_log import RunLog
+from dni_seq.app.runs.tensorboard import KEYS, LAYOUT, OTHER_KEYS, keys_at, peak_memory_mb, perplexity
 from tests.events import wait_for_the_next_second
 from tests.paths import ROOT
 

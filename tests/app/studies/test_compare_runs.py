@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from dni_seq.app.runs.checkpoint import save_checkpoint
-from dni_seq.app.runs.tensorboard import RunLog
+from dni_seq.app.runs.metrics_file import METRICS
+from dni_seq.app.runs.run_log import RunLog
 from dni_seq.app.studies import compare_runs, compared_runs
 from dni_seq.app.studies.compare_runs import AXES, score_at, table
 from dni_seq.app.studies.compared_runs import Run, Validation, common_point, differing_options, read_run
@@ -37,7 +38,17 @@ def old_run(two_runs, path: Path, *, tokens: int = 1000) -> Path:
         progress = {"progress/tokens": place * tokens + 2**24, "progress/seconds": 2.0 * place}
         log.scalars(place, {"valid/perplexity": 9.0 - place, **progress})
     log.close()
+    (path / METRICS).unlink()
     return path
+
+
+def test_a_run_without_events_is_read_from_its_metrics(two_runs, tmp_path):
+    """As with --logger none: the validations are the same."""
+    path = tmp_path / "none"
+    shutil.copytree(two_runs / "none", path, ignore=shutil.ignore_patterns("events.*"))
+    whole = read_run(two_runs / "none")
+    assert len(whole.validations) == 3
+    assert read_run(path).validations == whole.validations
 
 
 def curve_of(tokens: int = 1000) -> list[list[float]]:

@@ -122,7 +122,7 @@ def test_every_kind_of_credit_leaves_a_run(kind, tmp_path):
         assert summary["injected_ratio"] == pytest.approx(curves["synthetic/injected_ratio"][30])
         assert summary["injected_ratio"] > 0
     names = {str(path.relative_to(run)) for path in run.rglob("*") if not path.name.startswith("events.")}
-    assert names == {"checkpoints", "checkpoints/last.pt", "config.json", "lock", "summary.json"}
+    assert names == {"checkpoints", "checkpoints/last.pt", "config.json", "lock", "metrics.csv", "summary.json"}
 
 
 def test_the_error_is_that_of_the_task(tmp_path):
