@@ -95,6 +95,7 @@ class LanguageModelRun(TrainingRun):
     held_out: dict[str, Any] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self.schedule = build_schedule(self.options, self.trainer, self.stream)
         self.held_out = held_out(self.options, {"valid": self.valid, "test": self.test})
 
@@ -150,7 +151,7 @@ class LanguageModelRun(TrainingRun):
         absent = [*([] if options.model == "lstm" else ["state/"]), *([] if options.has_schedule else ["train/lr"])]
         defaults = default_values(options, as_given, DEFAULTS["char" if options.tokenizer == "char" else "word"])
         return Dashboard(
-            charts(LAYOUT, [*unwritten_keys(credit), *absent]),
+            charts(LAYOUT, [*unwritten_keys(credit, measures=self.probe.active), *absent]),
             describe_method(credit, options),
             FINAL,
             changed_options(options, defaults),

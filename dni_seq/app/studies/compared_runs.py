@@ -169,7 +169,7 @@ def active_options(config: Mapping[str, Any], given: Mapping[str, Any]) -> dict[
         options["dataset"] = EMBEDDED
     credit = [entry.name for entry in fields(CreditOptions) if entry.name != "synthesizer"]
     if options["synthesizer"] == "none":
-        return {**options, **dict.fromkeys(credit)}
+        return {**options, **dict.fromkeys(name for name in credit if name != "fidelity_every")}
     known = {entry.name for entry in fields(LanguageModelOptions)}
     try:
         built = build(LanguageModelOptions, {name: value for name, value in config.items() if name in known})

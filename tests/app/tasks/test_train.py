@@ -174,6 +174,7 @@ def test_a_run_resumes_bit_identically(synthesizer, bptt, updates, stopped, tmp_
         assert within["counters"]["curve"]
     else:
         assert within["stream"]["position"] == 1  # of two
+    assert within["probe"]["windows"], "stopped within a comparison of gradients"
     assert main(["--updates", str(updates), "--run-dir", str(halves), "--resume", "auto"]) == 0
     one, two = (load_checkpoint(run / "checkpoints" / "last.pt") for run in (whole, halves))
     for saved in (one, two):
@@ -182,6 +183,9 @@ def test_a_run_resumes_bit_identically(synthesizer, bptt, updates, stopped, tmp_
             assert saved["counters"].pop(seconds) > 0
     assert_same(one, two)
     curves, resumed = points(whole), points(halves)
+    assert (
+        -1 <= min(curves["fidelity/parameters_cosine"].values()) <= max(curves["fidelity/parameters_cosine"].values()) <= 1
+    )
     for key in set(curves) - {"speed/updates_per_second", "memory/peak_mb"}:
         # The first session gave its last update a point of its own.
         assert curves[key] == {step: value for step, value in resumed[key].items() if step != stopped}
