@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "parameter_fidelity": {*CREDIT, "credit", "trainer"},
     "public": {*CREDIT, "credit", "trainer", "check", "model_checks", "parameter_fidelity"},
     "dni_seq": {"public"},
-    "app.runs": {"core", "distributed", "streams", "credit", "trainer"},
+    "app.runs": {"core", "distributed", "streams", "credit", "trainer", "parameter_fidelity"},
     "app.build": {*LIBRARY, "app.runs"},
     "app.lm": {*LIBRARY, "app.runs", "app.build"},
     "app.tasks": {*LIBRARY, "app.runs", "app.build"},

@@ -199,7 +199,8 @@ class CreditOptions:
     )
     fidelity_every: int = option(
         0,
-        "windows between comparisons of messages with exact gradients; 0: none (auto scale: 47)",
+        "windows between comparisons of the parameters' gradient and of messages with exact ones; 0: none (auto scale: "
+        "messages every 47)",
         group=GROUP,
         check=at_least(0),
     )
@@ -409,7 +410,7 @@ def default_values(
 ) -> dict[str, Any]:
     """Returns the value that each option would have if it were not given, the others as they are.
 
-    An option of credit assignment has its own value if there is no synthesizer, and it thus has no effect.
+    An option of credit assignment without effect, since there is no synthesizer, has its own value.
 
     Args:
         options: options with their missing values filled in.
@@ -419,7 +420,7 @@ def default_values(
     values = {entry.name: getattr(options, entry.name) for entry in fields(options)}
     derived = values.keys() - as_given(values).keys()
     if options.synthesizer == "none":
-        derived |= {entry.name for entry in fields(CreditOptions)} - {"synthesizer"}
+        derived |= {entry.name for entry in fields(CreditOptions)} - {"synthesizer", "fidelity_every"}
     kept = {name: values[name] for name in derived}
     return {entry.name: entry.default for entry in fields(options)} | dict(by_setting) | kept
 

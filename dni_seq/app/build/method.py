@@ -68,16 +68,25 @@ def _brief_messages(credit: ResolvedCredit) -> Iterator[str]:
         yield f"messages every {_count(credit.message_every, 'step')}{end}"
 
 
-def unwritten_keys(credit: ResolvedCredit) -> Iterator[str]:
-    """Yields starts of the TensorBoard keys that have no curve in a run, or only a constant one."""
+def unwritten_keys(credit: ResolvedCredit, *, measures: bool = False, moves: bool = False) -> Iterator[str]:
+    """Yields starts of the TensorBoard keys that have no curve in a run, or only a constant one.
+
+    Args:
+        credit: the settings in force.
+        measures: whether the parameters' gradients are compared with those of full BPTT.
+        moves: whether the injected share follows the learning rate.
+    """
+    if not measures:
+        yield "fidelity/parameters_cosine"
     if credit.synthesizer == "none":
-        yield from ("synthetic/", "fidelity/", "gradient/synthesizer_norm")
+        yield from ("synthetic/", "fidelity/cosine", "fidelity/r2", "gradient/synthesizer_norm")
         return
     exact = credit.synthesizer == "exact"
     learns = credit.tail or not exact
     written = {
-        "fidelity/": credit.fidelity_every > 0,
-        "synthetic/scale": credit.synthetic_scale == "auto",  # else a constant, which the method's sentence has
+        "fidelity/cosine": credit.fidelity_every > 0,
+        "fidelity/r2": credit.fidelity_every > 0,
+        "synthetic/scale": moves or credit.synthetic_scale == "auto",  # else a constant, which the method's sentence has
         "synthetic/loss": learns,
         "synthetic/cosine": learns,
         # It needs the first horizon's target, which an exact gradient and a replay do not have.

@@ -75,7 +75,8 @@ def _reasons(options: CreditOptions, bptt: int, cells: bool) -> Iterator[tuple[s
     kind = options.synthesizer
     if kind == "none":
         every = (field.name for field in dataclasses.fields(CreditOptions))
-        yield "--synthesizer none", [*(name for name in every if name != "synthesizer"), "synthesizer_vocab_size"]
+        kept = ("synthesizer", "fidelity_every")
+        yield "--synthesizer none", [*(name for name in every if name not in kept), "synthesizer_vocab_size"]
         return
     if kind != "exact":
         yield f"--synthesizer {kind}", ["exact_steps"]

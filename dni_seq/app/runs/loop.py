@@ -30,6 +30,7 @@ from dni_seq.app.runs.dashboard import Dashboard, deciding_options
 from dni_seq.app.runs.directory import RunDirectory
 from dni_seq.app.runs.invocation import curves_command
 from dni_seq.app.runs.lock import RunLock
+from dni_seq.app.runs.parameter_probe import ParameterProbe
 from dni_seq.app.runs.progress import NullProgress, Progress
 from dni_seq.app.runs.resume import Plan, RunOptions, config_of
 from dni_seq.app.runs.run_log import RunLog
@@ -137,6 +138,7 @@ class TrainingRun(ABC):
         ranks: the ranks that share the run. Only the first one writes files and messages.
         log: the curves of the run; writes nothing before `begin`, and on ranks other than the first.
         progress: shows steps and messages, from `begin` on.
+        probe: compares gradients now and then, if the options say so.
         resumed_at: step of the loaded checkpoint, None for a new run.
         finished: whether an earlier session has finished the run, so that there is nothing to train; known from `begin` on.
         began: time at which this session began to train, in seconds of the monotonic clock.
@@ -160,8 +162,12 @@ class TrainingRun(ABC):
     finished: bool = field(default=False, init=False)
     began: float = field(init=False)
     saved_at: float = field(init=False)
+    probe: ParameterProbe = field(init=False)
     _clock: float = field(init=False, repr=False)
     _process_clock: float = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self.probe = ParameterProbe(self.trainer, self.options.fidelity_every)
 
     @property
     def steps(self) -> int:
@@ -230,6 +236,8 @@ class TrainingRun(ABC):
             return
         self.trainer.load_state_dict(checkpoint["trainer"], self.stream.lanes)
         self.stream.load_state_dict(checkpoint["stream"])
+        if "probe" in checkpoint:  # missing in those of older versions
+            self.probe.load_state_dict(checkpoint["probe"])
         if self.ranks.first:
             set_random_state(checkpoint["random"])
         self.counters = type(self.counters)(**checkpoint["counters"])
@@ -268,7 +276,7 @@ class TrainingRun(ABC):
         """Creates the directory, and opens the log unless the run is finished. Returns whether it is."""
         self.initialize_dir(plan, lock)
         ended = self.resumed_at is not None and self.done()
-        if ended and self._has_summary():
+        if ended and has_summary(self.run, f"{self.UNIT}s", self.steps):
             return True
         # A session that was killed after its last checkpoint may have logged scores.
         written = keys_at(self.run.path, self.steps) if ended else ()
@@ -278,14 +286,6 @@ class TrainingRun(ABC):
         self.log.paragraph(self.steps, "about/method", board.method)
         self.log.configuration(self.steps, self.in_force())
         return False
-
-    def _has_summary(self) -> bool:
-        """Returns whether summary.json is of this step."""
-        try:
-            summary = json.loads(self.run.summary.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return False
-        return isinstance(summary, dict) and summary.get(f"{self.UNIT}s") == self.steps
 
     def train(self, stop: StopSignals) -> int:
         """Trains until the run is done or a signal arrives, and returns the exit status."""
@@ -320,6 +320,7 @@ class TrainingRun(ABC):
     def step(self, window: Window) -> None:
         """Trains on one window and logs its measurements."""
         own = self.own_lanes(window)
+        self.log.add(self.probe.observe(own), weight=1)
         result = self.trainer.step(own.inputs, own.targets, ends=own.ends, mask=own.mask, lookahead=own.lookahead)
         measured = self.measure(window, result)
         self.log.add(measured.values, weight=measured.weight, skipped=result.skipped)
@@ -354,6 +355,7 @@ class TrainingRun(ABC):
             "random": random_state(),
             "counters": {entry.name: getattr(self.counters, entry.name) for entry in dataclasses.fields(self.counters)},
             "log": self.log.state_dict(),
+            "probe": self.probe.state_dict(),
             "config": config_of(self.options),
         }
 
@@ -416,6 +418,15 @@ class TrainingRun(ABC):
         """Closes progress bar and log."""
         self.progress.close()
         self.log.close()
+
+
+def has_summary(run: RunDirectory, unit: str, steps: int) -> bool:
+    """Returns whether a run's summary.json is of this many steps, which it has under the name `unit`."""
+    try:
+        summary = json.loads(run.summary.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(summary, dict) and summary.get(unit) == steps
 
 
 def agreed(ranks: Ranks, signal: int | None, save_due: bool) -> tuple[int | None, bool]:

@@ -41,6 +41,8 @@ KEYS = MappingProxyType(
         "synthetic/skipped": "windows so far whose message or regression was skipped: not finite, or far too large",
         "fidelity/cosine_n": "cosine between the message of horizon n and the exact gradient of the n-th future window",
         "fidelity/r2_n": "R² of the message of horizon n, 1 - squared error / squared exact gradient",
+        "fidelity/parameters_cosine": "cosine between the parameters' gradient and that of full BPTT over the next "
+        "windows: at least 8, and 40 steps",
         "gradient/norm": "norm of the parameters' gradient before clipping",
         "gradient/synthesizer_norm": "norm of the synthesizer's gradient before clipping",
         "state/cell_rms": "root mean square of the LSTM's cell state after the latest window",
@@ -92,6 +94,7 @@ LAYOUT: Layout = MappingProxyType(
             "share injected, by horizon": ["synthetic/scale"],
             "injected message over own gradient": ["synthetic/injected_ratio"],
         },
+        "estimator": {"cosine of the parameters' gradient with full BPTT": ["fidelity/parameters_cosine"]},
         "stability": {
             "learning rate": ["train/lr"],
             "gradient norm": ["gradient/norm"],

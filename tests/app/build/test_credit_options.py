@@ -118,12 +118,13 @@ def test_a_configuration_may_hold_a_contradiction_that_the_command_line_removes(
     assert build(LanguageModelOptions, as_given(config), {"synthesizer": "multi-horizon"}).resolve(4).fit == "future"
 
 
-@pytest.mark.parametrize(("synthesizer", "fidelity_every"), [("none", 47), ("basic", 0)])
-def test_options_without_effect_count_as_defaults(synthesizer, fidelity_every):
+@pytest.mark.parametrize(("synthesizer", "replay_windows"), [("none", 5), ("basic", 8)])
+def test_options_without_effect_count_as_defaults(synthesizer, replay_windows):
     given = {**DEFAULTS["char"], "tokenizer": "char", "hidden": 8, "seed": 2}
-    options = LanguageModelOptions(synthesizer=synthesizer, fidelity_every=47, **given)
+    options = LanguageModelOptions(synthesizer=synthesizer, replay_windows=5, fidelity_every=47, **given)
     values = default_values(options, as_given, DEFAULTS["char"])
-    assert values["fidelity_every"] == fidelity_every
+    assert values["replay_windows"] == replay_windows
+    assert values["fidelity_every"] == 0, "it measures the parameters' gradient of every run"
     assert (values["synthesizer"], values["hidden"], values["seed"]) == ("multi-horizon", 256, 1111)
 
 

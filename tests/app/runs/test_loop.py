@@ -46,6 +46,7 @@ class NumberOptions:
 
     limit: int = option(12, "number of steps", group="run")
     logger: str = option("tensorboard", "tracker", group="run")
+    fidelity_every: int = option(0, "windows between comparisons", group="run")
     run_dir: str | None = option(None, "directory", group="run")
     resume: str | None = option(None, "checkpoint", group="run")
 

@@ -69,7 +69,7 @@ def test_the_table_says_what_differs_and_the_scores(two_runs, capsys, tmp_path):
         cells = dict(zip(heading, row, strict=True))
         summary = json.loads((two_runs / name / "summary.json").read_text())
         assert (cells["run"], cells["synthesizer"]) == (name, name)
-        assert cells["fidelity_every"] == {"none": "", "multi-horizon": "8"}[name]
+        assert cells["fidelity_every"] == {"none": "0", "multi-horizon": "8"}[name]
         assert (cells["valid ppl"], cells["test ppl"]) == tuple(f"{summary[s]['ppl']:.2f}" for s in ("valid", "test"))
         assert cells["ppl at 15,360 tokens"] == f"{read_run(two_runs / name).validations[-1].perplexity:.2f}"
         assert cells["tokens"] == "15,360"

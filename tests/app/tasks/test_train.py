@@ -182,6 +182,7 @@ def test_a_run_resumes_bit_identically(synthesizer, bptt, updates, stopped, more
     else:
         assert within["stream"]["position"] == 1  # of two
         assert bool(more) == ("past_inputs" in within["trainer"])
+    assert within["probe"]["windows"], "stopped within a comparison of gradients"
     assert main(["--updates", str(updates), "--run-dir", str(halves), "--resume", "auto"]) == 0
     one, two = (load_checkpoint(run / "checkpoints" / "last.pt") for run in (whole, halves))
     for saved in (one, two):
@@ -190,6 +191,9 @@ def test_a_run_resumes_bit_identically(synthesizer, bptt, updates, stopped, more
             assert saved["counters"].pop(seconds) > 0
     assert_same(one, two)
     curves, resumed = points(whole), points(halves)
+    assert (
+        -1 <= min(curves["fidelity/parameters_cosine"].values()) <= max(curves["fidelity/parameters_cosine"].values()) <= 1
+    )
     for key in set(curves) - {"speed/updates_per_second", "memory/peak_mb"}:
         # The first session gave its last update a point of its own.
         assert curves[key] == {step: value for step, value in resumed[key].items() if step != stopped}
