@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+import dni_seq
 from dni_seq.app import cli
 from tests.paths import ROOT
 
@@ -44,6 +45,18 @@ def test_help_lists_the_commands(capsys):
     text = capsys.readouterr().out
     assert [line.split()[0] for line in text.splitlines() if line.startswith("  ")] == list(cli.COMMANDS)
     assert {"train", "evaluate", "sample", "tasks"} <= set(cli.COMMANDS)
+
+
+def test_the_version(capsys):
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"dni-seq {dni_seq.__version__}\n"
+    assert f"version: {dni_seq.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+
+
+def test_the_package_runs_as_a_module():
+    line = [sys.executable, "-m", "dni_seq", "trian"]
+    result = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stderr) == (2, "dni-seq: error: there is no command 'trian', did you mean train?\n")
 
 
 def test_a_misspelt_command_is_answered_with_the_right_one(capsys):
@@ -83,6 +96,8 @@ def test_a_wheel_in_a_new_environment(tmp_path):
     site = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip())
     (site / "outer.pth").write_text(sysconfig.get_path("purelib") + "\n")
     assert (site / "dni_seq" / "py.typed").is_file()
+    assert wheel.name.startswith(f"dni_seq-{dni_seq.__version__}-")
+    assert run(python, "-m", "dni_seq", "--version") == f"dni-seq {dni_seq.__version__}\n"
     run(venv / "bin" / "dni-seq", "train", *TINY, "--run-dir", "run")
     code = "import dni_seq.app.cli as c; print(c.__file__); c.main(['evaluate', 'run']); c.main(['sample', 'run'])"
     where, score, *text = run(python, "-c", code).split("\n")
