@@ -19,13 +19,18 @@ from typing import Any
 import pytest
 import torch
 
+import dni_seq
 from dni_seq.app.lm.options import LanguageModelOptions
 from dni_seq.app.runs.options import parse
-from docs import tables
+from docs import first_example, tables
 from docs.images import overview
 from tests.paths import ROOT
 
-PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/**/*.md")])
+README = ROOT / "README.md"
+PAGES = sorted([README, ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/**/*.md")])
+FULL, SHORT = "STEPS, UNITS = 1, 32, 4000,", "STEPS, UNITS = 1, 32, 150,"
+"""Where README's first example says how long its stream is, and a stream for a test."""
+
 BLOCK = re.compile(r"^```python[^\n]*\n(.*?)^```\s*$", re.MULTILINE | re.DOTALL)
 
 
@@ -52,14 +57,60 @@ def test_examples_run(page, tmp_path, monkeypatch):
     torch.manual_seed(0)
     namespace = {"__name__": "example"}
     for line, code in blocks(page):
-        source = "\n" * line + code  # so that a traceback names the page's line
+        source = "\n" * line + code.replace(FULL, SHORT)  # so that a traceback names the page's line
         exec(compile(source, str(page), "exec"), namespace)
 
 
-def test_tables_are_those_of_the_code():
+@pytest.mark.parametrize("page", tables.TABLES)
+def test_tables_are_those_of_the_code_and_of_the_results(page):
     """Where this fails: python docs/tables.py"""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert tables.written(text) == text
+    text = (ROOT / page).read_text(encoding="utf-8")
+    assert tables.written(page, text) == text
+
+
+def test_readme_can_be_read_in_a_few_minutes():
+    lines = README.read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= 150
+    assert lines.index("```python") < 40
+
+
+def test_readmes_first_example_runs_before_and_after(capsys):
+    """With the second block in the place of the loop it is a program too, and both learn something in a short stream."""
+    programs = first_example.programs(README.read_text(encoding="utf-8"))
+    before, after = (float(first_example.run(program.replace(FULL, SHORT))[0].split()[0]) for program in programs)
+    assert all(FULL in program for program in programs)
+    assert 2 < before < 3.8  # uniform over the alphabet is 4.5 nats
+    assert 2 < after < 3.8
+    assert before != after
+
+
+def test_readme_says_what_its_first_example_printed():
+    """Where this fails: python docs/first_example.py"""
+    text = README.read_text(encoding="utf-8")
+    assert first_example.written(text) == text
+
+
+def test_every_public_name_has_one_entry_in_the_reference():
+    pages = [ROOT / "docs" / "reference" / f"{page}.md" for page in tables.REFERENCE]
+    entries = [name for page in pages for name in tables.ENTRY.findall(page.read_text(encoding="utf-8"))]
+    assert sorted(entries) == sorted(dni_seq.__all__)
+
+
+OLDER = {"distributed", "estimators", "interfaces", "performance", "reliability", "streams", "synthetic-gradients"}
+"""Pages with longer paragraphs, from before the rule."""
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_paragraphs_are_short(page):
+    """At most five lines, in README three, of prose: tables, lists and blocks of code are none."""
+    if page.stem in OLDER or page.name in ("paper.md", "feedforward.md", "predictive_messages.md"):
+        return
+    text = FENCED.sub("", page.read_text(encoding="utf-8"))
+    for paragraph in re.split(r"\n\s*\n", text):
+        lines = paragraph.strip().splitlines()
+        if lines and not re.match(r"[|#<!:*-]|\d+\.", lines[0]):
+            assert len(lines) <= (4 if page == README else 5), paragraph
+            assert all(len(line) <= 160 for line in lines), paragraph
 
 
 def test_the_picture_is_what_its_script_draws():
@@ -101,7 +152,9 @@ ELSEWHERE = {
     "stability": "test_benchmarks.py",
     "golden_runs": "test_benchmarks.py",
     "git": "makes the other checkout for golden_runs",
-    "tables": "test_tables_are_those_of_the_code",
+    "tables": "test_tables_are_those_of_the_code_and_of_the_results",
+    "first_example": "test_readmes_first_example_runs_before_and_after",
+    "mkdocs": ".ci/run",
     "examples": "test_examples.py",
     "reproduce_paper": "app/studies/test_reproduce.py",
     "torchrun": "distributed/test_process_group.py and distributed/test_decoupled_parts.py start two ranks",

@@ -72,3 +72,8 @@ def test_bare_interfaces_train_in_time_and_in_depth(run):
     assert injected == pytest.approx(cut, abs=0.2)
     assert plain > 90
     assert decoupled > 90
+
+
+def test_streaming_sensor_gains_from_a_synthesizer(run):
+    (plain, *_), (synthetic, *_) = run("streaming_sensor", 450)
+    assert synthetic < 0.8 * plain < 0.2  # the temperature's variance is above 1
