@@ -35,7 +35,7 @@ class TargetRule(NamedTuple):
 
     Attributes:
         local: [N], the coefficient of a_k in each target.
-        bootstrap: [N][N]; `bootstrap[i][j]` is the coefficient of the message of horizon j in the target of horizon i.
+        bootstrap: [N, N]; `bootstrap[i][j]` is the coefficient of the message of horizon j in the target of horizon i.
         injection: [N], the coefficient of each message in the injected gradient.
         active: [N], whether each horizon is trained at this window. Targets of the others are not computed.
         skip_injection: True to inject nothing at s_{k+1} in this window. The ordinary backward pass then leaves a_k at s_k,
