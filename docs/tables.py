@@ -18,6 +18,7 @@ from unittest import mock
 import dni_seq
 from dni_seq.app import cli
 from dni_seq.app.lm.options import PRESETS, LanguageModelOptions
+from dni_seq.app.runs.invocation import as_called
 from dni_seq.app.runs.options import OneLineParser, default_of, flag, groups
 from dni_seq.app.runs.tensorboard import KEYS, OTHER_KEYS
 from dni_seq.app.tasks.options import TaskOptions
@@ -98,7 +99,7 @@ def parser_of(name: str) -> argparse.ArgumentParser:
     def stop(parser: argparse.ArgumentParser, *_: object) -> None:
         raise _Found(parser)
 
-    with mock.patch.object(sys, "argv", [f"dni-seq {name}"]), mock.patch.object(OneLineParser, "parse_args", stop):
+    with mock.patch.object(OneLineParser, "parse_args", stop):
         try:
             importlib.import_module(cli.COMMANDS[name][0]).main([])
         except _Found as found:
@@ -124,7 +125,13 @@ def rows_of(parser: argparse.ArgumentParser, title: str) -> list[str]:
 
 def arguments_of(name: str) -> Callable[[], list[str]]:
     """A function that returns a row for each argument of a `dni-seq` command."""
-    return lambda: ["| argument | meaning |", "|---|---|", *rows_of(parser_of(name), f"dni-seq {name}")]
+
+    def rows() -> list[str]:
+        with mock.patch.object(sys, "argv", [f"dni-seq {name}"]):
+            found = rows_of(parser_of(name), f"dni-seq {name}")
+            return ["| argument | meaning |", "|---|---|", *map(as_called, found)]
+
+    return rows
 
 
 Table = Callable[[], list[str]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import shutil
 import subprocess
@@ -38,6 +39,33 @@ def test_every_command_knows_its_name(name, capsys):
     error = capsys.readouterr().err
     assert error.startswith(f"dni-seq {name}: error: ")
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_help_names_commands_and_no_script(name, capsys):
+    """A wheel has no scripts."""
+    pages = [["--help"], ["--help-all"]] if name in ("train", "tasks") else [["--help"]]
+    for arguments in (*pages, *([["table1", "--help"]] if name == "reproduce" else [])):
+        with pytest.raises(SystemExit):
+            cli.main([name, *arguments])
+        text = capsys.readouterr().out
+        assert f"dni-seq {name}" in text
+        assert ".py" not in text
+
+
+def test_a_scripts_help_names_scripts(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["scripts/train_lm.py"])
+    with pytest.raises(SystemExit):
+        importlib.import_module(cli.COMMANDS["train"][0]).main(["--help"])
+    assert "python scripts/train_lm.py --dataset ptb" in capsys.readouterr().out
+
+
+def test_reproduce_says_what_it_needs_without_a_clone(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["reproduce", "draw"]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("dni-seq reproduce: error: docs/results/paper.md does not exist: call this in a clone of dni_seq")
+    assert not list(tmp_path.iterdir())
 
 
 def test_help_lists_the_commands(capsys):
