@@ -6,8 +6,10 @@ temporary directory: as its script's `main`, since loading torch takes most of t
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import importlib
+import inspect
 import json
 import re
 import shlex
@@ -252,3 +254,50 @@ def test_commands_run(at_home, capsys):
         done.add(name)
     assert done == set(SMALL)
     assert (at_home / "comparison.png").is_file()
+
+
+METHODS = ("synthesizers", "interfaces")
+"""Pages of the reference whose names come from papers or are ours; the others hold data and tools."""
+
+
+def public_docstrings() -> Iterator[tuple[str, Any, str]]:
+    """The qualified name, the object and the docstring of every public class and function, and of their methods."""
+    for name in dni_seq.__all__:
+        thing = getattr(dni_seq, name)
+        if inspect.isclass(thing) or inspect.isfunction(thing):
+            yield name, thing, inspect.getdoc(thing) or ""
+        for member, value in vars(thing).items() if inspect.isclass(thing) else ():
+            function = value.fget if isinstance(value, property) else value
+            if not member.startswith("_") and inspect.isfunction(function):
+                yield f"{name}.{member}", function, function.__doc__ or ""
+
+
+def test_every_public_docstring_describes_every_argument():
+    """`Args:` and `Attributes:` name the parameters of constructors and functions; fields of dataclasses have their own."""
+    for name, thing, text in public_docstrings():
+        assert text, name
+        assert len(text.splitlines()[0]) > 10, name
+        if "." in name or dataclasses.is_dataclass(thing) or issubclass_of_exception(thing):
+            continue
+        documented = set(
+            re.findall(r"(\w+)(?=(?:, \w+)*: )", " ".join(re.findall(r"^\s+\*{0,2}[\w, ]+: ", text, re.MULTILINE)))
+        )
+        parameters = [parameter for parameter in inspect.signature(thing).parameters if parameter not in ("args", "kwargs")]
+        collected = inspect.signature(thing).parameters.values()
+        keywords = {parameter.name for parameter in collected if parameter.kind is inspect.Parameter.VAR_KEYWORD}
+        listed = "Args:" in text or "Attributes:" in text
+        missing = [each for each in parameters if each not in documented | keywords and (listed or f"`{each}`" not in text)]
+        assert not missing, f"{name} does not describe {missing}"
+
+
+def issubclass_of_exception(thing: Any) -> bool:
+    """Whether it is an exception, which takes a message."""
+    return inspect.isclass(thing) and issubclass(thing, BaseException)
+
+
+def test_every_method_names_its_source():
+    for page in METHODS:
+        text = (ROOT / "docs" / "reference" / f"{page}.md").read_text(encoding="utf-8")
+        for name in tables.ENTRY.findall(text):
+            if name not in ("LSTM_CELLS", "Regression"):  # data
+                assert "Source: " in (inspect.getdoc(getattr(dni_seq, name)) or ""), name

@@ -64,7 +64,9 @@ def test_reproduce_says_what_it_needs_without_a_clone(tmp_path, monkeypatch, cap
     monkeypatch.chdir(tmp_path)
     assert cli.main(["reproduce", "draw"]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("dni-seq reproduce: error: docs/results/paper.md does not exist: call this in a clone of dni_seq")
+    assert error.startswith(
+        "dni-seq reproduce: error: docs/results/paper.md does not exist: call this in a clone of dni_seq"
+    )
     assert not list(tmp_path.iterdir())
 
 
