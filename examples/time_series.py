@@ -7,8 +7,8 @@ how the state will matter there. The demand that was measured there lies in the 
 see it too, as the network that forecasts never does.
 
 The recommended synthesizer, `FutureGradient.for_model`, learns to forecast the next hours itself, and its gradient is the
-message. Beside it stand truncated BPTT and three synthesizers that are fitted to gradients and see nothing of the future, its
-inputs, or inputs and demand. The future model and the last one have well under half of truncated BPTT's error here.
+message. Beside it stand truncated BPTT and three synthesizers that are fitted to gradients and see nothing of the future,
+its inputs, or inputs and demand. The future model and the last one have well under half of truncated BPTT's error here.
 
 Records are a month long, and the network starts each with a state of zeros, which does not know how warm the building is.
 The first day is a burn-in: it warms the state up, and its errors do not count. With records of five days, in which less
