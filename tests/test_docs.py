@@ -76,6 +76,13 @@ def test_readme_can_be_read_in_a_few_minutes():
     assert lines.index("```python") < 40
 
 
+def test_readme_says_what_a_step_costs():
+    lines = [json.loads(line) for line in (ROOT / "docs" / "results" / "steps.jsonl").read_text().splitlines()]
+    ratios = [line["over none"] for line in lines if (line["setting"], line["way"]) == ("char-lstm", "multi-horizon")]
+    said = f"A step costs {min(ratios):.1f} to {max(ratios):.1f} times as much as without (LSTM of 512 units)"
+    assert said in README.read_text(encoding="utf-8")
+
+
 def test_readmes_first_example_runs_before_and_after(capsys):
     """With the second block in the place of the loop it is a program too, and both learn something in a short stream."""
     programs = first_example.programs(README.read_text(encoding="utf-8"))
