@@ -13,6 +13,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dni_seq.public import *  # noqa: F403  # the names are listed once, there
 
+__version__ = "0.1.0"
+"""The version of the package, which `pyproject.toml` reads from here."""
+
 
 def __getattr__(name: str) -> Any:
     """Returns a public name, or a module of the package that they need."""

@@ -68,6 +68,9 @@ def check_model(
         batch_dim: the dimension of the lanes in `inputs`.
         strict: whether the first problem raises a ValueError.
 
+    Returns:
+        The report: `ok` says whether no check found a problem.
+
     Raises:
         ValueError: `inputs` do not have the form above, or with `strict` a check found a problem.
 

@@ -38,8 +38,8 @@ class GradientFidelity(NamedTuple):
     """The gradient of a sequence by a trainer's estimator, beside that of full BPTT.
 
     Attributes:
-        cosine: over all parameters together, see `ParameterFidelity`.
-        norm_ratio: over all parameters together.
+        cosine: over all parameters together, from -1 to 1; see `ParameterFidelity`.
+        norm_ratio: norm of the estimator's gradient over that of full BPTT, over all parameters together.
         parameters: the same for each parameter, by name.
     """
 
@@ -57,10 +57,15 @@ def gradient_fidelity(
     them. The model runs in `eval()`. The trainer and the random state are the same afterwards. Full BPTT keeps one graph
     over all windows.
 
+    Source: ours.
+
     Args:
         trainer: in one process.
         windows: consecutive windows, with the lookahead that the synthesizer needs.
         start: the state before them. It counts as a constant: its traces are set to zero. Default: the initial state.
+
+    Returns:
+        Cosine and norm ratio, over all parameters and for each of them.
 
     Raises:
         ValueError: there are no windows, or the trainer shares its lanes with other ranks.

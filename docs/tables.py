@@ -1,34 +1,57 @@
-"""Writes README's tables of options and of TensorBoard keys from the code: python docs/tables.py
+"""Writes the tables of README and of docs/reference that come from the code or from results: python docs/tables.py
 
-A test compares README with what this would write.
+A test compares the pages with what this would write.
 """
 
 from __future__ import annotations
 
+import argparse
+import importlib
+import inspect
 import re
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
+from unittest import mock
 
+import dni_seq
+from dni_seq.app import cli
 from dni_seq.app.lm.options import PRESETS, LanguageModelOptions
-from dni_seq.app.runs.options import default_of, flag, groups
+from dni_seq.app.runs.invocation import as_called
+from dni_seq.app.runs.options import OneLineParser, default_of, flag, groups
 from dni_seq.app.runs.tensorboard import KEYS, OTHER_KEYS
+from dni_seq.app.tasks.options import TaskOptions
+from docs.benefits import benefits, embedded_corpus, words
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
 
 
-def options() -> list[str]:
-    """A row for each option of scripts/train_lm.py, group by group."""
+def options_of(cls: type) -> list[str]:
+    """A row for each option of a command's dataclass, group by group."""
     rows = ["| option | meaning | default |", "|---|---|---|"]
-    for title, fields in groups(LanguageModelOptions).items():
+    for title, fields in groups(cls).items():
         rows.append(f"| **{title}** | | |")
         for field in fields:
             choices = field.metadata["choices"]
             named = f"{field.metadata['help']}: {', '.join(choices)}" if choices else field.metadata["help"]
             cells = (f"`{flag(field.name)}`", named, default_of(field))
             rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return rows
+
+
+def options() -> list[str]:
+    """The options of `dni-seq train`."""
     presets = "; ".join(f"{name}: {', '.join(f'{k} {v}' for k, v in values.items())}" for name, values in PRESETS.items())
-    rows += ["| **from elsewhere** | | |", f"| `--preset` | options of a known setting: {presets} | |"]
-    return [*rows, "| `--config` | options from a JSON file, as a run's config.json is; over the preset, below the line | |"]
+    rows = ["| **from elsewhere** | | |", f"| `--preset` | options of a known setting: {presets} | |"]
+    config = "| `--config` | options from a JSON file, as a run's config.json is; over the preset, below the line | |"
+    return [*options_of(LanguageModelOptions), *rows, config]
+
+
+def task_options() -> list[str]:
+    """The options of `dni-seq tasks`."""
+    config = "| `--config` | options from a JSON file, as a run's config.json is; below the command line | |"
+    return [*options_of(TaskOptions), "| **from elsewhere** | | |", config]
 
 
 def keys() -> list[str]:
@@ -40,17 +63,117 @@ def keys() -> list[str]:
     ]
 
 
-def written(text: str) -> str:
-    """README's text with its tables as they should be."""
-    for name, rows in (("options", options()), ("keys", keys())):
+REFERENCE = ("trainer", "windows", "synthesizers", "interfaces", "checks")
+"""The pages of the Python API, in docs/reference."""
+
+ENTRY = re.compile(r"^::: dni_seq\.(\w+)$", re.MULTILINE)
+"""The entry of a public name."""
+
+
+def api() -> list[str]:
+    """A row for each public name, with the first line of its docstring."""
+    rows = ["| name | what it is |", "|---|---|"]
+    for page in REFERENCE:
+        text = (ROOT / "docs" / "reference" / f"{page}.md").read_text(encoding="utf-8")
+        rows.append(f"| **[{text.splitlines()[0].removeprefix('# ')}]({page}.md)** | |")
+        for name in ENTRY.findall(text):
+            rows.append(f"| [`{name}`]({page}.md#dni_seq.{name}) | {first_line(name)} |")
+    return rows
+
+
+def first_line(name: str) -> str:
+    """The first line of a public name's docstring."""
+    thing = getattr(dni_seq, name)
+    if inspect.isclass(thing) or inspect.isfunction(thing):
+        return (inspect.getdoc(thing) or "").splitlines()[0].replace("|", "\\|")
+    return "The marks of (h, c), the state of an LSTM: the second leaf is a cell state."
+
+
+class _Found(Exception):
+    """Carries a command's parser out of the command."""
+
+
+def parser_of(name: str) -> argparse.ArgumentParser:
+    """The parser of a `dni-seq` command."""
+
+    def stop(parser: argparse.ArgumentParser, *_: object) -> None:
+        raise _Found(parser)
+
+    with mock.patch.object(OneLineParser, "parse_args", stop):
+        try:
+            importlib.import_module(cli.COMMANDS[name][0]).main([])
+        except _Found as found:
+            parser: argparse.ArgumentParser = found.args[0]
+            return parser
+    raise ValueError(f"dni-seq {name} has parsed nothing")
+
+
+def rows_of(parser: argparse.ArgumentParser, title: str) -> list[str]:
+    """A row for each argument of a parser, and for those of its parts."""
+    arguments = [action for action in parser._actions if not isinstance(action, argparse._HelpAction)]
+    rows = [] if parser._subparsers else [f"| **{title}** | |"]
+    for action in arguments:
+        if isinstance(action, argparse._SubParsersAction):
+            for part, below in action.choices.items():
+                rows += rows_of(below, f"{title} {part}")
+        else:
+            shown = ", ".join(action.option_strings) or str(action.metavar or action.dest)
+            listed = f" ({', '.join(map(str, action.choices))})" if action.choices else ""
+            rows.append(f"| `{shown}` | {(action.help or '').replace('|', chr(92) + '|')}{listed} |")
+    return rows
+
+
+def arguments_of(name: str) -> Callable[[], list[str]]:
+    """A function that returns a row for each argument of a `dni-seq` command."""
+
+    def rows() -> list[str]:
+        with mock.patch.object(sys, "argv", [f"dni-seq {name}"]):
+            found = rows_of(parser_of(name), f"dni-seq {name}")
+            return ["| argument | meaning |", "|---|---|", *map(as_called, found)]
+
+    return rows
+
+
+Table = Callable[[], list[str]]
+
+TABLES: Mapping[str, Mapping[str, Table]] = MappingProxyType(
+    {
+        "README.md": {"benefits": benefits},
+        "docs/reference/train.md": {"options": options},
+        "docs/reference/commands.md": {
+            "task options": task_options,
+            **{name: arguments_of(name) for name in ("evaluate", "sample", "compare", "reproduce")},
+        },
+        "docs/reference/tensorboard.md": {"keys": keys},
+        "docs/reference/api.md": {"api": api},
+        "docs/results/words.md": {"words": words, "embedded corpus": embedded_corpus},
+    }
+)
+"""The tables of each page, by the name in their marks."""
+
+
+def written(page: str, text: str) -> str:
+    """A page's text with its tables as they should be.
+
+    Raises:
+        ValueError: the marks of a table are not there once.
+    """
+    for name, rows in TABLES[page].items():
         mark = rf"(<!-- {name}: written by docs/tables.py -->\n).*?(<!-- end of {name} -->)"
-        body = "\n".join(rows)
+        body = "\n".join(rows())
         text, count = re.subn(mark, lambda found, body=body: f"{found[1]}\n{body}\n\n{found[2]}", text, flags=re.DOTALL)
         if count != 1:
-            raise ValueError(f"README.md must have the mark of {name} once")
+            raise ValueError(f"{page} must have the mark of {name} once")
     return text
 
 
+def main() -> None:
+    """The command."""
+    argparse.ArgumentParser(description=__doc__).parse_args()
+    for page in TABLES:
+        path = ROOT / page
+        path.write_text(written(page, path.read_text(encoding="utf-8")), encoding="utf-8")
+
+
 if __name__ == "__main__":
-    README.write_text(written(README.read_text(encoding="utf-8")), encoding="utf-8")
-    sys.exit(0)
+    main()

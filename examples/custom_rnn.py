@@ -1,7 +1,8 @@
 """Train your own RNN with synthetic gradients: a cell of two time scales, whose state is a nest of your own making.
 
 The adding problem: two numbers of a sequence are marked, one in each half, and the answer at its end is their sum. Windows
-are half a sequence long. The error is 1 where nothing is known; below 0.15 the problem counts as solved.
+are half a sequence long. The error is 1 where nothing is known; below 0.15 the problem counts as solved. With a synthesizer
+it falls sooner than by truncated BPTT, which stands beside it, at one and a half times the CPU time.
 """
 
 from pathlib import Path
@@ -35,23 +36,31 @@ class TwoTimescales(nn.Module):
         return {"units": [torch.zeros(lanes, UNITS)] * 2, "clock": torch.zeros(lanes, dtype=torch.int64)}
 
 
-def main(updates: int = 900) -> None:
-    torch.set_num_threads(1)  # tensors are small: a second thread would only wait
+def train(updates: int, synthetic: bool) -> list[float]:
+    """Returns the error at six points of the run."""
     torch.manual_seed(0)
-    model, losses, log = TwoTimescales(), [], RunLog(Path("runs/custom_rnn"))  # tensorboard --logdir runs
-    encoder = dni.LookaheadEncoder(WINDOW, nn.Linear(2, 16), nn.Linear(1, 16))
-    synthesizer = dni.MultiHorizonSynthesizer(model.initial_state(1), hidden=(64,), encoder=encoder)
-    config = dni.SyntheticGradientConfig(synthetic_scale="auto", fidelity_every=7, discount=1.0)
-    adam, both = torch.optim.Adam(model.parameters(), lr=3e-3), {"synthesizer": synthesizer, "config": config}
-    trainer = dni.SequenceTrainer(model, adam, ADDING.losses, state_batch_dim=0, clip=1.0, **both)
-    windows = TaskStream(ADDING, lanes=32, bptt=WINDOW, lookahead=WINDOW, seed=0, stage=Stage(10))
+    model, losses, errors = TwoTimescales(), [], []
+    example = {"example_inputs": torch.zeros(WINDOW, 1, 2), "outputs": 1}
+    synthesizer = dni.FutureGradient.for_model(model, ADDING.losses, **example) if synthetic else None
+    adam = torch.optim.Adam(model.parameters(), lr=3e-3)
+    trainer = dni.SequenceTrainer(model, adam, ADDING.losses, synthesizer=synthesizer, state_batch_dim=0, clip=1.0)
+    ahead = synthesizer.lookahead if synthesizer is not None else 0
+    windows = TaskStream(ADDING, lanes=32, bptt=WINDOW, lookahead=ahead, seed=0, stage=Stage(10))
     for _, (inputs, targets, mask, ends, lookahead) in zip(range(updates), windows, strict=False):
         result = trainer.step(inputs, targets, mask=mask, ends=ends, lookahead=lookahead)
         losses += [result.loss] if mask.any() else []
         if trainer.steps % (updates // 6) == 0:
-            error = ADDING.error_of_loss * float(torch.stack(losses[-updates // 12 :]).mean())
-            log.scalars(trainer.steps, {"error": error})
-            print(f"update {trainer.steps}: error {error:.2f}, share injected {float(result.synthetic.scale):.0%}")
+            errors.append(ADDING.error_of_loss * float(torch.stack(losses[-updates // 12 :]).mean()))
+    return errors
+
+
+def main(updates: int = 900) -> None:
+    torch.set_num_threads(1)  # tensors are small: a second thread would only wait
+    log = RunLog(Path("runs/custom_rnn"))  # tensorboard --logdir runs
+    for point, errors in enumerate(zip(train(updates, False), train(updates, True), strict=True), 1):
+        step = point * (updates // 6)
+        log.scalars(step, {"error": errors[1]})
+        print(f"update {step}: error {errors[0]:.2f} by truncated BPTT, {errors[1]:.2f} with a synthesizer")
     log.close()
 
 

@@ -6,8 +6,10 @@ temporary directory: as its script's `main`, since loading torch takes most of t
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import importlib
+import inspect
 import json
 import re
 import shlex
@@ -19,13 +21,18 @@ from typing import Any
 import pytest
 import torch
 
+import dni_seq
 from dni_seq.app.lm.options import LanguageModelOptions
 from dni_seq.app.runs.options import parse
-from docs import tables
+from docs import first_example, tables
 from docs.images import overview
 from tests.paths import ROOT
 
-PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/**/*.md")])
+README = ROOT / "README.md"
+PAGES = sorted([README, ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/**/*.md")])
+FULL, SHORT = "STEPS, UNITS = 1, 32, 4000,", "STEPS, UNITS = 1, 32, 150,"
+"""Where README's first example says how long its stream is, and a stream for a test."""
+
 BLOCK = re.compile(r"^```python[^\n]*\n(.*?)^```\s*$", re.MULTILINE | re.DOTALL)
 
 
@@ -52,14 +59,64 @@ def test_examples_run(page, tmp_path, monkeypatch):
     torch.manual_seed(0)
     namespace = {"__name__": "example"}
     for line, code in blocks(page):
-        source = "\n" * line + code  # so that a traceback names the page's line
+        source = "\n" * line + code.replace(FULL, SHORT)  # so that a traceback names the page's line
         exec(compile(source, str(page), "exec"), namespace)
 
 
-def test_tables_are_those_of_the_code():
+@pytest.mark.parametrize("page", tables.TABLES)
+def test_tables_are_those_of_the_code_and_of_the_results(page):
     """Where this fails: python docs/tables.py"""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert tables.written(text) == text
+    text = (ROOT / page).read_text(encoding="utf-8")
+    assert tables.written(page, text) == text
+
+
+def test_readme_can_be_read_in_a_few_minutes():
+    lines = README.read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= 150
+    assert lines.index("```python") < 40
+
+
+def test_readme_says_what_a_step_costs():
+    lines = [json.loads(line) for line in (ROOT / "docs" / "results" / "steps.jsonl").read_text().splitlines()]
+    ratios = [line["over none"] for line in lines if (line["setting"], line["way"]) == ("char-lstm", "multi-horizon")]
+    said = f"A step costs {min(ratios):.1f} to {max(ratios):.1f} times as much as without (LSTM of 512 units)"
+    assert said in README.read_text(encoding="utf-8")
+
+
+def test_readmes_first_example_runs_before_and_after(capsys):
+    """With the second block in the place of the loop it is a program too, and both learn something in a short stream."""
+    programs = first_example.programs(README.read_text(encoding="utf-8"))
+    before, after = (float(first_example.run(program.replace(FULL, SHORT))[0].split()[0]) for program in programs)
+    assert all(FULL in program for program in programs)
+    assert 2 < before < 3.8  # uniform over the alphabet is 4.5 nats
+    assert 2 < after < 3.8
+    assert before != after
+
+
+def test_readme_says_what_its_first_example_printed():
+    """Where this fails: python docs/first_example.py"""
+    text = README.read_text(encoding="utf-8")
+    assert first_example.written(text) == text
+
+
+def test_every_public_name_has_one_entry_in_the_reference():
+    pages = [ROOT / "docs" / "reference" / f"{page}.md" for page in tables.REFERENCE]
+    entries = [name for page in pages for name in tables.ENTRY.findall(page.read_text(encoding="utf-8"))]
+    assert sorted(entries) == sorted(dni_seq.__all__)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_paragraphs_are_short(page):
+    """At most five lines, in README three, of prose: tables, lists and blocks of code are none."""
+    older = page.parent == ROOT / "docs" and page.name != "index.md"  # from before the rule
+    if older or page.name in ("CONTRIBUTING.md", "paper.md", "feedforward.md", "predictive_messages.md"):
+        return
+    text = FENCED.sub("", page.read_text(encoding="utf-8"))
+    for paragraph in re.split(r"\n\s*\n", text):
+        lines = paragraph.strip().splitlines()
+        if lines and not re.match(r"[|#<!:*-]|\d+\.", lines[0]):
+            assert len(lines) <= (4 if page == README else 5), paragraph
+            assert all(len(line) <= 160 for line in lines), paragraph
 
 
 def test_the_picture_is_what_its_script_draws():
@@ -101,7 +158,9 @@ ELSEWHERE = {
     "stability": "test_benchmarks.py",
     "golden_runs": "test_benchmarks.py",
     "git": "makes the other checkout for golden_runs",
-    "tables": "test_tables_are_those_of_the_code",
+    "tables": "test_tables_are_those_of_the_code_and_of_the_results",
+    "first_example": "test_readmes_first_example_runs_before_and_after",
+    "mkdocs": ".ci/run",
     "examples": "test_examples.py",
     "reproduce_paper": "app/studies/test_reproduce.py",
     "torchrun": "distributed/test_process_group.py and distributed/test_decoupled_parts.py start two ranks",
@@ -199,3 +258,50 @@ def test_commands_run(at_home, capsys):
         done.add(name)
     assert done == set(SMALL)
     assert (at_home / "comparison.png").is_file()
+
+
+METHODS = ("synthesizers", "interfaces")
+"""Pages of the reference whose names come from papers or are ours; the others hold data and tools."""
+
+
+def public_docstrings() -> Iterator[tuple[str, Any, str]]:
+    """The qualified name, the object and the docstring of every public class and function, and of their methods."""
+    for name in dni_seq.__all__:
+        thing = getattr(dni_seq, name)
+        if inspect.isclass(thing) or inspect.isfunction(thing):
+            yield name, thing, inspect.getdoc(thing) or ""
+        for member, value in vars(thing).items() if inspect.isclass(thing) else ():
+            function = value.fget if isinstance(value, property) else value
+            if not member.startswith("_") and inspect.isfunction(function):
+                yield f"{name}.{member}", function, function.__doc__ or ""
+
+
+def test_every_public_docstring_describes_every_argument():
+    """`Args:` and `Attributes:` name the parameters of constructors and functions; fields of dataclasses have their own."""
+    for name, thing, text in public_docstrings():
+        assert text, name
+        assert len(text.splitlines()[0]) > 10, name
+        if "." in name or dataclasses.is_dataclass(thing) or issubclass_of_exception(thing):
+            continue
+        documented = set(
+            re.findall(r"(\w+)(?=(?:, \w+)*: )", " ".join(re.findall(r"^\s+\*{0,2}[\w, ]+: ", text, re.MULTILINE)))
+        )
+        parameters = [parameter for parameter in inspect.signature(thing).parameters if parameter not in ("args", "kwargs")]
+        collected = inspect.signature(thing).parameters.values()
+        keywords = {parameter.name for parameter in collected if parameter.kind is inspect.Parameter.VAR_KEYWORD}
+        listed = "Args:" in text or "Attributes:" in text
+        missing = [each for each in parameters if each not in documented | keywords and (listed or f"`{each}`" not in text)]
+        assert not missing, f"{name} does not describe {missing}"
+
+
+def issubclass_of_exception(thing: Any) -> bool:
+    """Whether it is an exception, which takes a message."""
+    return inspect.isclass(thing) and issubclass(thing, BaseException)
+
+
+def test_every_method_names_its_source():
+    for page in METHODS:
+        text = (ROOT / "docs" / "reference" / f"{page}.md").read_text(encoding="utf-8")
+        for name in tables.ENTRY.findall(text):
+            if name not in ("LSTM_CELLS", "Regression"):  # data
+                assert "Source: " in (inspect.getdoc(getattr(dni_seq, name)) or ""), name

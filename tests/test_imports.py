@@ -30,6 +30,7 @@ MAY_IMPORT = {
     "parameter_fidelity": {*CREDIT, "credit", "trainer"},
     "public": {*CREDIT, "credit", "trainer", "check", "model_checks", "parameter_fidelity"},
     "dni_seq": {"public"},
+    "__main__": {"app"},
     "app.runs": {"core", "distributed", "streams", "credit", "trainer", "parameter_fidelity"},
     "app.build": {*LIBRARY, "app.runs"},
     "app.lm": {*LIBRARY, "app.runs", "app.build"},
@@ -38,7 +39,7 @@ MAY_IMPORT = {
     "app.decoupled": {*LIBRARY, "app.runs", "app.build"},
     "app.studies": {*LIBRARY, "app.runs", "app.build", "app.lm", "app.tasks", "app.feedforward"},
     "app.gpu_check": {*LIBRARY, "app.runs"},
-    "app": {"app.runs"},
+    "app": {"app.runs", "dni_seq"},
     "integrations": {*LIBRARY, "app.runs", "app.lm"},
 }
 """What the files of a folder may import of other folders; `trainer` is the file, `dni_seq` the package's first

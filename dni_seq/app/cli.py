@@ -10,6 +10,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
+from dni_seq import __version__
 from dni_seq.app.runs.options import did_you_mean, report
 from dni_seq.app.runs.program import run_main, run_program
 
@@ -43,6 +44,9 @@ def command(given: Sequence[str]) -> int:
     if not given or given[0] in ("-h", "--help"):
         print(usage())
         return 0 if given else 2
+    if given[0] == "--version":
+        print(f"dni-seq {__version__}")
+        return 0
     name, *rest = given
     if name not in COMMANDS:
         hint = did_you_mean(name, list(COMMANDS)) or f": choose one of {', '.join(COMMANDS)}"
@@ -59,7 +63,13 @@ def usage() -> str:
     """Returns the text of `dni-seq --help`."""
     lines = [f"  {name:<10}{purpose}" for name, (_, purpose) in COMMANDS.items()]
     return "\n".join(
-        ["usage: dni-seq COMMAND [options]", "", *lines, "", "dni-seq COMMAND --help lists the options of a command."]
+        [
+            "usage: dni-seq COMMAND [options]",
+            "",
+            *lines,
+            "",
+            "dni-seq COMMAND --help lists the options of a command, dni-seq --version prints the version.",
+        ]
     )
 
 

@@ -31,6 +31,8 @@ def burn_in(windows: Iterable[Window | tuple[Any, ...]], steps: int) -> Iterator
     The count of steps is not part of a stream's saved position: every call of `burn_in` starts at 0. After a resume within
     a sequence the burn-in runs once more.
 
+    Source: Kapturowski et al. 2019 (R2D2), section 3.
+
     Args:
         windows: consecutive windows of a stream, as `Window` or as tuples of its first fields, such as (inputs, targets).
         steps: the length of the burn-in; 0 returns every window unchanged.

@@ -41,7 +41,12 @@ class Deferred(NamedTuple):
 
 
 class GradientAccumulator:
-    """Collects tensors with their gradients, and backpropagates all of them in one backward pass."""
+    """Collects tensors with their gradients, and backpropagates all of them in one backward pass.
+
+    `defer_backward` makes one for its block. Gradients have the shape and dtype of their tensors.
+
+    Source: the deferred backward pass of dni-pytorch, as an object instead of the state of a class.
+    """
 
     def __init__(self) -> None:
         self._entries: list[Deferred] = []
@@ -112,7 +117,10 @@ def defer_backward() -> Iterator[GradientAccumulator]:
 
     `tensor.backward()` of PyTorch is not deferred. The block gets the `GradientAccumulator` that collects.
 
-    If the block raises an exception, nothing is backpropagated. Blocks may be nested: the innermost one collects.
+    If the block raises an exception, nothing is backpropagated. Blocks may be nested: the innermost one collects. Each
+    thread has its own blocks.
+
+    Source: `defer_backward` of dni-pytorch.
     """
     scope = GradientAccumulator()
     token = _scopes.set((*_scopes.get(), scope))
@@ -129,6 +137,8 @@ def defer_backward() -> Iterator[GradientAccumulator]:
 @uncompiled
 def backward(tensor: Tensor, gradient: Tensor | None = None) -> None:
     """Backpropagates from `tensor` at the end of the innermost `defer_backward` block, or at once outside of such a block.
+
+    Source: `backward` of dni-pytorch.
 
     Args:
         tensor: a scalar such as a loss, or any tensor with its `gradient`.

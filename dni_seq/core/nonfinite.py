@@ -17,7 +17,10 @@ from dni_seq.core.states import State
 
 
 class NonFiniteError(ArithmeticError):
-    """Raised by `SequenceTrainer.step` if too many windows in a row were skipped; names the first tensor that held a NaN."""
+    """Raised by `SequenceTrainer.step` if too many windows in a row were skipped; names the first tensor that held a NaN.
+
+    The parameters are then those before the first of these windows. `SequenceTrainer.skip_limit` is the number of windows.
+    """
 
 
 def readable_without_sync(flag: Tensor) -> bool:

@@ -33,11 +33,17 @@ class BackwardInterface(Interface):
     RNN, call `make_trigger` on the first state of a window and `backward` on the last one, inside `defer_backward`.
 
     Training the synthesizer adds gradients to its parameters; the caller steps the synthesizer's optimizer. In `eval()` the
-    interface returns its input.
+    interface returns its input. A trigger is a floating-point tensor of any shape or a nest of such tensors; gradients and
+    messages have its shape and dtype, and the unit of the scalar that is backpropagated per unit of the trigger.
+
+    Source: Jaderberg et al. 2017, arXiv 1608.05343, section 2; names and arguments are those of dni-pytorch.
 
     Args:
         synthesizer: any module with `forward(trigger, context)` that returns a message of the trigger's shape. The message
             is the gradient, with respect to the trigger, of the scalar that the user backpropagates.
+
+    Raises:
+        ValueError: in a call: a message and its trigger differ in shape, or a context is missing or not expected.
     """
 
     @uncompiled

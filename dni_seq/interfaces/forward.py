@@ -23,8 +23,14 @@ class ForwardInterface(Interface):
     Training the synthesizer adds gradients to its parameters; the caller steps the synthesizer's optimizer. In `eval()` a
     call returns the real activation.
 
+    Source: Jaderberg et al. 2017, arXiv 1608.05343, section 2 (synthetic inputs); names and arguments are those of
+    dni-pytorch.
+
     Args:
-        synthesizer: any module with `forward(trigger, context)` that returns a message of the activation's shape.
+        synthesizer: any module with `forward(trigger, context)` that returns a message of the activation's shape and dtype.
+
+    Raises:
+        ValueError: in a call: message and activation differ in shape or dtype, or a context is missing or not expected.
     """
 
     @uncompiled
@@ -74,6 +80,8 @@ class BidirectionalInterface(nn.Module):
     process.
 
     In `eval()` nothing is trained: a call returns the real activation, and `receive` returns the predicted one.
+
+    Source: Jaderberg et al. 2017, arXiv 1608.05343, section 2 (full unlock); names and arguments are those of dni-pytorch.
 
     Args:
         forward_synthesizer: predicts A's activation from a trigger available to both parts, such as the network's input.

@@ -37,7 +37,8 @@ class Collective(Protocol):
 class Regression(NamedTuple):
     """The loss and the diagnostics of one regression step of a synthesizer, before its backward pass.
 
-    N is the number of horizons. A horizon without a target has NaN in `error`, `power` and `cosine`.
+    N is the number of horizons. A horizon without a target has NaN in `error`, `power` and `cosine`. All are floating-point
+    tensors.
 
     Attributes:
         loss: 0-d, the loss to backpropagate. For a synthesizer that fits targets: the mean squared error over all elements

@@ -44,7 +44,10 @@ class ExactFuture(nn.Module):
     The trainer's `fidelity_every` compares the message with the gradient of one window, so its numbers are meaningful only
     if n = T and there is no tail.
 
-    The lookahead's inputs and targets may be nests of tensors, as those of the trainer's windows.
+    The lookahead's inputs and targets may be nests of tensors, as those of the trainer's windows. Messages have the state's
+    shapes and dtypes and the unit of the trainer's loss.
+
+    Source: the gradient that Jaderberg et al. 2017, arXiv 1608.05343, section 2.1, approximate; to compute it is ours.
 
     Args:
         model: `model(inputs, state) -> (outputs, state)`. It is not registered as a submodule.

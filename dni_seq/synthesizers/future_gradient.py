@@ -90,7 +90,10 @@ class FutureGradient(PackedSynthesizer):
 
     The predictor trains at every window on the steps that it predicts. The targets of the trainer do not train it;
     they give R² and cosine, and the unit of `limit`. Messages have the unit of the trainer's loss from the first window on
-    and are not zero at the start: zero-initialised last layers gave worse results (docs/synthetic-gradients.md).
+    and are not zero at the start: zero-initialised last layers gave worse results (docs/synthetic-gradients.md). They have
+    the state's shapes and dtypes.
+
+    Source: ours; Trinh et al. 2018, arXiv 1803.00144, is related.
 
     Args:
         example: a state of the model, such as `model.initial_state(1)`. Its values and its number of lanes do not matter.

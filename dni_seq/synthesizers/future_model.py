@@ -43,6 +43,8 @@ class FutureModel(Predictor):
     W_p, U_i, b_j, D, C_p and d_p are learned. The features are the gradient at W_p s alone; `gradients` returns the whole
     gradient with respect to s, which is a message.
 
+    Source: ours; Czarnecki et al. 2017, arXiv 1706.04859, is related.
+
     Args:
         size: S, the width of a lane's packed state.
         steps: m, the number of steps predicted.

@@ -88,6 +88,8 @@ class GatedFuture(Predictor):
 
     x_j is the encoded input of step j after the state, q_j its predicted output. W, V, b_j, D and the GRU are learned.
 
+    Source: ours; Trinh et al. 2018, arXiv 1803.00144, unroll a second network from the state.
+
     Args:
         size: S, the width of a lane's packed state.
         steps: m, the reach.
@@ -155,6 +157,8 @@ class GatedPast(Predictor):
 
     q_j predicts the input j steps before the one that led to the state. W, g_j and D are learned.
 
+    Source: ours; Trinh et al. 2018, arXiv 1803.00144, reconstruct earlier inputs with a second network.
+
     Args:
         size: S, the width of a lane's packed state.
         steps: m, the reach.
@@ -217,6 +221,8 @@ class GatedPast(Predictor):
 
 class JointPredictor(Predictor):
     """Predicts the steps of several predictors, such as the future and the past; their losses are summed.
+
+    Source: ours.
 
     Args:
         predictors: predictors of one part each.

@@ -30,6 +30,8 @@ class LeastSquaresHeads(PackedSynthesizer):
     features' products with themselves and with the targets decay exponentially. The heads are solved from these sums at
     every `solve_every`-th regression. Messages are zero before the first solution.
 
+    Source: recursive least squares with forgetting (Haykin, Adaptive Filter Theory); its use here is ours.
+
     Args:
         example: a state of the model, such as `model.initial_state(1)`. Its values and its number of lanes do not matter.
         horizons: N, number of messages.

@@ -19,6 +19,8 @@ class LookaheadEncoder(nn.Module):
     Each step is encoded as the concatenation of its encoded input, its encoded target, a flag that is 1 if the step exists,
     and a flag that is 1 if the step counts in the loss.
 
+    Source: ours; a synthesizer of Jaderberg et al. 2017 sees the next input at most.
+
     Args:
         steps: m, the number of steps encoded.
         inputs: module from `Lookahead.inputs` [m, B, ...] to [m, B, E_inputs], such as `nn.Embedding` for tokens or

@@ -42,6 +42,8 @@ class Horizons(nn.Module):
     `synthetic_scale` and γ its `discount`. Only the tail bootstraps on itself. γ, c and the weights may change at any time
     without retraining the heads E_1..E_K; only the tail's target depends on γ.
 
+    Source: Jaderberg et al. 2017, arXiv 1608.05343, section 3.1, with one head for each horizon.
+
     Args:
         heads: `StateHeads`, `LeastSquaresHeads`, `FutureGradient`, or a module whose `predict(trigger, context)` returns the
             messages E_1..E_K, then the tail.
@@ -141,7 +143,10 @@ class Horizons(nn.Module):
 class MultiHorizonSynthesizer(Horizons):
     """Predicts the gradients of the next K windows with one network: `Horizons` on `StateHeads`.
 
-    The network sees the whole state of a lane and the encoded lookahead, and has one head for each horizon.
+    The network sees the whole state of a lane and the encoded lookahead, and has one head for each horizon. Messages have
+    the state's shapes and dtypes, and the unit of the trainer's loss.
+
+    Source: Jaderberg et al. 2017, arXiv 1608.05343, section 3.1, with the changes that the module names.
 
     Args:
         example: a state of the model, such as `model.initial_state(1)`.

@@ -25,6 +25,8 @@ class GatedCells(nn.Module):
     The true gradient of a saturated cell vanishes, but a predicted one does not, and an RNN that follows the prediction lets
     its cell state grow without bound (docs/synthetic-gradients.md).
 
+    Source: ours.
+
     Args:
         synthesizer: the module to wrap.
         cells: which leaves of the trigger are cell states: one bool, or a nest of bools with the state's structure, such as
@@ -131,6 +133,8 @@ class Normalized(nn.Module):
     Targets are divided by the running root mean square and messages are multiplied by it, so messages and targets are raw
     gradients outside of this module. Raw gradients of a state are 1e-5 to 1e-2 per unit and drift tenfold in a run. They are
     too small for an optimizer's epsilon, and they depend on the number of lanes.
+
+    Source: ours; docs/synthetic-gradients.md measures it.
 
     Args:
         synthesizer: the module to wrap. Its messages are in normalised units.

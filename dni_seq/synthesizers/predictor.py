@@ -42,6 +42,8 @@ class Predictor(nn.Module):
 
     A subclass sets the attributes and implements `losses`. Its parameters train on the same loss, at every window.
 
+    Source: ours; see `FutureGradient`.
+
     Attributes:
         steps: number of steps after the state that it reads from a `Lookahead`; 0 for none.
         past_steps: number of steps before the state that it reads from a `Past`; 0 for none.

@@ -18,7 +18,10 @@ class StateHeads(PackedSynthesizer):
     """Predicts one message for each horizon of a recurrent state, trained by gradient descent on normalised targets.
 
     The network is a perceptron over the whole state of a lane (`StateNetwork`) with one linear head for each horizon. LSTM
-    cells are bounded by tanh, and targets are divided by a running root mean square.
+    cells are bounded by tanh, and targets are divided by a running root mean square. Messages have the state's shapes and
+    dtypes.
+
+    Source: Jaderberg et al. 2017, arXiv 1608.05343, section 2; the heads, the normalisation and the bound are ours.
 
     Args:
         example: a state of the model, such as `model.initial_state(1)`. Its values and its number of lanes do not matter.
@@ -70,6 +73,8 @@ class StateSynthesizer(StateHeads):
 
     The target at s_k is a_k + γ J_kᵀ M(s_{k+1}), where a_k is the gradient of window k's loss with respect to s_k,
     J_k = ∂s_{k+1}/∂s_k, M is this synthesizer's message and γ is the trainer's `discount`.
+
+    Source: Jaderberg et al. 2017, arXiv 1608.05343, section 2.1; the discount γ is ours.
 
     Args:
         example: a state of the model, such as `model.initial_state(1)`.

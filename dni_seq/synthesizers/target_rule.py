@@ -33,9 +33,11 @@ class TargetRule(NamedTuple):
     s_k is the first state of window k and s_{k+1} its last, a_k is the gradient of the window's loss with respect to s_k,
     J_k = ∂s_{k+1}/∂s_k, and M_j(s) is the message of horizon j.
 
+    Source: Jaderberg et al. 2017, arXiv 1608.05343, section 2.1, written for several horizons.
+
     Attributes:
         local: [N], the coefficient of a_k in each target.
-        bootstrap: [N][N]; `bootstrap[i][j]` is the coefficient of the message of horizon j in the target of horizon i.
+        bootstrap: [N, N]; `bootstrap[i][j]` is the coefficient of the message of horizon j in the target of horizon i.
         injection: [N], the coefficient of each message in the injected gradient.
         active: [N], whether each horizon is trained at this window. Targets of the others are not computed.
         skip_injection: True to inject nothing at s_{k+1} in this window. The ordinary backward pass then leaves a_k at s_k,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import shutil
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+import dni_seq
 from dni_seq.app import cli
 from tests.paths import ROOT
 
@@ -39,11 +41,52 @@ def test_every_command_knows_its_name(name, capsys):
     assert error.count("\n") == 1
 
 
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_help_names_commands_and_no_script(name, capsys):
+    """A wheel has no scripts."""
+    pages = [["--help"], ["--help-all"]] if name in ("train", "tasks") else [["--help"]]
+    for arguments in (*pages, *([["table1", "--help"]] if name == "reproduce" else [])):
+        with pytest.raises(SystemExit):
+            cli.main([name, *arguments])
+        text = capsys.readouterr().out
+        assert f"dni-seq {name}" in text
+        assert ".py" not in text
+
+
+def test_a_scripts_help_names_scripts(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["scripts/train_lm.py"])
+    with pytest.raises(SystemExit):
+        importlib.import_module(cli.COMMANDS["train"][0]).main(["--help"])
+    assert "python scripts/train_lm.py --dataset ptb" in capsys.readouterr().out
+
+
+def test_reproduce_says_what_it_needs_without_a_clone(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["reproduce", "draw"]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(
+        "dni-seq reproduce: error: docs/results/paper.md does not exist: call this in a clone of dni_seq"
+    )
+    assert not list(tmp_path.iterdir())
+
+
 def test_help_lists_the_commands(capsys):
     assert cli.main(["--help"]) == 0
     text = capsys.readouterr().out
     assert [line.split()[0] for line in text.splitlines() if line.startswith("  ")] == list(cli.COMMANDS)
     assert {"train", "evaluate", "sample", "tasks"} <= set(cli.COMMANDS)
+
+
+def test_the_version(capsys):
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"dni-seq {dni_seq.__version__}\n"
+    assert f"version: {dni_seq.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+
+
+def test_the_package_runs_as_a_module():
+    line = [sys.executable, "-m", "dni_seq", "trian"]
+    result = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stderr) == (2, "dni-seq: error: there is no command 'trian', did you mean train?\n")
 
 
 def test_a_misspelt_command_is_answered_with_the_right_one(capsys):
@@ -83,6 +126,8 @@ def test_a_wheel_in_a_new_environment(tmp_path):
     site = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip())
     (site / "outer.pth").write_text(sysconfig.get_path("purelib") + "\n")
     assert (site / "dni_seq" / "py.typed").is_file()
+    assert wheel.name.startswith(f"dni_seq-{dni_seq.__version__}-")
+    assert run(python, "-m", "dni_seq", "--version") == f"dni-seq {dni_seq.__version__}\n"
     run(venv / "bin" / "dni-seq", "train", *TINY, "--run-dir", "run")
     code = "import dni_seq.app.cli as c; print(c.__file__); c.main(['evaluate', 'run']); c.main(['sample', 'run'])"
     where, score, *text = run(python, "-c", code).split("\n")

@@ -13,8 +13,9 @@ from torch.nn import functional as F
 
 import dni_seq as dni
 from dni_seq.app.runs.loop import measurements
-from dni_seq.app.runs.metrics_file import METRICS, read_curves
+from dni_seq.app.runs.metrics_file import read_curves
 from dni_seq.app.runs.run_log import RunLog
+from dni_seq.app.runs.trackers import METRICS
 from dni_seq.integrations import datasets
 from dni_seq.integrations.lightning import KEY, ResumableWindows, SequenceMixin
 from dni_seq.models.language_model import LanguageModel

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 
-from dni_seq.app.runs.metrics_file import METRICS
+from dni_seq.app.runs.trackers import METRICS
 
 SCRIPTS: Mapping[str, str] = MappingProxyType(
     {
@@ -17,6 +18,7 @@ SCRIPTS: Mapping[str, str] = MappingProxyType(
         "sample": "sample_lm",
         "tasks": "train_tasks",
         "compare": "compare_runs",
+        "reproduce": "reproduce_paper",
     }
 )
 """The script of each command of `dni-seq`."""
@@ -27,6 +29,15 @@ def command_line(name: str) -> str:
     script = Path(sys.argv[0]).with_name(f"{SCRIPTS[name]}.py")
     called_by_script = sys.argv[0].endswith(".py") and script.is_file()
     return f"python {shlex.quote(str(script))}" if called_by_script else f"dni-seq {name}"
+
+
+def as_called(text: str) -> str:
+    """Returns a help text in the words of this call: `dni-seq COMMAND` has no scripts, and names commands instead."""
+    if not sys.argv[0].startswith("dni-seq "):
+        return text
+    for name, script in SCRIPTS.items():
+        text = re.sub(rf"(?:python )?(?:scripts/)?\b{script}\.py", f"dni-seq {name}", text)
+    return text
 
 
 def curves_command(run: Path, logger: str) -> str:

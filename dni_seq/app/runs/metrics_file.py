@@ -14,7 +14,6 @@ from pathlib import Path
 
 from dni_seq.app.runs.checkpoint import write_atomically
 
-METRICS = "metrics.csv"
 STEP = "step"
 
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from dni_seq.app.runs.help import PrintHelp, brief, option_text
+from dni_seq.app.runs.invocation import as_called
 
 Check = Callable[[Any], str | None]
 """Returns the condition that a value violates as text, for example "1 or more", or None for a valid value."""
@@ -103,6 +104,10 @@ class OneLineParser(argparse.ArgumentParser):
             names = [name for action in self._actions for name in action.option_strings]
             self.error(f"unrecognized arguments: {' '.join(unknown)}{did_you_mean(unknown[0].split('=')[0], names)}")
         return given
+
+    def format_help(self) -> str:
+        """Returns the help, which names commands as this process was called."""
+        return as_called(super().format_help())
 
     def error(self, message: str) -> NoReturn:
         """Ends the process with the message on stderr and exit status 2."""

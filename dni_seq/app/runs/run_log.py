@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dni_seq.app.runs.metrics_file import METRICS, MetricsFile
+from dni_seq.app.runs.metrics_file import MetricsFile
 from dni_seq.app.runs.tensorboard import TensorBoardTracker, perplexity
-from dni_seq.app.runs.trackers import LOGGERS, Layout, NoTracker, Tracker
+from dni_seq.app.runs.trackers import LOGGERS, METRICS, Layout, NoTracker, Tracker
 from dni_seq.app.runs.wandb_tracker import WandbTracker
 
 BY_HORIZON = ("synthetic/", "fidelity/")

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 LOGGERS = ("tensorboard", "wandb", "none")
 """The trackers by name. Every run writes metrics.csv, with "none" too."""
 
+METRICS = "metrics.csv"
+"""Name of the file in a run's directory that holds its curves, see `metrics_file`."""
+
 LOGGER_HELP = "where curves go besides metrics.csv; wandb needs the extra wandb"
 """What `--logger` does, for `--help`."""
 

@@ -15,8 +15,8 @@ from dni_seq.app.lm.options import LanguageModelOptions, as_given
 from dni_seq.app.runs import metrics_file
 from dni_seq.app.runs.checkpoint import CheckpointError
 from dni_seq.app.runs.directory import RunDirectory
-from dni_seq.app.runs.metrics_file import METRICS
 from dni_seq.app.runs.options import build
+from dni_seq.app.runs.trackers import METRICS
 from dni_seq.streams.corpus import EMBEDDED
 
 CURVE, TOKENS, SECONDS, CPU_SECONDS = "valid/perplexity", "progress/tokens", "progress/seconds", "progress/process_seconds"

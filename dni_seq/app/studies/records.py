@@ -98,9 +98,14 @@ def around_tables(page: Path, marks: tuple[str, str]) -> tuple[str, str]:
     """Returns the text before and after the tables of the page.
 
     Raises:
-        ValueError: the page lacks a mark.
+        ValueError: the page does not exist, or lacks a mark.
         OSError: the page cannot be read.
     """
+    if not page.exists():
+        raise ValueError(
+            f"{page} does not exist: call this in a clone of dni_seq, or give another page, a text file with the lines "
+            f"{' and '.join(marks)}"
+        )
     text = page.read_text(encoding="utf-8")
     if not all(mark in text for mark in marks):
         raise ValueError(f"{page} lacks the lines {' and '.join(marks)}: insert them where the tables go")

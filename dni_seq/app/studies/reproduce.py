@@ -15,7 +15,7 @@ python scripts/reproduce_paper.py ablation --jobs 2
 python scripts/reproduce_paper.py draw
     Only write tables and curves from docs/results/paper.jsonl.
 python scripts/reproduce_paper.py figure feedforward
-    Run the MNIST rows: scripts/feedforward_table.py.
+    Run the MNIST rows.
 
 A trial is one training by train_lm.py or train_tasks.py in its own process, and one line of results. Recorded trials are not
 run again. A stopped (Ctrl-C) or killed call loses a minute of work and resumes when it is repeated. Several calls may share
@@ -80,16 +80,17 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parts = parser.add_subparsers(dest="part", required=True)
     table = parts.add_parser("table1", help="run the trials of Table 1: tasks and T by columns", allow_abbrev=False)
-    table.add_argument("--task", choices=TASKS, required=True)
-    table.add_argument("--bptt", type=positive, nargs="+", required=True, metavar="T")
-    table.add_argument("--synthesizer", choices=COLUMNS, nargs="+", default=list(COLUMNS))
-    table.add_argument("--budget", choices=("small", "paper"), default="small")
+    table.add_argument("--task", choices=TASKS, required=True, help="task of the cells")
+    table.add_argument("--bptt", type=positive, nargs="+", required=True, metavar="T", help="window lengths in steps")
+    table.add_argument("--synthesizer", choices=COLUMNS, nargs="+", default=list(COLUMNS), help="columns (default: all)")
+    table.add_argument("--budget", choices=("small", "paper"), default="small", help="length of a run (default: small)")
     instead = table.add_mutually_exclusive_group()
     instead.add_argument("--tune", action="store_true", help="run the grid of learning rates instead of the trials")
     instead.add_argument("--break-ties", action="store_true", help="run the tied best rates again with the full budget")
     table.add_argument("--data-file", metavar="FILE", help="text to use instead of Penn Treebank")
     away = parts.add_parser("ablation", help="run variants with one part removed or added", allow_abbrev=False)
-    away.add_argument("--task", choices=[task for task, _ in ABLATION], nargs="+", default=[task for task, _ in ABLATION])
+    ablated = [task for task, _ in ABLATION]
+    away.add_argument("--task", choices=ablated, nargs="+", default=ablated, help="tasks (default: all)")
     for part in (table, away):
         part.add_argument(
             "--seeds", type=positive, default=3, help="number of seeds, from 0 on (default: 3; --tune has its own seed)"
@@ -101,13 +102,15 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
             "--max-minutes", type=rate, metavar="M", help="start no trial that would end after this many minutes"
         )
         part.add_argument("--dry-run", action="store_true", help="list the missing trials and run nothing")
-        part.add_argument("--scratch", type=Path, default=Path("runs/reproduce_paper"), metavar="DIR")
+        scratch = Path("runs/reproduce_paper")
+        part.add_argument("--scratch", type=Path, default=scratch, metavar="DIR", help=f"runs (default: {scratch})")
     figure = parts.add_parser("figure", help="reproduce the other figures of the paper")
-    figure.add_argument("which", choices=("feedforward",))
+    figure.add_argument("which", choices=("feedforward",), help="which figure")
     figure.add_argument("--max-runs", type=positive, metavar="N", help="make at most N of the missing runs")
     for part in (table, away, parts.add_parser("draw", help="only write tables and curves", allow_abbrev=False)):
-        part.add_argument("--results", type=Path, default=Path("docs/results/paper.jsonl"), metavar="FILE")
-        part.add_argument("--page", type=Path, default=Path("docs/results/paper.md"), metavar="FILE")
+        for name, suffix, text in (("--results", "jsonl", "lines of results"), ("--page", "md", "page for the tables")):
+            path = Path(f"docs/results/paper.{suffix}")
+            part.add_argument(name, type=Path, default=path, metavar="FILE", help=f"{text} (default: {path})")
     options = parser.parse_args(arguments)
     if getattr(options, "synthesizer_lr", None) is not None and options.lr is None:
         parser.error("--synthesizer-lr needs --lr: add --lr")

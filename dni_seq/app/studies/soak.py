@@ -36,8 +36,9 @@ import torch
 from dni_seq.app.lm.train import main as train_lm
 from dni_seq.app.runs.checkpoint import load_checkpoint, write_json
 from dni_seq.app.runs.directory import RunDirectory
-from dni_seq.app.runs.metrics_file import METRICS, read_curves
+from dni_seq.app.runs.metrics_file import read_curves
 from dni_seq.app.runs.options import OneLineParser, report
+from dni_seq.app.runs.trackers import METRICS
 
 _MULTI = ("--synthesizer", "multi-horizon", "--synthesizer-hidden", "8")
 _BASIC = ("--synthesizer", "basic", "--synthetic-scale", "0.5")

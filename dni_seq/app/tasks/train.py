@@ -23,7 +23,7 @@ TensorBoard has these keys over updates, as averages since the last point unless
     task/error_bits            mean error of finished training sequences, bits per bit (adding: task/error, 1 at start)
     task/fresh_error_bits      mean error of a check on fresh sequences (adding: task/fresh_error)
     synthetic/..., fidelity/..., gradient/..., train/skipped, memory/peak_mb
-                               see README.md; ratios are averaged over the windows where they are defined
+                               as train_lm.py writes them; ratios are averaged over the windows where they exist
     speed/updates_per_second   of this session, checks included
 Ctrl-C saves a checkpoint and exits with status 130, SIGTERM with 143, SIGHUP with 129. Invalid input prints one line on
 stderr and exits with status 2.

@@ -172,7 +172,7 @@ def test_points_checkpoint_and_summary(tmp_path, capsys):
     content = load_checkpoint(tmp_path / "run" / "checkpoints" / "last.pt")
     assert content.keys() >= {"trainer", "stream", "random", "counters", "log", "config"}
     assert (content["trainer"]["steps"], content["stream"]["position"], content["counters"]["logged_at"]) == (12, 12, 12)
-    assert content["config"] == {"limit": 12, "logger": "tensorboard"}
+    assert content["config"] == {"limit": 12, "logger": "tensorboard", "fidelity_every": 0}
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary.keys() == {
         "steps",

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from dni_seq.app.runs.metrics_file import METRICS, MetricsFile, read_curves
+from dni_seq.app.runs.metrics_file import MetricsFile, read_curves
 from dni_seq.app.runs.tensorboard import FIRST
+from dni_seq.app.runs.trackers import METRICS
 from tests.events import points
 
 

@@ -16,9 +16,9 @@ from dni_seq.app.feedforward import train as feedforward
 from dni_seq.app.lm import train as lm
 from dni_seq.app.runs.checkpoint import load_checkpoint
 from dni_seq.app.runs.directory import RunDirectory
-from dni_seq.app.runs.metrics_file import METRICS, read_curves
+from dni_seq.app.runs.metrics_file import read_curves
 from dni_seq.app.runs.run_log import RunLog
-from dni_seq.app.runs.trackers import LOGGERS, logger_change
+from dni_seq.app.runs.trackers import LOGGERS, METRICS, logger_change
 from dni_seq.app.tasks import train as tasks
 from tests.app.runs.test_loop import NumberRun, error_of, scored, train
 from tests.events import points, wait_for_the_next_second

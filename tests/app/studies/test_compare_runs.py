@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from dni_seq.app.runs.checkpoint import save_checkpoint
-from dni_seq.app.runs.metrics_file import METRICS
 from dni_seq.app.runs.run_log import RunLog
+from dni_seq.app.runs.trackers import METRICS
 from dni_seq.app.studies import compare_runs, compared_runs
 from dni_seq.app.studies.compare_runs import AXES, score_at, table
 from dni_seq.app.studies.compared_runs import Run, Validation, common_point, differing_options, read_run

@@ -1,0 +1,175 @@
+"""README's table of tasks and methods, at equal text and at equal CPU time, from the committed lines in docs/results."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+SEEDS = (0, 1, 2)
+METHODS = ("none", "multi-horizon", "exact")
+NO_RUN = "–"
+
+Line = dict[str, Any]
+
+
+def lines(name: str) -> list[Line]:
+    """The lines of a file of results."""
+    return [json.loads(line) for line in (RESULTS / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def table_1(task: str, window: int, method: str) -> list[Line]:
+    """The runs of a cell of paper.jsonl's Table 1, seeds 0 to 2, one a seed."""
+    chosen = {"part": "table1", "task": task, "bptt": window, "column": method}
+    found = {line["seed"]: line for line in lines("paper") if all(line.get(key) == value for key, value in chosen.items())}
+    return [found[seed] for seed in SEEDS]
+
+
+def final(run: Line) -> float:
+    """A run's score: validation bits per character, or the length solved."""
+    result: dict[str, float] = run["result"]
+    return result["valid_bpc"] if "valid_bpc" in result else result["length"]
+
+
+def score_at(run: Line, seconds: float) -> float:
+    """A text run's validation bits per character, or a copying run's length, last recorded after `seconds`."""
+    if run["task"] == "ptb":
+        return [point[3] for point in run["curve"] if point[2] <= seconds][-1]
+    updates = seconds / run["process_seconds"] * run["updates"]
+    return [length for update, length in run["curve"] if update <= updates][-1]
+
+
+def training_seconds(runs: Iterable[Line]) -> float:
+    """Mean CPU seconds of text runs at their last validation."""
+    return mean(run["curve"][-1][2] for run in runs)
+
+
+def pilots(method: str, **options: object) -> list[float]:
+    """Scores in pilots.jsonl of the newest code: validation perplexity, or the length solved."""
+    found = {}
+    for line in lines("pilots"):
+        wanted = {**options, "synthesizer": method}
+        if all(line["options"].get(key) == value for key, value in wanted.items()):
+            found[line["options"]["seed"]] = line["valid"]["ppl"] if "valid" in line else line["length"]
+    return list(found.values())
+
+
+def study(task: str, method: str, **trial: object) -> tuple[float, int] | None:
+    """The best score of predictive_messages.jsonl among all rates and windows, and its window; None without a trial."""
+    better: Callable[..., tuple[float, int]] = min if task == "words" else max
+    score = "valid" if task == "words" else "solved"
+    wanted = {**trial, "task": task, "method": method}
+    found = [
+        (line[score], line["trial"]["T"])
+        for line in lines("predictive_messages")
+        if "trial" in line and all(line["trial"].get(key) == value for key, value in wanted.items())
+    ]
+    return better(found) if found else None
+
+
+def row(name: str, window: object, cells: Iterable[str]) -> str:
+    """A row of the table."""
+    return f"| {name} | {window} | {' | '.join(cells)} |"
+
+
+def several(scores: Iterable[float], digits: int) -> str:
+    """Numbers of one cell."""
+    return "; ".join(f"{score:.{digits}f}" for score in scores)
+
+
+def equal_text() -> list[str]:
+    """Rows at equal text, the same windows for all methods."""
+    rows = []
+    for name, task, windows, digits in (
+        ("characters, bits ↓", "ptb", (1, 8), 3),
+        ("copying, length ↑", "copy", (4,), 1),
+        ("repeat copy, length ↑", "repeat-copy", (4,), 1),
+    ):
+        cells = [several((mean(map(final, table_1(task, t, method))) for t in windows), digits) for method in METHODS]
+        rows.append(row(name, "; ".join(map(str, windows)), [*cells, NO_RUN]))
+    adding = [f"{mean(pilots(method, task='adding')):.1f}" for method in METHODS[:2]]
+    rows.append(row("adding, length ↑", 4, [*adding, NO_RUN, NO_RUN]))
+    words = [
+        f"{mean(pilots(method, dataset='ptb', epochs=1, lr=rate)):.1f}"
+        for method, rate in (("none", 2e-3), ("multi-horizon", 1e-3))
+    ]
+    return [*rows, row("words, one epoch, perplexity ↓", 5, [*words, NO_RUN, NO_RUN])]
+
+
+def equal_time() -> list[str]:
+    """Rows at equal CPU time: that of truncated BPTT at equal text, and fixed budgets."""
+    scores: dict[str, list[float]] = {method: [] for method in METHODS}
+    for window in (1, 8):
+        truncated = table_1("ptb", window, "none")
+        seconds = training_seconds(truncated)
+        scores["none"].append(mean(map(final, truncated)))
+        for method in METHODS[1:]:
+            scores[method].append(mean(score_at(run, seconds) for run in table_1("ptb", window, method)))
+    rows = [row("characters, bits ↓", "1; 8", [*(several(cell, 3) for cell in scores.values()), NO_RUN])]
+    for name, budget in (("words, 200 CPU seconds, perplexity ↓", 1), ("words, 1,200 CPU seconds, perplexity ↓", 6)):
+        best = [study("words", method, budget=budget) for method in (*METHODS, "dense")]
+        cells = [NO_RUN if found is None else f"{found[0]:.1f} (T = {found[1]})" for found in best]
+        rows.append(row(name, "best", cells))
+    return [*rows, copying(150)]
+
+
+def copying(seconds: int) -> str:
+    """The row of copying after some CPU seconds, the best window of each method."""
+    truncated = study("copy", "none", seconds=seconds)
+    others = [f"{mean(score_at(run, seconds) for run in table_1('copy', 4, method)):.1f} (T = 4)" for method in METHODS[1:]]
+    first = NO_RUN if truncated is None else f"{truncated[0]} (T = {truncated[1]})"
+    return row(f"copying, {seconds} CPU seconds, length ↑", "best", [first, *others, NO_RUN])
+
+
+def benefits() -> list[str]:
+    """The table."""
+    return [
+        "| task | T | truncated BPTT | synthesizer | exact gradient of 4 steps | dense messages |",
+        "|---|---|---|---|---|---|",
+        "| **at equal text** | | | | | |",
+        *equal_text(),
+        "| **at equal CPU time** | | | | | |",
+        *equal_time(),
+    ]
+
+
+def runs(keep: Callable[[Line], bool], columns: tuple[str, ...]) -> list[str]:
+    """Rows of runs of pilots.jsonl by words or characters: options, seeds, perplexities and CPU seconds, in their order."""
+    cells: dict[tuple[str, ...], list[Line]] = {}
+    for line in lines("pilots"):
+        if "valid" in line and keep(line["options"]):
+            given = [str(line["options"].get(name, "")) for name in columns]
+            cells.setdefault((*given, line.get("code", "")), []).append(line)
+    rows = []
+    for (*given, code), found in cells.items():
+        seeds = ", ".join(str(line["options"]["seed"]) for line in found)
+        scores = [", ".join(f"{line[split]['ppl']:.{decimals(line)}f}" for line in found) for split in ("valid", "test")]
+        seconds = ", ".join(f"{line['process_seconds']:.0f}" for line in found)
+        rows.append(f"| {' | '.join((*(f'`{given[0]}`', *given[1:]), seeds, *scores, seconds, code))} |")
+    return rows
+
+
+def decimals(line: Line) -> int:
+    """Digits of a perplexity: one of words, two of characters."""
+    return 1 if line["valid"]["ppl"] > 10 else 2
+
+
+def words() -> list[str]:
+    """Whole epochs on Penn Treebank by words."""
+    return [
+        "| synthesizer | epochs | rate | seeds | validation | test | CPU seconds | code of its time |",
+        "|---|---|---|---|---|---|---|---|",
+        *runs(lambda given: given.get("dataset") == "ptb" and "epochs" in given, ("synthesizer", "epochs", "lr")),
+    ]
+
+
+def embedded_corpus() -> list[str]:
+    """The command without options."""
+    return [
+        "| synthesizer | horizons | epochs | seeds | validation | test | CPU seconds | |",
+        "|---|---|---|---|---|---|---|---|",
+        *runs(lambda given: "dataset" not in given and "epochs" in given, ("synthesizer", "horizons", "epochs")),
+    ]
