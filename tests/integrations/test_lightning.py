@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -236,6 +237,32 @@ def test_a_module_without_a_trainer_says_what_to_define(tmp_path):
 
     with pytest.raises(NotImplementedError, match="Empty must define configure_trainer"):
         trainer_of(tmp_path, max_steps=1).fit(Empty(), [(torch.zeros(1, 1), torch.zeros(1, 1))])
+
+
+def test_the_older_package_and_masks(tmp_path):
+    """The package pytorch_lightning; and windows in which few steps count, whose losses weigh less in the averages."""
+    older = pytest.importorskip("pytorch_lightning")
+
+    class Older(SequenceMixin, older.LightningModule):
+        configure_trainer = Module.configure_trainer
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.parts = Parts()
+
+    torch.manual_seed(1)
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False, "logger": False}
+    trainer = older.Trainer(max_steps=2, log_every_n_steps=2, accelerator="cpu", default_root_dir=tmp_path, **quiet)
+    windows = list(dni.burn_in(stream(), STEPS + 1))[1:3]  # two steps of three count, then all
+    module = Older()
+    seen = []
+    module.train_window = lambda batch: seen.append(SequenceMixin.train_window(module, batch)) or seen[-1]
+    loader = torch.utils.data.DataLoader(windows, batch_size=None, generator=torch.Generator())
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*does not have many workers")
+        trainer.fit(module, loader)
+    first, second = (float(result.loss) for result in seen)
+    assert float(trainer.callback_metrics["train/loss"]) == pytest.approx((2 * first + 3 * second) / 5)
 
 
 def test_the_module_imports_no_lightning():

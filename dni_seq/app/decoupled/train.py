@@ -409,6 +409,7 @@ def finish(options: DecoupledOptions, ranks: Ranks, work: Work, part: PartRun, p
     }
     with (path / "timeline.jsonl").open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(row._asdict()) + "\n" for row in rows)
+    write_json(path / "summary.json", summary)
     for name in ("A", "B"):
         log = RunLog(path / name, logger=options.logger, name=f"{path.name}-{name}")
         for row in rows:
@@ -416,7 +417,6 @@ def finish(options: DecoupledOptions, ranks: Ranks, work: Work, part: PartRun, p
                 values = {"decoupled/updates": row.updates, "decoupled/loss": row.loss}
                 log.scalars(round(1000 * row.seconds), {key: value for key, value in values.items() if value is not None})
         log.close()
-    write_json(path / "summary.json", summary)
     if options.plot:
         plot(rows, path / "timeline.png")
     scored = "" if test is None else f"test loss {test['loss']:.3f} nats, error {test['error']:.1f} %, "

@@ -136,7 +136,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 f"--batch-size {options.batch_size} is more than the {len(data.train_labels)} training images: reduce it"
             )
         path.mkdir(parents=True, exist_ok=True)
-        write_json(path / "config.json", dataclasses.asdict(options))
         log = RunLog(path, logger=options.logger)
     except (ValueError, OSError) as error:
         return report(_PROG, error)
@@ -146,6 +145,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"epoch {epoch:3d}  " + "  ".join(f"{key} {value:.4g}" for key, value in scores.items()), flush=True)
 
     try:
+        write_json(path / "config.json", dataclasses.asdict(options))
         summary = train(options, data, show)
         log.flush()
         write_json(path / "summary.json", summary)

@@ -65,7 +65,7 @@ class WandbTracker:
         except wandb.Error as error:
             raise ValueError(
                 f"--logger wandb cannot start ({error}): call `wandb login`, set WANDB_MODE=offline, or choose another "
-                "--logger, and add --resume auto"
+                "--logger"
             ) from error
         write_json(self._saved, {"id": self._id, "step": self._sent})
 

@@ -28,10 +28,11 @@ def points(directory, key) -> list[tuple[int, float]]:
     return [(event.step, event.value) for event in events.Scalars(key)]
 
 
-def test_averages_are_weighted_by_tokens(tmp_path):
+@pytest.mark.parametrize("number", [int, torch.tensor])
+def test_averages_are_weighted_by_tokens(tmp_path, number):
     log = RunLog(tmp_path)
-    log.add({"train/loss": torch.tensor(1.0), "gradient/norm": torch.tensor(2.0)}, weight=3)
-    log.add({"train/loss": torch.tensor(2.0), "gradient/norm": torch.tensor(6.0)}, weight=1)
+    log.add({"train/loss": torch.tensor(1.0), "gradient/norm": torch.tensor(2.0)}, weight=number(3))
+    log.add({"train/loss": torch.tensor(2.0), "gradient/norm": torch.tensor(6.0)}, weight=number(1))
     assert log.mean("train/loss") == 1.25
     log.write(2)
     log.clear()
