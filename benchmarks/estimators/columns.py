@@ -39,13 +39,12 @@ class Column:
         name: in the table.
         cell: of the model.
         bptt: T; `WHOLE` for all steps of a sequence, "k1" for the first number of `Problem.past`.
+        reach: the steps that credit of the recurrence covers, in words.
         traces: what the state carries, None for nothing.
         synthesizer: source of messages, "none" for none.
         frozen: whether the parameters of the recurrence stay as they were drawn.
         fixed_input: whether the parameters before the recurrence stay as they were drawn.
         chunks: whether activations are computed again, chunk by chunk.
-        reach: the steps that credit covers, in words.
-        future: whether it needs the steps after the window.
     """
 
     name: str
@@ -72,25 +71,25 @@ class Column:
 
 def columns_of(cell: str, approximate: bool) -> list[Column]:
     """The columns of a cell that stand beside its own truncated and full BPTT."""
-    exact = [] if approximate else [Column("exact traces", cell, 1, "all, recurrence", traces="exact")]
+    exact = [] if approximate else [Column("exact traces", cell, 1, "all before", traces="exact")]
     kinds = [("SnAp-1", "snap1"), ("factored traces", "factored")] if approximate else []
-    near = [Column(name, cell, 1, "all, a unit's own", traces=traces) for name, traces in kinds]
+    near = [Column(name, cell, 1, "all before", traces=traces) for name, traces in kinds]
     return [Column("truncated", cell, 1, "T"), Column("full BPTT", cell, WHOLE, "T"), *exact, *near]
 
 
 COLUMNS: list[Column] = [
     *columns_of("lru", approximate=False),
-    Column("frozen recurrence", "lru", WHOLE, "none, recurrence", frozen=True),
-    Column("exact traces, fixed input", "lru", 1, "all, recurrence", traces="exact", fixed_input=True),
-    Column("10 T", "lru", 10, "10 T"),
+    Column("frozen recurrence", "lru", WHOLE, "none", frozen=True),
+    Column("exact traces, fixed input", "lru", 1, "all before", traces="exact", fixed_input=True),
+    Column("10 T", "lru", 10, "T"),
     Column("k1 and k2", "lru", "k1", "k2"),
     Column("full BPTT, chunks", "lru", WHOLE, "T", chunks=True),
-    Column("paper's synthesizer", "lru", 1, "all, predicted", synthesizer="paper"),
-    Column("default", "lru", 1, "4 T ahead", synthesizer="multi-horizon"),
-    Column("exact future", "lru", 1, "n ahead", synthesizer="exact"),
+    Column("paper's synthesizer", "lru", 1, "all after", synthesizer="paper"),
+    Column("default", "lru", 1, "4 steps after", synthesizer="multi-horizon"),
+    Column("exact future", "lru", 1, "n steps after", synthesizer="exact"),
     *columns_of("lstm", approximate=True),
     *columns_of("mingru", approximate=False),
-    Column("exact traces, default", "lru", 1, "all, and 4 T ahead", traces="exact", synthesizer="multi-horizon"),
+    Column("exact traces, default", "lru", 1, "all before, 4 after", traces="exact", synthesizer="multi-horizon"),
     *columns_of("gru", approximate=True),
 ]
 """In order of value. `traces` and `synthesizer` together: the recurrence has traces, all other parameters messages."""
