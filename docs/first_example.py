@@ -1,6 +1,6 @@
-"""Runs README's first example and writes what it prints into README: python docs/first_example.py
+"""Runs README's first example and writes what it prints into README: python -m docs.first_example
 
-It takes about two minutes. `python docs/first_example.py --text` only writes the sentence again, from
+It takes about two minutes. `python -m docs.first_example --text` only writes the sentence again, from
 docs/results/first_example.jsonl.
 """
 

@@ -1,4 +1,4 @@
-"""Writes the tables of README and of docs/reference that come from the code or from results: python docs/tables.py
+"""Writes the tables of README and of docs/reference that come from the code or from results: python -m docs.tables
 
 A test compares the pages with what this would write.
 """

@@ -65,7 +65,7 @@ def test_examples_run(page, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("page", tables.TABLES)
 def test_tables_are_those_of_the_code_and_of_the_results(page):
-    """Where this fails: python docs/tables.py"""
+    """Where this fails: python -m docs.tables"""
     text = (ROOT / page).read_text(encoding="utf-8")
     assert tables.written(page, text) == text
 
@@ -94,7 +94,7 @@ def test_readmes_first_example_runs_before_and_after(capsys):
 
 
 def test_readme_says_what_its_first_example_printed():
-    """Where this fails: python docs/first_example.py"""
+    """Where this fails: python -m docs.first_example"""
     text = README.read_text(encoding="utf-8")
     assert first_example.written(text) == text
 
