@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from trials import Line, Trial, best_value, key_of, lines_by_key, measure_in_turns, print_plan, study_parser, work
 
 import dni_seq as dni
@@ -102,7 +103,10 @@ class Past(nn.Module):
 
     def forward(self, read: Tensor, steps: Steps) -> Tensor:
         """[m, B, O] from tanh(W s) [B, F]."""
-        return self.output(read[None] * self.gate)
+        if self.output.out_features >= len(read):
+            return self.output(read[None] * self.gate)
+        weights = (self.output.weight * self.gate).flatten(0, 1)  # fewer outputs than lanes: gate the weights instead
+        return functional.linear(read, weights).unflatten(1, (REACH, -1)).transpose(0, 1) + self.output.bias
 
 
 class Far(nn.Module):
@@ -403,17 +407,24 @@ def longest(known: dict[str, Line], task: str) -> int:
 
 
 def table(results: Path) -> Iterable[str]:
-    """The lines on record as a table of Markdown."""
+    """The lines on record as a table of Markdown. Seconds follow the latest update times on record."""
+    times = update_times(results)
     yield "| task | method | T | rate | CPU s | solved | seconds to 7, 9, 11, 15, 19 | peak MiB |"
     yield "|---|---|---|---|---|---|---|---|"
     lines = [line for line in lines_by_key(results).values() if line["trial"]["task"] in TASKS]
     order = ("task", "T", "method", "seconds", "lr")
     for line in sorted(lines, key=lambda line: [str(line["trial"][name]) for name in order]):
         trial = line["trial"]
-        at = {int(solved): seconds for solved, _, _, seconds in line["curve"]}
+        at = {int(point[0]): seconds_at(point, times[kind_of(trial)]) for point in line["curve"]}
         reached = ", ".join(f"{at[n]:.0f}" if n in at else "–" for n in (7, 9, 11, 15, 19))
         cells = [trial["task"], trial["method"], trial["T"], trial["lr"], trial["seconds"], line["solved"], reached]
         yield "| " + " | ".join(map(str, [*cells, line["peak_mib"]])) + " |"
+
+
+def seconds_at(point: list[float], time_of: UpdateTime) -> float:
+    """Returns the idle CPU seconds of a point of a curve, from its updates and steps."""
+    _, updates, steps, _ = point
+    return updates * time_of.fixed + steps * time_of.per_step
 
 
 def main() -> None:
