@@ -153,6 +153,7 @@ class FutureGradient(PackedSynthesizer):
         state: State | None = None,
         predict: str = "horizons",
         predict_steps: int | None = None,
+        batch_dim: Any = None,
     ) -> FutureGradient:
         """Builds the recommended synthesizer for a model: one message for each of the next K windows.
 
@@ -175,6 +176,9 @@ class FutureGradient(PackedSynthesizer):
             predict_steps: m, a multiple of K. Default: K T for "horizons", else 40. With messages inside a window, such as
                 `message_every=5` at T = 35, fewer than T are enough: 5.
 
+            batch_dim: dimension of the lanes in the state's leaves, an int or a nest. Needed if a leaf has another shape
+                than [B, H] or [L, B, H], such as a matrix for each lane.
+
         Raises:
             ValueError: not exactly one of `vocabulary` and `outputs` is given, or `example_inputs` does not fit it.
         """
@@ -182,7 +186,8 @@ class FutureGradient(PackedSynthesizer):
         future = predictor_for(text, len(example_inputs), predict, predict_steps, horizons, units)
         example = example_state(model, example_inputs) if state is None else state
         marks = lstm_cells(model, example) if cells is None else cells
-        found = cls(example, future, window=len(example_inputs), cells=marks, limit=MESSAGE_LIMIT)
+        sizes: dict[str, Any] = {"window": len(example_inputs), "limit": MESSAGE_LIMIT, "batch_dim": batch_dim}
+        found = cls(example, future, cells=marks, **sizes)
         leaf = states.floating(example)[0]
         return found.to(leaf.device, states.to_float32(leaf).dtype)
 

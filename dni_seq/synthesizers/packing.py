@@ -99,7 +99,8 @@ class Packing(nn.Module):
 
     def pack(self, leaves: Sequence[Tensor]) -> Tensor:
         """Returns a state's floating-point leaves, given in the order of the example, concatenated, [B, S]."""
-        flat = [leaf.movedim(d, 0).flatten(1) for leaf, d in zip(leaves, self._dims, strict=True)]
+        moved = [leaf.movedim(d, 0) for leaf, d in zip(leaves, self._dims, strict=True)]
+        flat = [leaf.flatten(1) if leaf.dim() > 1 else leaf[:, None] for leaf in moved]
         return torch.cat(flat, dim=1)
 
     def unpack(self, packed: Tensor, like: State) -> State:

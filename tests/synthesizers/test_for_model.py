@@ -234,3 +234,43 @@ def test_an_own_loop_changes_by_five_lines():
         ends[name] = history
     assert ends["plain"][0] == ends["synthetic"][0]  # the first window's loss: nothing has been injected yet
     assert ends["plain"][9] != ends["synthetic"][9]
+
+
+class Memory(nn.Module):
+    """Keeps a matrix and a number for each lane, [B, 3, 2] and [B]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.write, self.readout = nn.Linear(4, 6), nn.Linear(6, 5)
+
+    def initial_state(self, lanes: int) -> dict[str, torch.Tensor]:
+        return {"matrix": torch.zeros(lanes, 3, 2), "count": torch.zeros(lanes)}
+
+    def forward(self, inputs: torch.Tensor, state: dict[str, torch.Tensor]) -> Any:
+        outputs, matrix, count = [], state["matrix"], state["count"]
+        for row in inputs:
+            matrix = torch.tanh(0.5 * matrix + self.write(row).unflatten(1, (3, 2)) + 0.1 * count[:, None, None])
+            count = torch.tanh(count + matrix.mean((1, 2)))
+            outputs.append(self.readout(matrix.flatten(1)))
+        return torch.stack(outputs), {"matrix": matrix, "count": count}
+
+
+@pytest.mark.parametrize("predict", ["horizons", "past"])
+def test_states_of_other_shapes_need_the_dimension_of_their_lanes(predict):
+    torch.manual_seed(0)
+    model = Memory()
+
+    def losses(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return (outputs - targets).square().mean(-1)
+
+    given = {"example_inputs": torch.zeros(2, 3, 4), "outputs": 5, "predict": predict}
+    with pytest.raises(ValueError, match="pass batch_dim, the dimension of its lanes"):
+        dni.FutureGradient.for_model(model, losses, **given)
+    synthesizer = dni.FutureGradient.for_model(model, losses, batch_dim=0, **given)
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    trainer = dni.SequenceTrainer(model, optimizer, losses, synthesizer=synthesizer, state_batch_dim=0)
+    windows = [dni.Window(torch.randn(2, 3, 4), torch.randn(2, 3, 5)) for _ in range(4)]
+    for window in dni.with_lookahead(windows, synthesizer.lookahead):
+        result = trainer.step(window.inputs, window.targets, lookahead=window.lookahead)
+        assert not result.skipped
+    assert result.synthetic.injected_ratio != 0
