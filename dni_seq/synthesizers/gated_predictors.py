@@ -81,7 +81,36 @@ def stretches(steps: int, count: int) -> list[int]:
     return bounds
 
 
-class GatedFuture(Predictor):
+class GatedPredictor(Predictor):
+    """What `GatedFuture` and `GatedPast` share: one reading tanh(W s) of the state, and the steps that a call predicts.
+
+    Args:
+        size: S.
+        steps: m, the reach.
+        outputs: Q.
+        loss_fn: unreduced losses [n, B] of predicted steps.
+        units: F.
+        draws: see `Offsets`.
+    """
+
+    def __init__(
+        self, size: int, steps: int, outputs: int, loss_fn: Callable[[Tensor, Any], Tensor], units: int, draws: int | None
+    ) -> None:
+        super().__init__()
+        for name, value in (("steps", steps), ("outputs", outputs), ("units", units)):
+            if value < 1:
+                raise ValueError(f"{type(self).__name__}: {name} must be positive, got {value}")
+        self.loss_fn = loss_fn
+        self.offsets = Offsets(steps, draws)
+        self.read = nn.Linear(size, units)
+
+    @property
+    def predicted(self) -> int:
+        """n, the number of losses of a lane."""
+        return self.offsets.count
+
+
+class GatedFuture(GatedPredictor):
     """Predicts the outputs of the next m steps from a state and the inputs up to each of them.
 
         z_j = tanh(W s) ⊙ tanh(V c_j + b_j),   q_j = D z_j,   c_j = GRU(x_1 .. x_j)        j = 1..m
@@ -116,22 +145,13 @@ class GatedFuture(Predictor):
         units: int = 256,
         draws: int | None = None,
     ) -> None:
-        super().__init__()
-        _check_positive("GatedFuture", steps=steps, outputs=outputs, units=units)
+        super().__init__(size, steps, outputs, loss_fn, units, draws)
         self.steps = steps
-        self.loss_fn = loss_fn
-        self.offsets = Offsets(steps, draws)
         self.inputs = inputs
-        self.read = nn.Linear(size, units)
         self.context = nn.GRU(inputs_width, CONTEXT_UNITS)
         self.gate = nn.Linear(CONTEXT_UNITS, units, bias=False)
         self.gate_bias = nn.Parameter(torch.zeros(steps, 1, units))
         self.output = nn.Linear(units, outputs)
-
-    @property
-    def predicted(self) -> int:
-        """n, the number of losses of a lane."""
-        return self.offsets.count
 
     def losses(self, flats: Tensor, context: Any) -> StepLosses:
         """Computes the losses of the chosen steps from states [1, B, S].
@@ -150,7 +170,7 @@ class GatedFuture(Predictor):
         return StepLosses(losses, ahead.counts, weights)
 
 
-class GatedPast(Predictor):
+class GatedPast(GatedPredictor):
     """Predicts the inputs of the last m steps from a state.
 
         z_j = tanh(W s) ⊙ g_j,   q_j = D z_j        j = 0..m-1
@@ -181,19 +201,10 @@ class GatedPast(Predictor):
         units: int = 256,
         draws: int | None = None,
     ) -> None:
-        super().__init__()
-        _check_positive("GatedPast", steps=steps, outputs=outputs, units=units)
+        super().__init__(size, steps, outputs, loss_fn, units, draws)
         self.past_steps = steps
-        self.loss_fn = loss_fn
-        self.offsets = Offsets(steps, draws)
-        self.read = nn.Linear(size, units)
         self.gate = nn.Parameter(torch.randn(steps, 1, units))
         self.output = nn.Linear(units, outputs)
-
-    @property
-    def predicted(self) -> int:
-        """n, the number of losses of a lane."""
-        return self.offsets.count
 
     def losses(self, flats: Tensor, context: Any) -> StepLosses:
         """Computes the losses of the chosen steps from states [1, B, S].
@@ -261,9 +272,3 @@ def _joined_weights(found: Sequence[StepLosses]) -> Tensor | None:
         return None
     rows = [each.losses.new_ones(len(each.losses), 1) if each.weights is None else each.weights for each in found]
     return torch.cat(rows)
-
-
-def _check_positive(owner: str, **values: int) -> None:
-    for name, value in values.items():
-        if value < 1:
-            raise ValueError(f"{owner}: {name} must be positive, got {value}")
