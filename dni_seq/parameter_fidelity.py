@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dni_seq.core import states
 from dni_seq.core.snapshot import undo_runs
+from dni_seq.core.traces import Trace
 from dni_seq.core.windows import Window, first_tensor
 from dni_seq.credit.fidelity import cosine
 from dni_seq.credit.replay import unrolled_losses
@@ -47,18 +48,21 @@ class GradientFidelity(NamedTuple):
     parameters: dict[str, ParameterFidelity]
 
 
-def gradient_fidelity(trainer: SequenceTrainer, windows: Iterable[Window]) -> GradientFidelity:
+def gradient_fidelity(
+    trainer: SequenceTrainer, windows: Iterable[Window], start: states.State | None = None
+) -> GradientFidelity:
     """Compares the gradient that a trainer accumulates over a sequence with that of full BPTT, for frozen parameters.
 
     The estimator is whatever the trainer does: truncated BPTT, earlier windows, traces, messages of a synthesizer, or all of
-    them. The sequence starts from the initial state; the model runs in `eval()`. The trainer and the random state are the
-    same afterwards. Full BPTT keeps one graph over all windows.
+    them. The model runs in `eval()`. The trainer and the random state are the same afterwards. Full BPTT keeps one graph
+    over all windows.
 
     Source: ours.
 
     Args:
         trainer: in one process.
         windows: consecutive windows, with the lookahead that the synthesizer needs.
+        start: the state before them. It counts as a constant: its traces are set to zero. Default: the initial state.
 
     Returns:
         Cosine and norm ratio, over all parameters and for each of them.
@@ -75,8 +79,11 @@ def gradient_fidelity(trainer: SequenceTrainer, windows: Iterable[Window]) -> Gr
     with undo_runs(trainer.model, device):
         trainer.model.eval()
         with _frozen(trainer):
+            if start is not None:
+                start = states.map_tensors(_without_past, start)
+                trainer.state = start
             estimate = _estimated(trainer, sequence)
-        exact = _exact(trainer, sequence)
+        exact = _exact(trainer, sequence, start)
     rows = {
         name: _compared(estimate[name], exact[name])
         for name, parameter in trainer.model.named_parameters()
@@ -119,11 +126,15 @@ def _estimated(trainer: SequenceTrainer, windows: list[Window]) -> dict[str, Ten
     return total
 
 
-def _exact(trainer: SequenceTrainer, windows: list[Window]) -> dict[str, Tensor]:
+def _without_past(leaf: Tensor) -> Tensor:
+    return torch.zeros_like(leaf) if isinstance(leaf, Trace) else leaf.detach()
+
+
+def _exact(trainer: SequenceTrainer, windows: list[Window], start: states.State | None) -> dict[str, Tensor]:
     """Returns the gradient of the sum of all windows' losses through one graph, by parameter, float64."""
     runner = trainer.runner
     first = first_tensor(windows[0].inputs)
-    state = runner.initial_state(first.shape[runner.batch_dim])
+    state = runner.initial_state(first.shape[runner.batch_dim]) if start is None else start
     total = torch.stack(unrolled_losses(runner, windows, state)).sum()
     names, parameters = zip(*trainer.model.named_parameters(), strict=True)
     trained = [parameter for parameter in parameters if parameter.requires_grad]

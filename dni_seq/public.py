@@ -4,7 +4,7 @@ from dni_seq.check import check_model
 from dni_seq.core.burn_in import burn_in
 from dni_seq.core.deferred_backward import GradientAccumulator, backward, defer_backward
 from dni_seq.core.nonfinite import NonFiniteError
-from dni_seq.core.windows import Lookahead, Window, with_lookahead
+from dni_seq.core.windows import Lookahead, Past, Surroundings, Window, with_lookahead
 from dni_seq.credit.config import SyntheticGradientConfig
 from dni_seq.credit.description import TrainerDescription
 from dni_seq.credit.fidelity import fidelity
@@ -22,11 +22,13 @@ from dni_seq.synthesizers.base import Regression
 from dni_seq.synthesizers.exact_future import ExactFuture
 from dni_seq.synthesizers.future_gradient import FutureGradient
 from dni_seq.synthesizers.future_model import FutureModel
+from dni_seq.synthesizers.gated_predictors import GatedFuture, GatedPast, JointPredictor
 from dni_seq.synthesizers.least_squares import LeastSquaresHeads
 from dni_seq.synthesizers.lookahead import LookaheadEncoder
 from dni_seq.synthesizers.mlp import BasicSynthesizer
 from dni_seq.synthesizers.multi_horizon import Horizons, MultiHorizonSynthesizer
 from dni_seq.synthesizers.normalization import LSTM_CELLS, GatedCells, Normalized
+from dni_seq.synthesizers.predictor import Predictor, StepLosses
 from dni_seq.synthesizers.state_heads import StateHeads, StateSynthesizer
 from dni_seq.synthesizers.target_rule import TargetRule
 from dni_seq.trainer import SequenceTrainer
@@ -43,9 +45,12 @@ __all__ = [
     "FutureGradient",
     "FutureModel",
     "GatedCells",
+    "GatedFuture",
+    "GatedPast",
     "GradientAccumulator",
     "GradientFidelity",
     "Horizons",
+    "JointPredictor",
     "LeastSquaresHeads",
     "Lookahead",
     "LookaheadEncoder",
@@ -53,12 +58,16 @@ __all__ = [
     "MultiHorizonSynthesizer",
     "NonFiniteError",
     "Normalized",
+    "Past",
+    "Predictor",
     "RecordedWindow",
     "Regression",
     "SequenceTrainer",
     "StateHeads",
     "StateSynthesizer",
+    "StepLosses",
     "StepResult",
+    "Surroundings",
     "Synthetic",
     "SyntheticGradientConfig",
     "TargetRule",

@@ -27,6 +27,7 @@ from dni_seq.core.windows import Lookahead, Nest, Reduction, Window, first_tenso
 from dni_seq.credit.config import SyntheticGradientConfig
 from dni_seq.credit.description import TrainerDescription, describe
 from dni_seq.credit.nonfinite_policy import NonFinitePolicy, diagnose
+from dni_seq.credit.past_inputs import WindowContexts
 from dni_seq.credit.replay import RecordedWindow
 from dni_seq.credit.results import StepResult
 from dni_seq.credit.step_gradients import StepGradients
@@ -37,7 +38,7 @@ from dni_seq.credit.trainer_arguments import check_kinds, chosen_config
 from dni_seq.credit.trainer_settings import TrainerSettings
 from dni_seq.credit.window_checks import check_window, finite_window, nothing_counts
 from dni_seq.credit.window_pass import run_and_backpropagate, sum_over_ranks
-from dni_seq.credit.window_runner import WindowRunner, lookahead_at_start
+from dni_seq.credit.window_runner import WindowRunner
 from dni_seq.distributed.data_parallel import DataParallel, SingleProcess
 
 SKIP_LIMIT = 10
@@ -185,12 +186,11 @@ class SequenceTrainer(TrainerSettings):
     def _step(self, window: RecordedWindow, lookahead: Lookahead | None, transaction: StepTransaction) -> StepResult:
         """Performs one step on a checked window whose first state is `window.start`."""
         start, credit = window.start, self.credit
-        context = None
-        if lookahead is not None and credit is not None and credit.looks_back:
-            context = lookahead_at_start(window.inputs, window.targets, window.mask, lookahead)
+        around = WindowContexts(window, self._stream.inputs.before(window), lookahead)
+        context = around.after(0) if around.known and credit is not None and credit.looks_back else None
         self._gradients.clear()
         parts = (self.runner, credit, self._stream)
-        loss, outputs, last, exchange = run_and_backpropagate(*parts, window, context, lookahead, self._stepped)
+        loss, outputs, last, exchange = run_and_backpropagate(*parts, window, context, around, self._stepped)
         # Ranks sum before the check, so that a NaN on one rank skips the step on all ranks.
         measured = sum_over_ranks(self.parallel, self.optimizer, self.credit, loss, exchange)
         norm = gradient_norm(self.optimizer)
@@ -207,15 +207,14 @@ class SequenceTrainer(TrainerSettings):
         synthetic = None
         if credit is not None and exchange is not None:
             past = None if start is None else window._replace(context=context)
-            synthetic = credit.learn(exchange, past, last, lookahead)
+            synthetic = credit.learn(exchange, past, last, around.after(len(first_tensor(window.inputs))))
         due, norm, finite = self._gradients.collect(norm, good)
         if due:
             clipped_step(self.optimizer, self.clip, norm, finite)
         if not on_host:
             self._buffers.restore_unless(good)
         self._skip_policy.count(passed)
-        self._stream.advance(next_state, window.ends)
-        self._stream.past.add(window, passed)
+        self._stream.follow(window, next_state, passed)
         self.steps += 1
         return result._replace(synthetic=synthetic, events=self._events(window, result))
 
@@ -236,8 +235,7 @@ class SequenceTrainer(TrainerSettings):
         if self.credit is not None:
             self.credit.skip_step(loss_is_finite=bool(result.loss.isfinite()))
         if empty:
-            self._stream.advance(self.runner.reset(last, window.ends), window.ends)
-            self._stream.past.add(window, torch.ones_like(result.skipped))
+            self._stream.follow(window, self.runner.reset(last, window.ends), torch.ones_like(result.skipped))
             return result
         self._stream.stay(window.start, window.ends)
         self._skip_policy.count_skipped(result.skipped, self.steps, where)
@@ -288,7 +286,7 @@ class SequenceTrainer(TrainerSettings):
         """
         parts = self._parts()
         expected = {*parts, "state", "credit", "steps"}
-        if set(saved) - {"skipped", "fresh", "gradients", "state_paths", "past"} != expected:
+        if set(saved) - {"skipped", "fresh", "gradients", "state_paths", "past", "past_inputs"} != expected:
             raise ValueError(f"the saved trainer has the parts {sorted(saved)}, this trainer needs {sorted(expected)}")
         for name, part in parts.items():
             part.load_state_dict(saved[name])

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import dni_seq as dni
-from dni_seq.app.runs.tensorboard import RunLog
+from dni_seq.app.runs.run_log import RunLog
 from dni_seq.streams.algorithmic_tasks import TASKS, Stage, TaskStream
 
 ADDING, UNITS, WINDOW = TASKS["adding"], 32, 5

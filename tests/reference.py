@@ -241,3 +241,48 @@ def uoro(
         total += (sketch_s @ arrived[0])[:, None] * sketch_w
         state = state.detach()
     return total
+
+
+def gated_past_losses(predictor: Any, flat: Tensor, inputs: list[list[Tensor]]) -> Tensor:
+    """The sum of a `GatedPast`'s losses, lane by lane and step by step.
+
+    Args:
+        predictor: its weights.
+        flat: packed states [B, S].
+        inputs: for each lane its inputs since the start of its sequence, the oldest first.
+    """
+    total = flat.new_zeros(())
+    for lane, history in enumerate(inputs):
+        read = torch.tanh(predictor.read.weight @ flat[lane] + predictor.read.bias)
+        for ago, value in enumerate(reversed(history[-predictor.past_steps :])):
+            outputs = predictor.output.weight @ (read * predictor.gate[ago, 0]) + predictor.output.bias
+            total = total + predictor.loss_fn(outputs[None, None], value[None, None])[0, 0]
+    return total
+
+
+def gated_future_losses(predictor: Any, flat: Tensor, inputs: Tensor, targets: Tensor, counts: Tensor) -> Tensor:
+    """The sum of a `GatedFuture`'s losses, lane by lane and step by step, with the GRU's equations written out.
+
+    Args:
+        predictor: its weights.
+        flat: packed states [B, S].
+        inputs: [m, B, ...].
+        targets: [m, B, ...].
+        counts: [m, B] bool; here every step exists.
+    """
+    total = flat.new_zeros(())
+    gru = predictor.context
+    for lane in range(flat.shape[0]):
+        read = torch.tanh(predictor.read.weight @ flat[lane] + predictor.read.bias)
+        memory = flat.new_zeros(gru.hidden_size)
+        for step in range(len(inputs)):
+            encoded = predictor.inputs(inputs[step : step + 1, lane : lane + 1])[0, 0]
+            from_input = (gru.weight_ih_l0 @ encoded + gru.bias_ih_l0).chunk(3)
+            from_memory = (gru.weight_hh_l0 @ memory + gru.bias_hh_l0).chunk(3)
+            reset, update = (torch.sigmoid(a + b) for a, b in zip(from_input[:2], from_memory[:2], strict=True))
+            memory = (1 - update) * torch.tanh(from_input[2] + reset * from_memory[2]) + update * memory
+            gate = torch.tanh(predictor.gate.weight @ memory + predictor.gate_bias[step, 0])
+            outputs = predictor.output.weight @ (read * gate) + predictor.output.bias
+            loss = predictor.loss_fn(outputs[None, None], targets[step : step + 1, lane : lane + 1])[0, 0]
+            total = total + torch.where(counts[step, lane], loss, 0)
+    return total

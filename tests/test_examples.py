@@ -66,6 +66,38 @@ def test_recurrent_policy_learns_to_remember(run):
     assert len((EXAMPLES / "recurrent_policy.py").read_text().splitlines()) <= 60
 
 
+@pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # of Lightning, a name that torch has deprecated
+def test_lightning_loop_resumes_and_learns(run):
+    pytest.importorskip("lightning")
+    (windows, truncated), (_, synthetic) = run("lightning_loop", 160)
+    assert windows == 160
+    # Uniform over the 92 characters is 4.5 nats.
+    assert 2 < truncated < 3.6
+    assert synthetic == pytest.approx(truncated, abs=0.2)
+    assert synthetic != truncated
+
+
+def test_datasets_windows_learn(run):
+    pytest.importorskip("tokenizers")
+    (truncated,), (synthetic,) = run("datasets_windows", 160)
+    assert 10 < truncated < 40  # perplexity; uniform is 92
+    assert synthetic == pytest.approx(truncated, rel=0.2)
+    assert synthetic != truncated
+
+
+def test_pretrained_weights_go_there_and_back(run, tmp_path):
+    pytest.importorskip("safetensors")
+    (plain, ours), (plain_after, ours_after) = run("pretrained_weights", 60)
+    assert plain == ours
+    assert plain_after == ours_after < 0.9 * ours
+    assert (tmp_path / "runs" / "pretrained_weights" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("name", ["lightning_loop", "datasets_windows", "pretrained_weights"])
+def test_bridges_fit_on_a_page(name):
+    assert len((EXAMPLES / f"{name}.py").read_text().splitlines()) <= 60
+
+
 def test_bare_interfaces_train_in_time_and_in_depth(run):
     (_, cut), (_, injected), (plain,), (decoupled,) = run("bare_interfaces", 120, 150)
     # Uniform over the 90 characters is 4.5 nats.

@@ -47,6 +47,38 @@ def test_the_numbers_are_those_of_gradients_computed_by_hand():
     assert found.norm_ratio == pytest.approx(float(mine.norm() / exact.norm()), rel=1e-9)
 
 
+def test_a_start_counts_as_a_constant():
+    """Its traces would be credit from before the windows, which full BPTT over them does not have."""
+    some = windows(CUTS["T = 1"])
+    trainer = trainer_of(model_of("lru"), lr=0.0)
+    for window in some[:6]:
+        trainer.step(window.inputs, window.targets, ends=window.ends)
+    start = trainer.state
+    assert all(trace.any() for trace in start[1])
+    found = dni.gradient_fidelity(trainer, some[6:], start)
+    assert_same(trainer.state, start)
+    for name, (cosine, ratio) in found.parameters.items():
+        if "cell" in name:
+            assert (cosine, ratio) == (pytest.approx(1), pytest.approx(1)), name
+    plain = model_of("lru", traces=None)
+    state = start[0]
+    total = 0
+    for window in some[6:]:
+        outputs, state = plain(window.inputs, state)
+        total = total + problems.summed(outputs, window.targets)
+    exact = torch.autograd.grad(total, plain.embedding.weight)[0]
+    zeroed = (start[0], tuple(torch.zeros_like(trace) for trace in start[1]))
+    assert found == dni.gradient_fidelity(trainer, some[6:], zeroed)
+    trainer.state = zeroed
+    mine = torch.zeros_like(exact)
+    for window in some[6:]:
+        trainer.step(window.inputs, window.targets)
+        mine += trainer.model.embedding.weight.grad
+    cosine = float(torch.cosine_similarity(mine.flatten(), exact.flatten(), dim=0))
+    assert found.parameters["embedding.weight"].cosine == pytest.approx(cosine, rel=1e-9)
+    assert cosine < 0.9999
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_looking_changes_nothing(kind):
     """A trainer of every kind goes on bit for bit, in the middle of an accumulation too."""

@@ -92,7 +92,7 @@ ENDS = {"T = 1": [(2, 0), (7, 1), (7, 2)], "T = 3": [(3, 0), (9, 1)], "random": 
 
 
 @pytest.mark.parametrize("traces", [False, True])
-@pytest.mark.parametrize("length", [1, 2, 7])
+@pytest.mark.parametrize("length", [1, 2, 7, 70])
 def test_cells_are_their_equations(length, traces):
     torch.manual_seed(1)
     inputs = torch.randn(length, LANES, 4, dtype=torch.float64)

@@ -62,6 +62,39 @@ class Lookahead(NamedTuple):
         return Lookahead(inputs, targets, function(self.valid), mask)
 
 
+class Past(NamedTuple):
+    """For each lane, the m inputs before a state, the latest first.
+
+    Attributes:
+        inputs: [m, B, ...], the model's inputs, a tensor or a nest of tensors.
+        valid: [m, B] bool, False before the start of the lane's sequence. The values of `inputs` are undefined there.
+    """
+
+    inputs: Nest
+    valid: Tensor
+
+
+class Surroundings(NamedTuple):
+    """The steps before and after a state: the context of a synthesizer that predicts the past.
+
+    Attributes:
+        past: the inputs before the state.
+        lookahead: the steps after it; None if the synthesizer needs none.
+    """
+
+    past: Past
+    lookahead: Lookahead | None = None
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Surroundings:
+        """Returns the surroundings with `function` applied to every tensor, each of them [m, B, ...]."""
+        past = Past(states.map_tensors(function, self.past.inputs), function(self.past.valid))
+        return Surroundings(past, None if self.lookahead is None else self.lookahead.map(function))
+
+
+Context = Lookahead | Surroundings | None
+"""What a trainer passes to a synthesizer beside a state."""
+
+
 def named_tensors(nest: Nest, name: str) -> list[tuple[str, Tensor]]:
     """Returns the tensors of inputs or targets, each after its name in errors, such as "inputs['tokens']".
 
@@ -99,6 +132,8 @@ def next_steps(context: Any, steps: int) -> Lookahead:
     Raises:
         ValueError: the context is not a `Lookahead` of at least that many steps.
     """
+    if isinstance(context, Surroundings):
+        context = context.lookahead
     if not isinstance(context, Lookahead) or len(first_tensor(context.inputs)) < steps:
         seen = f"{len(first_tensor(context.inputs))} steps" if isinstance(context, Lookahead) else type(context).__name__
         raise ValueError(
@@ -106,6 +141,24 @@ def next_steps(context: Any, steps: int) -> Lookahead:
             f"dni_seq.with_lookahead(windows, {steps}) and pass lookahead=window.lookahead to the trainer"
         )
     return context if len(first_tensor(context.inputs)) == steps else context.span(0, steps)
+
+
+def previous_steps(context: Any, steps: int) -> Past:
+    """Returns the last `steps` steps before a state, from a synthesizer's context.
+
+    Raises:
+        ValueError: the context does not hold that many.
+    """
+    if not isinstance(context, Surroundings) or len(context.past.valid) < steps:
+        seen = f"{len(context.past.valid)} steps" if isinstance(context, Surroundings) else type(context).__name__
+        raise ValueError(
+            f"the synthesizer predicts {steps} steps of the past, but its context is {seen}: use it in a SequenceTrainer, "
+            "which keeps them, or pass dni_seq.Surroundings"
+        )
+    past = context.past
+    if len(past.valid) == steps:
+        return past
+    return Past(states.map_tensors(lambda tensor: tensor[:steps], past.inputs), past.valid[:steps])
 
 
 def check_unreduced(losses: Tensor, lookahead: Lookahead) -> None:

@@ -13,7 +13,6 @@ Legend: T = window length in steps, B = lanes, m = lookahead in steps, q = state
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -21,10 +20,7 @@ from torch import Tensor
 
 from dni_seq.core import states
 from dni_seq.core.states import State
-from dni_seq.core.windows import Lookahead, first_tensor
-from dni_seq.credit.recomputation import cut
-from dni_seq.credit.replay import RecordedWindow
-from dni_seq.credit.window_runner import WindowRunner, lookahead_at_start
+from dni_seq.core.windows import Context, Lookahead, Past, Surroundings
 
 
 class InnerStates(NamedTuple):
@@ -32,43 +28,11 @@ class InnerStates(NamedTuple):
 
     Attributes:
         states: the states after n, 2n, ... steps, with their graph; not the last one.
-        contexts: the next m steps after each of them.
+        contexts: what surrounds each of them.
     """
 
     states: list[State]
-    contexts: list[Lookahead]
-
-
-def run_in_parts(
-    runner: WindowRunner, window: RecordedWindow, state: State | None, steps: int, lookahead: Lookahead
-) -> tuple[Any, InnerStates, State]:
-    """Runs a window in parts; returns the outputs, the states between the parts and the last state.
-
-    Args:
-        runner: runs the model.
-        window: the window.
-        state: its first state.
-        steps: n, the length of a part; the last one may be shorter.
-        lookahead: the m steps after the window.
-    """
-    outputs, inner, contexts = [], [], []
-    total = len(first_tensor(window.inputs))
-    for begin in range(0, total, steps):
-        part = states.map_tensors(partial(cut, slice(begin, begin + steps)), window.inputs)
-        output, state = runner.run(part, state)
-        outputs.append(output)
-        if begin + steps < total:
-            inner.append(state)
-            contexts.append(lookahead_after(window, begin + steps, lookahead))
-    return states.map_together(torch.cat, outputs, "the model's outputs"), InnerStates(inner, contexts), state
-
-
-def lookahead_after(window: RecordedWindow, steps: int, lookahead: Lookahead) -> Lookahead:
-    """Returns the m steps after the first `steps` of a window: the rest of it, then those after it."""
-    rest = partial(cut, slice(steps, None))
-    mask = None if window.mask is None else rest(window.mask)
-    inputs, targets = (states.map_tensors(rest, nest) for nest in (window.inputs, window.targets))
-    return lookahead_at_start(inputs, targets, mask, lookahead)
+    contexts: list[Context]
 
 
 def join(nests: Sequence[State], batch_dim: Any) -> State:
@@ -87,8 +51,17 @@ def split(message: State, like: State, count: int, batch_dim: Any) -> list[State
     return [states.with_floating(states.detach(like), list(leaves)) for leaves in zip(*parts, strict=True)]
 
 
-def join_contexts(contexts: Sequence[Lookahead]) -> Lookahead:
-    """Returns lookaheads side by side along the lanes."""
+def join_contexts(contexts: Sequence[Context]) -> Context:
+    """Returns contexts of the same kind side by side along the lanes."""
+    around = [context for context in contexts if isinstance(context, Surroundings)]
+    if not around:
+        return _join_lookaheads([context for context in contexts if isinstance(context, Lookahead)])
+    past: Past = states.map_together(_side_by_side, [context.past for context in around], "the inputs")
+    ahead = [context.lookahead for context in around if context.lookahead is not None]
+    return Surroundings(past, _join_lookaheads(ahead) if ahead else None)
+
+
+def _join_lookaheads(contexts: Sequence[Lookahead]) -> Lookahead:
     filled = [context._replace(mask=context.counts) for context in contexts]
     joined: Lookahead = states.map_together(_side_by_side, filled, "the lookahead")
     return joined

@@ -18,7 +18,7 @@ from dni_seq.core.deferred_backward import GradientAccumulator
 from dni_seq.core.optimizer_step import total_norm
 from dni_seq.core.snapshot import Restorable
 from dni_seq.core.states import State
-from dni_seq.core.windows import Lookahead
+from dni_seq.core.windows import Context
 from dni_seq.credit.inner_messages import InnerStates, join, join_contexts, split
 from dni_seq.distributed.data_parallel import DataParallel
 from dni_seq.interfaces.backward import BackwardInterface
@@ -96,7 +96,7 @@ class FilteredInterface(BackwardInterface):
         scope: GradientAccumulator,
         inner: InnerStates,
         last: State,
-        context: Lookahead,
+        context: Context,
         rule: TargetRule,
         batch_dim: Any,
     ) -> tuple[list[State], Tensor]:
@@ -106,9 +106,9 @@ class FilteredInterface(BackwardInterface):
 
         Args:
             scope: of the window.
-            inner: the states, and the steps after each.
+            inner: the states, and what surrounds each.
             last: the window's last state.
-            context: the steps after it.
+            context: what surrounds it.
             rule: the coefficients of injection; the synthesizer must be self-supervised.
             batch_dim: the dimension of the lanes in the state's leaves, an int or a nest.
 

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from dni_seq.core import states
 from dni_seq.core.states import State
 from dni_seq.core.windows import Nest, first_tensor
-from dni_seq.credit.window_runner import WindowRunner
+from dni_seq.credit.window_runner import WindowRunner, cut
 
 
 def run_in_chunks(
@@ -71,11 +71,6 @@ def run_in_chunks(
 def recomputed(function: Callable[..., Any], *arguments: Any) -> Any:
     """Returns `function(*arguments)`; the backward pass computes it again, with the same random numbers."""
     return checkpoint(function, *arguments, use_reentrant=False)
-
-
-def cut(span: slice, tensor: Tensor) -> Tensor:
-    """Returns the steps `span` of a tensor [T, ...]."""
-    return tensor[span]
 
 
 def _written(whole: Any, part: Any, begin: int, total: int) -> Any:

@@ -24,7 +24,7 @@ from torch import Tensor
 from dni_seq.core import states
 from dni_seq.core.states import State
 from dni_seq.core.vjp import without_parameter_gradients
-from dni_seq.core.windows import Lookahead, Nest, Window
+from dni_seq.core.windows import Lookahead, Nest, Past, Surroundings, Window
 from dni_seq.credit.window_runner import WindowRunner
 from dni_seq.synthesizers.base import match_message
 from dni_seq.synthesizers.target_rule import TargetRule, combine
@@ -154,7 +154,7 @@ def _targets(runner: WindowRunner, window: RecordedWindow, next_messages: list[S
 def map_recorded(function: Callable[[Tensor, int], Tensor], window: RecordedWindow, runner: WindowRunner) -> RecordedWindow:
     """Returns the window with `function(tensor, dim)` applied to all tensors; `dim` is the dimension of the lanes."""
     mask, ends, context = window.mask, window.ends, window.context
-    if isinstance(context, Lookahead):
+    if isinstance(context, (Lookahead, Surroundings)):
         context = context.map(lambda tensor: function(tensor, 1))
     return RecordedWindow(
         states.map_tensors(lambda tensor: function(tensor, runner.batch_dim), window.inputs),
@@ -182,11 +182,16 @@ def recorded(window: RecordedWindow) -> RecordedWindow:
     Raises:
         ValueError: inputs or targets are nested in containers that `torch.load(weights_only=True)` does not load.
     """
-    for name, nest in (("inputs", window.inputs), ("targets", window.targets)):
-        if (kind := _foreign_container(nest)) is not None:
-            raise ValueError(f"{name} in a {kind.__name__} cannot be recorded for a replay: use a dict or a tuple")
+    check_loadable(window.inputs, "inputs")
+    check_loadable(window.targets, "targets")
     copied: RecordedWindow = states.clone(window)
     return copied
+
+
+def check_loadable(nest: Nest, name: str) -> None:
+    """Raises a ValueError if inputs or targets are in containers that `torch.load(weights_only=True)` does not load."""
+    if (kind := _foreign_container(nest)) is not None:
+        raise ValueError(f"{name} in a {kind.__name__} cannot be recorded for a replay: use a dict or a tuple")
 
 
 def _foreign_container(nest: Nest) -> type | None:
@@ -216,17 +221,26 @@ def _gradient(roots: list[Tensor], leaves: list[Tensor], gradients: list[Tensor 
 
 def pack(window: RecordedWindow) -> dict[str, Any]:
     """Returns a window as a dict of tensors and lists of tensors, which `torch.load(weights_only=True)` can load."""
-    context = window.context
     return {
         **{name: getattr(window, name) for name in ("inputs", "targets", "mask", "ends")},
         "start": states.saved_leaves(window.start),
         "start_paths": states.key_paths(window.start),
-        "context": None if context is None else list(context),
+        **_packed_context(window.context),
     }
+
+
+def _packed_context(context: Any) -> dict[str, Any]:
+    if not isinstance(context, Surroundings):
+        return {"context": None if context is None else list(context)}
+    ahead = context.lookahead
+    return {"context": None if ahead is None else list(ahead), "past": list(context.past)}
 
 
 def unpack(saved: dict[str, Any], like: State) -> RecordedWindow:
     """Returns the window that `pack` converted; its state is nested like `like`."""
     fields = {name: saved[name] for name in ("inputs", "targets", "mask", "ends")}
     start = states.from_saved(saved["start"], saved.get("start_paths"), like)
-    return RecordedWindow(**fields, start=start, context=None if saved["context"] is None else Lookahead(*saved["context"]))
+    context: Any = None if saved["context"] is None else Lookahead(*saved["context"])
+    if "past" in saved:
+        context = Surroundings(Past(*saved["past"]), context)
+    return RecordedWindow(**fields, start=start, context=context)

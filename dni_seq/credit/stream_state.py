@@ -14,7 +14,9 @@ from dni_seq.core import states
 from dni_seq.core.nonfinite import broken_lanes
 from dni_seq.core.states import State
 from dni_seq.core.windows import Nest, first_tensor
+from dni_seq.credit.past_inputs import PastInputs
 from dni_seq.credit.past_windows import PastWindows
+from dni_seq.credit.replay import RecordedWindow
 from dni_seq.credit.synthetic_gradient import SyntheticCredit, without_chain
 from dni_seq.credit.window_runner import WindowRunner
 
@@ -35,6 +37,7 @@ class StreamState:
     Attributes:
         state: the hidden state with this rank's lanes, None before the first window.
         past: the windows before the next one through which its loss is propagated back.
+        inputs: the inputs that led to the state, for a synthesizer that reads them.
     """
 
     def __init__(self, runner: WindowRunner, credit: SyntheticCredit | None) -> None:
@@ -45,6 +48,7 @@ class StreamState:
         self._fresh: Tensor | None = None
         self.state: State | None = None
         self.past = PastWindows(runner)
+        self.inputs = PastInputs(runner, 0 if credit is None else credit.past_steps)
 
     def start(self, inputs: Nest) -> State | None:
         """Returns the state that a window starts from, without a graph; restores a loaded state first.
@@ -99,6 +103,12 @@ class StreamState:
             leaves.append(leaf)
         return states.unflatten(start, leaves)
 
+    def follow(self, window: RecordedWindow, state: State | None, passed: Tensor) -> None:
+        """Sets the state after a window; `passed` (0-d bool) is false if the window was skipped on the device."""
+        self.advance(state, window.ends)
+        self.past.add(window, passed)
+        self.inputs.advance(window, passed)
+
     def advance(self, state: State | None, *reset: Tensor | None) -> None:
         """Sets the state that the next window starts from.
 
@@ -116,6 +126,7 @@ class StreamState:
     def replace(self, state: State | None) -> None:
         """Sets the state that the next window starts from to one that does not follow the last window."""
         self.past.clear()
+        self.inputs.clear()
         self.advance(state)
 
     def stay(self, start: State | None, ends: Tensor | None) -> None:
@@ -126,11 +137,14 @@ class StreamState:
             start = self._runner.reset(self._runner.reset(start, broken), ends)
         self.advance(start, ends, broken, self._fresh)
         self.past.clear()
+        self.inputs.forget(broken)
+        self.inputs.forget(ends)
 
     def reset(self) -> None:
         """Forgets the state: the next window starts from the initial state and does not continue an earlier window."""
         self.state = self._fresh = None
         self.past.clear()
+        self.inputs.clear()
         if self._waiting is not None:
             credit = self._waiting["credit"]
             self._waiting = {"state": None, "credit": None if credit is None else without_chain(credit), "fresh": None}
@@ -149,13 +163,15 @@ class StreamState:
             "credit": None if self._credit is None else self._credit.state_dict(),
             "fresh": None if self._fresh is None else gather(self._fresh, 0),
             **({} if self.past.count == 1 else {"past": self.past.state_dict()}),
+            **({} if not self.inputs.steps else {"past_inputs": self.inputs.state_dict()}),
         }
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Keeps what `state_dict` returned until `restore` or the next window. Older states have no "fresh"."""
         self.state = self._fresh = None
         self.past.clear()
-        names = ("state", "state_paths", "credit", "fresh", "past")
+        self.inputs.clear()
+        names = ("state", "state_paths", "credit", "fresh", "past", "past_inputs")
         self._waiting = {"fresh": None, **{name: saved[name] for name in names if name in saved}}
 
     def restore(self, nest: State, lanes: int) -> None:
@@ -181,6 +197,7 @@ class StreamState:
             self.state = states.map_lanes(own, state, self._runner.state_batch_dim)
         if "past" in self._waiting:
             self.past.load_state_dict(self._waiting["past"], nest)
+        self.inputs.load_state_dict(self._waiting.get("past_inputs"))
         fresh = self._waiting["fresh"]
         self._fresh = None if fresh is None else own(fresh, 0)
         self._waiting = None

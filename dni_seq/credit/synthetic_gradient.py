@@ -19,7 +19,7 @@ from dni_seq.core.nonfinite import module_is_finite
 from dni_seq.core.optimizer_step import total_norm
 from dni_seq.core.snapshot import Restorable, TensorSnapshot, TrainingSnapshot, buffers_of
 from dni_seq.core.states import State
-from dni_seq.core.windows import Lookahead
+from dni_seq.core.windows import Context
 from dni_seq.credit.auto_scale import AutoScale, RunningFidelity
 from dni_seq.credit.config import CreditSettings, SyntheticGradientConfig
 from dni_seq.credit.divergence_monitor import DivergenceMonitor
@@ -35,7 +35,7 @@ from dni_seq.credit.target_network import TargetNetwork
 from dni_seq.credit.window_runner import WindowRunner
 from dni_seq.interfaces.context import synthesizer_context
 from dni_seq.interfaces.exchange import ScopeExchange
-from dni_seq.synthesizers.base import Regression, recommended, supports_auto_scale
+from dni_seq.synthesizers.base import Regression, past_steps, recommended, supports_auto_scale
 from dni_seq.synthesizers.binding import bind
 from dni_seq.synthesizers.target_rule import TargetRule, drawn, rule_of
 
@@ -116,6 +116,11 @@ class SyntheticCredit(Restorable):
         return self.step_optimizer.optimizer
 
     @property
+    def past_steps(self) -> int:
+        """Number of inputs before a state that the synthesizer reads; 0 for none."""
+        return past_steps(self.synthesizer)
+
+    @property
     def looks_back(self) -> bool:
         """Whether the synthesizer may be evaluated at the next window's first state after the window has run."""
         return any(self.rule.active) or self.settings.targets == "lambda" or self.settings.fidelity_every > 0
@@ -126,7 +131,7 @@ class SyntheticCredit(Restorable):
         for module in self.modules:
             bind(module, window=window, reduction=reduction, state_batch_dim=self.runner.state_batch_dim, state=state)
 
-    def make_trigger(self, start: State, context: Lookahead | None) -> State:
+    def make_trigger(self, start: State, context: Context) -> State:
         """Returns the window's first state, detached; its gradient becomes a target of the synthesizer."""
         watched = any(self.rule.active) or self.interface.observes(self._steps)
         with synthesizer_context(context):
@@ -138,7 +143,7 @@ class SyntheticCredit(Restorable):
         loss: Tensor,
         last: State,
         ends: Tensor | None,
-        context: Lookahead | None,
+        context: Context,
         inner: InnerStates | None,
     ) -> ScopeExchange:
         """Injects the synthetic gradient of the future losses into the window's last state, and messages inside it."""
@@ -174,9 +179,7 @@ class SyntheticCredit(Restorable):
         exchange.regressions = [self.step_optimizer.share(regression) for regression in exchange.regressions]
         return [number for regression in exchange.regressions for number in regression]
 
-    def learn(
-        self, exchange: ScopeExchange, window: RecordedWindow | None, last: State, last_context: Lookahead | None
-    ) -> Synthetic:
+    def learn(self, exchange: ScopeExchange, window: RecordedWindow | None, last: State, last_context: Context) -> Synthetic:
         """Trains the synthesizer after a window; returns its measurements.
 
         Args:
@@ -235,7 +238,7 @@ class SyntheticCredit(Restorable):
         )
 
     def _replay(
-        self, window: RecordedWindow, last: State, last_context: Lookahead | None, valid: Tensor
+        self, window: RecordedWindow, last: State, last_context: Context, valid: Tensor
     ) -> tuple[Regression | None, Tensor, Tensor]:
         """Every K windows, computes λ-targets by one backward sweep and steps the synthesizer for each window.
 
@@ -343,7 +346,7 @@ def targets_of(
     settings: CreditSettings,
     windows: list[RecordedWindow],
     last: State,
-    last_context: Lookahead | None,
+    last_context: Context,
 ) -> list[list[State]]:
     """Returns the λ-targets at the first states of K windows by the messages of `teacher`, an empty list for no windows."""
     if not windows:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from dni_seq.credit.config import SyntheticGradientConfig
+from dni_seq.synthesizers.base import past_steps
 
 
 def check_kinds(
@@ -60,4 +61,6 @@ def chosen_config(
         raise ValueError("auxiliary predicts the messages of a synthesizer: give a synthesizer too")
     if config.auxiliary is not None and batch_dim != 1:
         raise ValueError("an auxiliary task needs time-major windows [T, B, ...]: use batch_dim=1")
+    if synthesizer is not None and past_steps(synthesizer) and batch_dim != 1:
+        raise ValueError("a synthesizer that reads the past needs time-major windows [T, B, ...]: use batch_dim=1")
     return config

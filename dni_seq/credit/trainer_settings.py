@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from dni_seq.credit.nonfinite_policy import NonFinitePolicy
 from dni_seq.credit.step_gradients import StepGradients
 from dni_seq.credit.stream_state import StreamState
@@ -77,6 +79,22 @@ class TrainerSettings:
                 "backward_windows needs a trainer without a synthesizer, whose message would count a loss twice"
             )
         self._stream.past.count = windows
+
+    @property
+    def synthetic_scale(self) -> float | str | None:
+        """c, the share of the message that is injected, or "auto"; None without a synthesizer. It may fall with the rate.
+
+        A number may be set between two steps; a checkpoint does not hold it.
+        """
+        return None if self.credit is None else self.credit.settings.scale
+
+    @synthetic_scale.setter
+    def synthetic_scale(self, scale: float) -> None:
+        if self.credit is None or self.credit.settings.scale == "auto":
+            raise ValueError("synthetic_scale can be set for a trainer with a synthesizer whose scale is a number")
+        if not 0 <= scale < math.inf:
+            raise ValueError(f"synthetic_scale must be 0 or more, got {scale}")
+        self.credit.settings = self.credit.settings._replace(scale=scale)
 
     @property
     def updates(self) -> int:

@@ -11,8 +11,9 @@ from dni_seq.core import states
 from dni_seq.core.deferred_backward import backward, defer_backward
 from dni_seq.core.snapshot import TensorSnapshot, buffers_of
 from dni_seq.core.states import State
-from dni_seq.core.windows import Lookahead, first_tensor
-from dni_seq.credit.inner_messages import InnerStates, run_in_parts
+from dni_seq.core.windows import Context, first_tensor
+from dni_seq.credit.inner_messages import InnerStates
+from dni_seq.credit.past_inputs import WindowContexts
 from dni_seq.credit.recomputation import run_in_chunks
 from dni_seq.credit.replay import RecordedWindow
 from dni_seq.credit.stream_state import StreamState
@@ -27,8 +28,8 @@ def run_and_backpropagate(
     credit: SyntheticCredit | None,
     stream: StreamState,
     window: RecordedWindow,
-    context: Lookahead | None,
-    lookahead: Lookahead | None,
+    context: Context,
+    around: WindowContexts,
     bound: bool,
 ) -> tuple[Tensor, Any, State, ScopeExchange | None]:
     """Runs a window and one backward pass through it; returns loss, outputs, last state and the synthesizer's exchange.
@@ -39,14 +40,14 @@ def run_and_backpropagate(
         stream: knows where sequences start.
         window: the window.
         context: the synthesizer's context at the first state.
-        lookahead: its context at the last state.
+        around: what surrounds the window's states.
         bound: whether the synthesizer knows how it is trained; it is told at the first window.
     """
     exchange, buffers, without_message = None, None, None
     with defer_backward() as scope:
         start = window.start
         trigger = states.detach(start) if credit is None or start is None else credit.make_trigger(start, context)
-        outputs, early, last, loss, inner = _run(runner, credit, window, stream.attach(trigger), lookahead)
+        outputs, early, last, loss, inner = _run(runner, credit, window, stream.attach(trigger), around)
         if runner.checkpoint_every is not None:
             buffers = TensorSnapshot(buffers_of([runner.model])).keep()
         first = first_tensor(window.inputs)
@@ -55,7 +56,7 @@ def run_and_backpropagate(
         if credit is not None:
             if not bound:
                 credit.bind(len(first), last)
-            exchange = credit.inject(scope, loss, last, window.ends, lookahead, inner)
+            exchange = credit.inject(scope, loss, last, window.ends, around.after(len(first)), inner)
             if (own := credit.auxiliary_loss(early, exchange)) is not None:
                 backward(own)
             if runner.traced:
@@ -93,7 +94,7 @@ def _run(
     credit: SyntheticCredit | None,
     window: RecordedWindow,
     state: State | None,
-    lookahead: Lookahead | None,
+    around: WindowContexts,
 ) -> _Pass:
     """Runs a window from `state`, in one of four ways that exclude each other."""
     steps = None if credit is None else credit.settings.message_every
@@ -101,9 +102,11 @@ def _run(
         parts = (window.inputs, window.targets, window.mask, state)
         outputs, last, loss = run_in_chunks(runner, *parts, runner.checkpoint_every)
         return _Pass(outputs, last, last, loss)
-    if steps is not None and lookahead is not None and steps < len(first_tensor(window.inputs)):
-        outputs, inner, last = run_in_parts(runner, window, state, steps, lookahead)
-        return _Pass(outputs, last, last, runner.loss(outputs, window.targets, window.mask), inner)
+    if steps is not None and around.known and steps < len(first_tensor(window.inputs)):
+        outputs, (*inner, last) = runner.run_in_parts(window.inputs, state, steps)
+        contexts = [around.after(steps * (part + 1)) for part in range(len(inner))]
+        loss = runner.loss(outputs, window.targets, window.mask)
+        return _Pass(outputs, last, last, loss, InnerStates(inner, contexts))
     auxiliary = credit is not None and credit.auxiliary is not None
     run = runner.run_in_two_parts if auxiliary else runner.run_whole
     outputs, early, last = run(window.inputs, state)

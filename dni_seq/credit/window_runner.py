@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -85,13 +86,14 @@ class WindowRunner:
             TypeError: the last state holds something else than tensors.
             ValueError: the last state has other keys than `state`.
         """
-        own = None if state is None else states.clone(state)
         with self._autocast(inputs):
-            outputs, last = self.model(inputs, own)
+            outputs, last = self.model(inputs, None if state is None else states.clone(state))
+        return outputs, self._checked(last, state)
+
+    def _checked(self, last: State, before: State | None) -> State:
+        """Returns a state of the model with its keys in the order of the state before it."""
         states.check_leaves(last, "the model's last state")
-        if state is not None:
-            last = states.match_keys(last, state, "the model's last state", "the state before it")
-        return outputs, last
+        return last if before is None else states.match_keys(last, before, "the model's last state", "the state before it")
 
     def run_whole(self, inputs: Nest, state: State | None) -> tuple[Any, State, State]:
         """Does what `run` does, in the form of `run_in_two_parts`: outputs, last state, and the last state again."""
@@ -104,12 +106,34 @@ class WindowRunner:
         Returns:
             The outputs, concatenated along time, the state after step 0, and the last state. With T = 1 both are the same.
         """
-        if len(first_tensor(inputs)) == 1:
+        outputs, found = self._run_parts(inputs, state, [1, len(first_tensor(inputs))])
+        return outputs, found[0], found[-1]
+
+    def run_in_parts(self, inputs: Nest, state: State | None, steps: int) -> tuple[Any, list[State]]:
+        """Runs a window `steps` steps at a time; returns the outputs of the window and the state after each part.
+
+        A model that has a method `run_in_parts(inputs, state, steps)` does it itself, which may cost less than calls of the
+        model. It is not asked to if the model is compiled.
+        """
+        own = getattr(self.model, "run_in_parts", None)
+        total = len(first_tensor(inputs))
+        if own is None or getattr(self.model, "_compiled_call_impl", None) is not None:
+            return self._run_parts(inputs, state, [*range(steps, total, steps), total])
+        with self._autocast(inputs):
+            outputs, found = own(inputs, None if state is None else states.clone(state), steps)
+        return outputs, [self._checked(each, state) for each in found]
+
+    def _run_parts(self, inputs: Nest, state: State | None, ends: list[int]) -> tuple[Any, list[State]]:
+        """Runs the parts of a window that end after `ends` steps; returns its outputs and the state after each part."""
+        if ends[0] == len(first_tensor(inputs)):
             outputs, last = self.run(inputs, state)
-            return outputs, last, last
-        first, early = self.run(states.map_tensors(lambda tensor: tensor[:1], inputs), state)
-        rest, last = self.run(states.map_tensors(lambda tensor: tensor[1:], inputs), early)
-        return states.map_together(torch.cat, [first, rest], "the model's outputs"), early, last
+            return outputs, [last]
+        pieces, found = [], []
+        for begin, end in zip([0, *ends], ends, strict=False):
+            output, state = self.run(states.map_tensors(partial(cut, slice(begin, end)), inputs), state)
+            pieces.append(output)
+            found.append(state)
+        return states.map_together(torch.cat, pieces, "the model's outputs"), found
 
     def loss(self, outputs: Any, targets: Nest, mask: Tensor | None) -> Tensor:
         """Returns the window's loss, 0-d; on several ranks this rank's contribution to the loss of all lanes.
@@ -198,6 +222,11 @@ class WindowRunner:
         if self.autocast is None:
             return contextlib.nullcontext()
         return torch.autocast(first_tensor(like).device.type, dtype=self.autocast)
+
+
+def cut(span: slice, tensor: Tensor) -> Tensor:
+    """Returns the steps `span` of a tensor [T, ...]."""
+    return tensor[span]
 
 
 def finite_gradients(outputs: Any, mask: Tensor) -> Any:

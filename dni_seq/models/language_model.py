@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dni_seq.models.cells import CELLS
-from dni_seq.models.lstm_kernels import native_up_to, run_rnn
+from dni_seq.models.lstm_kernels import native_up_to, run_rnn, run_rnn_in_parts
 from dni_seq.models.recurrent import build_rnn, initial_state
 
 _INITIAL_RANGE = 0.1  # weights of embedding and projection are uniform in [-0.1, 0.1], as in PyTorch's example
@@ -90,6 +90,15 @@ class LanguageModel(nn.Module):
         embedded = self.dropout(self.embedding(tokens))  # [T, B, E]
         outputs, state = run_rnn(self.rnn, embedded, state, self.native_steps)  # [T, B, H]
         return self.projection(self.dropout(outputs)), state
+
+    def run_in_parts(self, tokens: Tensor, state: Any, steps: int) -> tuple[Tensor, list[Any]]:
+        """Does what `forward` does, and returns the logits [T, B, V] and the state after every `steps` tokens.
+
+        Only the recurrent network runs in parts, since the products with embedding and projection cost less in one piece.
+        """
+        embedded = self.dropout(self.embedding(tokens))
+        outputs, found = run_rnn_in_parts(self.rnn, embedded, state, self.native_steps, steps)
+        return self.projection(self.dropout(outputs)), found
 
     def initial_state(self, lanes: int) -> Any:
         """Returns a zero state for `lanes` lanes, with the dtype and the device of the parameters."""

@@ -42,6 +42,16 @@ def run_rnn(rnn: nn.Module, inputs: Tensor, state: Any, native: int) -> tuple[Te
     return result
 
 
+def run_rnn_in_parts(rnn: nn.Module, inputs: Tensor, state: Any, native: int, steps: int) -> tuple[Tensor, list[Any]]:
+    """Does what `run_rnn` does, `steps` steps at a time; returns the outputs [T, B, H] and the state after each part."""
+    outputs, found = [], []
+    for part in inputs.split(steps):
+        output, state = run_rnn(rnn, part, state, native)
+        outputs.append(output)
+        found.append(state)
+    return torch.cat(outputs), found
+
+
 @contextmanager
 def _native_kernels() -> Iterator[None]:
     """Context manager that selects PyTorch's native CPU kernels; a backward pass uses the kernels of its forward pass."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from dni_seq.models.lstm_kernels import native_up_to, run_rnn
+from dni_seq.models.lstm_kernels import native_up_to, run_rnn, run_rnn_in_parts
 from dni_seq.models.recurrent import build_rnn, initial_state
 
 
@@ -64,6 +64,11 @@ class VectorRNN(nn.Module):
         """
         outputs, state = run_rnn(self.rnn, inputs, state, self.native_steps)  # [T, B, H]
         return self.readout(outputs), state
+
+    def run_in_parts(self, inputs: Tensor, state: Any, steps: int) -> tuple[Tensor, list[Any]]:
+        """Does what `forward` does, and returns the outputs [T, B, O] and the state after every `steps` steps."""
+        outputs, found = run_rnn_in_parts(self.rnn, inputs, state, self.native_steps, steps)
+        return self.readout(outputs), found
 
     def initial_state(self, lanes: int) -> Any:
         """Returns a zero state for `lanes` lanes, with the dtype and the device of the parameters."""

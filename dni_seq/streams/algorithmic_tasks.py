@@ -196,6 +196,11 @@ TASKS: Mapping[str, Task] = MappingProxyType({"copy": Copy(), "repeat-copy": Rep
 """The tasks, keyed by the value of the option `--task`."""
 
 
+def input_losses(outputs: Tensor, inputs: Tensor) -> Tensor:
+    """Returns losses [m, B] in nats of logits for inputs from 0 to 1: the mean binary cross-entropy of their numbers."""
+    return functional.binary_cross_entropy_with_logits(outputs, inputs, reduction="none").mean(-1)
+
+
 def _random_bits(size: int, lanes: int, generator: torch.Generator) -> Tensor:
     return torch.randint(2, (size, lanes, BITS), generator=generator).float()
 

@@ -81,6 +81,11 @@ def recommended(synthesizer: nn.Module) -> Recommended:
     return recommended(wrapped) if isinstance(wrapped, nn.Module) else Recommended()
 
 
+def past_steps(synthesizer: nn.Module) -> int:
+    """Returns how many inputs before a state a synthesizer reads, or the one that it wraps; 0 for none."""
+    return max((int(getattr(part, "past_steps", 0)) for part in synthesizer.modules()), default=0)
+
+
 def supports_auto_scale(synthesizer: nn.Module) -> bool:
     """Returns whether comparisons with exact gradients may set the injected share; not for messages that are exact."""
     return bool(getattr(synthesizer, "supports_auto_scale", True))

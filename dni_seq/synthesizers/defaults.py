@@ -12,6 +12,14 @@ MEASURE_EVERY = 100
 """Windows between two targets of a self-supervised synthesizer. Its targets only measure the messages."""
 
 
+PREDICTIONS = ("horizons", "future", "past", "both")
+"""What a predictor predicts: the next K windows, each with weights of its own; the next m steps; the last m inputs; or both
+of these."""
+
+REACH = 40
+"""Default m of predictors of the future, the past or both."""
+
+
 def default_horizons(window: int) -> int:
     """Returns the default K for windows of T = `window` steps."""
     return max(HORIZONS, math.ceil(LEAST_STEPS / window))

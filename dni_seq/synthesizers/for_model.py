@@ -6,35 +6,50 @@ Legend: T = window length in steps, B = lanes, K = horizons, V = token ids, E, Q
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from dni_seq.core.snapshot import buffers_apart
 from dni_seq.core.states import State
 from dni_seq.core.windows import Nest
-from dni_seq.synthesizers.defaults import default_horizons
+from dni_seq.synthesizers.defaults import PREDICTIONS, REACH, default_horizons
 from dni_seq.synthesizers.future_model import FutureModel
+from dni_seq.synthesizers.gated_predictors import GatedFuture, GatedPast, JointPredictor
 from dni_seq.synthesizers.normalization import LSTM_CELLS
+from dni_seq.synthesizers.predictor import Predictor
 from dni_seq.synthesizers.token_classes import among_the_first, token_embedding
 
 EMBED = 32
 """Width of a synthesizer's own embedding of an input."""
 
 
-def future_for(
-    loss_fn: Callable[[Any, Tensor], Tensor],
-    inputs: Nest,
-    vocabulary: int | None,
-    outputs: int | None,
-    horizons: int | None,
-    classes: int,
-    units: int,
-) -> Callable[[int], FutureModel]:
-    """Returns a function that makes a future model from the size of a lane's packed state.
+class Text(NamedTuple):
+    """What a predictor reads and predicts: token ids or vectors.
 
-    The arguments are those of `FutureGradient.for_model`.
+    Attributes:
+        encoder: makes the encoder of inputs, `EMBED` wide.
+        loss_fn: `loss_fn(outputs, targets)` of predicted outputs, unreduced losses [n, B].
+        width: of these outputs.
+        past_loss: `past_loss(outputs, inputs)` of predicted inputs, unreduced losses [n, B].
+        past_width: of the outputs that predict inputs.
+        parts: default number of parts of a `FutureModel`, K.
+    """
+
+    encoder: Callable[[], nn.Module]
+    loss_fn: Callable[[Any, Tensor], Tensor]
+    width: int
+    past_loss: Callable[[Any, Tensor], Tensor]
+    past_width: int
+    parts: int
+
+
+def read_text(
+    loss_fn: Callable[[Any, Tensor], Tensor], inputs: Nest, vocabulary: int | None, outputs: int | None, classes: int
+) -> Text:
+    """Returns what a predictor reads and predicts; the arguments are those of `FutureGradient.for_model`.
 
     Raises:
         ValueError: not exactly one of `vocabulary` and `outputs` is given, or `inputs` does not fit it.
@@ -49,21 +64,63 @@ def future_for(
         raise ValueError(f"vocabulary is for token ids [T, B], example_inputs is {kind}: give outputs instead")
     if not ids and (not inputs.is_floating_point() or inputs.dim() != 3):
         raise ValueError(f"outputs is for vectors [T, B, E], example_inputs is {kind}: give vocabulary instead")
-    width, many = vocabulary or outputs or 0, vocabulary is not None and vocabulary > classes
-    if many:
-        loss_fn, width = among_the_first(loss_fn, classes), classes
-    parts = horizons if horizons is not None else 1 if many else default_horizons(len(inputs))
+    parts = default_horizons(len(inputs))
+    if vocabulary is None:
+        read = inputs.shape[-1]
+        return Text(lambda: nn.Linear(read, EMBED), loss_fn, outputs or 0, squared_error, read, parts)
+    width, known = min(vocabulary, classes), vocabulary
+    few = vocabulary <= classes
+    losses, past = (loss_fn, class_losses) if few else (among_the_first(fn, classes) for fn in (loss_fn, class_losses))
+    return Text(lambda: token_embedding(known, classes, EMBED), losses, width, past, width, parts if few else 1)
 
-    def make(size: int) -> FutureModel:
-        encoder: nn.Module
-        if vocabulary is not None:
-            encoder = token_embedding(vocabulary, classes, EMBED)
-        else:
-            encoder = nn.Linear(inputs.shape[-1], EMBED)
-        sizes = {"inputs_width": EMBED, "outputs": width, "units": units, "parts": parts}
-        return FutureModel(size, parts * len(inputs), inputs=encoder, loss_fn=loss_fn, **sizes)
+
+def predictor_for(text: Text, window: int, predict: str, steps: int | None, horizons: int | None, units: int) -> Any:
+    """Returns a function that makes a predictor from the size of a lane's packed state.
+
+    Args:
+        text: what it reads and predicts.
+        window: T.
+        predict: one of `PREDICTIONS`.
+        steps: m, a multiple of K; None for K T with "horizons", else `REACH`.
+        horizons: K; None for the default.
+        units: hidden units.
+
+    Raises:
+        ValueError: `predict` is unknown, or an argument does not apply to it.
+    """
+    if predict not in PREDICTIONS:
+        raise ValueError(f"predict must be one of {PREDICTIONS}, got {predict!r}")
+    if predict != "horizons" and horizons is not None:
+        raise ValueError(f'horizons needs predict="horizons", which has parts: remove it with predict={predict!r}')
+    parts = text.parts if horizons is None else horizons
+    usual = parts * window if predict == "horizons" else REACH
+    reach = usual if steps is None else steps
+    read = {"inputs_width": EMBED, "outputs": text.width, "loss_fn": text.loss_fn}
+
+    def future(size: int, units: int) -> Predictor:
+        return GatedFuture(size, reach, inputs=text.encoder(), units=units, **read)  # type: ignore[arg-type]
+
+    def past(size: int, units: int) -> Predictor:
+        return GatedPast(size, reach, outputs=text.past_width, loss_fn=text.past_loss, units=units)
+
+    def make(size: int) -> Predictor:
+        if predict == "horizons":
+            return FutureModel(size, reach, inputs=text.encoder(), units=units, parts=parts, **read)  # type: ignore[arg-type]
+        if predict == "both":
+            return JointPredictor([future(size, units // 2), past(size, units // 2)])
+        return (future if predict == "future" else past)(size, units)
 
     return make
+
+
+def class_losses(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Returns the cross-entropy of logits [n, B, Q] for class ids [n, B], in nats, [n, B]."""
+    return F.cross_entropy(outputs.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
+
+
+def squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Returns the mean squared error over the numbers of each vector, [n, B], from tensors [n, B, E]."""
+    return (outputs - targets).square().mean(-1)
 
 
 @torch.no_grad()

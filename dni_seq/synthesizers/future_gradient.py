@@ -28,11 +28,10 @@ from dni_seq.core.windows import Reduction
 from dni_seq.synthesizers.base import Recommended, Regression
 from dni_seq.synthesizers.binding import StepWeight
 from dni_seq.synthesizers.defaults import MEASURE_EVERY, default_scale
-from dni_seq.synthesizers.for_model import example_state, future_for, lstm_cells
-from dni_seq.synthesizers.future_model import FutureModel
+from dni_seq.synthesizers.for_model import example_state, lstm_cells, predictor_for, read_text
 from dni_seq.synthesizers.packed import Outputs, PackedSynthesizer
 from dni_seq.synthesizers.packing import Packing
-from dni_seq.synthesizers.state_mlp import StateTrunk
+from dni_seq.synthesizers.predictor import Predictor
 from dni_seq.synthesizers.target_rule import TargetRule, increments
 
 MESSAGE_LIMIT = 10.0
@@ -59,16 +58,37 @@ class ClampCache(NamedTuple):
         return self.of is of and self.version == of._version and self.limit == limit
 
 
+class StatePredictor(nn.Module):
+    """A predictor and the packing of the states that it reads.
+
+    Args:
+        example: a state of the model.
+        future: function `S -> Predictor`.
+        batch_dim: dimension of the lanes in the state's leaves, an int or a nest. Default: see `Packing`.
+
+    Attributes:
+        packing: the `Packing` of the state.
+        future: the predictor.
+        horizons: K, the number of its parts.
+    """
+
+    def __init__(self, example: State, future: Callable[[int], Predictor], batch_dim: Any) -> None:
+        super().__init__()
+        self.packing = Packing(example, batch_dim)
+        self.future = future(self.packing.size)
+        self.horizons = self.future.parts
+
+
 class FutureGradient(PackedSynthesizer):
-    """Predicts one message for each horizon: the gradient of a `FutureModel`'s loss over one of K equal parts of m steps.
+    """Predicts one message for each horizon: the gradient of a predictor's loss over one of K parts of its steps.
 
         M_n(s) = w g ⊙ ∂(Σ_{steps j of part n} ℓ_j)/∂u        n = 1..K
 
     u is the state s with tanh applied to its LSTM cells, g is 1 - tanh² at these cells and 1 elsewhere, ℓ_j is the
-    future model's loss at step j, and w is the weight of one step in the trainer's loss. With m = K T the parts are the
-    next K windows.
+    predictor's loss at step j, and w is the weight of one step in the trainer's loss. With a `FutureModel` of m = K T steps
+    the parts are the next K windows. `GatedFuture`, `GatedPast` and `JointPredictor` have one part.
 
-    The future model trains at every window on the targets of the next m steps. The targets of the trainer do not train it;
+    The predictor trains at every window on the steps that it predicts. The targets of the trainer do not train it;
     they give R² and cosine, and the unit of `limit`. Messages have the unit of the trainer's loss from the first window on
     and are not zero at the start: zero-initialised last layers gave worse results (docs/synthetic-gradients.md). They have
     the state's shapes and dtypes.
@@ -77,7 +97,8 @@ class FutureGradient(PackedSynthesizer):
 
     Args:
         example: a state of the model, such as `model.initial_state(1)`. Its values and its number of lanes do not matter.
-        future: function `S -> FutureModel` with m steps and K parts, where S is the width of a lane's packed state.
+        future: function `S -> Predictor`, such as a `FutureModel` of K parts; S is the width of a lane's packed
+            state.
         window: T, the length of the trainer's windows. With the reduction "mean" w = 1 / (T · B). Default: the trainer's, at
             its first window.
         reduction: the trainer's reduction, "mean", "lane-mean" or "sum". With "mean", the steps of a masked window weigh as
@@ -103,7 +124,7 @@ class FutureGradient(PackedSynthesizer):
     def __init__(
         self,
         example: State,
-        future: Callable[[int], FutureModel],
+        future: Callable[[int], Predictor],
         *,
         window: int | None = None,
         reduction: Reduction | None = None,
@@ -112,9 +133,7 @@ class FutureGradient(PackedSynthesizer):
         limit: float | None = None,
         batch_dim: Any = None,
     ) -> None:
-        model = future(Packing(example, batch_dim).size)
-        trunk = StateTrunk(example, model.parts, hidden=(), batch_dim=batch_dim, future=lambda _: model)
-        super().__init__(trunk, example, cells, decay, limit)
+        super().__init__(StatePredictor(example, future, batch_dim), example, cells, decay, limit)
         self.step_weight = StepWeight("FutureGradient", window, reduction)
         self._clamp_cache: ClampCache | None = None
 
@@ -132,6 +151,8 @@ class FutureGradient(PackedSynthesizer):
         units: int = 256,
         cells: Any = None,
         state: State | None = None,
+        predict: str = "horizons",
+        predict_steps: int | None = None,
     ) -> FutureGradient:
         """Builds the recommended synthesizer for a model: one message for each of the next K windows.
 
@@ -149,11 +170,16 @@ class FutureGradient(PackedSynthesizer):
             cells: see `FutureGradient`. Default: `LSTM_CELLS` for a model with an LSTM of PyTorch whose state is a pair.
             state: an example of the model's state. Default: `model.initial_state(1)`, or the state after `model` has run on
                 one lane of `example_inputs` from None.
+            predict: what the predictor predicts: "horizons", the next K windows; "future", the next m steps, for far
+                reaches; "past", the last m inputs, for which no lookahead is needed; or "both" of these.
+            predict_steps: m, a multiple of K. Default: K T for "horizons", else 40. With messages inside a window, such as
+                `message_every=5` at T = 35, fewer than T are enough: 5.
 
         Raises:
             ValueError: not exactly one of `vocabulary` and `outputs` is given, or `example_inputs` does not fit it.
         """
-        future = future_for(loss_fn, example_inputs, vocabulary, outputs, horizons, classes, units)
+        text = read_text(loss_fn, example_inputs, vocabulary, outputs, classes)
+        future = predictor_for(text, len(example_inputs), predict, predict_steps, horizons, units)
         example = example_state(model, example_inputs) if state is None else state
         marks = lstm_cells(model, example) if cells is None else cells
         found = cls(example, future, window=len(example_inputs), cells=marks, limit=MESSAGE_LIMIT)
@@ -167,8 +193,13 @@ class FutureGradient(PackedSynthesizer):
 
     @property
     def lookahead(self) -> int:
-        """m, the number of steps that `dni_seq.with_lookahead` must attach to each window."""
+        """m, the number of steps that `dni_seq.with_lookahead` must attach to each window; 0 for none."""
         return self.model.steps
+
+    @property
+    def past_steps(self) -> int:
+        """Number of inputs before a state that the predictor reads; a `SequenceTrainer` keeps them."""
+        return self.model.past_steps
 
     @property
     def recommended(self) -> Recommended:
@@ -180,9 +211,9 @@ class FutureGradient(PackedSynthesizer):
         return Recommended(default_scale(self.network.horizons), 1.0, math.inf, MEASURE_EVERY)
 
     @property
-    def model(self) -> FutureModel:
-        """The `FutureModel` whose loss is differentiated."""
-        model: FutureModel = self.network.future
+    def model(self) -> Predictor:
+        """The predictor whose loss is differentiated, such as a `FutureModel`."""
+        model: Predictor = self.network.future
         return model
 
     def target_rule(self, scale: float, discount: float) -> TargetRule:
@@ -233,7 +264,7 @@ class FutureGradient(PackedSynthesizer):
         """
         bounded, gate = self._bounded(trigger)
         found, loss = self.model.learn(bounded, context)
-        return self._unpacked(self._weighted(found, gate, self.model.steps * len(gate)), trigger), loss
+        return self._unpacked(self._weighted(found, gate, self.model.predicted * len(gate)), trigger), loss
 
     def _weighted(self, found: Tensor, gate: Tensor, of: int) -> Outputs:
         """Returns messages, given the gradients [K, B, S] of (summed losses) / `of` with respect to bounded states."""

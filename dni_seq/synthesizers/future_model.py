@@ -23,12 +23,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dni_seq.core.windows import Lookahead, check_unreduced, next_steps
+from dni_seq.synthesizers.predictor import Predictor, StepLosses
 
 SEEN = 4
 """Number of inputs, the step's own and the latest ones before it, from which a step's outputs are predicted."""
 
 
-class FutureModel(nn.Module):
+class FutureModel(Predictor):
     """Predicts the outputs of the next m steps from a state and the steps' inputs; the gradient of its loss is a message.
 
     For step j = 1..m, with the state s, the encoded inputs x_j, hidden units z_j, predicted outputs q_j and their loss ℓ_j:
@@ -115,76 +116,20 @@ class FutureModel(nn.Module):
         by_part = products.unflatten(0, (self.parts, -1)).sum(1)  # [K, B, F]
         return by_part.transpose(0, 1).flatten(1), total / lookahead.valid.numel()
 
-    def loss(self, flat: Tensor, context: Any) -> Tensor:
-        """Computes the loss that `forward` returns second, without the features.
-
-        Args:
-            flat: packed states [B, S].
-            context: a `Lookahead` of at least m steps, of which the first m are used.
-
-        Returns:
-            0-d, the sum of the losses over the steps that count, divided by m B.
-
-        Raises:
-            ValueError: the context is not a `Lookahead` of at least m steps, or `loss_fn` does not return [m, B].
-        """
-        lookahead = next_steps(context, self.steps)
-        _, outputs = self._expected(flat.expand(self.parts, -1, -1), lookahead)
-        return self._total(self._losses(outputs, lookahead), lookahead) / lookahead.valid.numel()
-
     @property
-    def parts(self) -> int:
+    def parts(self) -> int:  # type: ignore[override]
         """K, the number of equal parts of the m steps."""
         return len(self.from_state)
 
-    def gradients(self, flat: Tensor, context: Any) -> Tensor:
-        """Computes the gradient of each part's summed loss with respect to the state, without a graph.
-
-        Steps that do not count in the loss contribute zero.
-
-        Args:
-            flat: packed states [B, S].
-            context: a `Lookahead` of at least m steps, of which the first m are used.
-
-        Returns:
-            [K, B, S], one gradient for each of the K parts of the m steps.
+    def losses(self, flats: Tensor, context: Any) -> StepLosses:
+        """Computes the loss of each of the m steps from states [K, B, S], where the p-th predicts the steps of part p.
 
         Raises:
-            ValueError: the context is not a `Lookahead` of at least m steps, or `loss_fn` does not return [m, B].
+            ValueError: the context does not hold a `Lookahead` of at least m steps, or `loss_fn` does not return [m, B].
         """
-        flats, losses, lookahead = self._unweighted(flat, context)
-        (found,) = torch.autograd.grad(losses, flats, lookahead.counts.to(losses.dtype))
-        return found
-
-    def learn(self, flat: Tensor, context: Any) -> tuple[Tensor, Tensor]:
-        """Computes what `gradients` does, divided by m B, and adds the gradients of the mean loss to the parameters.
-
-        One backward pass computes both.
-
-        Args:
-            flat: packed states [B, S].
-            context: a `Lookahead` of at least m steps, of which the first m are used.
-
-        Returns:
-            The gradient of each part's share of the mean loss, [K, B, S], and the mean loss, 0-d: the sum over the steps
-            that count, divided by m B.
-
-        Raises:
-            ValueError: the context is not a `Lookahead` of at least m steps, or `loss_fn` does not return [m, B].
-        """
-        flats, losses, lookahead = self._unweighted(flat, context)
-        steps = lookahead.valid.numel()
-        losses.backward(lookahead.counts.to(losses.dtype) / steps)
-        assert flats.grad is not None
-        return flats.grad, self._total(losses.detach(), lookahead) / steps
-
-    @torch.enable_grad()
-    def _unweighted(self, flat: Tensor, context: Any) -> tuple[Tensor, Tensor, Lookahead]:
-        """Returns one copy of the state for each part [K, B, S], the losses [m, B] as a function of it, and the m steps."""
         lookahead = next_steps(context, self.steps)
-        flats = flat.detach().expand(self.parts, -1, -1).requires_grad_()
         _, outputs = self._expected(flats, lookahead)
-        return flats, self._losses(outputs, lookahead), lookahead
+        return StepLosses(self._losses(outputs, lookahead), lookahead.counts)
 
     def _expected(self, flats: Tensor, lookahead: Lookahead) -> tuple[Tensor, Tensor]:
         """Returns z [m, B, F] and q [m, B, Q] from states [K, B, S], where the p-th predicts the steps of part p."""

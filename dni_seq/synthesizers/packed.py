@@ -21,7 +21,6 @@ from dni_seq.synthesizers.base import (
 from dni_seq.synthesizers.binding import check_dtype
 from dni_seq.synthesizers.normalization import Normalized, checked_limit, limited
 from dni_seq.synthesizers.packing import Packing
-from dni_seq.synthesizers.state_mlp import StateTrunk
 
 
 class Outputs(NamedTuple):
@@ -45,7 +44,7 @@ class PackedSynthesizer(nn.Module):
     third of the small operations, which dominate the time of a short window's step.
 
     Args:
-        network: the trunk, with or without heads.
+        network: the trunk with or without heads, or a `StatePredictor`; it has `packing` and `horizons`.
         example: a state of the model, such as `model.initial_state(1)`. Its values and its number of lanes do not matter.
         cells: which leaves are LSTM cell states, such as `LSTM_CELLS`. False for none.
         decay: factor of the old value in the running mean of squared targets. The first 1 / (1 - decay) updates form a
@@ -66,7 +65,7 @@ class PackedSynthesizer(nn.Module):
     mean_square: Tensor
     counts: Tensor
 
-    def __init__(self, network: StateTrunk, example: State, cells: Any, decay: float, limit: float | None) -> None:
+    def __init__(self, network: nn.Module, example: State, cells: Any, decay: float, limit: float | None) -> None:
         super().__init__()
         self.limit = checked_limit(limit)
         self.network: Any = network
@@ -74,8 +73,9 @@ class PackedSynthesizer(nn.Module):
         self.across_ranks: Collective | None = None
         self.cells = self.packing.spans(cells, example, "cells")
         zeros = states.to_float32(states.floating(example)[0]).new_zeros  # the dtype in which states arrive
-        self.register_buffer("mean_square", zeros(network.horizons, len(self.packing.lengths)))
-        self.register_buffer("counts", zeros(network.horizons, 1))
+        horizons: int = self.network.horizons  # type: ignore[assignment]
+        self.register_buffer("mean_square", zeros(horizons, len(self.packing.lengths)))
+        self.register_buffer("counts", zeros(horizons, 1))
 
     def bind(self, *, window: int, reduction: Reduction | None, state_batch_dim: Any, state: State) -> None:
         """Checks the dtype of the trainer's states; see `dni_seq.synthesizers.binding.bind`."""

@@ -24,4 +24,6 @@ def spec_of_vectors(outputs: int = 2, loss_fn: LossFn = squared) -> ModelSpec:
         cells=dni.LSTM_CELLS,
         encode=lambda: (nn.Linear(2, EMBED), nn.Linear(2, EMBED)),
         outputs=outputs,
+        past_loss=squared,
+        inputs=2,
     )

@@ -10,7 +10,8 @@ import torch
 import dni_seq as dni
 from dni_seq.core import states
 from dni_seq.synthesizers.multi_horizon import Horizons
-from tests import problems
+from dni_seq.synthesizers.packing import Packing
+from tests import problems, reference
 from tests.credit.trainers import future_gradient
 from tests.nests import assert_same
 from tests.training import LANES, trainer_initial
@@ -185,3 +186,59 @@ def test_settings_that_do_not_go_together():
     with pytest.raises(ValueError, match="checkpoint_every does not work with message_every"):
         trainer.checkpoint_every = 3
     assert isinstance(trainer.credit.synthesizer, Horizons)
+
+
+class Oracle(dni.Predictor):
+    """Knows the losses of the next m steps: it runs the model itself. It predicts at a window's last state alone."""
+
+    steps = 2 * T
+
+    def __init__(self, model, packing):
+        super().__init__()
+        self.known = [model, packing]  # no submodules
+        self.unused = torch.nn.Parameter(torch.zeros((), dtype=torch.float64))
+
+    def losses(self, flats, context):
+        model, packing = self.known
+        state = packing.unpack(flats[0], states.map_tensors(lambda leaf: torch.zeros_like(leaf), self.like(flats)))
+        fixed = {name: parameter.detach() for name, parameter in model.named_parameters()}
+        outputs, _ = torch.func.functional_call(model, fixed, (context.inputs, state))
+        losses = problems.unreduced(outputs, context.targets)
+        at_the_end = torch.arange(losses.shape[1]) >= losses.shape[1] - LANES
+        return dni.StepLosses(losses + 0 * self.unused, context.counts & at_the_end)
+
+    def like(self, flats):
+        model, _ = self.known
+        found = trainer_initial(model)
+        dims = states.broadcast_to_leaves(model.state_batch_dim, found, "dims")
+        count = flats.shape[1] // LANES
+        leaves = [torch.cat([leaf] * count, dim) for leaf, dim in zip(states.flatten(found), dims, strict=True)]
+        return states.unflatten(found, leaves)
+
+
+@pytest.mark.parametrize("name", problems.MODELS)
+def test_an_oracle_at_the_end_gives_full_bptt_beside_messages_inside(name):
+    """Three windows, with frozen parameters: the summed gradients are those of one graph over all of them."""
+    model = problems.make_model(name)
+    synthesizer = dni.FutureGradient(
+        trainer_initial(model),
+        lambda size: Oracle(model, Packing(trainer_initial(model), model.state_batch_dim)),
+        batch_dim=model.state_batch_dim,
+    ).double()
+    trainer = dni.SequenceTrainer(
+        model,
+        problems.frozen(model),
+        problems.unreduced,
+        synthesizer=synthesizer,
+        synthesizer_optimizer=torch.optim.SGD(synthesizer.parameters(), 0.0),
+        config=dni.SyntheticGradientConfig(synthetic_scale=1.0, message_every=2, regress_every=1000),
+        initial_state=lambda lanes: trainer_initial(model),
+        state_batch_dim=model.state_batch_dim,
+    )
+    some = list(dni.with_lookahead(problems.cut(problems.tokens(3 * T, LANES), T), 2 * T))
+    total = {name: torch.zeros_like(parameter) for name, parameter in model.named_parameters()}
+    for window in some:
+        step(trainer, [window])
+        total = {name: found + total[name] for name, found in problems.gradients(model).items()}
+    expected = reference.full_bptt(model, problems.mean, some, trainer_initial(model), model.state_batch_dim)
+    assert_close(total, expected, rtol=1e-10, atol=1e-12)

@@ -83,6 +83,10 @@ def future(size: int) -> dni.FutureModel:
     return dni.FutureModel(size, STEPS, inputs=nn.Linear(3, 4), inputs_width=4, outputs=2, loss_fn=losses, units=5)
 
 
+def future_and_past(size: int) -> dni.JointPredictor:
+    return dni.JointPredictor([future(size), dni.GatedPast(size, 4, outputs=3, loss_fn=losses, units=5)])
+
+
 class Told(nn.Module):
     """A synthesizer of one's own that says what another one does."""
 
@@ -112,6 +116,10 @@ def settings(case: str, model: Net, parallel: DataParallel | None) -> dict[str, 
     if case == "future":
         heads = dni.FutureGradient(example, future, window=STEPS, cells=dni.LSTM_CELLS, limit=10.0)
         return {"synthesizer": Horizons(heads, horizons=1), "synthetic_scale": 0.5, "regress_every": 3}
+    if case == "inside":  # messages inside windows, of the future and the past
+        heads = dni.FutureGradient(example, future_and_past, cells=dni.LSTM_CELLS)
+        more = {"message_every": 2, "synthetic_scale": 0.5, "regress_every": 3}
+        return {"synthesizer": Horizons(heads, horizons=1), **more}
     if case == "loud":
         return {"synthesizer": dni.Normalized(Loud()), "synthetic_scale": 0.5}
     if case == "lambda":
@@ -131,7 +139,7 @@ def settings(case: str, model: Net, parallel: DataParallel | None) -> dict[str, 
 
 LOOKING = (Horizons, dni.MultiHorizonSynthesizer, dni.StateSynthesizer, dni.ExactFuture, Told)
 
-CASES = ("none", "basic", "horizons", "least-squares", "future", "lambda", "auxiliary", "exact", "auto", "paper")
+CASES = ("none", "basic", "horizons", "least-squares", "future", "inside", "lambda", "auxiliary", "exact", "auto", "paper")
 
 
 def trainer_of(case: str, parallel: DataParallel | None, reduction: str = "mean") -> dni.SequenceTrainer:
@@ -177,7 +185,7 @@ def every_case(parallel: DataParallel | None) -> dict[str, Any]:
     for reduction in ("sum", "lane-mean"):
         trainer = trainer_of("horizons", parallel, reduction)
         found[reduction] = {"rows": train(trainer, windows(True)), "saved": trainer.state_dict()}
-    for case in ("horizons", "least-squares", "future", "lambda"):
+    for case in ("horizons", "least-squares", "future", "inside", "lambda"):
         trainer = trainer_of(case, parallel)
         found[f"broken {case}"] = {"rows": train(trainer, windows(True, broken=True)), "saved": trainer.state_dict()}
     trainer = trainer_of("loud", parallel)
@@ -190,7 +198,7 @@ def on_ranks(ranks: Ranks) -> dict[str, Any]:
     parallel = DataParallel(ranks)
     found = {"cases": every_case(parallel), "ddp": own_loop(parallel), "partial": partly_without_gradient(parallel)}
     resumed = {}
-    for case in ("horizons", "least-squares", "future", "lambda"):
+    for case in ("horizons", "least-squares", "future", "inside", "lambda"):
         first = trainer_of(case, None)
         train(first, windows(True)[:5])
         trainer = trainer_of(case, parallel)
@@ -323,7 +331,7 @@ def test_a_synthesizer_that_is_too_large_on_one_rank_is_reset_on_all(ranks, alon
         assert credit["resets"] >= 1
 
 
-@pytest.mark.parametrize("case", ["horizons", "least-squares", "future", "lambda"])
+@pytest.mark.parametrize("case", ["horizons", "least-squares", "future", "inside", "lambda"])
 def test_a_run_resumes_with_another_number_of_ranks(ranks, alone, case):
     rows = alone[f"{case}-True"]["rows"]
     for rank in ranks:

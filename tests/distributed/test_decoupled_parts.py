@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from dni_seq.app.decoupled import train
+from dni_seq.app.runs.metrics_file import METRICS, read_curves
 from dni_seq.distributed.decoupled_parts import RemoteEnd, remote_end
 from dni_seq.distributed.process_group import Ranks
 from dni_seq.models.two_part import RecentTokens, two_part_language_model
@@ -64,6 +65,7 @@ def on_both_ends(ranks: Ranks) -> dict[str, Any]:
             mode: {name: (Path(mode) / name).read_text() for name in ("summary.json", "timeline.jsonl")} for mode in modes
         }
         found["curves"] = {name: points(Path("unlocked") / name) for name in ("A", "B")}
+        found["metrics"] = {name: read_curves(Path("unlocked") / name / METRICS) for name in ("A", "B")}
     return found
 
 
@@ -98,6 +100,7 @@ def test_part_a_continues_while_part_b_is_paused(ends):
     assert rows[-1]["updates"] == UPDATES  # part B catches up
     for name in ("A", "B"):
         assert max(ends[0]["curves"][name]["decoupled/updates"].values()) == UPDATES
+        assert ends[0]["metrics"][name]["decoupled/updates"] == ends[0]["curves"][name]["decoupled/updates"]
 
 
 def test_locked_parts_train_as_one_network(ends):

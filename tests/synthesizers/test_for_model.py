@@ -57,6 +57,8 @@ def test_it_is_what_the_command_builds(cell, vocabulary, window, horizons):
         cells=dni.LSTM_CELLS if cell == "lstm" else False,
         encode=lambda: token_encoders(vocabulary, options.synthesizer_vocab_size),
         outputs=vocabulary,
+        past_loss=token_losses,
+        inputs=vocabulary,
         max_classes=options.synthesizer_vocab_size,
     )
     by_command = build_synthesizer(credit, spec)

@@ -19,12 +19,14 @@ from dni_seq.synthesizers.exact_future import ExactFuture
 from dni_seq.synthesizers.for_model import EMBED
 from dni_seq.synthesizers.future_gradient import FutureGradient
 from dni_seq.synthesizers.future_model import FutureModel
+from dni_seq.synthesizers.gated_predictors import GatedFuture, GatedPast, JointPredictor
 from dni_seq.synthesizers.jaderberg2017 import Jaderberg2017Synthesizer, NextInput
 from dni_seq.synthesizers.least_squares import LeastSquaresHeads
 from dni_seq.synthesizers.lookahead import LookaheadEncoder
 from dni_seq.synthesizers.mlp import BasicSynthesizer
 from dni_seq.synthesizers.multi_horizon import Horizons
 from dni_seq.synthesizers.normalization import GatedCells, Normalized
+from dni_seq.synthesizers.predictor import Predictor
 from dni_seq.synthesizers.state_heads import StateHeads
 from dni_seq.synthesizers.state_mlp import StateNetwork
 from dni_seq.synthesizers.token_classes import among_the_first
@@ -44,6 +46,8 @@ class ModelSpec:
         cells: which leaves of the state are LSTM cells.
         encode: makes the lookahead's encoders of inputs and targets, each `EMBED` wide.
         outputs: width of the model's outputs.
+        past_loss: `past_loss(outputs, inputs)` of predicted inputs, unreduced losses [m, B].
+        inputs: width of the outputs that predict an input.
         max_classes: number of classes that a future model distinguishes, None for all outputs. Ids from max_classes - 1 on
             share one class; targets must then be integers.
         share: scales a local loss to this rank's contribution to the global loss; None for one process.
@@ -55,6 +59,8 @@ class ModelSpec:
     cells: Any
     encode: Callable[[], tuple[nn.Module, nn.Module]]
     outputs: int
+    past_loss: LossFn
+    inputs: int
     max_classes: int | None = None
     share: Callable[[LossFn], LossFn] | None = None
 
@@ -133,7 +139,7 @@ def build_future_gradient(credit: ResolvedCredit, spec: ModelSpec) -> FutureGrad
     """Returns messages that are the gradient of a future model."""
     return FutureGradient(
         spec.example,
-        future_model(credit, spec),
+        predictor(credit, spec),
         cells=gated_cells(credit, spec),
         limit=credit.message_limit,
     )
@@ -159,11 +165,37 @@ def build_heads(credit: ResolvedCredit, spec: ModelSpec) -> nn.Module:
     )
 
 
+def predictor(credit: ResolvedCredit, spec: ModelSpec) -> Callable[[int], Predictor]:
+    """Returns a function that makes the predictor whose gradient is the message, from the size of a lane's packed state."""
+    if credit.predict == "horizons":
+        return future_model(credit, spec)
+    loss_fn, outputs = first_classes(spec, spec.loss_fn, spec.outputs)
+    past_loss, inputs = first_classes(spec, spec.past_loss, spec.inputs)
+    kinds = ("future", "past") if credit.predict == "both" else (credit.predict,)
+    units = max(1, credit.future_units // len(kinds))
+
+    def make(size: int) -> Predictor:
+        parts: list[Predictor] = []
+        if "future" in kinds:
+            read: dict[str, Any] = {"inputs": spec.encode()[0], "inputs_width": EMBED}
+            parts.append(GatedFuture(size, credit.predict_steps, outputs=outputs, loss_fn=loss_fn, units=units, **read))
+        if "past" in kinds:
+            parts.append(GatedPast(size, credit.predict_steps, outputs=inputs, loss_fn=past_loss, units=units))
+        return parts[0] if len(parts) == 1 else JointPredictor(parts)
+
+    return make
+
+
+def first_classes(spec: ModelSpec, loss_fn: LossFn, width: int) -> tuple[LossFn, int]:
+    """Returns a loss and the width of its outputs, among the classes that a predictor distinguishes."""
+    if spec.max_classes is None or spec.max_classes >= width:
+        return loss_fn, width
+    return among_the_first(loss_fn, spec.max_classes), spec.max_classes
+
+
 def future_model(credit: ResolvedCredit, spec: ModelSpec) -> Callable[[int], FutureModel]:
     """Returns a function that makes the future model from the size of a lane's packed state."""
-    loss_fn, outputs = spec.loss_fn, spec.outputs
-    if spec.max_classes is not None and spec.max_classes < outputs:
-        loss_fn, outputs = among_the_first(loss_fn, spec.max_classes), spec.max_classes
+    loss_fn, outputs = first_classes(spec, spec.loss_fn, spec.outputs)
     # The tail of exact has one message, so its model has one part.
     parts = credit.message_count if credit.fit == "future" else 1
 

@@ -9,7 +9,15 @@ from typing import Any, Literal, TypeVar
 
 from dni_seq.app.build.resolved_credit import ResolvedCredit
 from dni_seq.app.runs.options import above_zero, at_least, fraction, option
-from dni_seq.synthesizers.defaults import HORIZONS, LEAST_STEPS, MEASURE_EVERY, default_horizons, default_scale
+from dni_seq.synthesizers.defaults import (
+    HORIZONS,
+    LEAST_STEPS,
+    MEASURE_EVERY,
+    PREDICTIONS,
+    REACH,
+    default_horizons,
+    default_scale,
+)
 
 GROUP = "credit assignment"
 
@@ -127,7 +135,7 @@ class CreditOptions:
     )
     future_units: int | None = option(
         None,
-        "units of the future model, whose gradient is the message or a feature for regression; 0: none",
+        "units of the predictor, whose gradient is the message or a feature for regression; 0: none",
         group=GROUP,
         check=at_least(0),
         shown=str(FUTURE_UNITS),
@@ -144,6 +152,15 @@ class CreditOptions:
         "largest value in a message, in units of its targets' running root mean square; 0: no limit",
         group=GROUP,
         check=at_least(0),
+    )
+    predict: str = option(
+        "horizons",
+        "what the predictor of --fit future predicts: the next K windows, the next m steps, the last m inputs, or both",
+        group=GROUP,
+        choices=PREDICTIONS,
+    )
+    predict_steps: int | None = option(
+        None, "m of --predict future, past or both, in steps", group=GROUP, check=at_least(1), shown=str(REACH)
     )
     message_every: int | None = option(
         None,
@@ -182,7 +199,8 @@ class CreditOptions:
     )
     fidelity_every: int = option(
         0,
-        "windows between comparisons of messages with exact gradients; 0: none (auto scale: 47)",
+        "windows between comparisons of the parameters' gradient and of messages with exact ones; 0: none (auto scale: "
+        "messages every 47)",
         group=GROUP,
         check=at_least(0),
     )
@@ -205,8 +223,9 @@ class CreditOptions:
             ValueError: options contradict each other, for example `--fit future` and `--no-normalize`.
         """
         kind, fit, horizons = self.synthesizer, self._fit_at(bptt), self.horizons_at(bptt)
-        self._check_regression(fit, bptt)
-        self._check_messages(fit, bptt)
+        check_regression(self, fit, bptt)
+        check_messages(self, fit, bptt)
+        check_prediction(self, fit, bptt)
         synthetic_scale = self._scale(fit, horizons)
         return ResolvedCredit(
             bptt=bptt,
@@ -232,6 +251,8 @@ class CreditOptions:
             regress_every=_filled(self.regress_every, MEASURE_EVERY if fit == "future" else REGRESS_EVERY.get(kind, 1)),
             target_network=self.target_network,
             fidelity_every=self.fidelity_every or (AUTO_FIDELITY_EVERY if synthetic_scale == "auto" else 0),
+            predict=self.predict,
+            predict_steps=_filled(self.predict_steps, REACH),
             message_every=_filled(self.message_every, bptt),
             message_at_end=self.message_at_end,
             auxiliary=self.auxiliary,
@@ -249,7 +270,12 @@ class CreditOptions:
         """
         if self.horizons is not None:
             return self.horizons
-        usual = self.synthesizer == "multi-horizon" and self.lookahead is None and self.fit in (None, "future")
+        usual = (
+            self.synthesizer == "multi-horizon"
+            and self.predict == "horizons"
+            and self.lookahead is None
+            and self.fit in (None, "future")
+        )
         return default_horizons(bptt) if usual and not self._hindrances() else 1
 
     def lookahead_at(self, bptt: int) -> int:
@@ -260,7 +286,13 @@ class CreditOptions:
         """
         if self.synthesizer == "paper":
             return _filled(self.lookahead, 1)
-        return _filled(self.lookahead, self.horizons_at(bptt) * bptt) if self.has_state_network else 0
+        return _filled(self.lookahead, self.usual_lookahead(bptt)) if self.has_state_network else 0
+
+    def usual_lookahead(self, bptt: int) -> int:
+        """Returns the future steps that the synthesizer sees by default."""
+        if self.predict == "horizons":
+            return self.horizons_at(bptt) * bptt
+        return 0 if self.predict == "past" else _filled(self.predict_steps, REACH)
 
     def why_regressed(self, bptt: int) -> str | None:
         """Returns the option that makes messages regressed although `--fit` is not given, as text; None if there is none.
@@ -294,6 +326,8 @@ class CreditOptions:
     def _hindrances_at(self, bptt: int) -> list[str]:
         """Returns the options that rule out `--fit future`, as texts."""
         found, steps = self._hindrances(), self.lookahead_at(bptt)
+        if self.predict == "past":
+            return found
         if not steps:
             found.append("--lookahead 0")
         elif self.synthesizer == "multi-horizon" and steps % self.horizons_at(bptt):
@@ -312,31 +346,6 @@ class CreditOptions:
         }
         return [name for name, hinders in hindrances.items() if hinders]
 
-    def _check_regression(self, fit: str, bptt: int) -> None:
-        """Raises a ValueError if messages are regressed in a way that the other options do not allow."""
-        if not self.has_state_network:
-            return
-        raw_targets = self.normalize is False
-        if raw_targets and fit == "least-squares":
-            raise ValueError("--fit least-squares needs normalised targets: remove --no-normalize, or use --fit descent")
-        if raw_targets and self.future_units:
-            raise ValueError("--future-units needs normalised targets: remove --no-normalize or --future-units")
-        if fit == "least-squares" and not self.lookahead_at(bptt) and not self.synthesizer_layers:
-            raise ValueError(
-                "--fit least-squares needs features to learn: set --synthesizer-layers or --lookahead, or use --fit descent"
-            )
-
-    def _check_messages(self, fit: str, bptt: int) -> None:
-        """Raises a ValueError if messages inside a window are not possible with the other options."""
-        if not self.message_at_end and _filled(self.message_every, bptt) >= bptt:
-            raise ValueError("--no-message-at-end needs --message-every below --bptt: else nothing is injected")
-        if self.message_every is None:
-            return
-        if self.synthesizer != "none" and (self.synthesizer, fit) != ("multi-horizon", "future"):
-            raise ValueError("--message-every needs --synthesizer multi-horizon with --fit future")
-        if self.auxiliary:
-            raise ValueError("--message-every does not work with --auxiliary: remove one of them")
-
     def _scale(self, fit: str, horizons: int) -> float | Literal["auto"]:
         """Returns c, the share of the message that is injected, given or by default."""
         if self.synthetic_scale is not None:
@@ -344,6 +353,45 @@ class CreditOptions:
         if fit != "future":
             return scale(SCALES.get(self.synthesizer, "0"))
         return default_scale(horizons) if self.synthesizer == "multi-horizon" else 1.0
+
+
+def check_regression(options: CreditOptions, fit: str, bptt: int) -> None:
+    """Raises a ValueError if messages are regressed in a way that the other options do not allow."""
+    if not options.has_state_network:
+        return
+    raw_targets = options.normalize is False
+    if raw_targets and fit == "least-squares":
+        raise ValueError("--fit least-squares needs normalised targets: remove --no-normalize, or use --fit descent")
+    if raw_targets and options.future_units:
+        raise ValueError("--future-units needs normalised targets: remove --no-normalize or --future-units")
+    if fit == "least-squares" and not options.lookahead_at(bptt) and not options.synthesizer_layers:
+        raise ValueError(
+            "--fit least-squares needs features to learn: set --synthesizer-layers or --lookahead, or use --fit descent"
+        )
+
+
+def check_messages(options: CreditOptions, fit: str, bptt: int) -> None:
+    """Raises a ValueError if messages inside a window are not possible with the other options."""
+    if not options.message_at_end and _filled(options.message_every, bptt) >= bptt:
+        raise ValueError("--no-message-at-end needs --message-every below --bptt: else nothing is injected")
+    if options.message_every is None:
+        return
+    if options.synthesizer != "none" and (options.synthesizer, fit) != ("multi-horizon", "future"):
+        raise ValueError("--message-every needs --synthesizer multi-horizon with --fit future")
+    if options.auxiliary:
+        raise ValueError("--message-every does not work with --auxiliary: remove one of them")
+
+
+def check_prediction(options: CreditOptions, fit: str, bptt: int) -> None:
+    """Raises a ValueError if the predictor cannot predict what `predict` names with the other options."""
+    if options.predict == "horizons":
+        return
+    if options.synthesizer != "none" and (options.synthesizer, fit) != ("multi-horizon", "future"):
+        raise ValueError(f"--predict {options.predict} needs --synthesizer multi-horizon with --fit future")
+    if options.horizons not in (None, 1):
+        raise ValueError(f"--horizons {options.horizons} needs --predict horizons: the others predict all steps together")
+    if options.lookahead not in (None, options.usual_lookahead(bptt)) and options.synthesizer != "none":
+        raise ValueError(f"--predict {options.predict} has a reach of its own: use --predict-steps in place of --lookahead")
 
 
 CreditOptionsT = TypeVar("CreditOptionsT", bound=CreditOptions)
@@ -362,7 +410,7 @@ def default_values(
 ) -> dict[str, Any]:
     """Returns the value that each option would have if it were not given, the others as they are.
 
-    An option of credit assignment has its own value if there is no synthesizer, and it thus has no effect.
+    An option of credit assignment without effect, since there is no synthesizer, has its own value.
 
     Args:
         options: options with their missing values filled in.
@@ -372,7 +420,7 @@ def default_values(
     values = {entry.name: getattr(options, entry.name) for entry in fields(options)}
     derived = values.keys() - as_given(values).keys()
     if options.synthesizer == "none":
-        derived |= {entry.name for entry in fields(CreditOptions)} - {"synthesizer"}
+        derived |= {entry.name for entry in fields(CreditOptions)} - {"synthesizer", "fidelity_every"}
     kept = {name: values[name] for name in derived}
     return {entry.name: entry.default for entry in fields(options)} | dict(by_setting) | kept
 

@@ -39,16 +39,54 @@ def describe_method(credit: ResolvedCredit, options: BackpropagationOptions) -> 
     return "; ".join([*parts, *traces]) + "."
 
 
-def unwritten_keys(credit: ResolvedCredit) -> Iterator[str]:
-    """Yields starts of the TensorBoard keys that have no curve in a run, or only a constant one."""
+def brief_method(credit: ResolvedCredit, options: BackpropagationOptions) -> str:
+    """Returns the method of credit assignment in a few words, for the screen."""
+    window = f"windows of T = {credit.bptt}"
     if credit.synthesizer == "none":
-        yield from ("synthetic/", "fidelity/", "gradient/synthesizer_norm")
+        parts = ["truncated BPTT", window]
+    else:
+        parts = [f"synthetic gradients by {credit.synthesizer}", window, *_brief_messages(credit)]
+    if (options.backward_steps or 0) > credit.bptt:
+        parts.append(f"backward over {options.backward_steps} steps")
+    if options.checkpoint_every is not None:
+        parts.append(f"recomputed in chunks of {_count(options.checkpoint_every, 'step')}")
+    if options.traces is not None:
+        parts.append(f"{options.traces} traces")
+    return ", ".join(parts)
+
+
+def _brief_messages(credit: ResolvedCredit) -> Iterator[str]:
+    """Yields what the messages of a synthesizer are of, and where they are sent, in a few words each."""
+    if credit.predict != "horizons":
+        yield f"of {_predicted(credit)}"
+    elif credit.synthesizer in ("multi-horizon", "paper"):
+        yield _count(credit.horizons, "horizon")
+    if credit.window_lookahead and credit.predict == "horizons":
+        yield f"lookahead {credit.window_lookahead}"
+    if credit.message_every < credit.bptt:
+        end = "" if credit.message_at_end else ", not at the end"
+        yield f"messages every {_count(credit.message_every, 'step')}{end}"
+
+
+def unwritten_keys(credit: ResolvedCredit, *, measures: bool = False, moves: bool = False) -> Iterator[str]:
+    """Yields starts of the TensorBoard keys that have no curve in a run, or only a constant one.
+
+    Args:
+        credit: the settings in force.
+        measures: whether the parameters' gradients are compared with those of full BPTT.
+        moves: whether the injected share follows the learning rate.
+    """
+    if not measures:
+        yield "fidelity/parameters_cosine"
+    if credit.synthesizer == "none":
+        yield from ("synthetic/", "fidelity/cosine", "fidelity/r2", "gradient/synthesizer_norm")
         return
     exact = credit.synthesizer == "exact"
     learns = credit.tail or not exact
     written = {
-        "fidelity/": credit.fidelity_every > 0,
-        "synthetic/scale": credit.synthetic_scale == "auto",  # else a constant, which the method's sentence has
+        "fidelity/cosine": credit.fidelity_every > 0,
+        "fidelity/r2": credit.fidelity_every > 0,
+        "synthetic/scale": moves or credit.synthetic_scale == "auto",  # else a constant, which the method's sentence has
         "synthetic/loss": learns,
         "synthetic/cosine": learns,
         # It needs the first horizon's target, which an exact gradient and a replay do not have.
@@ -63,10 +101,19 @@ def _message(credit: ResolvedCredit) -> str:
     if credit.synthesizer == "exact":
         exact = f"the exact gradient of the next {_count(credit.exact_steps, 'step')}"
         return f"{exact} plus a synthetic gradient of later steps" if credit.tail else exact
+    if credit.predict != "horizons":
+        return f"the gradient of a small model's loss on {_predicted(credit)}"
     if credit.synthesizer == "multi-horizon" or credit.message_count > 1:
         windows = "the next window" if credit.horizons == 1 else f"each of the next {credit.horizons} windows"
         return f"a synthetic gradient of {windows}" + (" and of all windows after them" if credit.tail else "")
     return "a synthetic gradient of all later windows"
+
+
+def _predicted(credit: ResolvedCredit) -> str:
+    """Returns what a predictor with a reach of its own predicts."""
+    steps = credit.predict_steps
+    future, past = f"the next {_count(steps, 'step')}", f"the last {_count(steps, 'input')}"
+    return {"future": future, "past": past, "both": f"{future} and {past}"}[credit.predict]
 
 
 def _use(credit: ResolvedCredit) -> str:
@@ -80,6 +127,8 @@ def _use(credit: ResolvedCredit) -> str:
 
 def _training(credit: ResolvedCredit) -> str:
     """Returns how the synthetic gradient is learned."""
+    if credit.predict != "horizons":
+        return "the model trains on the same steps at every window"
     steps = f"the next {_count(credit.lookahead, 'step')}" if credit.lookahead > 1 else "the next step"
     if credit.fit == "future":
         later = f"{steps} after them" if credit.synthesizer == "exact" else steps

@@ -42,6 +42,12 @@ class OptimizationOptions:
     min_lr: float = option(0.0, "lowest learning rate after the warm-up", group=GROUP, check=at_least(0))
     decay: float = option(0.5, "step and plateau: factor on the learning rate", group=GROUP, check=_between)
     decay_after: int = option(1, "step: epochs at the full learning rate", group=GROUP, check=at_least(0))
+    scale_schedule: str = option(
+        "constant",
+        "share of the message that is injected: constant, or follow the learning rate in proportion",
+        group=GROUP,
+        choices=("constant", "follow"),
+    )
     synthesizer_schedule: str = option(
         "follow",
         "learning rate of the synthesizer: follow the model's in proportion, or stay constant",
@@ -89,6 +95,6 @@ def _without_effect(options: OptimizationOptions) -> Iterator[tuple[str, tuple[s
         (schedule == "constant", "--schedule constant", ("min_lr", "decay", "decay_after")),
         (schedule in ("linear", "cosine"), f"--schedule {schedule}", ("decay", "decay_after")),
         (schedule == "plateau", "--schedule plateau", ("decay_after",)),
-        (not options.has_schedule, "a constant learning rate", ("synthesizer_schedule",)),
+        (not options.has_schedule, "a constant learning rate", ("scale_schedule", "synthesizer_schedule")),
     ]
     yield from ((reason, names) for holds, reason, names in reasons if holds)

@@ -38,6 +38,8 @@ class ResolvedCredit:
         regress_every: mean number of windows from one computation of targets to the next.
         target_network: windows between two copies of the synthesizer, 0 for no copies.
         fidelity_every: windows between comparisons with exact gradients, those for an automatic scale included; 0 for none.
+        predict: what the predictor predicts, one of `PREDICTIONS`.
+        predict_steps: m, steps of the future, the past or both that it predicts, if that is not the next windows.
         message_every: steps between two states of a window that get messages; T or more for the last state alone.
         message_at_end: whether the last state gets its message.
         auxiliary: weight of the auxiliary loss, 0 for none.
@@ -67,6 +69,8 @@ class ResolvedCredit:
     regress_every: int
     target_network: int
     fidelity_every: int
+    predict: str
+    predict_steps: int
     message_every: int
     message_at_end: bool
     auxiliary: float
@@ -75,6 +79,8 @@ class ResolvedCredit:
     @property
     def message_count(self) -> int:
         """Number of messages that the learned synthesizer predicts at a state."""
+        if self.predict != "horizons":
+            return 1
         return self.horizons + self.tail if self.synthesizer in ("multi-horizon", "paper") else 1
 
     @property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch.optim import Optimizer
@@ -56,14 +56,22 @@ class Schedule:
         options: the schedule; it must change the rate.
         optimizers: the model's optimizer first, with one learning rate, then the optimizers that follow it.
         total: number of updates of the whole run, None if it is not known.
+        tell: called with the share of the highest rate whenever it changes; None for nothing.
 
     Raises:
         ValueError: the schedule needs the length of the run, or the warm-up is longer than the run.
     """
 
-    def __init__(self, options: OptimizationOptions, optimizers: Sequence[Optimizer], total: int | None) -> None:
+    def __init__(
+        self,
+        options: OptimizationOptions,
+        optimizers: Sequence[Optimizer],
+        total: int | None,
+        tell: Callable[[float], None] | None = None,
+    ) -> None:
         _check_length(options, total)
         self._first, *self._followers = optimizers
+        self._tell = tell
         self._highest = self.rate
         self._follower_rates = [[group["lr"] for group in follower.param_groups] for follower in self._followers]
         self._warmup, self._updates = options.warmup, 0
@@ -109,6 +117,8 @@ class Schedule:
         for follower, rates in zip(self._followers, self._follower_rates, strict=True):
             for group, rate in zip(follower.param_groups, rates, strict=True):
                 group["lr"] = rate * share
+        if self._tell is not None:
+            self._tell(share)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the states of the schedulers. The rates are in the optimizers' state."""
@@ -125,6 +135,7 @@ class Schedule:
         self._by_update.load_state_dict({**saved["by_update"], "lr_lambdas": [None]})
         if self._by_score is not None:
             self._by_score.load_state_dict(saved["by_score"])
+        self._follow()
 
 
 def _check_length(options: OptimizationOptions, total: int | None) -> None:

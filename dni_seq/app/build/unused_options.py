@@ -11,7 +11,7 @@ from dni_seq.app.build.resolved_credit import ResolvedCredit
 from dni_seq.app.runs.options import flag
 
 _FITTED = ("synthesizer_hidden", "synthesizer_layers")
-_FUTURE = ("fit", "future_units", "lookahead", "synthesizer_vocab_size")
+_FUTURE = ("fit", "future_units", "lookahead", "predict", "predict_steps", "synthesizer_vocab_size")
 _LEARNING = (
     "discount",
     "horizons",
@@ -75,7 +75,8 @@ def _reasons(options: CreditOptions, bptt: int, cells: bool) -> Iterator[tuple[s
     kind = options.synthesizer
     if kind == "none":
         every = (field.name for field in dataclasses.fields(CreditOptions))
-        yield "--synthesizer none", [*(name for name in every if name != "synthesizer"), "synthesizer_vocab_size"]
+        kept = ("synthesizer", "fidelity_every")
+        yield "--synthesizer none", [*(name for name in every if name not in kept), "synthesizer_vocab_size"]
         return
     if kind != "exact":
         yield f"--synthesizer {kind}", ["exact_steps"]
@@ -101,6 +102,8 @@ def _of_networks(credit: ResolvedCredit) -> Iterator[tuple[str, Iterable[str]]]:
         yield "--synthesizer state", ["tail", "draw_horizon"]
     elif kind == "exact":
         yield "--synthesizer exact", ["draw_horizon"]
+    if credit.predict == "horizons":
+        yield "--predict horizons", ["predict_steps"]
     if credit.fit == "future":
         yield "messages that are the gradient of a future model", [*_FITTED, "draw_horizon"]
     elif kind in ("multi-horizon", "paper") and credit.message_count == 1:

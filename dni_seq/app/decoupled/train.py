@@ -12,8 +12,9 @@ torchrun --standalone --nproc-per-node 2 scripts/train_decoupled.py --mode alone
     The throughput of each part while the other one is idle.
 
 A run writes to its directory: config.json, summary.json, timeline.jsonl (part, seconds since the start, updates, loss; part
-A's loss is that of its synthetic input) and TensorBoard events of each part over milliseconds. --plot adds timeline.png
-(needs the extra `plots`). Invalid input and a dead part print one line on stderr and exit with status 2.
+A's loss is that of its synthetic input), and for each part metrics.csv and TensorBoard events (--logger) over milliseconds.
+--plot adds timeline.png (needs the extra `plots`). Invalid input and a dead part print one line on stderr and exit with
+status 2.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ from torch.nn import functional as F
 from dni_seq.app.runs.checkpoint import write_json
 from dni_seq.app.runs.directory import check_unused, new_run_path
 from dni_seq.app.runs.options import above_zero, at_least, build, option, parse, report
-from dni_seq.app.runs.tensorboard import RunLog
+from dni_seq.app.runs.run_log import RunLog
+from dni_seq.app.runs.trackers import LOGGER_HELP, LOGGERS, check_logger
 from dni_seq.distributed.decoupled_parts import remote_end
 from dni_seq.distributed.process_group import (
     RankError,
@@ -92,6 +94,7 @@ class DecoupledOptions:
     )
     seed: int = option(0, "random seed of the weights and the order of the images", group=_RUN, check=at_least(0))
     run_dir: str | None = option(None, "directory of the run", group=_RUN, metavar="DIR", shown="runs/decoupled-DATE-TIME")
+    logger: str = option("tensorboard", LOGGER_HELP, group=_RUN, choices=LOGGERS)
     rank_timeout: float = option(TIMEOUT, "seconds to wait for the other part", group=_RUN, check=above_zero)
     plot: bool = option(False, "draw timeline.png (needs matplotlib, in the extra plots)", group=_RUN)
     pause_at: int | None = option(None, "pause part B after this many updates", group=_PAUSE, check=at_least(1))
@@ -160,7 +163,7 @@ def new_directory(options: DecoupledOptions) -> Path:
     """Creates the run's directory with its configuration and returns its path.
 
     Raises:
-        ValueError: the directory is not empty, matplotlib is missing for --plot, or --pause-at is never reached.
+        ValueError: the directory is not empty, a package is missing for --plot or --logger, or --pause-at is never reached.
     """
     if options.pause_at is not None and options.pause_at > options.updates:
         raise ValueError(
@@ -170,6 +173,7 @@ def new_directory(options: DecoupledOptions) -> Path:
         raise ValueError("--plot needs matplotlib: pip install 'dni-seq[plots]'")
     path = Path(options.run_dir) if options.run_dir else new_run_path(f"decoupled-{options.network}")
     check_unused(path)
+    check_logger(options.logger)
     path.mkdir(parents=True, exist_ok=True)
     write_json(path / "config.json", dataclasses.asdict(options))
     return path
@@ -405,14 +409,14 @@ def finish(options: DecoupledOptions, ranks: Ranks, work: Work, part: PartRun, p
     }
     with (path / "timeline.jsonl").open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(row._asdict()) + "\n" for row in rows)
+    write_json(path / "summary.json", summary)
     for name in ("A", "B"):
-        log = RunLog(path / name)
+        log = RunLog(path / name, logger=options.logger, name=f"{path.name}-{name}")
         for row in rows:
             if row.part == name:
                 values = {"decoupled/updates": row.updates, "decoupled/loss": row.loss}
                 log.scalars(round(1000 * row.seconds), {key: value for key, value in values.items() if value is not None})
         log.close()
-    write_json(path / "summary.json", summary)
     if options.plot:
         plot(rows, path / "timeline.png")
     scored = "" if test is None else f"test loss {test['loss']:.3f} nats, error {test['error']:.1f} %, "

@@ -16,8 +16,9 @@ python scripts/train_feedforward.py --dataset digits --unlock backward --layers 
 Expected test error on the 5,000 digits: 5 % with --unlock none, --context or --decouple last; 7 % if every layer learns
 without the label. docs/results/feedforward.md has the table.
 
-A run writes to its directory: TensorBoard events (train/loss in nats, train/error and test/error in percent, over epochs),
-config.json and summary.json. Invalid input prints one line on stderr and exits with status 2.
+A run writes to its directory: metrics.csv and TensorBoard events (--logger) with train/loss in nats, train/error and
+test/error in percent, over epochs; config.json and summary.json. Invalid input prints one line on stderr and exits with
+status 2.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ from torch.nn import functional as F
 from dni_seq.app.runs.checkpoint import write_json
 from dni_seq.app.runs.directory import check_unused, new_run_path
 from dni_seq.app.runs.options import above_zero, at_least, build, flag, option, parse, report
-from dni_seq.app.runs.tensorboard import RunLog
+from dni_seq.app.runs.run_log import RunLog
+from dni_seq.app.runs.trackers import LOGGER_HELP, LOGGERS, check_logger
 from dni_seq.interfaces.backward import BackwardInterface
 from dni_seq.interfaces.context import synthesizer_context
 from dni_seq.interfaces.forward import BidirectionalInterface
@@ -117,6 +119,7 @@ class FeedForwardOptions:
     )
     seed: int = option(0, "random seed of the weights and the order of the images", group=_RUN, check=at_least(0))
     run_dir: str | None = option(None, "directory of the run", group=_RUN, metavar="DIR", shown="runs/digits-DATE-TIME")
+    logger: str = option("tensorboard", LOGGER_HELP, group=_RUN, choices=LOGGERS)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -126,14 +129,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         check_together(options)
         path = Path(options.run_dir) if options.run_dir else new_run_path(options.dataset)
         check_unused(path)
+        check_logger(options.logger)
         data = digits.load(options.dataset)
         if options.batch_size > len(data.train_labels):
             raise ValueError(
                 f"--batch-size {options.batch_size} is more than the {len(data.train_labels)} training images: reduce it"
             )
         path.mkdir(parents=True, exist_ok=True)
-        write_json(path / "config.json", dataclasses.asdict(options))
-        log = RunLog(path)
+        log = RunLog(path, logger=options.logger)
     except (ValueError, OSError) as error:
         return report(_PROG, error)
 
@@ -142,7 +145,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"epoch {epoch:3d}  " + "  ".join(f"{key} {value:.4g}" for key, value in scores.items()), flush=True)
 
     try:
+        write_json(path / "config.json", dataclasses.asdict(options))
         summary = train(options, data, show)
+        log.flush()
         write_json(path / "summary.json", summary)
     except OSError as error:
         return report(_PROG, error)

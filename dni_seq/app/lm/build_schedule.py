@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 from dni_seq.app.build.schedule import Schedule
 from dni_seq.app.lm.options import LanguageModelOptions
@@ -34,4 +35,21 @@ def build_schedule(options: LanguageModelOptions, trainer: SequenceTrainer, stre
     if follows and trainer.credit is not None and trainer.credit.optimizer is not None:
         optimizers = [*optimizers, trainer.credit.optimizer]
     steps = total_steps(options, stream)
-    return Schedule(options, optimizers, None if steps is None else max(steps // options.accumulate, 1))
+    tell = scale_setter(trainer) if options.scale_schedule == "follow" and trainer.credit is not None else None
+    return Schedule(options, optimizers, None if steps is None else max(steps // options.accumulate, 1), tell)
+
+
+def scale_setter(trainer: SequenceTrainer) -> Callable[[float], None]:
+    """Returns a function that sets the injected share of a trainer's messages to a part of what it is now.
+
+    Raises:
+        ValueError: the share is automatic.
+    """
+    scale = trainer.synthetic_scale
+    if not isinstance(scale, float | int):
+        raise ValueError("--scale-schedule follow needs a number as --synthetic-scale: auto sets it by comparisons")
+
+    def tell(share: float) -> None:
+        trainer.synthetic_scale = scale * share
+
+    return tell

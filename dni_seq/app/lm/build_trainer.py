@@ -41,6 +41,8 @@ def build_trainer(
         cells=state_cells(model.rnn),
         encode=lambda: token_encoders(model.projection.out_features, options.synthesizer_vocab_size),
         outputs=model.projection.out_features,
+        past_loss=token_losses,
+        inputs=model.projection.out_features,
         max_classes=options.synthesizer_vocab_size,
         share=None if parallel is None else parallel.share,
     )

@@ -8,7 +8,7 @@ from types import MappingProxyType
 import torch
 from torch import nn
 
-from dni_seq.app.build.resolved_credit import ResolvedCredit
+from dni_seq.app.build.method import brief_method
 from dni_seq.app.lm.options import LanguageModelOptions
 from dni_seq.app.runs.directory import RunDirectory
 from dni_seq.streams import Tokenizer, WindowStream
@@ -43,20 +43,7 @@ def introduction(
     layers = "1 layer" if options.layers == 1 else f"{options.layers} layers"
     count = in_words(sum(parameter.numel() for parameter in model.parameters()))
     yield f"model: {options.model.upper()}, {layers} of {options.hidden} units, {count} parameters"
-    yield f"method: {method(options.resolve(options.bptt))}; device {device}; run directory {run.path}"
-
-
-def method(credit: ResolvedCredit) -> str:
-    """Returns the method of credit assignment in a few words."""
-    window = f"windows of T = {credit.bptt}"
-    if credit.synthesizer == "none":
-        return f"truncated BPTT, {window}"
-    parts = [f"synthetic gradients by {credit.synthesizer}", window]
-    if credit.synthesizer in ("multi-horizon", "paper"):
-        parts.append("1 horizon" if credit.horizons == 1 else f"{credit.horizons} horizons")
-    if credit.window_lookahead:
-        parts.append(f"lookahead {credit.window_lookahead}")
-    return ", ".join(parts)
+    yield f"method: {brief_method(options.resolve(options.bptt), options)}; device {device}; run directory {run.path}"
 
 
 def in_words(count: int) -> str:

@@ -17,6 +17,7 @@ from dni_seq.app.build.credit_options import CreditOptions, without_resolved
 from dni_seq.app.build.optimization_options import GROUP as OPTIMIZATION
 from dni_seq.app.build.optimization_options import OptimizationOptions, check_optimization
 from dni_seq.app.runs.options import above_zero, at_least, build, flag, option, share
+from dni_seq.app.runs.trackers import LOGGER_HELP, LOGGERS
 from dni_seq.core.paths import expand_home
 from dni_seq.distributed.timeout import TIMEOUT
 from dni_seq.models.cells import CELLS
@@ -134,6 +135,7 @@ class LanguageModelOptions(OptimizationOptions, BackpropagationOptions, CreditOp
             "threads",
             "device",
             "compile",
+            "logger",
             "data_dir",
         }
     )
@@ -286,6 +288,7 @@ class LanguageModelOptions(OptimizationOptions, BackpropagationOptions, CreditOp
         group=_RUN,
         metavar="auto|PATH",
     )
+    logger: str = option("tensorboard", LOGGER_HELP, group=_RUN, choices=LOGGERS)
     dry_run: bool = option(
         False, "print shapes, parameters, memory and time per epoch; then exit without writing files", group=_RUN
     )

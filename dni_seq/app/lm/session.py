@@ -26,6 +26,7 @@ from dni_seq.app.runs.lock import RunLock
 from dni_seq.app.runs.options import report
 from dni_seq.app.runs.output import output_status
 from dni_seq.app.runs.resume import Plan, plan_run
+from dni_seq.app.runs.trackers import check_logger
 from dni_seq.distributed.data_parallel import DataParallel
 from dni_seq.distributed.process_group import Ranks, init_distributed, local_device, program
 from dni_seq.distributed.timeout import TIMEOUT
@@ -68,6 +69,7 @@ def prepare(given: dict[str, Any], ranks: Ranks, lock: RunLock) -> LanguageModel
     """
     ranks.check_same({"version of python": sys.version.split()[0], **program(), "set of options": given})
     plan = ranks.broadcast_from_rank0(lambda: plan_run(LanguageModelOptions, given, lock))
+    ranks.broadcast_from_rank0(lambda: check_logger(plan.options.logger))
     torch.set_num_threads(plan.options.threads)
     open_text = lm.open_text_again if plan.resuming else lm.open_text
     corpus = ranks.run_on_all(lambda: open_text(plan.options))

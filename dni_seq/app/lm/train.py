@@ -13,10 +13,10 @@ torchrun --standalone --nproc-per-node 2 scripts/train_lm.py --dataset ptb
 tensorboard --logdir runs
     Show the curves.
 
-A run writes to its directory: TensorBoard events, config.json, tokenizer.json, checkpoints/last.pt, previous.pt and best.pt
-(lowest validation loss), and summary.json. Ctrl-C saves a checkpoint and exits with status 130, SIGTERM with 143, SIGHUP
-with 129. Invalid input, a full disk and a loss that stays NaN print one line on stderr and exit with status 2.
-docs/reliability.md lists the failures that a run survives.
+A run writes to its directory: metrics.csv, TensorBoard events (--logger), config.json, tokenizer.json, checkpoints/last.pt,
+previous.pt and best.pt (lowest validation loss), and summary.json. Ctrl-C saves a checkpoint and exits with status 130,
+SIGTERM with 143, SIGHUP with 129. Invalid input, a full disk and a loss that stays NaN print one line on stderr and exit
+with status 2. docs/reliability.md lists the failures that a run survives.
 """
 
 from __future__ import annotations

@@ -95,6 +95,7 @@ class LanguageModelRun(TrainingRun):
     held_out: dict[str, Any] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self.schedule = build_schedule(self.options, self.trainer, self.stream)
         self.held_out = held_out(self.options, {"valid": self.valid, "test": self.test})
 
@@ -147,10 +148,11 @@ class LanguageModelRun(TrainingRun):
         """Returns the charts that this run fills, its method, and the options with other values than the defaults."""
         options = self.options
         credit = options.resolve(options.bptt)
+        moves = options.has_schedule and options.scale_schedule == "follow"
         absent = [*([] if options.model == "lstm" else ["state/"]), *([] if options.has_schedule else ["train/lr"])]
         defaults = default_values(options, as_given, DEFAULTS["char" if options.tokenizer == "char" else "word"])
         return Dashboard(
-            charts(LAYOUT, [*unwritten_keys(credit), *absent]),
+            charts(LAYOUT, [*unwritten_keys(credit, measures=self.probe.active, moves=moves), *absent]),
             describe_method(credit, options),
             FINAL,
             changed_options(options, defaults),
@@ -291,7 +293,7 @@ class LanguageModelRun(TrainingRun):
         return [
             f"to train on: {command_line('train')} {further}",
             f"to sample: {command_line('sample')} {run}; to score: {command_line('evaluate')} {run}",
-            f"to compare: {command_line('compare')} {run} OTHER_RUN; {curves_command(self.run.path)}",
+            f"to compare: {command_line('compare')} {run} OTHER_RUN; {curves_command(self.run.path, self.options.logger)}",
         ]
 
     def summary(self) -> dict[str, Any]:

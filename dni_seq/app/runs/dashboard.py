@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from dni_seq.app.runs.resume import RunOptions, config_of
-from dni_seq.app.runs.tensorboard import Layout
+from dni_seq.app.runs.trackers import Layout
 
 
 class Dashboard(NamedTuple):

@@ -34,7 +34,7 @@ class LatestCheckpoint(NamedTuple):
 
 
 class RunDirectory:
-    """The files of a run: TensorBoard events, `config.json`, the tokenizer, checkpoints, `summary.json`, `lock`."""
+    """The files of a run: `metrics.csv`, TensorBoard events, `config.json`, tokenizer, checkpoints, summary, lock."""
 
     def __init__(self, path: str | Path):
         self.path = Path(path)

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 
+from dni_seq.app.runs.trackers import METRICS
+
 SCRIPTS: Mapping[str, str] = MappingProxyType(
     {
         "train": "train_lm",
@@ -38,6 +40,8 @@ def as_called(text: str) -> str:
     return text
 
 
-def curves_command(run: Path) -> str:
-    """Returns a line with the command that shows the curves of a run and of those beside it."""
-    return f"curves: tensorboard --logdir {shlex.quote(str(run.parent))}"
+def curves_command(run: Path, logger: str) -> str:
+    """Returns a line that says where the curves of a run are: the command that shows them, or their file."""
+    if logger == "tensorboard":
+        return f"curves: tensorboard --logdir {shlex.quote(str(run.parent))}"
+    return f"curves: {'at wandb, and in' if logger == 'wandb' else 'in'} {shlex.quote(str(run / METRICS))}"

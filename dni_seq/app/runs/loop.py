@@ -30,10 +30,13 @@ from dni_seq.app.runs.dashboard import Dashboard, deciding_options
 from dni_seq.app.runs.directory import RunDirectory
 from dni_seq.app.runs.invocation import curves_command
 from dni_seq.app.runs.lock import RunLock
+from dni_seq.app.runs.parameter_probe import ParameterProbe
 from dni_seq.app.runs.progress import NullProgress, Progress
 from dni_seq.app.runs.resume import Plan, RunOptions, config_of
+from dni_seq.app.runs.run_log import RunLog
 from dni_seq.app.runs.signals import StopSignals
-from dni_seq.app.runs.tensorboard import RunLog, keys_at, peak_memory_mb
+from dni_seq.app.runs.tensorboard import keys_at, peak_memory_mb
+from dni_seq.app.runs.trackers import logger_change
 from dni_seq.core.windows import Window, on_device
 from dni_seq.credit.results import StepResult
 from dni_seq.distributed.process_group import RankError, Ranks
@@ -43,8 +46,20 @@ SAVE_SECONDS = 60.0
 """Seconds between two checkpoints, the most work that a kill loses. A subclass may ask for more checkpoints."""
 
 
-class SavedStream(Protocol):
-    """A stream of windows whose position can be saved and restored.
+class SavedPosition(Protocol):
+    """A stream of windows whose position can be saved and restored."""
+
+    def __iter__(self) -> Iterator[Any]: ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the position."""
+
+    def load_state_dict(self, saved: dict[str, Any], /) -> None:
+        """Restores a position."""
+
+
+class SavedStream(SavedPosition, Protocol):
+    """The stream of a run.
 
     Attributes:
         lanes: B, the number of lanes over all ranks.
@@ -55,12 +70,6 @@ class SavedStream(Protocol):
         """B, the number of lanes."""
 
     def __iter__(self) -> Iterator[Window]: ...
-
-    def state_dict(self) -> dict[str, Any]:
-        """Returns the position."""
-
-    def load_state_dict(self, saved: dict[str, Any], /) -> None:
-        """Restores a position."""
 
 
 @dataclass
@@ -127,8 +136,9 @@ class TrainingRun(ABC):
         trainer: trains on a window.
         counters: see `Counters`.
         ranks: the ranks that share the run. Only the first one writes files and messages.
-        log: the TensorBoard log; writes nothing before `begin`, and on ranks other than the first.
+        log: the curves of the run; writes nothing before `begin`, and on ranks other than the first.
         progress: shows steps and messages, from `begin` on.
+        probe: compares gradients now and then, if the options say so.
         resumed_at: step of the loaded checkpoint, None for a new run.
         finished: whether an earlier session has finished the run, so that there is nothing to train; known from `begin` on.
         began: time at which this session began to train, in seconds of the monotonic clock.
@@ -152,8 +162,12 @@ class TrainingRun(ABC):
     finished: bool = field(default=False, init=False)
     began: float = field(init=False)
     saved_at: float = field(init=False)
+    probe: ParameterProbe = field(init=False)
     _clock: float = field(init=False, repr=False)
     _process_clock: float = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self.probe = ParameterProbe(self.trainer, self.options.fidelity_every)
 
     @property
     def steps(self) -> int:
@@ -191,7 +205,7 @@ class TrainingRun(ABC):
 
     @abstractmethod
     def dashboard(self) -> Dashboard:
-        """Returns what TensorBoard shows of the run besides its curves."""
+        """Returns what the tracker shows of the run besides its curves."""
 
     def evaluate(self) -> bool:
         """Evaluates the model if an evaluation is due. Returns whether a checkpoint is due after it."""
@@ -207,7 +221,7 @@ class TrainingRun(ABC):
 
     def next_commands(self) -> list[str]:
         """Returns lines for the end of the run that name the next commands."""
-        return [curves_command(self.run.path)]
+        return [curves_command(self.run.path, self.options.logger)]
 
     def outcome(self) -> str:
         """Returns the outcome of the finished run for the last message."""
@@ -222,6 +236,8 @@ class TrainingRun(ABC):
             return
         self.trainer.load_state_dict(checkpoint["trainer"], self.stream.lanes)
         self.stream.load_state_dict(checkpoint["stream"])
+        if "probe" in checkpoint:  # missing in those of older versions
+            self.probe.load_state_dict(checkpoint["probe"])
         if self.ranks.first:
             set_random_state(checkpoint["random"])
         self.counters = type(self.counters)(**checkpoint["counters"])
@@ -245,7 +261,8 @@ class TrainingRun(ABC):
                 self.log.load_state_dict(plan.checkpoint["log"], self.device)
         self.progress = (Progress if self.ranks.first else NullProgress)(self.total_steps(), self.steps)
         start = plan.note if self.finished else plan.describe_start(f"{self.UNIT} {self.steps}")
-        for note in (start, lock.missing, *notes):
+        change = None if self.finished else logger_change(plan.checkpoint, self.options.logger)
+        for note in (start, lock.missing, change, *notes):
             if note:
                 self.progress.write_line(note)
         self.began = self.saved_at = self._clock = time.monotonic()
@@ -259,24 +276,16 @@ class TrainingRun(ABC):
         """Creates the directory, and opens the log unless the run is finished. Returns whether it is."""
         self.initialize_dir(plan, lock)
         ended = self.resumed_at is not None and self.done()
-        if ended and self._has_summary():
+        if ended and has_summary(self.run, f"{self.UNIT}s", self.steps):
             return True
         # A session that was killed after its last checkpoint may have logged scores.
         written = keys_at(self.run.path, self.steps) if ended else ()
-        self.log = RunLog(self.run.path, resumed_at=self.steps, written=written)
+        self.log = RunLog(self.run.path, resumed_at=self.steps, written=written, logger=self.options.logger)
         board = self.dashboard()
         self.log.dashboard(board.layout)
         self.log.paragraph(self.steps, "about/method", board.method)
         self.log.configuration(self.steps, self.in_force())
         return False
-
-    def _has_summary(self) -> bool:
-        """Returns whether summary.json is of this step."""
-        try:
-            summary = json.loads(self.run.summary.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return False
-        return isinstance(summary, dict) and summary.get(f"{self.UNIT}s") == self.steps
 
     def train(self, stop: StopSignals) -> int:
         """Trains until the run is done or a signal arrives, and returns the exit status."""
@@ -311,6 +320,7 @@ class TrainingRun(ABC):
     def step(self, window: Window) -> None:
         """Trains on one window and logs its measurements."""
         own = self.own_lanes(window)
+        self.log.add(self.probe.observe(own), weight=1)
         result = self.trainer.step(own.inputs, own.targets, ends=own.ends, mask=own.mask, lookahead=own.lookahead)
         measured = self.measure(window, result)
         self.log.add(measured.values, weight=measured.weight, skipped=result.skipped)
@@ -345,6 +355,7 @@ class TrainingRun(ABC):
             "random": random_state(),
             "counters": {entry.name: getattr(self.counters, entry.name) for entry in dataclasses.fields(self.counters)},
             "log": self.log.state_dict(),
+            "probe": self.probe.state_dict(),
             "config": config_of(self.options),
         }
 
@@ -377,6 +388,7 @@ class TrainingRun(ABC):
         scores = self.scores()
         board = self.dashboard()
         self.log.hyperparameters(deciding_options(self.options), board.scores, board.changed)
+        self.log.flush()
         self.tick()
         write_json(self.run.summary, {**self.summary(), **scores})
         seconds = f"{self.counters.seconds:.0f} s"
@@ -406,6 +418,15 @@ class TrainingRun(ABC):
         """Closes progress bar and log."""
         self.progress.close()
         self.log.close()
+
+
+def has_summary(run: RunDirectory, unit: str, steps: int) -> bool:
+    """Returns whether a run's summary.json is of this many steps, which it has under the name `unit`."""
+    try:
+        summary = json.loads(run.summary.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(summary, dict) and summary.get(unit) == steps
 
 
 def agreed(ranks: Ranks, signal: int | None, save_due: bool) -> tuple[int | None, bool]:

@@ -26,7 +26,9 @@ class RunOptions(Protocol):
             when the run is resumed. The run itself checks that the text there is the same.
         OF_THE_CALL: names of options that concern only this call and are not stored in config.json.
         run_dir: the directory of the run, None for a new one.
+        fidelity_every: windows between two comparisons with exact gradients, 0 for none.
         resume: None for a new run, "auto" to resume if there is a checkpoint, or the path of a run or of a checkpoint.
+        logger: where the curves go besides metrics.csv, one of `LOGGERS`.
     """
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
@@ -41,6 +43,14 @@ class RunOptions(Protocol):
     @property
     def resume(self) -> str | None:
         """The checkpoint to resume from: None, "auto" or a path."""
+
+    @property
+    def logger(self) -> str:
+        """The tracker of the curves."""
+
+    @property
+    def fidelity_every(self) -> int:
+        """Windows between two comparisons with exact gradients, 0 for none."""
 
 
 Options = TypeVar("Options", bound=RunOptions)

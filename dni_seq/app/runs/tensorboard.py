@@ -1,13 +1,10 @@
-"""TensorBoard output of a run: the keys with their meaning, the dashboard, averages over steps, and the writer.
-
-Measurements stay tensors until a point is written, so a training step does not synchronise with the GPU.
-"""
+"""TensorBoard output of a run: the keys with their meaning, the dashboard, and the writer."""
 
 from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -16,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dni_seq.app.runs.crash_report import versions
+from dni_seq.app.runs.trackers import Layout
 
 KEYS = MappingProxyType(
     {
@@ -43,6 +41,8 @@ KEYS = MappingProxyType(
         "synthetic/skipped": "windows so far whose message or regression was skipped: not finite, or far too large",
         "fidelity/cosine_n": "cosine between the message of horizon n and the exact gradient of the n-th future window",
         "fidelity/r2_n": "R² of the message of horizon n, 1 - squared error / squared exact gradient",
+        "fidelity/parameters_cosine": "cosine between the parameters' gradient and that of full BPTT over the next "
+        "windows: at least 8, and 40 steps",
         "gradient/norm": "norm of the parameters' gradient before clipping",
         "gradient/synthesizer_norm": "norm of the synthesizer's gradient before clipping",
         "state/cell_rms": "root mean square of the LSTM's cell state after the latest window",
@@ -79,9 +79,6 @@ FIRST = MappingProxyType(
 """A second key of the curves that matter most. TensorBoard sorts groups by name, capital letters first, and opens the first
 two. Files cannot pin a chart or order the groups, and the keys themselves are promised, so these few are written twice."""
 
-Layout = Mapping[str, Mapping[str, Sequence[str]]]
-"""Charts by category. A chart has a title and the keys that it shows, as regular expressions that match the key's start."""
-
 LAYOUT: Layout = MappingProxyType(
     {
         "perplexity": {
@@ -97,6 +94,7 @@ LAYOUT: Layout = MappingProxyType(
             "share injected, by horizon": ["synthetic/scale"],
             "injected message over own gradient": ["synthetic/injected_ratio"],
         },
+        "estimator": {"cosine of the parameters' gradient with full BPTT": ["fidelity/parameters_cosine"]},
         "stability": {
             "learning rate": ["train/lr"],
             "gradient norm": ["gradient/norm"],
@@ -130,65 +128,21 @@ LEADING = ("synthesizer", "bptt", "lr", "model")
 OTHERS = "others"
 """The fifth column: the options with other values than the defaults, as text."""
 
-BY_HORIZON = ("synthetic/", "fidelity/")
-"""Prefixes of the keys that can have one value per horizon, or no value at some steps."""
 
-
-class RunLog:
-    """Writes scalars, texts and histograms of one run to TensorBoard's event files.
-
-    `add` collects the measurements of single steps, and `write` writes their averages as one point. The averages are part
-    of the checkpoint (`state_dict`), so a resumed run writes the same points as a run that was never stopped.
+class TensorBoardTracker:
+    """Writes curves, texts and histograms to TensorBoard's event files.
 
     Args:
-        directory: directory of the event files, None to write nothing.
+        directory: directory of the event files.
         resumed_at: number of steps already done. TensorBoard hides the points that an earlier session logged after them.
         written: keys of which an earlier session has logged a point at that step; `scalars` does not write it again.
     """
 
-    def __init__(self, directory: Path | None, resumed_at: int = 0, written: Collection[str] = ()):
-        self._writer: Any = _NullWriter()
-        if directory is not None:
-            from torch.utils.tensorboard import SummaryWriter
+    def __init__(self, directory: Path, resumed_at: int = 0, written: Collection[str] = ()) -> None:
+        from torch.utils.tensorboard import SummaryWriter
 
-            self._writer = SummaryWriter(str(directory), purge_step=resumed_at + 1)
+        self._writer: Any = SummaryWriter(str(directory), purge_step=resumed_at + 1)
         self._written = {(key, resumed_at) for key in written}
-        self._sums: dict[str, Tensor] = {}
-        self._weights: dict[str, Tensor] = {}
-
-    def add(self, measurements: Mapping[str, Tensor], weight: int, skipped: Tensor | None = None) -> None:
-        """Adds one step's measurements to the averages.
-
-        Args:
-            measurements: values by key, each 0-d, or [N] with one value per horizon. A NaN of a key in `BY_HORIZON` means
-                "not measured" and is ignored; any other NaN stays in the average.
-            weight: weight of the step, such as its number of tokens.
-            skipped: 0-d bool; if True the step is ignored.
-        """
-        for key, value in measurements.items():
-            precise = value.detach().to(torch.promote_types(value.dtype, torch.float32))
-            absent = precise.isnan() if key.startswith(BY_HORIZON) else torch.zeros_like(precise, dtype=torch.bool)
-            if skipped is not None:
-                absent = absent | skipped
-            known = ~absent * weight
-            total = torch.where(absent, 0, precise) * weight
-            self._sums[key] = self._sums[key] + total if key in self._sums else total
-            self._weights[key] = self._weights[key] + known if key in self._weights else known
-
-    def mean(self, key: str) -> float:
-        """Returns the average of a 0-d measurement since the last point, NaN if there is none. Waits for the device."""
-        return float(self._sums[key] / self._weights[key])
-
-    def write(self, step: int) -> None:
-        """Writes the averages as the points of `step`. Writes nothing if there is no measurement."""
-        for key, total in self._sums.items():
-            self.scalars(step, _by_horizon(key, total / self._weights[key]))
-        if "train/loss" in self._sums:
-            self.scalars(step, {"train/perplexity": perplexity(self.mean("train/loss"))})
-
-    def clear(self) -> None:
-        """Resets the averages."""
-        self._sums, self._weights = {}, {}
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Writes values as the points of `step`."""
@@ -206,9 +160,8 @@ class RunLog:
         self._writer.add_text(key, text, step)
 
     def histogram(self, step: int, key: str, values: Tensor) -> None:
-        """Writes a histogram of the finite entries of `values`."""
-        values = values.detach().float()
-        self._writer.add_histogram(key, values[values.isfinite()].cpu(), step)
+        """Writes a histogram of `values`."""
+        self._writer.add_histogram(key, values, step)
 
     def dashboard(self, layout: Layout) -> None:
         """Writes the layout of TensorBoard's tab "Custom Scalars"."""
@@ -224,14 +177,9 @@ class RunLog:
         self._writer.add_text("config", "\n".join(["| option | value |", "|---|---|", *rows]), step)
 
     def hyperparameters(self, config: Mapping[str, Any], final: Mapping[str, str], changed: Mapping[str, Any]) -> None:
-        """Adds the run to TensorBoard's tab "HParams". Call it once, at the end of the run.
+        """Adds the run to TensorBoard's tab "HParams"; see `RunLog.hyperparameters`.
 
         `SummaryWriter.add_hparams` would create a separate run, or a second event file for this run.
-
-        Args:
-            config: the options that affect the training.
-            final: keys whose last values are the run's scores, with their headings; write them before this call.
-            changed: the options with other values than the defaults.
         """
         from tensorboard.plugins.hparams.api_pb2 import HParamInfo
         from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
@@ -259,39 +207,12 @@ class RunLog:
             file.add_summary(summary)
 
     def flush(self) -> None:
-        """Writes all pending points to the file. Called before a checkpoint, so the log has every step that it has."""
+        """Writes all pending points to the file."""
         self._writer.flush()
 
     def close(self) -> None:
         """Writes all pending points and closes the event file."""
         self._writer.close()
-
-    def state_dict(self) -> dict[str, Any]:
-        """Returns the averages collected since the last point."""
-        return {"sums": dict(self._sums), "weights": dict(self._weights)}
-
-    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
-        """Restores the averages of `state_dict` on `device`. Closes the log if that fails.
-
-        Raises:
-            ValueError: the shape of an average and the shape of its weight do not fit together.
-        """
-        try:
-            self._take(state, device)
-        # An open writer would keep writing from its own thread.
-        except BaseException:
-            self.close()
-            raise
-
-    def _take(self, state: dict[str, Any], device: torch.device) -> None:
-        for key, total in state["sums"].items():
-            weight = state["weights"][key]
-            if total.shape != weight.shape or (total.dim() and not key.startswith(BY_HORIZON)):
-                raise ValueError(
-                    f"the average of {key} has shape {list(total.shape)} and its weight has shape {list(weight.shape)}"
-                )
-        self._sums = {key: total.to(device) for key, total in state["sums"].items()}
-        self._weights = {key: weight.to(device) for key, weight in state["weights"].items()}
 
 
 def keys_at(directory: Path, step: int) -> set[str]:
@@ -312,13 +233,6 @@ def _columns(config: Mapping[str, Any]) -> dict[str, tuple[str, Any]]:
 def _in_short(name: str, value: Any) -> Any:
     """Returns the value of an option, a path without its directory."""
     return Path(value).name if name.endswith("_file") else value
-
-
-class _NullWriter:
-    """A writer that writes nothing."""
-
-    def __getattr__(self, name: str) -> Callable[..., None]:
-        return lambda *arguments, **named: None
 
 
 def perplexity(loss: float) -> float:
@@ -342,19 +256,3 @@ def peak_memory_mb(device: torch.device) -> float:
         return math.nan
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
-
-
-def _by_horizon(key: str, average: Tensor) -> dict[str, float]:
-    """Returns the points of an average by key: one for a 0-d average; for [N], one per horizon and their mean as `key`.
-
-    Fidelity has no mean, only one key per horizon: `fidelity/r2_n`. Horizons without a measurement have no point.
-    """
-    if average.dim() == 0:
-        return {} if average.isnan() else {key: float(average)}
-    values = {n: value for n, value in enumerate(average.tolist(), start=1) if not math.isnan(value)}
-    if key.startswith("fidelity/"):
-        return {f"{key}_{n}": value for n, value in values.items()}
-    points = {key: sum(values.values()) / len(values)} if values else {}
-    if len(average) > 1:
-        points |= {f"{key}/horizon_{n}": value for n, value in values.items()}
-    return points

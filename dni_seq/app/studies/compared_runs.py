@@ -10,11 +10,13 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dni_seq.app.build.credit_options import CreditOptions
+from dni_seq.app.build.unused_options import credit_in_force
 from dni_seq.app.lm.options import LanguageModelOptions, as_given
+from dni_seq.app.runs import metrics_file
 from dni_seq.app.runs.checkpoint import CheckpointError
 from dni_seq.app.runs.directory import RunDirectory
 from dni_seq.app.runs.options import build
+from dni_seq.app.runs.trackers import METRICS
 from dni_seq.streams.corpus import EMBEDDED
 
 CURVE, TOKENS, SECONDS, CPU_SECONDS = "valid/perplexity", "progress/tokens", "progress/seconds", "progress/process_seconds"
@@ -101,13 +103,21 @@ def read_run(path: Path) -> Run:
 
 
 def read_curves(path: Path, keys: Sequence[str]) -> list[dict[int, float]]:
-    """Returns a curve as values by step for each key, from all event files of a run. A missing curve is empty."""
+    """Returns a curve as values by step for each key, from the event files of a run and its metrics.csv.
+
+    A missing curve is empty. A run of an older version, or of another logger, has only one of the two.
+    """
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(path), size_guidance={"scalars": 0})
     events.Reload()
     there = events.Tags()["scalars"]
-    return [{event.step: event.value for event in events.Scalars(key)} if key in there else {} for key in keys]
+    metrics = metrics_file.read_curves(path / METRICS) if (path / METRICS).exists() else {}
+    return [
+        {event.step: event.value for event in (events.Scalars(key) if key in there else ())}
+        | {step: _float32(value) for step, value in metrics.get(key, {}).items()}
+        for key in keys
+    ]
 
 
 def saved_cpu_seconds(run: RunDirectory, summary: Mapping[str, Any]) -> dict[float, float]:
@@ -163,17 +173,13 @@ def given_options(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def active_options(config: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the options `given` with the defaults of credit assignment filled in, None for those without effect."""
+    """Returns the options `given`, those of credit assignment with the values in force: None for one without effect."""
     options = dict(given)
     if options["dataset"] is None and options["data_file"] is None:
         options["dataset"] = EMBEDDED
-    credit = [entry.name for entry in fields(CreditOptions) if entry.name != "synthesizer"]
-    if options["synthesizer"] == "none":
-        return {**options, **dict.fromkeys(credit)}
     known = {entry.name for entry in fields(LanguageModelOptions)}
     try:
         built = build(LanguageModelOptions, {name: value for name, value in config.items() if name in known})
-        resolved = built.resolve(int(config["bptt"]))
+        return options | credit_in_force(built, built.bptt, cells=built.model == "lstm")
     except (ValueError, KeyError):  # a value of another version
         return options
-    return options | {name: getattr(resolved, name) for name in credit if options[name] is None and hasattr(resolved, name)}

@@ -36,13 +36,17 @@ import torch
 from dni_seq.app.lm.train import main as train_lm
 from dni_seq.app.runs.checkpoint import load_checkpoint, write_json
 from dni_seq.app.runs.directory import RunDirectory
+from dni_seq.app.runs.metrics_file import read_curves
 from dni_seq.app.runs.options import OneLineParser, report
+from dni_seq.app.runs.trackers import METRICS
 
 _MULTI = ("--synthesizer", "multi-horizon", "--synthesizer-hidden", "8")
 _BASIC = ("--synthesizer", "basic", "--synthetic-scale", "0.5")
 _NONE = ("--synthesizer", "none")
 _MOMENTUM = ("--optimizer", "sgd", "--momentum", "0.9", "--lr", "3")
 _SHORT_EPOCHS = ("--batch-size", "512", "--bptt", "8")
+
+_FOLLOW = ("--scale-schedule", "follow")
 
 KINDS = MappingProxyType(
     {
@@ -69,13 +73,14 @@ KINDS = MappingProxyType(
             "5",
         ),
         "auxiliary": (*_BASIC, "--auxiliary", "0.1"),
-        "adamw, linear": (*_MULTI, "--optimizer", "adamw", "--weight-decay", "0.1", "--schedule", "linear"),
+        "adamw, linear": (*_MULTI, "--optimizer", "adamw", "--weight-decay", "0.1", "--schedule", "linear", *_FOLLOW),
         "cosine, warm-up": (*_MULTI, "--schedule", "cosine", "--warmup", "60", "--min-lr", "1e-4"),
         "sgd, step": (*_NONE, "--optimizer", "sgd", "--lr", "2", "--schedule", "step", *_SHORT_EPOCHS),
         "momentum, plateau": (*_NONE, *_MOMENTUM, "--schedule", "plateau", "--decay", "0.8", "--patience", "9"),
         "accumulation": (*_MULTI, "--accumulate", "7", "--schedule", "linear", "--warmup", "3"),
         "backward steps, chunks": (*_NONE, "--backward-steps", "12", "--checkpoint-every", "2"),
         "messages inside windows": (*_MULTI, "--message-every", "1"),
+        "past and future": (*_MULTI, "--predict", "both", "--predict-steps", "9"),
         "exact traces": (*_MULTI, "--model", "lru", "--traces", "exact"),
         "factored traces": (*_MULTI, "--traces", "factored"),
         "sparse, accumulation": (*_NONE, "--sparse-embedding", "--accumulate", "3", "--schedule", "cosine"),
@@ -303,6 +308,7 @@ def compare(whole: RunDirectory, run: RunDirectory) -> Iterator[str]:
             counters["curve"] = [(tokens, bpc) for tokens, _, _, bpc in counters["curve"]]
         yield from differences_of(one, two, name)
     yield from differences_of(points(whole.path), points(run.path), "TensorBoard")
+    yield from differences_of(metrics(whole.path), metrics(run.path), "metrics.csv")
     one, two = (json.loads(each.summary.read_text(encoding="utf-8")) for each in (whole, run))
     for name in ("steps", "updates", "tokens", "valid", "test"):
         yield from differences_of(one[name], two[name], f"summary.{name}")
@@ -339,6 +345,11 @@ def points(run: Path) -> dict[str, list[tuple[int, float]]]:
     events.Reload()
     keys = [key for key in events.Tags()["scalars"] if not key.startswith(OF_THE_MACHINE)]
     return {key: [(event.step, event.value) for event in events.Scalars(key)] for key in keys}
+
+
+def metrics(run: Path) -> dict[str, dict[int, float]]:
+    """Returns every curve of a run in metrics.csv as values by step, without time, speed and memory."""
+    return {key: curve for key, curve in read_curves(run / METRICS).items() if not key.startswith(OF_THE_MACHINE)}
 
 
 def totals(results: dict[str, dict[str, Any]]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from dni_seq.app.build.backpropagation_options import BackpropagationOptions
 from dni_seq.app.build.credit_options import GROUP as CREDIT
 from dni_seq.app.build.credit_options import STANDS_IN, SYNTHESIZERS, CreditOptions, without_resolved
 from dni_seq.app.runs.options import above_zero, at_least, build, option
+from dni_seq.app.runs.trackers import LOGGER_HELP, LOGGERS
 from dni_seq.models.cells import CELLS
 from dni_seq.streams.algorithmic_tasks import TASKS
 
@@ -24,7 +25,7 @@ _TASK, _MODEL, _RUN = "task", "model", "run"
 class TaskOptions(BackpropagationOptions, CreditOptions):
     """The options of `scripts/train_tasks.py`."""
 
-    MAY_CHANGE: ClassVar[frozenset[str]] = frozenset({"updates", "threads", "device"})
+    MAY_CHANGE: ClassVar[frozenset[str]] = frozenset({"updates", "threads", "device", "logger"})
     MAY_MOVE: ClassVar[frozenset[str]] = frozenset()
     COMMON: ClassVar[frozenset[str]] = frozenset(
         {"task", "start", "updates", "batch_size", "lr", "clip", "seed", "threads", "device", "run_dir", "resume"}
@@ -60,6 +61,7 @@ class TaskOptions(BackpropagationOptions, CreditOptions):
         group=_RUN,
         metavar="auto|PATH",
     )
+    logger: str = option("tensorboard", LOGGER_HELP, group=_RUN, choices=LOGGERS)
 
 
 def resolve_options(options: TaskOptions) -> TaskOptions:

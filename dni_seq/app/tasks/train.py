@@ -15,7 +15,8 @@ An update is one window. The length is N for N vectors to copy, N R for R repeat
 problem. A length is solved if the mean error on 1,000 fresh sequences is below 0.15. The module
 dni_seq.streams.algorithmic_tasks defines the error.
 
-A run writes to its directory: TensorBoard events, config.json, checkpoints/last.pt and previous.pt, and summary.json.
+A run writes to its directory: metrics.csv, TensorBoard events (--logger), config.json, checkpoints/last.pt and
+previous.pt, and summary.json.
 TensorBoard has these keys over updates, as averages since the last point unless stated otherwise:
     task/length                the length solved so far
     task/training_length       the length in training
@@ -49,13 +50,14 @@ from dni_seq.app.runs.directory import RunDirectory, new_run_path
 from dni_seq.app.runs.lock import RunLock
 from dni_seq.app.runs.options import parse, report
 from dni_seq.app.runs.resume import plan_run
+from dni_seq.app.runs.trackers import check_logger
 from dni_seq.app.tasks.options import TaskOptions, as_given, resolve_options
 from dni_seq.app.tasks.training import TaskCounters, TaskRun
 from dni_seq.distributed.process_group import Ranks
 from dni_seq.models.lstm_kernels import native_up_to
 from dni_seq.models.recurrent import state_cells
 from dni_seq.models.vector_rnn import VectorRNN
-from dni_seq.streams.algorithmic_tasks import TASKS, Curriculum, Stage, Task, TaskStream
+from dni_seq.streams.algorithmic_tasks import TASKS, Curriculum, Stage, Task, TaskStream, input_losses
 from dni_seq.synthesizers.for_model import EMBED
 
 _PROG = "train_tasks"
@@ -87,6 +89,7 @@ def prepare(given: dict[str, Any], lock: RunLock) -> TaskRun:
         OSError: the directory cannot be locked.
     """
     plan = plan_run(TaskOptions, given, lock)
+    check_logger(plan.options.logger)
     options = resolve_options(plan.options)
     torch.set_num_threads(options.threads)
     device = device_of(options.device)
@@ -139,6 +142,8 @@ def build_trainer(options: TaskOptions, task: Task, model: VectorRNN, device: to
         cells=state_cells(model.rnn),
         encode=lambda: (nn.Linear(task.input_size, EMBED), nn.Linear(task.target_size, EMBED)),
         outputs=task.target_size,
+        past_loss=input_losses,
+        inputs=task.input_size,
     )
     trainer = dni.SequenceTrainer(
         model,

@@ -17,7 +17,8 @@ from dni_seq.app.build.unused_options import credit_in_force
 from dni_seq.app.runs.dashboard import Dashboard, changed_options, charts
 from dni_seq.app.runs.invocation import command_line
 from dni_seq.app.runs.loop import Counters, Measured, TrainingRun, measurements
-from dni_seq.app.runs.tensorboard import LAYOUT, Layout
+from dni_seq.app.runs.tensorboard import LAYOUT
+from dni_seq.app.runs.trackers import Layout
 from dni_seq.app.tasks.options import TaskOptions, as_given
 from dni_seq.core.windows import Window
 from dni_seq.credit.results import StepResult
@@ -29,6 +30,7 @@ DASHBOARD: Layout = MappingProxyType(
         "length": {"solved and in training": ["task/length", "task/training_length"]},
         "error": {"of training sequences and of fresh sequences": ["task/error", "task/fresh_error"]},
         "synthetic gradients": LAYOUT["synthetic gradients"],
+        "estimator": LAYOUT["estimator"],
         "stability": {"gradient norm": ["gradient/norm"]},
         "resources": {"updates per second": ["speed/updates_per_second"], "peak memory, MiB": ["memory/peak_mb"]},
     }
@@ -139,7 +141,7 @@ class TaskRun(TrainingRun):
         options = self.options
         credit = options.resolve(options.bptt)
         return Dashboard(
-            charts(DASHBOARD, unwritten_keys(credit)),
+            charts(DASHBOARD, unwritten_keys(credit, measures=self.probe.active)),
             describe_method(credit, options),
             {"task/length": "length solved", "speed/updates_per_second": "updates/s"},
             changed_options(options, default_values(options, as_given, {})),

@@ -118,10 +118,33 @@ def test_a_configuration_may_hold_a_contradiction_that_the_command_line_removes(
     assert build(LanguageModelOptions, as_given(config), {"synthesizer": "multi-horizon"}).resolve(4).fit == "future"
 
 
-@pytest.mark.parametrize(("synthesizer", "fidelity_every"), [("none", 47), ("basic", 0)])
-def test_options_without_effect_count_as_defaults(synthesizer, fidelity_every):
+@pytest.mark.parametrize(("synthesizer", "replay_windows"), [("none", 5), ("basic", 8)])
+def test_options_without_effect_count_as_defaults(synthesizer, replay_windows):
     given = {**DEFAULTS["char"], "tokenizer": "char", "hidden": 8, "seed": 2}
-    options = LanguageModelOptions(synthesizer=synthesizer, fidelity_every=47, **given)
+    options = LanguageModelOptions(synthesizer=synthesizer, replay_windows=5, fidelity_every=47, **given)
     values = default_values(options, as_given, DEFAULTS["char"])
-    assert values["fidelity_every"] == fidelity_every
+    assert values["replay_windows"] == replay_windows
+    assert values["fidelity_every"] == 0, "it measures the parameters' gradient of every run"
     assert (values["synthesizer"], values["hidden"], values["seed"]) == ("multi-horizon", 256, 1111)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"predict": "past", "fit": "descent"}, "--predict past needs --synthesizer multi-horizon with --fit future"),
+        ({"predict": "both", "synthesizer": "exact"}, "--predict both needs --synthesizer multi-horizon"),
+        ({"predict": "future", "horizons": 2}, "--horizons 2 needs --predict horizons"),
+        ({"predict": "past", "lookahead": 3}, "use --predict-steps in place of --lookahead"),
+    ],
+    ids=str,
+)
+def test_what_a_predictor_of_far_steps_does_not_go_with(given, message):
+    with pytest.raises(ValueError, match=message):
+        CreditOptions(**{"synthesizer": "multi-horizon", **given}).resolve(4)
+
+
+@pytest.mark.parametrize("predict", ["future", "past", "both"])
+def test_what_a_predictor_sees(predict):
+    found = CreditOptions(synthesizer="multi-horizon", predict=predict, predict_steps=9).resolve(4)
+    assert (found.fit, found.horizons, found.message_count, found.synthetic_scale) == ("future", 1, 1, 1.0)
+    assert found.window_lookahead == (0 if predict == "past" else 9)

@@ -39,6 +39,16 @@ SENTENCES = {
         f"a synthetic gradient of the next window (multi-horizon) is {AUTO} from the state on λ-targets (λ = 0.5) of "
         "1 replayed window.",
     ),
+    "multi-horizon, past": (
+        {"predict": "past", "predict_steps": 9},
+        "the gradient of a small model's loss on the last 9 inputs (multi-horizon) is injected with scale 1; the model "
+        "trains on the same steps at every window.",
+    ),
+    "multi-horizon, both": (
+        {"predict": "both"},
+        "the gradient of a small model's loss on the next 40 steps and the last 40 inputs (multi-horizon) is injected with "
+        "scale 1; the model trains on the same steps at every window.",
+    ),
     "basic": (
         {"synthesizer": "basic"},
         f"a synthetic gradient of all later windows (basic) is {AUTO} from the state on targets at every window.",

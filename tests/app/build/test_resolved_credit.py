@@ -10,6 +10,7 @@ import pytest
 from dni_seq.app.build.credit_options import AUTO_FIDELITY_EVERY, SYNTHESIZERS, CreditOptions
 from dni_seq.app.build.resolved_credit import ResolvedCredit
 from dni_seq.app.runs.options import build
+from dni_seq.synthesizers.defaults import REACH
 
 BPTT = 2
 
@@ -57,10 +58,10 @@ def test_a_given_option_is_the_setting():
         "fidelity_every": 11,
         "synthesizer_clip": 2.0,
     }
-    inner = {"message_every": BPTT, "message_at_end": True}
+    inner = {"message_every": BPTT, "message_at_end": True, "predict": "horizons", "predict_steps": REACH}
     expected = given | inner | {"synthetic_scale": 0.3, "bptt": BPTT, "next_input_only": False}
     assert vars(resolved(**given)) == expected
-    inner = {"message_every": BPTT - 1, "message_at_end": False}
+    inner = {"message_every": BPTT - 1, "message_at_end": False, "predict": "past", "predict_steps": 7}
     assert inner.items() <= vars(resolved(synthesizer="multi-horizon", **inner)).items()
 
 

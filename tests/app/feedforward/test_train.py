@@ -19,6 +19,7 @@ from torch.nn import functional as F
 import dni_seq as dni
 from dni_seq.app.feedforward import train as train_feedforward
 from dni_seq.app.feedforward.train import FeedForwardOptions
+from dni_seq.app.runs.metrics_file import METRICS, read_curves
 from dni_seq.app.studies import feedforward_table, reproduce
 from dni_seq.app.studies.records import read_lines
 from dni_seq.models import feedforward
@@ -315,6 +316,7 @@ def test_the_command_leaves_a_whole_run(table_of_digits, tmp_path, capsys):
     events = EventAccumulator(str(path)).Reload()
     assert set(events.Tags()["scalars"]) == {"train/loss", "train/error", "test/error"}
     assert events.Scalars("test/error")[-1].value == pytest.approx(summary["test_error"], rel=1e-6)
+    assert read_curves(path / METRICS)["test/error"] == {1: summary["test_error"]}
     assert (config["hidden"], config["context"], config["batch_size"]) == (32, True, 200)
     assert f"test error {summary['test_error']:.2f} %" in capsys.readouterr().out
     assert train_feedforward.main([*arguments, "--run-dir", str(path)]) == 2

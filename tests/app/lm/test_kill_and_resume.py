@@ -27,6 +27,8 @@ KINDS = (
     "multi-horizon, tail, drawn",
     "lambda, target network",
     "accumulation",
+    "adamw, linear",
+    "past and future",
 )
 """Lanes that end, every place where chance is drawn, and everything that waits in a checkpoint: ring, targets, averages,
 schedule, sums of gradients."""

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import dni_seq as dni
 from dni_seq.app.build.optimization_options import OptimizationOptions, optimization_remarks
 from dni_seq.app.lm import build as lm
 from dni_seq.app.lm import train as train_lm
@@ -235,7 +236,8 @@ def without_effect(**given) -> set[str]:
 
 
 def test_options_without_effect_are_named(run, capsys):
-    everything = {"momentum": 0.5, "min_lr": 1e-5, "decay": 0.7, "decay_after": 3, "synthesizer_schedule": "constant"}
+    everything = {"momentum": 0.5, "min_lr": 1e-5, "decay": 0.7, "decay_after": 3}
+    everything |= {"synthesizer_schedule": "constant", "scale_schedule": "follow"}
     names = {flag(name) for name in everything}
     assert without_effect(**everything) == names
     for schedule, used in {
@@ -244,9 +246,42 @@ def test_options_without_effect_are_named(run, capsys):
         "step": {"min_lr", "decay", "decay_after"},
         "plateau": {"min_lr", "decay"},
     }.items():
-        used = {flag(name) for name in used | {"synthesizer_schedule", "momentum"}}
+        used = {flag(name) for name in used | {"synthesizer_schedule", "scale_schedule", "momentum"}}
         assert without_effect(**everything, optimizer="sgd", schedule=schedule) == names - used
     assert without_effect(warmup=5, synthesizer_schedule="constant") == set()
     for more in ([], ["--dry-run"]):
         run("--decay", "0.7", "--max-steps", "1", "--synthesizer", "none", *more, name=f"run{len(more)}")
         assert "no effect with --schedule constant: --decay" in capsys.readouterr().out
+
+
+def test_the_scale_of_messages_may_follow_the_learning_rate(run):
+    """The share of step n of 8 is that of its learning rate, also after a resumption from step 4."""
+    given = ("--synthetic-scale", "0.5", "--schedule", "linear", "--max-steps", "8", "--eval-every", "4")
+    following = run(*given, "--scale-schedule", "follow", name="following")
+    shares = [1.0, 7 / 8, 6 / 8, 5 / 8, 4 / 8, 3 / 8, 2 / 8, 1 / 8]
+    expected = dict(enumerate((0.5 * share for share in shares), start=1))
+    assert points(following)["synthetic/scale/horizon_1"] == pytest.approx(expected, rel=1e-6)
+    constant = run(*given, name="constant")
+    assert points(constant)["valid/loss"] != points(following)["valid/loss"]
+
+
+def test_an_automatic_scale_does_not_follow(run, capsys):
+    run("--synthetic-scale", "auto", "--schedule", "linear", "--max-steps", "4", "--scale-schedule", "follow", status=2)
+    assert "--scale-schedule follow needs a number as --synthetic-scale" in capsys.readouterr().err
+
+
+def test_a_trainer_takes_another_scale_between_two_steps():
+    trainer = trainer_of(synthesizer="multi-horizon", bptt=2, synthetic_scale="0.5")
+    assert trainer.synthetic_scale == 0.5
+    trainer.synthetic_scale = 0.25
+    text = torch.arange(18).view(6, 3) % 9
+    ahead = dni.Lookahead(text[2:5], text[3:6], torch.ones(3, 3, dtype=torch.bool))
+    padded = ahead.map(lambda tensor: torch.cat([tensor, tensor[:1]]))
+    assert trainer.step(text[:2], text[1:3], lookahead=padded).synthetic.scale.tolist() == [0.25, 0.25]
+    for wrong in (-1.0, float("nan")):
+        with pytest.raises(ValueError, match="synthetic_scale must be 0 or more"):
+            trainer.synthetic_scale = wrong
+    plain = trainer_of()
+    assert plain.synthetic_scale is None
+    with pytest.raises(ValueError, match="can be set for a trainer with a synthesizer"):
+        plain.synthetic_scale = 0.5

@@ -11,11 +11,13 @@ from pathlib import Path
 
 import pytest
 
+from dni_seq.app.build.backpropagation_options import BackpropagationOptions
 from dni_seq.app.build.credit_options import CreditOptions
+from dni_seq.app.build.method import brief_method
 from dni_seq.app.lm import evaluate as evaluate_lm
 from dni_seq.app.lm import sample as sample_lm
 from dni_seq.app.lm import train as train_lm
-from dni_seq.app.lm.introduction import in_words, method
+from dni_seq.app.lm.introduction import in_words
 from dni_seq.app.lm.options import LanguageModelOptions, resolve_options
 from dni_seq.app.runs.directory import RunDirectory
 from dni_seq.app.runs.resume import saved_options
@@ -63,11 +65,19 @@ def test_the_lines_name_what_was_chosen(tmp_path, capsys):
 
 def test_a_method_in_words():
     def words(**options: object) -> str:
-        return method(CreditOptions(**options).resolve(5))
+        given = {name: options.pop(name) for name in ("backward_steps", "checkpoint_every", "traces") if name in options}
+        return brief_method(CreditOptions(**options).resolve(5), BackpropagationOptions(**given))
 
     assert words(synthesizer="basic") == "synthetic gradients by basic, windows of T = 5"
     assert words(synthesizer="exact", exact_steps=7) == "synthetic gradients by exact, windows of T = 5, lookahead 7"
     assert words(horizons=1) == "synthetic gradients by multi-horizon, windows of T = 5, 1 horizon, lookahead 5"
+    inside = words(message_every=2, message_at_end=False, horizons=1)
+    assert inside.endswith(", 1 horizon, lookahead 5, messages every 2 steps, not at the end")
+    past = "synthetic gradients by multi-horizon, windows of T = 5, of the last 9 inputs"
+    assert words(predict="past", predict_steps=9) == past
+    plain = words(synthesizer="none", backward_steps=20, checkpoint_every=1)
+    assert plain == "truncated BPTT, windows of T = 5, backward over 20 steps, recomputed in chunks of 1 step"
+    assert words(synthesizer="none", traces="factored") == "truncated BPTT, windows of T = 5, factored traces"
 
 
 def test_counts_in_words():

@@ -65,6 +65,7 @@ def test_a_run_leaves_everything_it_promises(trained):
     assert len(events) == 1
     assert names - events == {
         "config.json",
+        "metrics.csv",
         "tokenizer.json",
         "summary.json",
         "lock",

@@ -31,7 +31,7 @@ def texts(events, key: str) -> dict[int, str]:
 
 
 NO_CHART = {
-    "none": {*LAYOUT["synthetic gradients"], "learning rate"},
+    "none": {*LAYOUT["synthetic gradients"], *LAYOUT["estimator"], "learning rate"},
     "multi-horizon": {"share injected, by horizon", "learning rate"},
 }
 """The charts that a run leaves out: it writes no such curve, or only a constant that its options say."""
@@ -86,7 +86,7 @@ def test_a_run_says_what_it_does_and_what_it_reached(two_runs):
 
 def test_fidelity_is_charted_by_horizon(two_runs):
     keys = set(read(two_runs / "multi-horizon").Tags()["scalars"])
-    assert {"fidelity/cosine_1", "fidelity/cosine_2", "fidelity/r2_1", "fidelity/r2_2"} <= keys
+    assert {"fidelity/cosine_1", "fidelity/cosine_2", "fidelity/r2_1", "fidelity/r2_2", "fidelity/parameters_cosine"} <= keys
     assert not any(key.startswith(("fidelity", "synthetic")) for key in read(two_runs / "none").Tags()["scalars"])
 
 

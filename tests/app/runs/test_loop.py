@@ -40,11 +40,13 @@ OF_THE_MACHINE = ("seconds", "process_seconds")
 
 @dataclass(frozen=True)
 class NumberOptions:
-    MAY_CHANGE: ClassVar[frozenset[str]] = frozenset({"limit"})
+    MAY_CHANGE: ClassVar[frozenset[str]] = frozenset({"limit", "logger"})
     MAY_MOVE: ClassVar[frozenset[str]] = frozenset()
     OF_THE_CALL: ClassVar[frozenset[str]] = frozenset({"run_dir", "resume"})
 
     limit: int = option(12, "number of steps", group="run")
+    logger: str = option("tensorboard", "tracker", group="run")
+    fidelity_every: int = option(0, "windows between comparisons", group="run")
     run_dir: str | None = option(None, "directory", group="run")
     resume: str | None = option(None, "checkpoint", group="run")
 
@@ -126,12 +128,12 @@ class NumberRun(TrainingRun):
         return Dashboard({}, "Numbers are added.", {}, {})
 
 
-def train(path: Path, limit: int = 12, at: dict[int, Any] | None = None, change: Any = None) -> int:
+def train(path: Path, limit: int = 12, at: dict[int, Any] | None = None, change: Any = None, **given: Any) -> int:
     """Starts or resumes the run in `path` as a command does, and returns the exit status. `change` changes the parts."""
     with RunLock() as lock:
 
         def prepare() -> NumberRun:
-            plan = plan_run(NumberOptions, {"run_dir": str(path), "resume": "auto", "limit": limit}, lock)
+            plan = plan_run(NumberOptions, {"run_dir": str(path), "resume": "auto", "limit": limit, **given}, lock)
             torch.manual_seed(1)
             net = Net()
             losses = lambda outputs, targets: (outputs - targets).square().mean()  # noqa: E731
@@ -170,7 +172,7 @@ def test_points_checkpoint_and_summary(tmp_path, capsys):
     content = load_checkpoint(tmp_path / "run" / "checkpoints" / "last.pt")
     assert content.keys() >= {"trainer", "stream", "random", "counters", "log", "config"}
     assert (content["trainer"]["steps"], content["stream"]["position"], content["counters"]["logged_at"]) == (12, 12, 12)
-    assert content["config"] == {"limit": 12}
+    assert content["config"] == {"limit": 12, "logger": "tensorboard", "fidelity_every": 0}
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary.keys() == {
         "steps",

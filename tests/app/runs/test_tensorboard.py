@@ -8,7 +8,8 @@ import re
 import pytest
 import torch
 
-from dni_seq.app.runs.tensorboard import KEYS, LAYOUT, OTHER_KEYS, RunLog, keys_at, peak_memory_mb, perplexity
+from dni_seq.app.runs.run_log import RunLog
+from dni_seq.app.runs.tensorboard import KEYS, LAYOUT, OTHER_KEYS, keys_at, peak_memory_mb, perplexity
 from tests.events import wait_for_the_next_second
 from tests.paths import ROOT
 
@@ -27,10 +28,11 @@ def points(directory, key) -> list[tuple[int, float]]:
     return [(event.step, event.value) for event in events.Scalars(key)]
 
 
-def test_averages_are_weighted_by_tokens(tmp_path):
+@pytest.mark.parametrize("number", [int, torch.tensor])
+def test_averages_are_weighted_by_tokens(tmp_path, number):
     log = RunLog(tmp_path)
-    log.add({"train/loss": torch.tensor(1.0), "gradient/norm": torch.tensor(2.0)}, weight=3)
-    log.add({"train/loss": torch.tensor(2.0), "gradient/norm": torch.tensor(6.0)}, weight=1)
+    log.add({"train/loss": torch.tensor(1.0), "gradient/norm": torch.tensor(2.0)}, weight=number(3))
+    log.add({"train/loss": torch.tensor(2.0), "gradient/norm": torch.tensor(6.0)}, weight=number(1))
     assert log.mean("train/loss") == 1.25
     log.write(2)
     log.clear()

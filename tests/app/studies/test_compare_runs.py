@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from dni_seq.app.runs.checkpoint import save_checkpoint
-from dni_seq.app.runs.tensorboard import RunLog
+from dni_seq.app.runs.run_log import RunLog
+from dni_seq.app.runs.trackers import METRICS
 from dni_seq.app.studies import compare_runs, compared_runs
 from dni_seq.app.studies.compare_runs import AXES, score_at, table
 from dni_seq.app.studies.compared_runs import Run, Validation, common_point, differing_options, read_run
@@ -37,7 +38,17 @@ def old_run(two_runs, path: Path, *, tokens: int = 1000) -> Path:
         progress = {"progress/tokens": place * tokens + 2**24, "progress/seconds": 2.0 * place}
         log.scalars(place, {"valid/perplexity": 9.0 - place, **progress})
     log.close()
+    (path / METRICS).unlink()
     return path
+
+
+def test_a_run_without_events_is_read_from_its_metrics(two_runs, tmp_path):
+    """As with --logger none: the validations are the same."""
+    path = tmp_path / "none"
+    shutil.copytree(two_runs / "none", path, ignore=shutil.ignore_patterns("events.*"))
+    whole = read_run(two_runs / "none")
+    assert len(whole.validations) == 3
+    assert read_run(path).validations == whole.validations
 
 
 def curve_of(tokens: int = 1000) -> list[list[float]]:
@@ -50,15 +61,15 @@ def test_the_table_says_what_differs_and_the_scores(two_runs, capsys, tmp_path):
     lines = [line for line in target.read_text().splitlines() if line.startswith("|")]
     heading, dashes, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     assert set("".join(dashes)) == {"-"}
-    # Of both runs 2 horizons are the default, and nothing else but these was said.
-    differing = ["fidelity_every", "regress_every", "synthesizer", "synthesizer_hidden"]
+    # Two horizons are the default, and --synthesizer-hidden has no effect on the gradient of a predictor.
+    differing = ["fidelity_every", "regress_every", "synthesizer"]
     assert heading[: len(differing) + 4] == ["run", *differing, "valid ppl", "test ppl", "ppl at 15,360 tokens"]
     assert heading[-5:] == ["tokens", "seconds", "CPU s", "tokens/s", "peak MiB"]
     for name, row in zip(NAMES, rows, strict=True):
         cells = dict(zip(heading, row, strict=True))
         summary = json.loads((two_runs / name / "summary.json").read_text())
         assert (cells["run"], cells["synthesizer"]) == (name, name)
-        assert cells["fidelity_every"] == {"none": "", "multi-horizon": "8"}[name]
+        assert cells["fidelity_every"] == {"none": "0", "multi-horizon": "8"}[name]
         assert (cells["valid ppl"], cells["test ppl"]) == tuple(f"{summary[s]['ppl']:.2f}" for s in ("valid", "test"))
         assert cells["ppl at 15,360 tokens"] == f"{read_run(two_runs / name).validations[-1].perplexity:.2f}"
         assert cells["tokens"] == "15,360"

@@ -122,7 +122,7 @@ def test_every_kind_of_credit_leaves_a_run(kind, tmp_path):
         assert summary["injected_ratio"] == pytest.approx(curves["synthetic/injected_ratio"][30])
         assert summary["injected_ratio"] > 0
     names = {str(path.relative_to(run)) for path in run.rglob("*") if not path.name.startswith("events.")}
-    assert names == {"checkpoints", "checkpoints/last.pt", "config.json", "lock", "summary.json"}
+    assert names == {"checkpoints", "checkpoints/last.pt", "config.json", "lock", "metrics.csv", "summary.json"}
 
 
 def test_the_error_is_that_of_the_task(tmp_path):
@@ -161,11 +161,18 @@ def test_a_length_that_is_solved_is_raised(tmp_path):
     assert curves["task/length"] == solved
 
 
-@pytest.mark.parametrize(("synthesizer", "bptt", "updates", "stopped"), [("none", 4, 120, 91), ("multi-horizon", 2, 60, 31)])
-def test_a_run_resumes_bit_identically(synthesizer, bptt, updates, stopped, tmp_path):
+@pytest.mark.parametrize(
+    ("synthesizer", "bptt", "updates", "stopped", "more"),
+    [
+        ("none", 4, 120, 91, []),
+        ("multi-horizon", 2, 60, 31, []),
+        ("multi-horizon", 2, 60, 31, ["--predict", "both", "--predict-steps", "5"]),
+    ],
+)
+def test_a_run_resumes_bit_identically(synthesizer, bptt, updates, stopped, more, tmp_path):
     """Stopped within a sequence with the log half filled; without a synthesizer, after a length was raised."""
     common = ["--task", "copy", "--bptt", str(bptt), "--lr", "0.02", "--hidden", "32", "--device", "cpu"]
-    common += ["--synthesizer", synthesizer, "--fidelity-every", "7", "--synthetic-scale", "auto"]
+    common += ["--synthesizer", synthesizer, "--fidelity-every", "7", "--synthetic-scale", "auto", *more]
     whole, halves = tmp_path / "whole", tmp_path / "halves"
     assert main([*common, "--updates", str(updates), "--run-dir", str(whole)]) == 0
     assert main([*common, "--updates", str(stopped), "--run-dir", str(halves), "--resume", "auto"]) == 0
@@ -174,6 +181,8 @@ def test_a_run_resumes_bit_identically(synthesizer, bptt, updates, stopped, tmp_
         assert within["counters"]["curve"]
     else:
         assert within["stream"]["position"] == 1  # of two
+        assert bool(more) == ("past_inputs" in within["trainer"])
+    assert within["probe"]["windows"], "stopped within a comparison of gradients"
     assert main(["--updates", str(updates), "--run-dir", str(halves), "--resume", "auto"]) == 0
     one, two = (load_checkpoint(run / "checkpoints" / "last.pt") for run in (whole, halves))
     for saved in (one, two):
@@ -182,6 +191,9 @@ def test_a_run_resumes_bit_identically(synthesizer, bptt, updates, stopped, tmp_
             assert saved["counters"].pop(seconds) > 0
     assert_same(one, two)
     curves, resumed = points(whole), points(halves)
+    assert (
+        -1 <= min(curves["fidelity/parameters_cosine"].values()) <= max(curves["fidelity/parameters_cosine"].values()) <= 1
+    )
     for key in set(curves) - {"speed/updates_per_second", "memory/peak_mb"}:
         # The first session gave its last update a point of its own.
         assert curves[key] == {step: value for step, value in resumed[key].items() if step != stopped}

@@ -1,0 +1,137 @@
+"""What the GPU check trains: a language model and a vector model with each kind of synthesizer, and windows for them.
+
+Legend: T = window length in steps, B = lanes, V = token ids.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import dni_seq as dni
+from dni_seq.models.language_model import LanguageModel, token_losses
+
+Settings = dict[str, Any]
+"""Arguments of a `SequenceTrainer`."""
+
+
+def windows(count: int, steps: int, lanes: int, vocabulary: int, lookahead: int, device: torch.device) -> list[dni.Window]:
+    """Returns `count` windows of random tokens, each with a lookahead. No lane ends."""
+    generator = torch.Generator().manual_seed(1)
+    text = torch.randint(vocabulary, (count * steps + lookahead + 1, lanes), generator=generator).to(device)
+    found = []
+    for start in range(0, count * steps, steps):
+        end = start + steps
+        ahead = dni.Lookahead(
+            text[end : end + lookahead],
+            text[end + 1 : end + lookahead + 1],
+            torch.ones(lookahead, lanes, dtype=torch.bool, device=device),
+        )
+        found.append(dni.Window(text[start:end], text[start + 1 : end + 1], lookahead=ahead))
+    return found
+
+
+def future(model: LanguageModel, steps: int, **given: Any) -> dni.FutureGradient:
+    """Returns the recommended synthesizer for windows of `steps` steps."""
+    example = torch.zeros(steps, 1, dtype=torch.int64, device=model.projection.weight.device)
+    vocabulary = model.projection.out_features
+    return dni.FutureGradient.for_model(model, token_losses, example_inputs=example, vocabulary=vocabulary, **given)
+
+
+def encoder(vocabulary: int, steps: int) -> dni.LookaheadEncoder:
+    """Returns an encoder of the next `steps` tokens."""
+    return dni.LookaheadEncoder(steps, nn.Embedding(vocabulary, 8), nn.Embedding(vocabulary, 8))
+
+
+def heads(model: LanguageModel, steps: int) -> Settings:
+    """Returns two regressed horizons and a tail."""
+    shown = encoder(model.projection.out_features, steps)
+    settings: dict[str, Any] = {"horizons": 2, "tail": True, "hidden": (16,), "encoder": shown}
+    return {"synthesizer": dni.MultiHorizonSynthesizer(model.initial_state(1), **settings)}
+
+
+def solved(model: LanguageModel, steps: int) -> Settings:
+    """Returns least-squares heads."""
+    shown = encoder(model.projection.out_features, steps)
+    return {"synthesizer": dni.LeastSquaresHeads(model.initial_state(1), 1, hidden=(16,), encoder=shown)}
+
+
+def basic(model: LanguageModel, steps: int) -> Settings:
+    """Returns a perceptron on each layer's state."""
+    width = 2 * model.hidden
+    return {"synthesizer": dni.Normalized(dni.BasicSynthesizer(width, n_hidden=1)), "synthetic_scale": 0.5}
+
+
+def dense(model: LanguageModel, steps: int) -> Settings:
+    """Returns messages of the next steps at the states every 5 steps of a window."""
+    every = min(5, steps)
+    found = future(model, steps, horizons=1, predict_steps=every)
+    return {"synthesizer": found, "config": dni.SyntheticGradientConfig(synthetic_scale=0.1, message_every=every)}
+
+
+KINDS: Mapping[str, Callable[[LanguageModel, int], Settings]] = MappingProxyType(
+    {
+        "none": lambda model, steps: {},
+        "default": lambda model, steps: {"synthesizer": future(model, steps)},
+        "dense": dense,
+        "exact": lambda model, steps: {"synthesizer": dni.ExactFuture(model, token_losses, steps=4)},
+        "past": lambda model, steps: {"synthesizer": future(model, steps, predict="past", predict_steps=8)},
+        "future and past": lambda model, steps: {"synthesizer": future(model, steps, predict="both", predict_steps=8)},
+        "basic": basic,
+        "regressed horizons": heads,
+        "least squares": solved,
+    }
+)
+"""Kinds of trainers by name: what each adds to plain truncated BPTT."""
+
+LOOKAHEAD = 8
+"""Steps after the last window that every kind of the identities may read; the default reads K T of them."""
+
+
+def trainer_of(kind: str, model: LanguageModel, steps: int, device: torch.device, lr: float = 1e-3) -> dni.SequenceTrainer:
+    """Returns a trainer of `model` with fused Adam and the synthesizer of a kind."""
+    settings = KINDS[kind](model, steps)
+    like = model.projection.weight
+    synthesizer: nn.Module | None = settings.get("synthesizer")
+    if synthesizer is not None:
+        synthesizer.to(device, like.dtype)
+        learned = [parameter for parameter in synthesizer.parameters() if parameter.requires_grad]
+        if learned:
+            settings["synthesizer_optimizer"] = torch.optim.Adam(learned, lr, fused=True)
+    optimizer = torch.optim.Adam(model.parameters(), lr, fused=True)
+    return dni.SequenceTrainer(model, optimizer, token_losses, clip=1.0, **settings)
+
+
+def step(trainer: dni.SequenceTrainer, window: dni.Window) -> Tensor:
+    """Makes a step; a synthesizer that reads no lookahead gets none. Returns the loss, 0-d."""
+    reads = trainer.credit is not None and not isinstance(trainer.credit.synthesizer, dni.Normalized)
+    return trainer.step(window.inputs, window.targets, lookahead=window.lookahead if reads else None).loss
+
+
+class PlainLoop:
+    """Truncated BPTT as people write it: zero_grad, forward, backward, clip, step, detach.
+
+    Args:
+        model: the language model.
+        lr: learning rate of fused Adam.
+    """
+
+    def __init__(self, model: LanguageModel, lr: float = 1e-3) -> None:
+        self.model = model
+        self.optimizer = torch.optim.Adam(model.parameters(), lr, fused=True)
+        self.state: Any = None
+
+    def step(self, window: dni.Window) -> None:
+        """Makes a step."""
+        if self.state is None:
+            self.state = self.model.initial_state(window.inputs.shape[1])
+        self.optimizer.zero_grad()
+        logits, state = self.model(window.inputs, tuple(leaf.detach() for leaf in self.state))
+        token_losses(logits, window.targets).mean().backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.state = state

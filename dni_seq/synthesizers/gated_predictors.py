@@ -1,0 +1,269 @@
+"""Predictors that reach far: one reading of the state, and a learned gate for each step before or after it.
+
+`FutureModel` gives every part of its steps weights of its own, which far steps are too many for. Here all steps share one
+product with the state, and a gate selects what a step needs of it. A predictor of the past needs no future, so it is the one
+that serves a live stream.
+
+Source: ours. Trinh et al. 2018, arXiv 1803.00144, unroll a second network from a state to predict or reconstruct; here no
+network is unrolled. Predicting states of the world from a memory: Sun et al. 2017, "Predictive-State Decoders", arXiv
+1709.08520.
+
+Legend: B = lanes, S = numbers in one lane's packed state, m = reach in steps, n = steps in the loss, E = width of an encoded
+input, F = units, Q = width of the outputs that `loss_fn` takes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dni_seq.core import states
+from dni_seq.core.windows import check_unreduced, next_steps, previous_steps
+from dni_seq.synthesizers.predictor import Predictor, StepLosses
+
+CONTEXT_UNITS = 64
+"""Default units of the GRU that reads the inputs ahead."""
+
+LARGEST_WEIGHT = 8.0
+"""Limit on the weight of a drawn step, which stands for all steps of its stretch."""
+
+
+class Offsets(nn.Module):
+    """Chooses the steps of a long reach that one call predicts: all of them, or one of each of n stretches.
+
+    The stretches grow with the distance: their bounds are spaced evenly on a logarithmic scale. A step that stands for a
+    stretch of w steps has the weight w, at most `LARGEST_WEIGHT`, so that up to this limit the expected loss is that of all
+    steps.
+
+    Args:
+        steps: m, the reach.
+        draws: n, the number of stretches; None for all steps.
+
+    Attributes:
+        count: number of steps of a call.
+
+    Raises:
+        ValueError: `draws` is not between 1 and m.
+    """
+
+    first: Tensor
+    lengths: Tensor
+
+    def __init__(self, steps: int, draws: int | None) -> None:
+        super().__init__()
+        if draws is not None and not 1 <= draws <= steps:
+            raise ValueError(f"draws must be between 1 and the {steps} steps of the reach, got {draws}")
+        self.count = steps if draws is None else draws
+        self.draws = draws
+        bounds = stretches(steps, self.count)
+        self.register_buffer("first", torch.tensor(bounds[:-1]), persistent=False)
+        self.register_buffer("lengths", torch.tensor(bounds).diff(), persistent=False)
+
+    def forward(self) -> tuple[Any, Tensor | None]:
+        """Returns the chosen steps, [n] or a slice of all, and their weights [n, 1], None for 1."""
+        if self.draws is None:
+            return slice(None), None
+        drawn = (torch.rand(self.count, device=self.first.device) * self.lengths).long()
+        return self.first + drawn.minimum(self.lengths - 1), self.lengths.clamp(max=LARGEST_WEIGHT)[:, None]
+
+
+def stretches(steps: int, count: int) -> list[int]:
+    """Returns the bounds of `count` stretches of 0..steps that grow evenly on a logarithmic scale, one step or more each."""
+    bounds = [0]
+    for left in range(count, 0, -1):
+        # The ratio that the stretches still to come would have, counted from one step before the first.
+        ratio = ((steps + 1) / (bounds[-1] + 1)) ** (1 / left)
+        bounds.append(min(max(bounds[-1] + 1, round((bounds[-1] + 1) * ratio) - 1), steps - left + 1))
+    return bounds
+
+
+class GatedFuture(Predictor):
+    """Predicts the outputs of the next m steps from a state and the inputs up to each of them.
+
+        z_j = tanh(W s) ⊙ tanh(V c_j + b_j),   q_j = D z_j,   c_j = GRU(x_1 .. x_j)        j = 1..m
+
+    x_j is the encoded input of step j after the state, q_j its predicted output. W, V, b_j, D and the GRU are learned.
+
+    Source: ours; Trinh et al. 2018, arXiv 1803.00144, unroll a second network from the state.
+
+    Args:
+        size: S, the width of a lane's packed state.
+        steps: m, the reach.
+        inputs: module from `Lookahead.inputs` [m, B, ...] to [m, B, E]. It is registered as a submodule.
+        inputs_width: E.
+        outputs: Q.
+        loss_fn: `loss_fn(outputs [n, B, Q], targets [n, B, ...])`, unreduced losses [n, B].
+        units: F.
+        draws: number of steps in the loss of a call, drawn as `Offsets` says; None for all m.
+
+    Raises:
+        ValueError: `steps`, `outputs` or `units` is not positive, or `draws` exceeds m.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        steps: int,
+        *,
+        inputs: nn.Module,
+        inputs_width: int,
+        outputs: int,
+        loss_fn: Callable[[Tensor, Tensor], Tensor],
+        units: int = 256,
+        draws: int | None = None,
+    ) -> None:
+        super().__init__()
+        _check_positive("GatedFuture", steps=steps, outputs=outputs, units=units)
+        self.steps = steps
+        self.loss_fn = loss_fn
+        self.offsets = Offsets(steps, draws)
+        self.inputs = inputs
+        self.read = nn.Linear(size, units)
+        self.context = nn.GRU(inputs_width, CONTEXT_UNITS)
+        self.gate = nn.Linear(CONTEXT_UNITS, units, bias=False)
+        self.gate_bias = nn.Parameter(torch.zeros(steps, 1, units))
+        self.output = nn.Linear(units, outputs)
+
+    @property
+    def predicted(self) -> int:
+        """n, the number of losses of a lane."""
+        return self.offsets.count
+
+    def losses(self, flats: Tensor, context: Any) -> StepLosses:
+        """Computes the losses of the chosen steps from states [1, B, S].
+
+        Raises:
+            ValueError: the context does not hold a `Lookahead` of at least m steps, or `loss_fn` does not return [n, B].
+        """
+        ahead = next_steps(context, self.steps)
+        encoded, _ = self.context(self.inputs(ahead.inputs) * ahead.valid[..., None])
+        chosen, weights = self.offsets()
+        ahead = ahead.map(lambda tensor: tensor[chosen])
+        gates = torch.tanh(self.gate(encoded[chosen]) + self.gate_bias[chosen])
+        outputs = self.output(torch.tanh(self.read(flats)) * gates)
+        losses = self.loss_fn(outputs, ahead.targets)
+        check_unreduced(losses, ahead)
+        return StepLosses(losses, ahead.counts, weights)
+
+
+class GatedPast(Predictor):
+    """Predicts the inputs of the last m steps from a state.
+
+        z_j = tanh(W s) ⊙ g_j,   q_j = D z_j        j = 0..m-1
+
+    q_j predicts the input j steps before the one that led to the state. W, g_j and D are learned.
+
+    Source: ours; Trinh et al. 2018, arXiv 1803.00144, reconstruct earlier inputs with a second network.
+
+    Args:
+        size: S, the width of a lane's packed state.
+        steps: m, the reach.
+        outputs: Q.
+        loss_fn: `loss_fn(outputs [n, B, Q], inputs [n, B, ...])`, unreduced losses [n, B].
+        units: F.
+        draws: number of steps in the loss of a call, drawn as `Offsets` says; None for all m.
+
+    Raises:
+        ValueError: `steps`, `outputs` or `units` is not positive, or `draws` exceeds m.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        steps: int,
+        *,
+        outputs: int,
+        loss_fn: Callable[[Tensor, Any], Tensor],
+        units: int = 256,
+        draws: int | None = None,
+    ) -> None:
+        super().__init__()
+        _check_positive("GatedPast", steps=steps, outputs=outputs, units=units)
+        self.past_steps = steps
+        self.loss_fn = loss_fn
+        self.offsets = Offsets(steps, draws)
+        self.read = nn.Linear(size, units)
+        self.gate = nn.Parameter(torch.randn(steps, 1, units))
+        self.output = nn.Linear(units, outputs)
+
+    @property
+    def predicted(self) -> int:
+        """n, the number of losses of a lane."""
+        return self.offsets.count
+
+    def losses(self, flats: Tensor, context: Any) -> StepLosses:
+        """Computes the losses of the chosen steps from states [1, B, S].
+
+        Raises:
+            ValueError: the context does not hold a `Past` of at least m steps, or `loss_fn` does not return [n, B].
+        """
+        past = previous_steps(context, self.past_steps)
+        chosen, weights = self.offsets()
+        inputs = states.map_tensors(lambda tensor: tensor[chosen], past.inputs)
+        valid = past.valid[chosen]
+        losses = self.loss_fn(self._outputs(torch.tanh(self.read(flats[0])), self.gate[chosen]), inputs)
+        if losses.shape != valid.shape:
+            raise ValueError(f"loss_fn must return unreduced losses {list(valid.shape)}, got {list(losses.shape)}")
+        return StepLosses(losses, valid, weights)
+
+    def _outputs(self, read: Tensor, gates: Tensor) -> Tensor:
+        """Returns D (tanh(W s) ⊙ g_j) [n, B, Q] from tanh(W s) [B, F] and gates [n, 1, F], by the smaller product."""
+        if self.output.out_features >= len(read):
+            return self.output(read * gates)
+        weights = (self.output.weight * gates).flatten(0, 1)  # [n Q, F]
+        found = F.linear(read, weights).unflatten(1, (len(gates), -1))
+        return found.transpose(0, 1) + self.output.bias
+
+
+class JointPredictor(Predictor):
+    """Predicts the steps of several predictors, such as the future and the past; their losses are summed.
+
+    Source: ours.
+
+    Args:
+        predictors: predictors of one part each.
+
+    Raises:
+        ValueError: there is no predictor, or one has several parts.
+    """
+
+    def __init__(self, predictors: Sequence[Predictor]) -> None:
+        super().__init__()
+        if not predictors or any(predictor.parts != 1 for predictor in predictors):
+            raise ValueError("JointPredictor needs one predictor or more, with one part each")
+        self.predictors = nn.ModuleList(predictors)
+        self.steps = max(predictor.steps for predictor in predictors)
+        self.past_steps = max(predictor.past_steps for predictor in predictors)
+
+    @property
+    def _members(self) -> list[Predictor]:
+        return [predictor for predictor in self.predictors if isinstance(predictor, Predictor)]
+
+    @property
+    def predicted(self) -> int:
+        """n, the number of losses of a lane."""
+        return sum(predictor.predicted for predictor in self._members)
+
+    def losses(self, flats: Tensor, context: Any) -> StepLosses:
+        """Computes the losses of all predictors from states [1, B, S]."""
+        found = [predictor.losses(flats, context) for predictor in self._members]
+        losses, counts = torch.cat([each.losses for each in found]), torch.cat([each.counts for each in found])
+        return StepLosses(losses, counts, _joined_weights(found))
+
+
+def _joined_weights(found: Sequence[StepLosses]) -> Tensor | None:
+    """Returns the weights of several losses, [n, 1], None if all are 1."""
+    if all(each.weights is None for each in found):
+        return None
+    rows = [each.losses.new_ones(len(each.losses), 1) if each.weights is None else each.weights for each in found]
+    return torch.cat(rows)
+
+
+def _check_positive(owner: str, **values: int) -> None:
+    for name, value in values.items():
+        if value < 1:
+            raise ValueError(f"{owner}: {name} must be positive, got {value}")
