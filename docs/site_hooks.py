@@ -33,24 +33,7 @@ OUTSIDE: Mapping[str, str] = MappingProxyType(
 MOVED: Mapping[str, str] = MappingProxyType({"README.md#tensorboard": "reference/tensorboard.md"})
 """Sections that older pages still look for in README, and their places in the site."""
 
-IF_WRITTEN = ("faq.md",)
-"""Pages that leave the menu while they do not exist."""
-
 LINK = re.compile(r"(\]\()([^)\s#]+)(#[^)\s]*)?\)")
-
-
-def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Removes pages that are not written yet from the menu."""
-    missing = [name for name in IF_WRITTEN if not (ROOT / "docs" / name).exists()]
-    for section in config.nav or []:
-        for title, entries in section.items():
-            section[title] = [entry for entry in entries if not _is_of(entry, missing)]
-    return config
-
-
-def _is_of(entry: str | dict[str, str], names: list[str]) -> bool:
-    """Whether an entry of the menu is one of these pages."""
-    return (entry if isinstance(entry, str) else next(iter(entry.values()))) in names
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
