@@ -96,7 +96,17 @@ def equal_text() -> list[str]:
         f"{mean(pilots(method, dataset='ptb', epochs=1, lr=rate)):.1f}"
         for method, rate in (("none", 2e-3), ("multi-horizon", 1e-3))
     ]
+    echoes = [f"{mean(echo(column)):.2f}" for column in ("truncated", "default", "exact future")]
+    echoes[-1] += " (10 steps)"
+    rows.append(row(f"delayed echo, LRU, bits ↓ (exact traces: {mean(echo('exact traces')):.2f})", 1, [*echoes, NO_RUN]))
     return [*rows, row("words, one epoch, perplexity ↓", 5, [*words, NO_RUN, NO_RUN])]
+
+
+def echo(column: str) -> list[float]:
+    """Bits of error on the delayed echo with an LRU, by seed, from estimators.jsonl's runs over the whole text."""
+    wanted = {"task": "echo", "column": f"lru: {column}", "share": 1.0}
+    whole = [line for line in lines("estimators") if all(line.get("trial", {}).get(k) == v for k, v in wanted.items())]
+    return [line["score"] for line in whole if line["trial"]["seed"] in SEEDS]
 
 
 def equal_time() -> list[str]:
