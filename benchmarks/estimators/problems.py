@@ -22,7 +22,7 @@ from dni_seq.models.language_model import LanguageModel, token_losses
 from dni_seq.models.recurrent import state_cells
 from dni_seq.models.vector_rnn import VectorRNN
 from dni_seq.streams import WindowStream, digits, open_corpus
-from dni_seq.streams.algorithmic_tasks import Sequences, Stage, Task, TaskStream, mean_error
+from dni_seq.streams.algorithmic_tasks import Sequences, Stage, Task, TaskStream, input_losses, mean_error
 from dni_seq.streams.tokenizer_factory import train_tokenizer
 from dni_seq.synthesizers.for_model import EMBED
 
@@ -113,8 +113,10 @@ class Sequential(Problem):
     def spec(self, model: Any) -> ModelSpec:
         """As the command for tasks builds it."""
         example, cells = model.initial_state(1), state_cells(model.rnn)
-        outputs = self.task.target_size
-        return ModelSpec(model, self.losses, example=example, cells=cells, encode=self.encode, outputs=outputs)
+        sizes: dict[str, Any] = {"outputs": self.task.target_size, "inputs": self.task.input_size}
+        return ModelSpec(
+            model, self.losses, example=example, cells=cells, encode=self.encode, past_loss=input_losses, **sizes
+        )
 
 
 class EchoTask(Task):
@@ -245,7 +247,8 @@ class Characters(Problem):
             return nn.Embedding(self.vocabulary, EMBED), nn.Embedding(self.vocabulary, EMBED)
 
         example, cells = model.initial_state(1), state_cells(model.rnn)
-        return ModelSpec(model, token_losses, example=example, cells=cells, encode=encode, outputs=self.vocabulary)
+        sizes: dict[str, Any] = {"outputs": self.vocabulary, "inputs": self.vocabulary}
+        return ModelSpec(model, token_losses, example=example, cells=cells, encode=encode, past_loss=token_losses, **sizes)
 
 
 def problem(name: str, data: Path) -> Problem:

@@ -14,7 +14,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from dni_seq.app.decoupled import train
-from dni_seq.app.runs.metrics_file import METRICS, read_curves
+from dni_seq.app.runs.metrics_file import read_curves
+from dni_seq.app.runs.trackers import METRICS
 from dni_seq.distributed.decoupled_parts import RemoteEnd, remote_end
 from dni_seq.distributed.process_group import Ranks
 from dni_seq.models.two_part import RecentTokens, two_part_language_model

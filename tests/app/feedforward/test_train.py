@@ -19,7 +19,8 @@ from torch.nn import functional as F
 import dni_seq as dni
 from dni_seq.app.feedforward import train as train_feedforward
 from dni_seq.app.feedforward.train import FeedForwardOptions
-from dni_seq.app.runs.metrics_file import METRICS, read_curves
+from dni_seq.app.runs.metrics_file import read_curves
+from dni_seq.app.runs.trackers import METRICS
 from dni_seq.app.studies import feedforward_table, reproduce
 from dni_seq.app.studies.records import read_lines
 from dni_seq.models import feedforward

@@ -1,0 +1,80 @@
+"""Draws the study: perplexity by words over CPU time, and lengths copied over CPU time. Needs matplotlib.
+
+python benchmarks/predictive_messages/draw.py
+    Writes docs/images/predictive_messages.svg from docs/results/predictive_messages.jsonl.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+from copying import kind_of, seconds_at, update_times
+from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
+from trials import Line, lines_by_key
+
+mpl.use("svg")
+mpl.rcParams["svg.hashsalt"] = "dni_seq"  # the same bytes each time
+from matplotlib import pyplot as plt  # noqa: E402
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "docs" / "results" / "predictive_messages.jsonl"
+PICTURE = ROOT / "docs" / "images" / "predictive_messages.svg"
+
+WORDS = {
+    "none": "truncated BPTT",
+    "exact": "exact gradient of 4 steps",
+    "multi-token": "multi-token heads",
+    "multi-horizon": "synthesizer, T = 5",
+    "dense": "dense messages, T = 35",
+}
+COPYING = {("none", 40): "truncated BPTT, T = 40", ("past", 4): "past, T = 4", ("far and past", 4): "far and past, T = 4"}
+
+
+def draw_words(axes: Axes, lines: list[Line]) -> None:
+    """Draws the best validation perplexity of each method at each budget, seed 1."""
+    for method, name in WORDS.items():
+        best: dict[float, float] = {}
+        for line in lines:
+            trial = line["trial"]
+            if trial["task"] == "words" and trial["method"] == method and trial["seed"] == 1 and "budget" in trial:
+                best[trial["budget"]] = min(line["valid"], best.get(trial["budget"], float("inf")))
+        if best:
+            budgets = sorted(best)
+            axes.plot([200 * budget for budget in budgets], [best[budget] for budget in budgets], "o-", label=name)
+    axes.set(xlabel="CPU seconds of a run", ylabel="validation perplexity", title="Penn Treebank by words")
+    axes.legend(frameon=False)
+
+
+def draw_copying(axes: Axes, lines: list[Line], times: Any) -> None:
+    """Draws when each length was solved, the longest run of each method."""
+    for (method, bptt), name in COPYING.items():
+        chosen = [
+            line
+            for line in lines
+            if (line["trial"]["task"], line["trial"]["method"], line["trial"]["T"]) == ("copy", method, bptt)
+        ]
+        if not chosen:
+            continue
+        longest = max(chosen, key=lambda line: (line["solved"], -line["updates"]))
+        time_of = times[kind_of(longest["trial"])]
+        seconds = [seconds_at(point, time_of) for point in longest["curve"]]
+        axes.step(seconds, [point[0] for point in longest["curve"]], where="post", label=name)
+    axes.set(xlabel="CPU seconds", ylabel="vectors copied", title="Copying", xscale="log")
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.legend(frameon=False)
+
+
+def main() -> None:
+    """The command."""
+    lines = list(lines_by_key(RESULTS).values())
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    draw_words(left, lines)
+    draw_copying(right, lines, update_times(RESULTS))
+    figure.savefig(PICTURE, metadata={"Date": None})
+
+
+if __name__ == "__main__":
+    main()
