@@ -48,8 +48,8 @@ def main(steps: int = 400) -> None:
     pieces = ((text[i : i + WINDOW], text[i + 1 : i + 1 + WINDOW]) for i in range(0, steps * WINDOW, WINDOW))
     for window in dni.with_lookahead(pieces, WINDOW):
         trainer.step(window.inputs, window.targets, lookahead=window.lookahead)
-    pretrained.save(ours, "runs/pretrained_weights")  # config.json and model.safetensors
-    loaded = pretrained.load("runs/pretrained_weights")
+    ours.save_pretrained("runs/pretrained_weights")  # config.json and model.safetensors
+    loaded = LanguageModel.from_pretrained("runs/pretrained_weights")
     plain.encoder.load_state_dict(loaded.embedding.state_dict())
     plain.rnn.load_state_dict(pretrained.plain_rnn(loaded).state_dict())
     plain.decoder.load_state_dict(loaded.projection.state_dict())

@@ -8,6 +8,8 @@ Legend: T = window length, B = lanes, V = vocabulary size, E = embedding size, H
 
 from __future__ import annotations
 
+import importlib
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -103,6 +105,21 @@ class LanguageModel(nn.Module):
     def initial_state(self, lanes: int) -> Any:
         """Returns a zero state for `lanes` lanes, with the dtype and the device of the parameters."""
         return initial_state(self.rnn, lanes)
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Does what `dni_seq.integrations.pretrained.save` does: writes config.json and model.safetensors."""
+        _pretrained().save(self, directory)
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path, *, device: torch.device | str = "cpu") -> LanguageModel:
+        """Does what `dni_seq.integrations.pretrained.load` does: reads such a directory, or the best checkpoint of a run."""
+        model: LanguageModel = _pretrained().load(directory, device=device)
+        return model
+
+
+def _pretrained() -> Any:
+    # By name, since imports go one way: a model needs neither safetensors nor the code of the commands.
+    return importlib.import_module("dni_seq.integrations.pretrained")
 
 
 def token_losses(logits: Tensor, targets: Tensor) -> Tensor:

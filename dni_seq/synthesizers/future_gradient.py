@@ -157,7 +157,7 @@ class FutureGradient(PackedSynthesizer):
     ) -> FutureGradient:
         """Builds the recommended synthesizer for a model: one message for each of the next K windows.
 
-        The future model has an embedding of its own. Give windows a lookahead of `lookahead` = K T steps.
+        The predictor has an embedding of its own. Give windows a lookahead of `lookahead` steps, K T by default.
 
         Args:
             model: `model(inputs, state) -> (outputs, state)`.
@@ -166,8 +166,8 @@ class FutureGradient(PackedSynthesizer):
             vocabulary: V, if inputs and targets are token ids and the outputs are logits [T, B, V].
             outputs: Q, if inputs are vectors [T, B, E] and the outputs are [T, B, Q].
             horizons: K. Default: max(2, 4 / T), rounded up; 1 if the vocabulary exceeds `classes`, as for words.
-            classes: number of tokens that the future model distinguishes; ids from classes - 1 on share one class.
-            units: hidden units of the future model.
+            classes: number of tokens that the predictor distinguishes; ids from classes - 1 on share one class.
+            units: hidden units of the predictor.
             cells: see `FutureGradient`. Default: `LSTM_CELLS` for a model with an LSTM of PyTorch whose state is a pair.
             state: an example of the model's state. Default: `model.initial_state(1)`, or the state after `model` has run on
                 one lane of `example_inputs` from None.
@@ -175,19 +175,17 @@ class FutureGradient(PackedSynthesizer):
                 reaches; "past", the last m inputs, for which no lookahead is needed; or "both" of these.
             predict_steps: m, a multiple of K. Default: K T for "horizons", else 40. With messages inside a window, such as
                 `message_every=5` at T = 35, fewer than T are enough: 5.
-
-            batch_dim: dimension of the lanes in the state's leaves, an int or a nest. Needed if a leaf has another shape
-                than [B, H] or [L, B, H], such as a matrix for each lane.
+            batch_dim: dimension of the lanes in the state's leaves, an int or a nest; for others than [B, H] and [L, B, H].
 
         Raises:
-            ValueError: not exactly one of `vocabulary` and `outputs` is given, or `example_inputs` does not fit it.
+            ValueError: not exactly one of `vocabulary` and `outputs` is given, `example_inputs` does not fit it, or
+                `horizons` and `predict_steps` do not fit `predict`.
         """
         text = read_text(loss_fn, example_inputs, vocabulary, outputs, classes)
         future = predictor_for(text, len(example_inputs), predict, predict_steps, horizons, units)
         example = example_state(model, example_inputs) if state is None else state
         marks = lstm_cells(model, example) if cells is None else cells
-        sizes: dict[str, Any] = {"window": len(example_inputs), "limit": MESSAGE_LIMIT, "batch_dim": batch_dim}
-        found = cls(example, future, cells=marks, **sizes)
+        found = cls(example, future, window=len(example_inputs), cells=marks, limit=MESSAGE_LIMIT, batch_dim=batch_dim)
         leaf = states.floating(example)[0]
         return found.to(leaf.device, states.to_float32(leaf).dtype)
 

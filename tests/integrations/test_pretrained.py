@@ -39,6 +39,15 @@ def logits(model: LanguageModel, lanes: int = 3) -> torch.Tensor:
         return model.eval()(TOKENS, model.initial_state(lanes))[0]
 
 
+def test_a_model_has_both_as_methods(two_runs, tmp_path):
+    model = build()
+    model.save_pretrained(tmp_path / "model")
+    loaded = LanguageModel.from_pretrained(tmp_path / "model")
+    assert torch.equal(logits(loaded), logits(model))
+    of_run = LanguageModel.from_pretrained(two_runs / "none")
+    assert of_run.state_dict().keys() == pretrained.load(two_runs / "none").state_dict().keys()
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_a_saved_model_comes_back(name, tmp_path):
     model = build(**MODELS[name])
