@@ -11,6 +11,7 @@ import gzip
 import importlib
 import inspect
 import json
+import os
 import re
 import shlex
 import shutil
@@ -116,6 +117,20 @@ def test_paragraphs_are_short(page):
         if lines and not lines[0].startswith(("|", "#", "<", "!", ":")):
             assert len(lines) <= (4 if page == README else 5), paragraph
             assert all(len(line) <= 160 for line in lines), paragraph
+
+
+def test_a_public_host_runs_the_checks_of_the_repository():
+    yaml = pytest.importorskip("yaml", reason="PyYAML, of the extras dev and docs, is not installed")
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8"))
+    steps = workflow["jobs"]["check"]["steps"]
+    commands = [step["run"] for step in steps if "run" in step]
+    assert commands == [".ci/run"]
+    assert os.access(ROOT / commands[0], os.X_OK)
+    assert next(step["uses"].split("@")[0] for step in steps if "uses" in step) == "actions/checkout"
+    oldest = re.search(r'requires-python = ">=3\.(\d+)"', (ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    (version,) = [step["with"]["python-version"] for step in steps if "python-version" in step.get("with", {})]
+    assert oldest is not None
+    assert int(version.split(".")[1]) >= int(oldest[1])
 
 
 def test_the_picture_is_what_its_script_draws():
