@@ -1,7 +1,7 @@
 """Records the settings that the pictures of docs/images show: python -m docs.images.settings PICTURE...
 
-Run it after a picture has been made. A test compares the record with the defaults of the code and with the pictures' files, so
-that no picture shows an older default than the code has, and no new picture lacks a record.
+Run it after a picture has been made. A test compares the record with the defaults of the code, and with the files of the
+pictures. No picture then shows an older default than the code has, and no new picture lacks a record.
 """
 
 from __future__ import annotations
