@@ -119,6 +119,17 @@ def test_paragraphs_are_short(page):
             assert all(len(line) <= 160 for line in lines), paragraph
 
 
+def test_limitations_quote_the_comparison_of_estimators():
+    """Where this fails: docs/about/limitations.md, numbers 27 and 28"""
+    rows = (ROOT / "docs" / "estimators.md").read_text(encoding="utf-8").split("\n**digits**\n")[0].splitlines()
+    closed = {tuple(row.split(" | ")[:2]): row.split(" | ")[4] for row in rows if row.count(" | ") == 10}
+    text = (ROOT / "docs" / "about" / "limitations.md").read_text(encoding="utf-8")
+    assert f"Exact traces close {closed['| lru', 'exact traces, T = 1']} of the gap" in text
+    assert f"frozen they close {closed['| lru', 'exact traces, fixed input, T = 1']}" in " ".join(text.split())
+    snap1, factored = closed["| lstm", "SnAp-1, T = 1"], closed["| lstm", "factored traces, T = 1"]
+    assert f"SnAp-1 closes {snap1} of the gap and factored traces {factored}." in text
+
+
 def test_a_public_host_runs_the_checks_of_the_repository():
     yaml = pytest.importorskip("yaml", reason="PyYAML, of the extras dev and docs, is not installed")
     workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8"))
