@@ -1,7 +1,8 @@
 """How the cost of a step grows, one quantity at a time, and what credit of a given reach takes in memory; drawn.
 
 python benchmarks/growth.py --output docs/results/growth.jsonl --pictures docs/images
-    Every point in a process of its own, five minutes on two cores; pictures need matplotlib.
+    Every point in a process of its own, five minutes on two cores; pictures need matplotlib. Then record the settings:
+    python -m docs.images.settings growth.png memory.png
 python benchmarks/growth.py --only lanes horizons
     Some of it.
 python benchmarks/growth.py --draw --output docs/results/growth.jsonl --pictures docs/images

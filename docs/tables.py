@@ -17,6 +17,9 @@ from unittest import mock
 
 import dni_seq
 from dni_seq.app import cli
+from dni_seq.app.decoupled.train import DecoupledOptions
+from dni_seq.app.decoupled.train_multi_timescale import SlowTickingOptions
+from dni_seq.app.feedforward.train import FeedForwardOptions
 from dni_seq.app.lm.options import PRESETS, LanguageModelOptions
 from dni_seq.app.runs.invocation import as_called
 from dni_seq.app.runs.options import OneLineParser, default_of, flag, groups
@@ -48,10 +51,10 @@ def options() -> list[str]:
     return [*options_of(LanguageModelOptions), *rows, config]
 
 
-def task_options() -> list[str]:
-    """The options of `dni-seq tasks`."""
+def options_and_file(cls: type) -> Callable[[], list[str]]:
+    """A function that returns a row for each option of a command's dataclass, and one for `--config`."""
     config = "| `--config` | options from a JSON file, as a run's config.json is; below the command line | |"
-    return [*options_of(TaskOptions), "| **from elsewhere** | | |", config]
+    return lambda: [*options_of(cls), "| **from elsewhere** | | |", config]
 
 
 def keys() -> list[str]:
@@ -93,19 +96,19 @@ class _Found(Exception):
     """Carries a command's parser out of the command."""
 
 
-def parser_of(name: str) -> argparse.ArgumentParser:
-    """The parser of a `dni-seq` command."""
+def parser_of(module: str) -> argparse.ArgumentParser:
+    """The parser of the command in a module."""
 
     def stop(parser: argparse.ArgumentParser, *_: object) -> None:
         raise _Found(parser)
 
     with mock.patch.object(OneLineParser, "parse_args", stop):
         try:
-            importlib.import_module(cli.COMMANDS[name][0]).main([])
+            importlib.import_module(module).main([])
         except _Found as found:
             parser: argparse.ArgumentParser = found.args[0]
             return parser
-    raise ValueError(f"dni-seq {name} has parsed nothing")
+    raise ValueError(f"{module} has parsed nothing")
 
 
 def rows_of(parser: argparse.ArgumentParser, title: str) -> list[str]:
@@ -118,17 +121,19 @@ def rows_of(parser: argparse.ArgumentParser, title: str) -> list[str]:
                 rows += rows_of(below, f"{title} {part}")
         else:
             shown = ", ".join(action.option_strings) or str(action.metavar or action.dest)
-            listed = f" ({', '.join(map(str, action.choices))})" if action.choices else ""
-            rows.append(f"| `{shown}` | {(action.help or '').replace('|', chr(92) + '|')}{listed} |")
+            choices = [str(choice) for choice in action.choices or ()]
+            listed = f" ({('; ' if any(',' in choice for choice in choices) else ', ').join(choices)})" if choices else ""
+            meaning = (action.help or "").replace("%(default)s", str(action.default)).replace("|", "\\|")
+            rows.append(f"| `{shown}` | {meaning}{listed} |")
     return rows
 
 
-def arguments_of(name: str) -> Callable[[], list[str]]:
-    """A function that returns a row for each argument of a `dni-seq` command."""
+def arguments_of(called: str, module: str) -> Callable[[], list[str]]:
+    """A function that returns a row for each argument of the command in a module, in the words of a call as `called`."""
 
     def rows() -> list[str]:
-        with mock.patch.object(sys, "argv", [f"dni-seq {name}"]):
-            found = rows_of(parser_of(name), f"dni-seq {name}")
+        with mock.patch.object(sys, "argv", [called]):
+            found = rows_of(parser_of(module), called)
             return ["| argument | meaning |", "|---|---|", *map(as_called, found)]
 
     return rows
@@ -141,8 +146,16 @@ TABLES: Mapping[str, Mapping[str, Table]] = MappingProxyType(
         "README.md": {"benefits": benefits},
         "docs/reference/train.md": {"options": options},
         "docs/reference/commands.md": {
-            "task options": task_options,
-            **{name: arguments_of(name) for name in ("evaluate", "sample", "compare", "reproduce")},
+            "task options": options_and_file(TaskOptions),
+            **{
+                name: arguments_of(f"dni-seq {name}", cli.COMMANDS[name][0])
+                for name in ("evaluate", "sample", "compare", "reproduce")
+            },
+            "train_feedforward": options_and_file(FeedForwardOptions),
+            "train_decoupled": options_and_file(DecoupledOptions),
+            "train_slow_ticking": options_and_file(SlowTickingOptions),
+            "soak": arguments_of("soak.py", "dni_seq.app.studies.soak"),
+            "gpu_check": arguments_of("gpu_check.py", "dni_seq.app.gpu_check.check"),
         },
         "docs/reference/tensorboard.md": {"keys": keys},
         "docs/reference/api.md": {"api": api},

@@ -2,7 +2,8 @@
 
 The first step of a corridor shows left or right, and at its end the policy has to turn that way: half the turns are right
 by chance. A replayed sequence starts at the cue or in the middle of the corridor, from the state of an older policy. Its
-first steps update the state and count in no loss.
+first steps update the state and count in no loss. A sequence is one window; the baseline is truncated BPTT, which cuts it
+into windows of SHORT steps, so that no gradient reaches the cue from the end.
 """
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 import dni_seq as dni
 
-CORRIDOR, LANES, UNITS, BURN_IN = 10, 64, 32, 2
+CORRIDOR, LANES, UNITS, BURN_IN, SHORT = 20, 64, 32, 2, 2
 
 
 class Policy(nn.Module):
@@ -40,20 +41,28 @@ def losses(values: Tensor, targets: tuple[Tensor, Tensor]) -> Tensor:
     return (values.gather(-1, targets[0][..., None])[..., 0] - targets[1]).square()  # [T, B]
 
 
-def main(updates: int = 240) -> None:
-    torch.set_num_threads(1)  # tensors are small: a second thread would only wait
+def learn(steps: int, updates: int) -> list[float]:
+    """Trains a policy in windows of so many steps; returns the share of right turns after each update."""
     torch.manual_seed(0)
-    policy, memory = Policy(), []
+    policy, memory, right = Policy(), [], []
     trainer = dni.SequenceTrainer(policy, torch.optim.Adam(policy.parameters(), lr=5e-3), losses, clip=1.0)
-    for update in range(1, updates + 1):
+    for _ in range(updates):
         memory = [*memory, play(policy, epsilon=0.2)][-20:]
         seen, turns, reward, states = memory[torch.randint(len(memory), ())]
         start = int(torch.randint(2, ())) * CORRIDOR // 2
         trainer.state = states[start]
-        for window in dni.burn_in([(seen[start:], (turns[start:], reward[start:]))], BURN_IN):
+        cuts = [slice(begin, min(begin + steps, CORRIDOR)) for begin in range(start, CORRIDOR, steps)]
+        for window in dni.burn_in([(seen[cut], (turns[cut], reward[cut])) for cut in cuts], BURN_IN):
             trainer.step(window.inputs, window.targets, mask=window.mask)
-        if update % (updates // 6) == 0:
-            print(f"update {update}: {float(play(policy, epsilon=0.0)[2].mean()):.0%} of the turns are right")
+        right.append(float(play(policy, epsilon=0.0)[2].mean()))
+    return right
+
+
+def main(updates: int = 240) -> None:
+    torch.set_num_threads(1)  # tensors are small: a second thread would only wait
+    whole, cut, each = torch.tensor(learn(CORRIDOR, updates)), torch.tensor(learn(SHORT, updates)), updates // 6
+    for a, b, update in zip(whole.split(each), cut.split(each), range(each, updates + 1, each), strict=False):
+        print(f"to update {update}: {a.mean():.0%} of the turns right; by truncated BPTT, T = {SHORT}, {b.mean():.0%}")
 
 
 if __name__ == "__main__":

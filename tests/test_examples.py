@@ -46,9 +46,13 @@ def test_custom_rnn_learns_and_leaves_a_curve(run, tmp_path):
 
 
 def test_custom_synthesizer_sees_more_than_the_state(run):
-    (state_alone,), (reads_back,) = run("custom_synthesizer", 150)
+    (truncated,), (plain, state_alone), (loss, reads_back) = run("custom_synthesizer", 150)
     assert reads_back > 0.15
     assert abs(state_alone) < 0.1
+    # Uniform over the characters is 4.6 nats; in so short a run a synthesizer brings little.
+    assert 2 < truncated < 3.6
+    assert plain == pytest.approx(truncated, abs=0.2)
+    assert loss == pytest.approx(truncated, abs=0.2)
 
 
 def test_time_series_messages_get_truer_with_what_is_known(run):
@@ -59,11 +63,12 @@ def test_time_series_messages_get_truer_with_what_is_known(run):
 
 
 def test_recurrent_policy_learns_to_remember(run):
-    points = run("recurrent_policy", 180)
-    assert [update for update, _ in points] == [30, 60, 90, 120, 150, 180]
+    points = run("recurrent_policy", 210)
+    assert [update for update, *_ in points] == [35, 70, 105, 140, 175, 210]
     assert points[0][1] < 80  # chance is 50
     assert points[-1][1] > 95
-    assert len((EXAMPLES / "recurrent_policy.py").read_text().splitlines()) <= 60
+    assert points[-1][-1] < 80  # truncated BPTT cannot assign the cue
+    assert len((EXAMPLES / "recurrent_policy.py").read_text().splitlines()) <= 70
 
 
 @pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # of Lightning, a name that torch has deprecated

@@ -96,7 +96,7 @@ class WindowRunner:
         return last if before is None else states.match_keys(last, before, "the model's last state", "the state before it")
 
     def run_whole(self, inputs: Nest, state: State | None) -> tuple[Any, State, State]:
-        """Does what `run` does, in the form of `run_in_two_parts`: outputs, last state, and the last state again."""
+        """Runs a window as `run` does. Returns the outputs and twice the last state, as `run_in_two_parts` with T = 1."""
         outputs, last = self.run(inputs, state)
         return outputs, last, last
 
@@ -112,8 +112,8 @@ class WindowRunner:
     def run_in_parts(self, inputs: Nest, state: State | None, steps: int) -> tuple[Any, list[State]]:
         """Runs a window `steps` steps at a time; returns the outputs of the window and the state after each part.
 
-        A model that has a method `run_in_parts(inputs, state, steps)` does it itself, which may cost less than calls of the
-        model. It is not asked to if the model is compiled.
+        If the model has a method `run_in_parts(inputs, state, steps)`, that method runs the window, which may cost less than
+        several calls of the model. For a compiled model it is not used.
         """
         own = getattr(self.model, "run_in_parts", None)
         total = len(first_tensor(inputs))
@@ -167,9 +167,10 @@ class WindowRunner:
         return states.reset_lanes(state, ends, initial, self.state_batch_dim)
 
     def check_lanes(self, state: State, lanes: int) -> None:
-        """Raises a ValueError if a state has other lanes than the inputs. Finds the lanes' dimensions if nobody gave them.
+        """Raises a ValueError if state and inputs differ in their number of lanes. Finds the state's lane dimensions.
 
-        They are the dimensions of size B. Where several have this size, the initial state of B + 1 lanes decides.
+        Dimensions that the user has not given are those of size B. If several have this size, they are those in which the
+        initial state of B + 1 lanes differs.
         """
         if self.state_batch_dim is None:
             try:

@@ -81,11 +81,9 @@ class DataParallel:
         return lambda outputs, targets: loss_fn(outputs, targets) / size
 
     def share_of_mean(self, loss: Tensor, mask: Tensor | None) -> Tensor:
-        """Returns `loss` times this rank's fraction of what is averaged over all lanes.
+        """Scales a mean over this rank's lanes so that the ranks' results add up to the mean over all lanes.
 
-        The ranks' results then add up to the mean over all lanes. The fraction is 1 / W; with a mask it is this rank's
-        counted steps divided by those of all ranks.
-
+        The factor is 1 / W. With a mask it is the number of counted steps of this rank divided by that of all ranks.
 
         Args:
             loss: 0-d, the mean over this rank's lanes; with a mask, over this rank's counted steps.

@@ -141,7 +141,7 @@ class BackwardInterface(Interface):
         batch_dim: Any,
         bootstrap: nn.Module | None,
     ) -> None:
-        """Does what `backward` does, with messages that are predicted already, by horizon."""
+        """Injects given messages, one for each horizon, at `trigger`; `backward` predicts them first."""
         leaves, scope = states.floating(trigger), current_scope()
         messages = self._checked(messages, trigger, ends, batch_dim)
         injected = self._injection(messages, rule)

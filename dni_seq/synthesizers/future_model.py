@@ -122,7 +122,7 @@ class FutureModel(Predictor):
         return len(self.from_state)
 
     def losses(self, flats: Tensor, context: Any) -> StepLosses:
-        """Computes the loss of each of the m steps from states [K, B, S], where the p-th predicts the steps of part p.
+        """Computes the loss of each of the m steps from states [K, B, S]; state p predicts the steps of part p.
 
         Raises:
             ValueError: the context does not hold a `Lookahead` of at least m steps, or `loss_fn` does not return [m, B].
@@ -132,7 +132,7 @@ class FutureModel(Predictor):
         return StepLosses(self._losses(outputs, lookahead), lookahead.counts)
 
     def _expected(self, flats: Tensor, lookahead: Lookahead) -> tuple[Tensor, Tensor]:
-        """Returns z [m, B, F] and q [m, B, Q] from states [K, B, S], where the p-th predicts the steps of part p."""
+        """Returns z [m, B, F] and q [m, B, Q] from states [K, B, S]; state p predicts the steps of part p."""
         seen = (self.from_inputs(self._recent(lookahead)) + self.from_step).unflatten(0, (self.parts, -1))
         projected = self._project_state(flats)
         reached, direct = projected[:, None].split([self.units, projected.shape[-1] - self.units], dim=-1)

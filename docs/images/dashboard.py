@@ -2,6 +2,8 @@
 
 python docs/images/dashboard.py RUNS
     RUNS holds the runs, as this command makes them; needs Chromium (Debian: apt-get install chromium).
+python -m docs.images.settings dashboard.png
+    Records the settings that the picture shows.
 
 python scripts/train_lm.py --dataset ptb --max-tokens 200000 --eval-every 400 --eval-tokens 20000 \\
     --fidelity-every 47 --synthesizer S --run-dir RUNS/S        # for S of none and multi-horizon

@@ -76,7 +76,7 @@ def draw() -> str:
     ]
     parts = [
         *row(44, "Truncated BPTT: the gradient is cut at every window's end", synthetic=False),
-        *row(176, "dni_seq: a synthesizer stands in for the windows to come", synthetic=True),
+        *row(176, "dni_seq: a synthesizer predicts the gradient of the next windows", synthetic=True),
         *legend,
     ]
     head = (
