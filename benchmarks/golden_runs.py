@@ -88,10 +88,11 @@ def record(script: Path, options: list[str]) -> dict[str, Any]:
 
     def watched(self: dni.SequenceTrainer, *args: Any, **more: Any) -> Any:
         result = step(self, *args, **more)
-        losses.append(float(result.loss))
-        if result.synthetic is not None:
-            synthetic.append(float(result.synthetic.loss))
-        trainers[:] = [self]
+        trainers.extend([] if trainers else [self])
+        if self is trainers[0]:  # a comparison of gradients steps copies
+            losses.append(float(result.loss))
+            if result.synthetic is not None:
+                synthetic.append(float(result.synthetic.loss))
         return result
 
     dni.SequenceTrainer.step = watched  # type: ignore[method-assign]
