@@ -24,6 +24,7 @@ from dni_seq.synthesizers.base import (
     Recommended,
     Regression,
     match_message,
+    past_steps,
     predict,
     predict_and_train,
     recommended,
@@ -70,7 +71,7 @@ class ExactFuture(nn.Module):
             measure its messages.
 
     Raises:
-        ValueError: `steps` or `window` is not positive, or the reduction is unknown.
+        ValueError: `steps` or `window` is not positive, the reduction is unknown, or the tail predicts the past.
     """
 
     supports_auto_scale = False
@@ -89,6 +90,10 @@ class ExactFuture(nn.Module):
         super().__init__()
         if steps < 1:
             raise ValueError(f"ExactFuture: steps must be positive, got {steps}")
+        if tail is not None and past_steps(tail):
+            raise ValueError(
+                "ExactFuture: the tail predicts the past, which is not known after the n steps: use another tail"
+            )
         self.step_weight = StepWeight("ExactFuture", window, reduction)
         self._model = (model,)  # a tuple hides the model from nn.Module, which would register it
         self.loss_fn = loss_fn

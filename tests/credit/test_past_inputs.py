@@ -202,3 +202,10 @@ def test_batch_first_inputs_are_refused():
         dni.SequenceTrainer(
             model, torch.optim.SGD(model.parameters(), 0.1), problems.unreduced, synthesizer=synthesizer, batch_dim=0
         )
+
+
+def test_it_is_no_tail_of_an_exact_future():
+    model = problems.make_model("lstm")
+    tail = dni.FutureGradient(trainer_initial(model), past, cells=model.cells).double()
+    with pytest.raises(ValueError, match="the tail predicts the past"):
+        dni.ExactFuture(model, problems.unreduced, steps=2, tail=tail)
