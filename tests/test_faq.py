@@ -76,7 +76,7 @@ def test_its_arguments_exist():
             assert argument in parameters[name]
             found += 1
     assert found == 4
-    assert "batch_dim" not in inspect.signature(dni.FutureGradient.for_model).parameters
+    assert "batch_dim" in inspect.signature(dni.FutureGradient.for_model).parameters
     assert "state_batch_dim" in parameters["SequenceTrainer"]
 
 
