@@ -88,8 +88,8 @@ def record(script: Path, options: list[str]) -> dict[str, Any]:
 
     def watched(self: dni.SequenceTrainer, *args: Any, **more: Any) -> Any:
         result = step(self, *args, **more)
-        trainers.extend([] if trainers else [self])
-        if self is trainers[0]:  # a comparison of gradients steps copies
+        trainers[:] = [self]
+        if self.model.training:  # a comparison of gradients steps the model in evaluation mode
             losses.append(float(result.loss))
             if result.synthetic is not None:
                 synthetic.append(float(result.synthetic.loss))
