@@ -186,7 +186,7 @@ class SequenceTrainer(TrainerSettings):
     def _step(self, window: RecordedWindow, lookahead: Lookahead | None, transaction: StepTransaction) -> StepResult:
         """Performs one step on a checked window whose first state is `window.start`."""
         start, credit = window.start, self.credit
-        around = WindowContexts(window, self._stream.inputs.before(window), lookahead)
+        around = self._stream.inputs.around(window, lookahead)
         context = around.after(0) if around.known and credit is not None and credit.looks_back else None
         self._gradients.clear()
         parts = (self.runner, credit, self._stream)
@@ -200,26 +200,26 @@ class SequenceTrainer(TrainerSettings):
         on_host = nonfinite.readable_without_sync(good) or start is None or not supports_found_inf(self.optimizer)
         last = states.detach_clone(last)
         if on_host and not good:
-            return self._skip_step(window, result, transaction, last)
+            return self._skip_step(around, result, transaction, last)
         # Everything that may fail runs before the optimizers' steps, which cannot be undone.
         passed = good if on_host else good | nothing_counts(measured, window.targets)
         next_state = self.runner.reset(last if on_host else select_where(passed, last, start), window.ends)
         synthetic = None
         if credit is not None and exchange is not None:
             past = None if start is None else window._replace(context=context)
-            synthetic = credit.learn(exchange, past, last, around.after(len(first_tensor(window.inputs))))
+            synthetic = credit.learn(exchange, past, last, around.at_end)
         due, norm, finite = self._gradients.collect(norm, good)
         if due:
             clipped_step(self.optimizer, self.clip, norm, finite)
         if not on_host:
             self._buffers.restore_unless(good)
         self._skip_policy.count(passed)
-        self._stream.follow(window, next_state, passed)
+        self._stream.follow(around, next_state, passed)
         self.steps += 1
         return result._replace(synthetic=synthetic, events=self._events(window, result))
 
     def _skip_step(
-        self, window: RecordedWindow, result: StepResult, transaction: StepTransaction, last: State
+        self, around: WindowContexts, result: StepResult, transaction: StepTransaction, last: State
     ) -> StepResult:
         """Skips the step, and resets lanes whose state holds a NaN or an infinity.
 
@@ -228,6 +228,7 @@ class SequenceTrainer(TrainerSettings):
         Raises:
             NonFiniteError: `skip_limit` windows in a row were skipped.
         """
+        window = around.window
         empty = bool(nothing_counts(result.loss, window.targets)) and all_finite(result.outputs)
         where = "" if empty else self._diagnose(window, result)
         transaction.undo()
@@ -235,7 +236,7 @@ class SequenceTrainer(TrainerSettings):
         if self.credit is not None:
             self.credit.skip_step(loss_is_finite=bool(result.loss.isfinite()))
         if empty:
-            self._stream.follow(window, self.runner.reset(last, window.ends), torch.ones_like(result.skipped))
+            self._stream.follow(around, self.runner.reset(last, window.ends), torch.ones_like(result.skipped))
             return result
         self._stream.stay(window.start, window.ends)
         self._skip_policy.count_skipped(result.skipped, self.steps, where)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 import dni_seq as dni
-from dni_seq.models.language_model import LanguageModel, token_losses
+from dni_seq.app.gpu_check import learners
+from dni_seq.models.language_model import LanguageModel
 from dni_seq.synthesizers.target_rule import drawn
 
 T, LANES, VOCABULARY = 3, 4, 11
@@ -39,49 +39,23 @@ def windows(count, masked=False):
         mask = torch.rand(T, LANES, generator=torch.Generator().manual_seed(i)) < 0.8 if masked else None
         ends = torch.arange(LANES) == i % (LANES + 1) if masked else None
         found.append(dni.Window(text[i * T : (i + 1) * T], text[i * T + 1 : (i + 1) * T + 1], mask, ends))
-    return list(dni.with_lookahead(found, 2 * T))
+    return list(dni.with_lookahead(found, learners.LOOKAHEAD))
 
 
-def for_model(model, **given):
-    example = torch.zeros(T, LANES, dtype=torch.int64)
-    return dni.FutureGradient.for_model(model, token_losses, example_inputs=example, vocabulary=VOCABULARY, **given)
+def inside(model, steps):
+    """Messages of future and past at every state of a window."""
+    synthesizer = learners.future(model, steps, predict="both", predict_steps=5)
+    return {"synthesizer": synthesizer, "config": dni.SyntheticGradientConfig(message_every=1)}
 
 
-def encoder():
-    return dni.LookaheadEncoder(T, nn.Embedding(VOCABULARY, 4), nn.Embedding(VOCABULARY, 4))
-
-
-KINDS = {
-    "none": lambda model: {},
-    "basic": lambda model: {"synthesizer": dni.Normalized(dni.BasicSynthesizer(16, n_hidden=1))},
-    "future": lambda model: {"synthesizer": for_model(model, horizons=2)},
-    "past": lambda model: {"synthesizer": for_model(model, predict="past", predict_steps=5)},
-    "both, inside": lambda model: {
-        "synthesizer": for_model(model, predict="both", predict_steps=5),
-        "config": dni.SyntheticGradientConfig(message_every=1),
-    },
-    "horizons": lambda model: {
-        "synthesizer": dni.MultiHorizonSynthesizer(
-            model.initial_state(1), horizons=2, tail=True, cells=dni.LSTM_CELLS, hidden=(6,), encoder=encoder()
-        )
-    },
-    "exact": lambda model: {"synthesizer": dni.ExactFuture(model, token_losses, steps=4)},
-    "target network": lambda model: {
-        "synthesizer": dni.StateSynthesizer(model.initial_state(1), hidden=(6,), encoder=encoder()),
-        "config": dni.SyntheticGradientConfig(target_network=2, synthetic_scale=0.5),
-    },
-}
+KINDS = {**learners.KINDS, "both, inside": inside}
+del KINDS["least squares"]  # it reads a counter at each regression, see docs/about/limitations.md
 
 
 def trainer_of(kind):
     torch.manual_seed(0)
     model = LanguageModel(VOCABULARY, embed=6, hidden=8, layers=2)
-    optimizer = torch.optim.Adam(model.parameters(), 1e-3, fused=True)
-    settings = KINDS[kind](model)
-    if any(p.requires_grad for p in settings.get("synthesizer", nn.Identity()).parameters()):
-        learned = settings["synthesizer"].parameters()
-        settings["synthesizer_optimizer"] = torch.optim.Adam(learned, 1e-3, fused=True)
-    return dni.SequenceTrainer(model, optimizer, token_losses, clip=1.0, **settings)
+    return learners.trainer_of(KINDS[kind], model, T, torch.device("cpu"))
 
 
 @pytest.fixture
@@ -97,10 +71,8 @@ def as_on_a_gpu(monkeypatch):
 
 
 def steps(trainer, some):
-    looks = trainer.credit is not None and not isinstance(trainer.credit.synthesizer, dni.Normalized)
     for window in some:
-        lookahead = window.lookahead if looks else None
-        trainer.step(window.inputs, window.targets, mask=window.mask, ends=window.ends, lookahead=lookahead)
+        learners.step(trainer, window)
 
 
 @pytest.mark.usefixtures("as_on_a_gpu")

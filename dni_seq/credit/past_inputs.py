@@ -34,26 +34,25 @@ class PastInputs(Restorable):
         self.steps = steps
         self._past: Past | None = None
 
-    def before(self, window: RecordedWindow) -> Past | None:
-        """Returns the m inputs before a window's first state; None if nothing is kept.
+    def around(self, window: RecordedWindow, lookahead: Lookahead | None) -> WindowContexts:
+        """Returns what surrounds the states of the next window.
 
         Raises:
             ValueError: a checkpoint could not hold the window's inputs.
         """
         if not self.steps:
-            return None
-        if self._past is None:
+            return WindowContexts(window, lookahead)
+        past = self._past
+        if past is None:
             check_loadable(window.inputs, "inputs")
-            return nothing_before(window.inputs, self.steps)
-        return self._past
+            past = nothing_before(window.inputs, self.steps)
+        return WindowContexts(window, lookahead, past, past_after(window, len(first_tensor(window.inputs)), past))
 
-    def advance(self, window: RecordedWindow, passed: Tensor) -> None:
+    def advance(self, around: WindowContexts, passed: Tensor) -> None:
         """Adds the inputs of a window, unless `passed` (0-d bool) is false, and forgets those of lanes that end with it."""
-        past = self.before(window)
-        if past is not None:
-            after = past_after(window, len(first_tensor(window.inputs)), past)
-            self._past = select_where(passed, after, past)
-            self.forget(window.ends)
+        if around.past is not None:
+            self._past = select_where(passed, around.past_at_end, around.past)
+            self.forget(around.window.ends)
 
     def forget(self, lanes: Tensor | None) -> None:
         """Forgets the inputs of some lanes, [B] bool; of none if it is None."""
@@ -83,24 +82,29 @@ class WindowContexts(NamedTuple):
 
     Attributes:
         window: the window.
-        past: the m inputs before its first state; None if the synthesizer does not read the past.
         lookahead: the steps after its last state; None if the synthesizer does not read them.
+        past: the m inputs before its first state; None if the synthesizer does not read the past.
+        past_at_end: the m inputs before its last state; None likewise.
     """
 
     window: RecordedWindow
-    past: Past | None
     lookahead: Lookahead | None
+    past: Past | None = None
+    past_at_end: Past | None = None
 
     @property
     def known(self) -> bool:
         """Whether there is anything around the states."""
         return self.past is not None or self.lookahead is not None
 
+    @property
+    def at_end(self) -> Context:
+        """The context at the last state."""
+        return self.lookahead if self.past_at_end is None else Surroundings(self.past_at_end, self.lookahead)
+
     def after(self, steps: int) -> Context:
-        """Returns the context at the state after the first `steps` steps of the window."""
-        ahead = self.lookahead
-        if ahead is not None and steps < len(first_tensor(self.window.inputs)):
-            ahead = lookahead_after(self.window, steps, ahead)
+        """Returns the context at the state after the first `steps` steps of the window, fewer than all."""
+        ahead = None if self.lookahead is None else lookahead_after(self.window, steps, self.lookahead)
         return ahead if self.past is None else Surroundings(past_after(self.window, steps, self.past), ahead)
 
 

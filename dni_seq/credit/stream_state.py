@@ -14,9 +14,8 @@ from dni_seq.core import states
 from dni_seq.core.nonfinite import broken_lanes
 from dni_seq.core.states import State
 from dni_seq.core.windows import Nest, first_tensor
-from dni_seq.credit.past_inputs import PastInputs
+from dni_seq.credit.past_inputs import PastInputs, WindowContexts
 from dni_seq.credit.past_windows import PastWindows
-from dni_seq.credit.replay import RecordedWindow
 from dni_seq.credit.synthetic_gradient import SyntheticCredit, without_chain
 from dni_seq.credit.window_runner import WindowRunner
 
@@ -103,11 +102,11 @@ class StreamState:
             leaves.append(leaf)
         return states.unflatten(start, leaves)
 
-    def follow(self, window: RecordedWindow, state: State | None, passed: Tensor) -> None:
+    def follow(self, around: WindowContexts, state: State | None, passed: Tensor) -> None:
         """Sets the state after a window; `passed` (0-d bool) is false if the window was skipped on the device."""
-        self.advance(state, window.ends)
-        self.past.add(window, passed)
-        self.inputs.advance(window, passed)
+        self.advance(state, around.window.ends)
+        self.past.add(around.window, passed)
+        self.inputs.advance(around, passed)
 
     def advance(self, state: State | None, *reset: Tensor | None) -> None:
         """Sets the state that the next window starts from.

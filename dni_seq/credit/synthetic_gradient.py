@@ -152,7 +152,7 @@ class SyntheticCredit(Restorable):
         rule, dims = self.rule, self.runner.state_batch_dim
         teacher = None if self.target_network is None else self.target_network.module
         with synthesizer_context(context):
-            if inner is None or context is None or not rule.self_supervised:
+            if inner is None or not rule.self_supervised:
                 self.interface.backward(last, rule=rule, bootstrap=teacher, ends=ends, batch_dim=dims)
             else:
                 messages, valid = self.interface.send_inner(scope, inner, last, context, rule, dims)

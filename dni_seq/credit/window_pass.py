@@ -56,7 +56,7 @@ def run_and_backpropagate(
         if credit is not None:
             if not bound:
                 credit.bind(len(first), last)
-            exchange = credit.inject(scope, loss, last, window.ends, around.after(len(first)), inner)
+            exchange = credit.inject(scope, loss, last, window.ends, around.at_end, inner)
             if (own := credit.auxiliary_loss(early, exchange)) is not None:
                 backward(own)
             if runner.traced:

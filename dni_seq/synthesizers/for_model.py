@@ -74,7 +74,9 @@ def read_text(
     return Text(lambda: token_embedding(known, classes, EMBED), losses, width, past, width, parts if few else 1)
 
 
-def predictor_for(text: Text, window: int, predict: str, steps: int | None, horizons: int | None, units: int) -> Any:
+def predictor_for(
+    text: Text, window: int, predict: str, steps: int | None, horizons: int | None, units: int
+) -> Callable[[int], Any]:
     """Returns a function that makes a predictor from the size of a lane's packed state.
 
     Args:

@@ -16,17 +16,14 @@ from dni_seq.core.states import State, floating
 from dni_seq.credit.config import SyntheticGradientConfig
 from dni_seq.synthesizers.auxiliary import AuxiliaryTask
 from dni_seq.synthesizers.exact_future import ExactFuture
-from dni_seq.synthesizers.for_model import EMBED
+from dni_seq.synthesizers.for_model import EMBED, Text, predictor_for
 from dni_seq.synthesizers.future_gradient import FutureGradient
-from dni_seq.synthesizers.future_model import FutureModel
-from dni_seq.synthesizers.gated_predictors import GatedFuture, GatedPast, JointPredictor
 from dni_seq.synthesizers.jaderberg2017 import Jaderberg2017Synthesizer, NextInput
 from dni_seq.synthesizers.least_squares import LeastSquaresHeads
 from dni_seq.synthesizers.lookahead import LookaheadEncoder
 from dni_seq.synthesizers.mlp import BasicSynthesizer
 from dni_seq.synthesizers.multi_horizon import Horizons
 from dni_seq.synthesizers.normalization import GatedCells, Normalized
-from dni_seq.synthesizers.predictor import Predictor
 from dni_seq.synthesizers.state_heads import StateHeads
 from dni_seq.synthesizers.state_mlp import StateNetwork
 from dni_seq.synthesizers.token_classes import among_the_first
@@ -159,31 +156,22 @@ def build_heads(credit: ResolvedCredit, spec: ModelSpec) -> nn.Module:
         credit.message_count,
         hidden=hidden,
         encoder=encoder,
-        future=future_model(credit, spec) if credit.future_units and credit.lookahead else None,
+        future=predictor(credit, spec) if credit.future_units and credit.lookahead else None,
         cells=gated_cells(credit, spec),
         limit=credit.message_limit,
     )
 
 
-def predictor(credit: ResolvedCredit, spec: ModelSpec) -> Callable[[int], Predictor]:
-    """Returns a function that makes the predictor whose gradient is the message, from the size of a lane's packed state."""
-    if credit.predict == "horizons":
-        return future_model(credit, spec)
+def predictor(credit: ResolvedCredit, spec: ModelSpec) -> Callable[[int], Any]:
+    """Returns a function that makes the predictor from the size of a lane's packed state."""
     loss_fn, outputs = first_classes(spec, spec.loss_fn, spec.outputs)
     past_loss, inputs = first_classes(spec, spec.past_loss, spec.inputs)
-    kinds = ("future", "past") if credit.predict == "both" else (credit.predict,)
-    units = max(1, credit.future_units // len(kinds))
-
-    def make(size: int) -> Predictor:
-        parts: list[Predictor] = []
-        if "future" in kinds:
-            read: dict[str, Any] = {"inputs": spec.encode()[0], "inputs_width": EMBED}
-            parts.append(GatedFuture(size, credit.predict_steps, outputs=outputs, loss_fn=loss_fn, units=units, **read))
-        if "past" in kinds:
-            parts.append(GatedPast(size, credit.predict_steps, outputs=inputs, loss_fn=past_loss, units=units))
-        return parts[0] if len(parts) == 1 else JointPredictor(parts)
-
-    return make
+    # The tail of exact has one message, so its model has one part.
+    parts = credit.message_count if credit.fit == "future" else 1
+    text = Text(lambda: spec.encode()[0], loss_fn, outputs, past_loss, inputs, parts)
+    steps = credit.lookahead if credit.predict == "horizons" else credit.predict_steps
+    units = max(credit.future_units, 2) if credit.predict == "both" else credit.future_units
+    return predictor_for(text, credit.bptt, credit.predict, steps, None, units)
 
 
 def first_classes(spec: ModelSpec, loss_fn: LossFn, width: int) -> tuple[LossFn, int]:
@@ -191,27 +179,6 @@ def first_classes(spec: ModelSpec, loss_fn: LossFn, width: int) -> tuple[LossFn,
     if spec.max_classes is None or spec.max_classes >= width:
         return loss_fn, width
     return among_the_first(loss_fn, spec.max_classes), spec.max_classes
-
-
-def future_model(credit: ResolvedCredit, spec: ModelSpec) -> Callable[[int], FutureModel]:
-    """Returns a function that makes the future model from the size of a lane's packed state."""
-    loss_fn, outputs = first_classes(spec, spec.loss_fn, spec.outputs)
-    # The tail of exact has one message, so its model has one part.
-    parts = credit.message_count if credit.fit == "future" else 1
-
-    def make(size: int) -> FutureModel:
-        return FutureModel(
-            size,
-            credit.lookahead,
-            inputs=spec.encode()[0],
-            inputs_width=EMBED,
-            outputs=outputs,
-            loss_fn=loss_fn,
-            units=credit.future_units,
-            parts=parts,
-        )
-
-    return make
 
 
 def wrap_network(network: nn.Module, credit: ResolvedCredit, spec: ModelSpec) -> nn.Module:

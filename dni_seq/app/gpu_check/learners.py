@@ -54,6 +54,17 @@ def heads(model: LanguageModel, steps: int) -> Settings:
     return {"synthesizer": dni.MultiHorizonSynthesizer(model.initial_state(1), **settings)}
 
 
+def copied(model: LanguageModel, steps: int) -> Settings:
+    """Returns a regressed message whose targets come from a copy."""
+    synthesizer = dni.StateSynthesizer(
+        model.initial_state(1), hidden=(16,), encoder=encoder(model.projection.out_features, steps)
+    )
+    return {
+        "synthesizer": synthesizer,
+        "config": dni.SyntheticGradientConfig(target_network=2, synthetic_scale=0.5),
+    }
+
+
 def solved(model: LanguageModel, steps: int) -> Settings:
     """Returns least-squares heads."""
     shown = encoder(model.projection.out_features, steps)
@@ -68,7 +79,7 @@ def basic(model: LanguageModel, steps: int) -> Settings:
 
 def dense(model: LanguageModel, steps: int) -> Settings:
     """Returns messages of the next steps at the states every 5 steps of a window."""
-    every = min(5, steps)
+    every = min(5, -(-steps // 2))  # so that a short window has a state inside it too
     found = future(model, steps, horizons=1, predict_steps=every)
     return {"synthesizer": found, "config": dni.SyntheticGradientConfig(synthetic_scale=0.1, message_every=every)}
 
@@ -84,17 +95,24 @@ KINDS: Mapping[str, Callable[[LanguageModel, int], Settings]] = MappingProxyType
         "basic": basic,
         "regressed horizons": heads,
         "least squares": solved,
+        "target network": copied,
     }
 )
 """Kinds of trainers by name: what each adds to plain truncated BPTT."""
 
-LOOKAHEAD = 8
-"""Steps after the last window that every kind of the identities may read; the default reads K T of them."""
+LOOKAHEAD = 16
+"""Steps after a window that its lookahead holds: no kind reads more at T = 3 or 4."""
 
 
-def trainer_of(kind: str, model: LanguageModel, steps: int, device: torch.device, lr: float = 1e-3) -> dni.SequenceTrainer:
-    """Returns a trainer of `model` with fused Adam and the synthesizer of a kind."""
-    settings = KINDS[kind](model, steps)
+def trainer_of(
+    kind: Callable[[LanguageModel, int], Settings],
+    model: LanguageModel,
+    steps: int,
+    device: torch.device,
+    lr: float = 1e-3,
+) -> dni.SequenceTrainer:
+    """Returns a trainer of `model` with fused Adam and the synthesizer of a kind, one of the values of `KINDS`."""
+    settings = kind(model, steps)
     like = model.projection.weight
     synthesizer: nn.Module | None = settings.get("synthesizer")
     if synthesizer is not None:
@@ -109,7 +127,8 @@ def trainer_of(kind: str, model: LanguageModel, steps: int, device: torch.device
 def step(trainer: dni.SequenceTrainer, window: dni.Window) -> Tensor:
     """Makes a step; a synthesizer that reads no lookahead gets none. Returns the loss, 0-d."""
     reads = trainer.credit is not None and not isinstance(trainer.credit.synthesizer, dni.Normalized)
-    return trainer.step(window.inputs, window.targets, lookahead=window.lookahead if reads else None).loss
+    lookahead = window.lookahead if reads else None
+    return trainer.step(window.inputs, window.targets, mask=window.mask, ends=window.ends, lookahead=lookahead).loss
 
 
 class PlainLoop:

@@ -17,7 +17,7 @@ import torch
 
 import dni_seq as dni
 from dni_seq.app.gpu_check import ranks
-from dni_seq.app.gpu_check.learners import KINDS, PlainLoop, future, step, trainer_of, windows
+from dni_seq.app.gpu_check.learners import KINDS, LOOKAHEAD, PlainLoop, future, step, trainer_of, windows
 from dni_seq.core import states
 from dni_seq.models.language_model import LanguageModel, token_losses
 from dni_seq.models.vector_rnn import VectorRNN
@@ -62,10 +62,10 @@ def identities(setting: Setting) -> Iterator[Line]:
         for device in (torch.device("cpu"), setting.device):
             torch.manual_seed(0)
             model = LanguageModel(vocabulary, embed=8, hidden=8, layers=2).double()
-            trainer = trainer_of(kind, model, steps, torch.device("cpu"))
+            trainer = trainer_of(KINDS[kind], model, steps, torch.device("cpu"))
             if device.type != "cpu":
                 trainer = moved(trainer, device)
-            for window in windows(count, steps, lanes, vocabulary, 16, device):
+            for window in windows(count, steps, lanes, vocabulary, LOOKAHEAD, device):
                 step(trainer, window)
             parameters = [*trainer.model.parameters(), *credit_parameters(trainer)]
             found.append(torch.cat([parameter.detach().cpu().flatten() for parameter in parameters]))
@@ -119,8 +119,8 @@ def no_synchronisation(setting: Setting) -> Iterator[Line]:
             return
         torch.manual_seed(0)
         model = LanguageModel(100, embed=32, hidden=64, layers=2).to(setting.device)
-        trainer = trainer_of(kind, model, 4, setting.device)
-        first, *others = windows(9, 4, 8, 100, 16, setting.device)
+        trainer = trainer_of(KINDS[kind], model, 4, setting.device)
+        first, *others = windows(9, 4, 8, 100, LOOKAHEAD, setting.device)
         step(trainer, first)
         setting.wait()
         line: Line = {"kind": kind, "windows": len(others), "passed": True}
@@ -166,7 +166,7 @@ def in_turns(
         if kind == "plain loop":
             runs[kind] = PlainLoop(model).step
         else:
-            trainer = trainer_of(kind, model, steps, setting.device)
+            trainer = trainer_of(KINDS[kind], model, steps, setting.device)
             runs[kind] = partial(step, trainer)
     milliseconds: dict[str, list[float]] = {kind: [] for kind in runs}
     peaks = dict.fromkeys(runs, 0)
@@ -238,9 +238,9 @@ def half_precision(setting: Setting) -> Iterator[Line]:
         for dtype in (None, torch.bfloat16):
             torch.manual_seed(0)
             model = LanguageModel(50, embed=32, hidden=64, layers=1).to(setting.device)
-            trainer = trainer_of(kind, model, steps, setting.device, lr=1e-2)
+            trainer = trainer_of(KINDS[kind], model, steps, setting.device, lr=1e-2)
             trainer.runner.autocast = dtype
-            some = windows(4, steps, 8, 50, 16, setting.device)
+            some = windows(4, steps, 8, 50, LOOKAHEAD, setting.device)
             for number in range(count):
                 loss = step(trainer, some[number % len(some)])
             losses["float32" if dtype is None else "bfloat16"] = round(float(loss), 4)
