@@ -132,7 +132,7 @@ def step(trainer: dni.SequenceTrainer, window: dni.Window) -> Tensor:
 
 
 class PlainLoop:
-    """Truncated BPTT as people write it: zero_grad, forward, backward, clip, step, detach.
+    """Truncated BPTT in a plain loop: zero_grad, forward, backward, clip, step, detach.
 
     Args:
         model: the language model.
