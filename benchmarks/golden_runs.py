@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import hashlib
 import importlib
 import json
@@ -96,6 +97,8 @@ def record(script: Path, options: list[str]) -> dict[str, Any]:
         return result
 
     dni.SequenceTrainer.step = watched  # type: ignore[method-assign]
+    if script.name == "train_lm.py" and has_schedules():
+        options = [*options, "--schedule", "constant"]  # what older checkouts do, whatever the default is
     with tempfile.TemporaryDirectory() as folder:
         status = main_of(script)([*options, "--run-dir", f"{folder}/run"])
         summary = json.loads(Path(folder, "run", "summary.json").read_text())
@@ -112,6 +115,15 @@ def record(script: Path, options: list[str]) -> dict[str, Any]:
         "parameters": parameters.hexdigest()[:16],
         "scores": scores if any(scores) else [summary.get("length"), summary.get("sequences")],
     }
+
+
+def has_schedules() -> bool:
+    """Whether this checkout's command has the option --schedule."""
+    try:
+        options = importlib.import_module("dni_seq.app.lm.options").LanguageModelOptions
+    except ImportError:  # modules of older checkouts have other names
+        return False
+    return "schedule" in {entry.name for entry in dataclasses.fields(options)}
 
 
 def main_of(script: Path) -> Any:

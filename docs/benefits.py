@@ -99,7 +99,7 @@ def equal_text() -> list[str]:
     echoes = [f"{mean(echo(column)):.2f}" for column in ("truncated", "default", "exact future")]
     echoes[-1] += " (10 steps)"
     rows.append(row(f"delayed echo, LRU, bits ↓ (exact traces: {mean(echo('exact traces')):.2f})", 1, [*echoes, NO_RUN]))
-    return [*rows, row("words, one epoch, perplexity ↓", 5, [*words, NO_RUN, NO_RUN])]
+    return [*rows, row("words, one epoch, constant rate, perplexity ↓", 5, [*words, NO_RUN, NO_RUN])]
 
 
 def echo(column: str) -> list[float]:

@@ -109,8 +109,6 @@ def test_every_public_name_has_one_entry_in_the_reference():
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_paragraphs_are_short(page):
     """A paragraph or an item of a list has at most five lines, in README four; tables and blocks of code are no prose."""
-    if page.name in ("CONTRIBUTING.md", "paper.md", "predictive_messages.md"):
-        return
     text = FENCED.sub("", page.read_text(encoding="utf-8"))
     for paragraph in re.split(r"\n\s*\n|\n(?=\s*(?:[*-]|\d+\.) )", text):
         lines = paragraph.strip().splitlines()

@@ -1,12 +1,16 @@
-"""What TensorBoard says of a run's credit assignment: its method in one sentence, and the curves that it does not have."""
+"""What a run says of itself: its model and its method in a line, its method in a sentence, and the curves that it lacks."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 from dni_seq.app.build.backpropagation_options import BackpropagationOptions
 from dni_seq.app.build.resolved_credit import ResolvedCredit
+
+if TYPE_CHECKING:
+    from torch import nn
 
 _TRACES = MappingProxyType(
     {
@@ -53,6 +57,22 @@ def brief_method(credit: ResolvedCredit, options: BackpropagationOptions) -> str
     if options.traces is not None:
         parts.append(f"{options.traces} traces")
     return ", ".join(parts)
+
+
+def describe_model(model: nn.Module, cell: str, layers: int, units: int) -> str:
+    """Returns a line on a model for the screen: its cells, layers and number of parameters."""
+    deep = "1 layer" if layers == 1 else f"{layers} layers"
+    count = in_words(sum(parameter.numel() for parameter in model.parameters()))
+    return f"model: {cell.upper()}, {deep} of {units} units, {count} parameters"
+
+
+def in_words(count: int) -> str:
+    """Returns a count in at most three digits and a unit: "870", "87 K", "1.2 M"."""
+    for size, unit in ((10**9, " G"), (10**6, " M"), (10**3, " K")):
+        if round(count / size, 1) >= 1:
+            number = count / size
+            return f"{number:.1f}{unit}" if number < 9.95 else f"{number:.0f}{unit}"
+    return str(count)
 
 
 def _brief_messages(credit: ResolvedCredit) -> Iterator[str]:

@@ -22,6 +22,7 @@ def _between(value: float) -> str | None:
 class OptimizationOptions:
     """The options of the model's optimizer beside its rate and clip, which have defaults by tokenizer.
 
+    The schedule is None until the command fills it in, which is the same as constant.
     Options that count updates say so. All others that count training count windows.
     """
 
@@ -32,11 +33,12 @@ class OptimizationOptions:
     momentum: float = option(0.0, "momentum of sgd", group=GROUP, check=share)
     accumulate: int = option(1, "windows whose gradients are summed for one update", group=GROUP, check=at_least(1))
     schedule: str = option(
-        "constant",
+        None,
         "learning rate after the warm-up; linear and cosine fall to --min-lr at the end of the run; step is multiplied by "
         "--decay after each epoch; plateau, after each validation that is not the best so far",
         group=GROUP,
         choices=SCHEDULES,
+        shown="linear for words and pieces if the length of the run is known, else constant",
     )
     warmup: int = option(0, "updates in which the learning rate rises from 0 to --lr", group=GROUP, check=at_least(0))
     min_lr: float = option(0.0, "lowest learning rate after the warm-up", group=GROUP, check=at_least(0))
@@ -63,9 +65,14 @@ class OptimizationOptions:
     )
 
     @property
+    def falls_to_the_end(self) -> bool:
+        """Whether the learning rate falls to the lowest one at the end of the run, whose length must then be known."""
+        return self.schedule in ("linear", "cosine")
+
+    @property
     def has_schedule(self) -> bool:
         """Whether the learning rate changes during a run."""
-        return self.schedule != "constant" or self.warmup > 0
+        return self.schedule not in (None, "constant") or self.warmup > 0
 
 
 def check_optimization(options: OptimizationOptions, lr: float) -> None:
@@ -92,8 +99,8 @@ def _without_effect(options: OptimizationOptions) -> Iterator[tuple[str, tuple[s
     kind, schedule = options.optimizer, options.schedule
     reasons: list[tuple[bool, str, tuple[str, ...]]] = [
         (kind != "sgd", f"--optimizer {kind}", ("momentum",)),
-        (schedule == "constant", "--schedule constant", ("min_lr", "decay", "decay_after")),
-        (schedule in ("linear", "cosine"), f"--schedule {schedule}", ("decay", "decay_after")),
+        (schedule in (None, "constant"), "--schedule constant", ("min_lr", "decay", "decay_after")),
+        (options.falls_to_the_end, f"--schedule {schedule}", ("decay", "decay_after")),
         (schedule == "plateau", "--schedule plateau", ("decay_after",)),
         (not options.has_schedule, "a constant learning rate", ("scale_schedule", "synthesizer_schedule")),
     ]

@@ -26,20 +26,22 @@ class RateShare:
 
     Attributes:
         epoch: number of epochs that are complete.
+        ahead: number of updates that the run is further than it has made, since its windows are longer now; may be negative.
     """
 
     def __init__(self, options: OptimizationOptions, floor: float, total: int | None) -> None:
         self._options, self._floor, self._total = options, floor, total
-        self.epoch = 0
+        self.epoch, self.ahead = 0, 0
 
     def __call__(self, update: int) -> float:
         """Returns the share for the update after `update` updates."""
         options, floor = self._options, self._floor
+        update += self.ahead
         if update < options.warmup:
             return (update + 1) / options.warmup
         if options.schedule == "step":
             return max(options.decay ** max(self.epoch + 1 - options.decay_after, 0), floor)
-        if options.schedule not in ("linear", "cosine"):
+        if not options.falls_to_the_end:
             return 1.0
         assert self._total is not None
         # The schedule ends one update after the last, so that no update has the rate 0.
@@ -112,6 +114,14 @@ class Schedule:
         self._follow()
         return self.rate < before
 
+    def go_on_at(self, updates: int) -> None:
+        """Goes on as if the run had made `updates` updates: its windows, and so its length in updates, are others now."""
+        self._share.ahead = updates - self._updates
+        if self._by_score is None:
+            for group in self._first.param_groups:
+                group["lr"] = self._highest * self._share(self._updates)
+            self._follow()
+
     def _follow(self) -> None:
         share = self.rate / self._highest
         for follower, rates in zip(self._followers, self._follower_rates, strict=True):
@@ -125,6 +135,7 @@ class Schedule:
         return {
             "updates": self._updates,
             "epoch": self._share.epoch,
+            "ahead": self._share.ahead,
             "by_update": {name: value for name, value in self._by_update.state_dict().items() if name != "lr_lambdas"},
             "by_score": None if self._by_score is None else self._by_score.state_dict(),
         }
@@ -132,6 +143,7 @@ class Schedule:
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Restores what `state_dict` returned. Load the optimizers' state first."""
         self._updates, self._share.epoch = saved["updates"], saved["epoch"]
+        self._share.ahead = saved.get("ahead", 0)  # older checkpoints have none
         self._by_update.load_state_dict({**saved["by_update"], "lr_lambdas": [None]})
         if self._by_score is not None:
             self._by_score.load_state_dict(saved["by_score"])
@@ -139,7 +151,7 @@ class Schedule:
 
 
 def _check_length(options: OptimizationOptions, total: int | None) -> None:
-    if options.schedule in ("linear", "cosine") and total is None:
+    if options.falls_to_the_end and total is None:
         raise ValueError(
             f"--schedule {options.schedule} needs the number of updates of the run, which is not known for this text: give "
             "--max-steps or --max-tokens"

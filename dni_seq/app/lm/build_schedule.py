@@ -22,6 +22,20 @@ def total_steps(options: LanguageModelOptions, stream: WindowStream) -> int | No
     return min((limit for limit in limits if limit is not None), default=None)
 
 
+def windows_behind(options: LanguageModelOptions, stream: WindowStream, steps: int, tokens: int) -> int:
+    """Returns how many windows of the present T the run has behind it, of those that `total_steps` counts.
+
+    Args:
+        options: the run's options; T may be another than at the start.
+        stream: the training text.
+        steps: number of windows so far.
+        tokens: number of tokens in them.
+    """
+    if total_steps(options, stream) == options.max_steps:
+        return steps
+    return round(tokens / (stream.lanes * stream.bptt))
+
+
 def build_schedule(options: LanguageModelOptions, trainer: SequenceTrainer, stream: WindowStream) -> Schedule | None:
     """Returns the schedule of the model's rate, which the synthesizer's follows unless told otherwise; None for a constant.
 

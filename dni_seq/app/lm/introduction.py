@@ -8,7 +8,7 @@ from types import MappingProxyType
 import torch
 from torch import nn
 
-from dni_seq.app.build.method import brief_method
+from dni_seq.app.build.method import brief_method, describe_model
 from dni_seq.app.lm.options import LanguageModelOptions
 from dni_seq.app.runs.directory import RunDirectory
 from dni_seq.streams import Tokenizer, WindowStream
@@ -40,16 +40,5 @@ def introduction(
     units, tokens = UNITS[tokenizer.kind], stream.tokens_per_epoch
     length = f"read by {units}" if tokens is None else f"{tokens:,} {units} to train on"
     yield f"text: {name}, {length}; a vocabulary of {tokenizer.vocabulary_size:,} {units}"
-    layers = "1 layer" if options.layers == 1 else f"{options.layers} layers"
-    count = in_words(sum(parameter.numel() for parameter in model.parameters()))
-    yield f"model: {options.model.upper()}, {layers} of {options.hidden} units, {count} parameters"
+    yield describe_model(model, options.model, options.layers, options.hidden)
     yield f"method: {brief_method(options.resolve(options.bptt), options)}; device {device}; run directory {run.path}"
-
-
-def in_words(count: int) -> str:
-    """Returns a count in at most three digits and a unit: "870", "87 K", "1.2 M"."""
-    for size, unit in ((10**9, " G"), (10**6, " M"), (10**3, " K")):
-        if round(count / size, 1) >= 1:
-            number = count / size
-            return f"{number:.1f}{unit}" if number < 9.95 else f"{number:.0f}{unit}"
-    return str(count)

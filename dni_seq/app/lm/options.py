@@ -40,7 +40,8 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "dropout": 0.2,
             "bptt": 5,
             "batch_size": 20,
-            "lr": 1e-3,
+            "lr": 4e-3,
+            "schedule": "linear",
             "clip": 0.25,
             "epochs": 6,
         },
@@ -53,6 +54,7 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "bptt": 16,
             "batch_size": 32,
             "lr": 2e-3,
+            "schedule": "constant",
             "clip": 1.0,
             "epochs": 3,
         },
@@ -60,9 +62,12 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 )
 """Defaults that depend on the tokenizer. An option listed here is None until `resolve_options` fills it."""
 
+LR_OF_OTHER_SCHEDULES: Mapping[str, float] = MappingProxyType({"word": 1e-3, "char": 2e-3})
+"""Default learning rates by tokenizer for schedules that do not fall to `--min-lr` at the end of the run."""
+
 PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
-        "seed": {"tokenizer": "word", **DEFAULTS["word"]},
+        "seed": {"tokenizer": "word", **DEFAULTS["word"], "lr": 1e-3, "schedule": "constant"},
         # Zaremba et al. 2014, arXiv 1409.2329, section 4.1. They sum a window's losses over its steps, we take the
         # mean: rates are theirs times T, clips theirs divided by T.
         "small": {
@@ -145,6 +150,7 @@ class LanguageModelOptions(OptimizationOptions, BackpropagationOptions, CreditOp
         | {"seed", "device", "run_dir", "resume", "dry_run", "model", "hidden", "dropout"}
         | {"synthesizer", "bptt", "horizons"}
     )
+    RECORDED_LATER: ClassVar[Mapping[str, Any]] = MappingProxyType({"schedule": "constant"})
     GROUPS: ClassVar[tuple[str, ...]] = (_DATA, _RUN, OPTIMIZATION, _MODEL, CREDIT)
     OF_THE_CALL: ClassVar[frozenset[str]] = frozenset({"run_dir", "resume", "eval_only", "dry_run", "rank_timeout"})
 
@@ -260,7 +266,7 @@ class LanguageModelOptions(OptimizationOptions, BackpropagationOptions, CreditOp
         "highest learning rate of the model",
         group=OPTIMIZATION,
         check=above_zero,
-        shown=_by_level("lr") + "; sgd has none",
+        shown=_by_level("lr") + "; word 0.001 with other schedules than linear and cosine; sgd has none",
     )
     clip: float = option(
         None,
@@ -322,6 +328,10 @@ def resolve_options(options: LanguageModelOptions, corpus: Corpus) -> LanguageMo
     defaults |= {"tokenizer": kind, "data_dir": _absolute(str(default_data_dir()))}
     if options.max_steps is not None or options.max_tokens is not None:
         del defaults["epochs"]
+    elif not corpus.train.small or options.document_reset:
+        defaults["schedule"] = "constant"  # nobody knows how long the run will be
+    if not dataclasses.replace(options, schedule=options.schedule or defaults["schedule"]).falls_to_the_end:
+        defaults["lr"] = LR_OF_OTHER_SCHEDULES["char" if kind == "char" else "word"]
     if options.optimizer == "sgd" and options.lr is None:
         raise ValueError("--optimizer sgd needs --lr, for example --lr 20 --clip 0.25 for words")
     missing = {name: value for name, value in defaults.items() if getattr(options, name) is None}
@@ -382,5 +392,6 @@ def with_default_sizes(options: LanguageModelOptions) -> LanguageModelOptions:
 def as_given(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """Returns the options that a new run takes from a configuration file; see `without_resolved`."""
     if config.get("tokenizer") is None or config.get("bptt") is None:
-        return config
+        return config  # written by hand: an old run's file names both
+    config = {**LanguageModelOptions.RECORDED_LATER, **config}
     return without_resolved(config, build(LanguageModelOptions, config), with_default_sizes)

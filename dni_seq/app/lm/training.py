@@ -15,7 +15,7 @@ from dni_seq.app.build.optimization_options import optimization_without_effect
 from dni_seq.app.build.schedule import Schedule
 from dni_seq.app.build.unused_options import credit_in_force
 from dni_seq.app.lm import build as lm
-from dni_seq.app.lm.build_schedule import build_schedule, total_steps
+from dni_seq.app.lm.build_schedule import build_schedule, total_steps, windows_behind
 from dni_seq.app.lm.build_trainer import cell_size, messages
 from dni_seq.app.lm.evaluation import Score
 from dni_seq.app.lm.options import DEFAULTS, LanguageModelOptions, as_given
@@ -249,7 +249,7 @@ class LanguageModelRun(TrainingRun):
     def content(self) -> dict[str, Any]:
         """Returns the content of a checkpoint, with the random generators of all ranks. A collective call."""
         _, *others = self.ranks.gather(random_state())
-        schedule = {} if self.schedule is None else {"schedule": self.schedule.state_dict()}
+        schedule = {} if self.schedule is None else {"schedule": {**self.schedule.state_dict(), "bptt": self.options.bptt}}
         return {**super().content(), **schedule, "random_of_other_ranks": others, "held_out": self.held_out}
 
     def restore(self, checkpoint: dict[str, Any] | None) -> None:
@@ -263,7 +263,11 @@ class LanguageModelRun(TrainingRun):
         check_held_out(checkpoint or {}, self.held_out, self.options.data_file)
         self.counters.check()
         if checkpoint is not None and self.schedule is not None:
-            self.schedule.load_state_dict(checkpoint["schedule"])
+            saved = checkpoint["schedule"]
+            self.schedule.load_state_dict(saved)
+            if saved.get("bptt", self.options.bptt) != self.options.bptt:
+                behind = windows_behind(self.options, self.stream, self.steps, self.counters.tokens)
+                self.schedule.go_on_at(behind // self.options.accumulate)
         if self.ranks.first:
             return
         torch.manual_seed(self.options.seed + RANK_SEED * self.ranks.rank + self.steps)
@@ -290,8 +294,9 @@ class LanguageModelRun(TrainingRun):
         if self.outcome():
             limit = "patience"
         further = f"--resume {run} {flag(limit)} {2 * getattr(self.options, limit)}"
+        falls = " (the learning rate rises to what a run of that length has)" if self.options.falls_to_the_end else ""
         return [
-            f"to train on: {command_line('train')} {further}",
+            f"to train on{falls}: {command_line('train')} {further}",
             f"to sample: {command_line('sample')} {run}; to score: {command_line('evaluate')} {run}",
             f"to compare: {command_line('compare')} {run} OTHER_RUN; {curves_command(self.run.path, self.options.logger)}",
         ]

@@ -25,6 +25,7 @@ class RunOptions(Protocol):
         MAY_MOVE: names of options that are paths of the run's text. If config.json has such a path, another one may be given
             when the run is resumed. The run itself checks that the text there is the same.
         OF_THE_CALL: names of options that concern only this call and are not stored in config.json.
+        RECORDED_LATER: what runs did whose config.json is older than an option, where that is not today's default.
         run_dir: the directory of the run, None for a new one.
         fidelity_every: windows between two comparisons with exact gradients, 0 for none.
         resume: None for a new run, "auto" to resume if there is a checkpoint, or the path of a run or of a checkpoint.
@@ -35,6 +36,7 @@ class RunOptions(Protocol):
     MAY_CHANGE: ClassVar[frozenset[str]]
     MAY_MOVE: ClassVar[frozenset[str]]
     OF_THE_CALL: ClassVar[frozenset[str]]
+    RECORDED_LATER: ClassVar[Mapping[str, Any]]
 
     @property
     def run_dir(self) -> str | None:
@@ -167,7 +169,7 @@ def saved_options(cls: type[Options], run: RunDirectory, given: Mapping[str, Any
     """
     if not run.config.is_file():
         raise ValueError(f"{run.path} is not a run directory: it has no config.json")
-    return build(cls, read_config(cls, run.config), given or {})
+    return build(cls, cls.RECORDED_LATER, read_config(cls, run.config), given or {})
 
 
 def _new_run(options: Options) -> Plan[Options]:

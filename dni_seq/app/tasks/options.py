@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, ClassVar, cast
 
 from dni_seq.app.build.backpropagation_options import BackpropagationOptions
@@ -27,6 +28,7 @@ class TaskOptions(BackpropagationOptions, CreditOptions):
 
     MAY_CHANGE: ClassVar[frozenset[str]] = frozenset({"updates", "threads", "device", "logger"})
     MAY_MOVE: ClassVar[frozenset[str]] = frozenset()
+    RECORDED_LATER: ClassVar[Mapping[str, Any]] = MappingProxyType({})
     COMMON: ClassVar[frozenset[str]] = frozenset(
         {"task", "start", "updates", "batch_size", "lr", "clip", "seed", "threads", "device", "run_dir", "resume"}
         | {"model", "hidden", "layers", "synthesizer", "bptt", "horizons", "lookahead", "synthetic_scale"}

@@ -31,7 +31,7 @@ stderr and exits with status 2.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -41,6 +41,7 @@ import dni_seq as dni
 from dni_seq.app.build.backpropagation import set_backpropagation
 from dni_seq.app.build.credit import ModelSpec, synthetic_arguments
 from dni_seq.app.build.device import device_of
+from dni_seq.app.build.method import brief_method, describe_model
 from dni_seq.app.build.optimizers import adam
 from dni_seq.app.build.unused_options import remarks
 from dni_seq.app.runs.allocator import keep_freed_memory
@@ -107,9 +108,12 @@ def prepare(given: dict[str, Any], lock: RunLock) -> TaskRun:
     torch.manual_seed(options.seed)
     size: dict[str, Any] = {"hidden": options.hidden, "layers": options.layers, "traces": options.traces}
     model = VectorRNN(task.input_size, task.target_size, cell=options.model, **size).to(device)
+    run = plan.run or RunDirectory(new_run_path(run_name(options)))
+    for line in introduction(options, stream.stage, model, device, run):
+        print(line, flush=True)
     training = TaskRun(
         options=options,
-        run=plan.run or RunDirectory(new_run_path(run_name(options))),
+        run=run,
         device=device,
         stream=stream,
         trainer=build_trainer(options, task, model, device),
@@ -123,6 +127,16 @@ def prepare(given: dict[str, Any], lock: RunLock) -> TaskRun:
         training.restore(plan.checkpoint)
     training.begin(plan, lock, remarks(options, options.bptt, cells=options.model == "lstm"))
     return training
+
+
+def introduction(
+    options: TaskOptions, stage: Stage, model: nn.Module, device: torch.device, run: RunDirectory
+) -> Iterator[str]:
+    """Yields three lines: task and first length, model and parameters, method with device and run directory."""
+    lanes = f"{options.batch_size} sequences at a time"
+    yield f"task: {options.task}, from length {stage.length}; {options.updates:,} updates, {lanes}"
+    yield describe_model(model, options.model, options.layers, options.hidden)
+    yield f"method: {brief_method(options.resolve(options.bptt), options)}; device {device}; run directory {run.path}"
 
 
 def run_name(options: TaskOptions) -> str:

@@ -9,7 +9,7 @@ import torch
 
 from dni_seq.app.build.device import device_of
 from dni_seq.app.lm import build as lm
-from dni_seq.app.lm.options import DEFAULTS, LanguageModelOptions, resolve_options
+from dni_seq.app.lm.options import DEFAULTS, PRESETS, LanguageModelOptions, resolve_options
 from dni_seq.app.runs.resume import config_of
 from dni_seq.streams import CharTokenizer, WordTokenizer, files, open_corpus
 
@@ -25,10 +25,40 @@ def test_settled_options_are_complete():
     assert settled.bptt == DEFAULTS["char"]["bptt"]
 
 
-def test_word_level_is_dni_pytorchs_setting():
-    settled = resolve_options(LanguageModelOptions(tokenizer="word"), open_corpus())
+def test_seed_is_dni_pytorchs_setting():
+    settled = resolve_options(LanguageModelOptions(**PRESETS["seed"]), open_corpus())
     setting = ("model", "layers", "hidden", "embed", "tied", "batch_size", "bptt", "dropout", "lr", "clip", "epochs", "seed")
     assert [getattr(settled, name) for name in setting] == ["lstm", 2, 200, 200, False, 20, 5, 0.2, 1e-3, 0.25, 6, 1111]
+    assert settled.schedule == "constant"
+
+
+@pytest.mark.parametrize(
+    ("given", "schedule", "rate"),
+    [
+        ({}, "linear", 4e-3),
+        ({"schedule": "cosine"}, "cosine", 4e-3),
+        ({"schedule": "constant"}, "constant", 1e-3),
+        ({"schedule": "plateau"}, "plateau", 1e-3),
+        ({"document_reset": True}, "constant", 1e-3),  # the length of an epoch is not known
+        ({"document_reset": True, "max_steps": 9}, "linear", 4e-3),
+        ({"max_tokens": 900}, "linear", 4e-3),
+        ({"lr": 0.5}, "linear", 0.5),
+        ({"optimizer": "sgd", "lr": 20.0}, "linear", 20.0),
+    ],
+)
+def test_the_rate_of_words_falls_over_a_run_of_known_length(given, schedule, rate):
+    settled = resolve_options(LanguageModelOptions(tokenizer="word", **given), open_corpus())
+    assert (settled.schedule, settled.lr) == (schedule, rate)
+
+
+def test_the_rate_of_a_streamed_text_is_constant_unless_the_run_has_a_length(monkeypatch, tmp_path):
+    monkeypatch.setattr(files, "IN_MEMORY_BYTES", 0)
+    (tmp_path / "text.txt").write_text("a line of words\n" * 99)
+    corpus = open_corpus(data_file=tmp_path / "text.txt")
+    found = [
+        resolve_options(LanguageModelOptions(tokenizer="word", max_steps=steps), corpus).schedule for steps in (None, 9)
+    ]
+    assert found == ["constant", "linear"]
 
 
 def test_what_is_given_stays():

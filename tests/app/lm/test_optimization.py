@@ -285,3 +285,46 @@ def test_a_trainer_takes_another_scale_between_two_steps():
     assert plain.synthetic_scale is None
     with pytest.raises(ValueError, match="can be set for a trainer with a synthesizer"):
         plain.synthetic_scale = 0.5
+
+
+WORDS = ("--tokenizer", "word", "--vocab-size", "50", "--synthesizer", "none")
+
+
+def test_a_run_that_is_older_than_schedules_keeps_its_constant_rate(run, capsys):
+    """Its config.json has no schedule. A new run from that file has a constant rate too."""
+    directory = run(*WORDS, "--max-steps", "2", "--schedule", "constant")
+    config = directory / "config.json"
+    recorded = json.loads(config.read_text())
+    del recorded["schedule"]
+    config.write_text(json.dumps(recorded))
+    run("--resume", "auto", "--max-steps", "4")
+    assert json.loads(config.read_text())["schedule"] == "constant"
+    assert "train/lr" not in points(directory)
+    config.write_text(json.dumps(recorded))
+    copied = run("--config", str(config), name="copied")
+    assert json.loads((copied / "config.json").read_text())["schedule"] == "constant"
+    capsys.readouterr()
+
+
+def test_a_run_that_goes_on_in_longer_windows_keeps_its_rate(run, tmp_path):
+    """Half of the text is read in windows of 4, so half of the rate is left for the other half, in windows of 8."""
+    text = text_of(tmp_path, 4000)
+    given = (*WORDS, "--data-file", text, "--lr", "0.01")
+    whole = run(*given, "--epochs", "1", name="whole")
+    epoch = json.loads((whole / "summary.json").read_text())["steps"]
+    directory = run(*given, "--epochs", "2", "--max-steps", str(epoch))
+    assert points(directory)["train/lr"][epoch] == pytest.approx(0, abs=1e-9)  # --max-steps decides the length
+    directory = run(*given, "--epochs", "1", name="longer")
+    run("--resume", "auto", "--epochs", "2", "--bptt", "8", name="longer")
+    rates = points(directory)["train/lr"]
+    steps = json.loads((directory / "summary.json").read_text())["steps"]
+    assert steps - epoch == -(-epoch // 2)
+    assert rates[epoch + 1] == pytest.approx(0.005, rel=0.03)
+    assert rates[steps] == pytest.approx(0, abs=2e-4)
+    assert load_checkpoint(directory / "checkpoints" / "last.pt")["schedule"]["ahead"] == pytest.approx(-epoch / 2, abs=1)
+
+
+def test_a_run_whose_rate_has_fallen_says_that_more_text_raises_it(run, capsys):
+    for schedule, note in (("linear", True), ("constant", False)):
+        run(*WORDS, "--max-steps", "2", "--schedule", schedule, name=schedule)
+        assert ("to train on (the learning rate rises" in capsys.readouterr().out) == note

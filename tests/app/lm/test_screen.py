@@ -13,11 +13,10 @@ import pytest
 
 from dni_seq.app.build.backpropagation_options import BackpropagationOptions
 from dni_seq.app.build.credit_options import CreditOptions
-from dni_seq.app.build.method import brief_method
+from dni_seq.app.build.method import brief_method, in_words
 from dni_seq.app.lm import evaluate as evaluate_lm
 from dni_seq.app.lm import sample as sample_lm
 from dni_seq.app.lm import train as train_lm
-from dni_seq.app.lm.introduction import in_words
 from dni_seq.app.lm.options import LanguageModelOptions, resolve_options
 from dni_seq.app.runs.directory import RunDirectory
 from dni_seq.app.runs.resume import saved_options

@@ -7,10 +7,10 @@ import os
 import re
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
@@ -43,6 +43,7 @@ class NumberOptions:
     MAY_CHANGE: ClassVar[frozenset[str]] = frozenset({"limit", "logger"})
     MAY_MOVE: ClassVar[frozenset[str]] = frozenset()
     OF_THE_CALL: ClassVar[frozenset[str]] = frozenset({"run_dir", "resume"})
+    RECORDED_LATER: ClassVar[Mapping[str, Any]] = MappingProxyType({})
 
     limit: int = option(12, "number of steps", group="run")
     logger: str = option("tensorboard", "tracker", group="run")

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import ClassVar
+from types import MappingProxyType
+from typing import Any, ClassVar
 
 import pytest
 
@@ -23,6 +25,7 @@ class Options:
     MAY_CHANGE: ClassVar[frozenset[str]] = frozenset({"epochs"})
     MAY_MOVE: ClassVar[frozenset[str]] = frozenset({"text"})
     OF_THE_CALL: ClassVar[frozenset[str]] = frozenset({"run_dir", "resume"})
+    RECORDED_LATER: ClassVar[Mapping[str, Any]] = MappingProxyType({})
 
     bptt: int = option(5, "window", group="run")
     text: str | None = option(None, "text", group="run")

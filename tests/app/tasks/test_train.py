@@ -256,3 +256,14 @@ def test_a_run_leaves_the_values_in_force_and_the_next_command(tmp_path, capsys,
     assert further == f"to train on: dni-seq tasks --resume {run} --updates 6"
     assert main(further.removeprefix("to train on: dni-seq tasks ").split()) == 0
     assert json.loads((run / "summary.json").read_text())["updates"] == 6
+
+
+def test_a_run_begins_with_its_task_its_model_and_its_method(tmp_path, capsys):
+    run = tmp_path / "run"
+    assert main([*TINY, "--task", "repeat-copy", "--updates", "2", "--run-dir", str(run), "--synthesizer", "none"]) == 0
+    summary = json.loads((run / "summary.json").read_text())
+    assert capsys.readouterr().out.splitlines()[:3] == [
+        "task: repeat-copy, from length 1; 2 updates, 4 sequences at a time",
+        f"model: LSTM, 1 layer of 8 units, {summary['parameters']} parameters",
+        f"method: truncated BPTT, windows of T = 4; device cpu; run directory {run}",
+    ]
