@@ -38,7 +38,7 @@ class OptimizationOptions:
         "--decay after each epoch; plateau, after each validation that is not the best so far",
         group=GROUP,
         choices=SCHEDULES,
-        shown="linear for words and pieces if the length of the run is known, else constant",
+        shown="linear if the length of the run is known, else constant",
     )
     warmup: int = option(0, "updates in which the learning rate rises from 0 to --lr", group=GROUP, check=at_least(0))
     min_lr: float = option(0.0, "lowest learning rate after the warm-up", group=GROUP, check=at_least(0))

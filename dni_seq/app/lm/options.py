@@ -30,6 +30,9 @@ SYNTHESIZER_VOCAB_SIZE = 500
 first and last layer, and teaches little. SentencePiece's ids start with 256 bytes, so about 240 of its pieces have their own
 class."""
 
+LR = 4e-3
+"""Default learning rate, from which the rate falls to `--min-lr` over the run."""
+
 DEFAULTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
         # The setting of dni-pytorch's language model and of PyTorch's word_language_model example.
@@ -40,7 +43,7 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "dropout": 0.2,
             "bptt": 5,
             "batch_size": 20,
-            "lr": 4e-3,
+            "lr": LR,
             "schedule": "linear",
             "clip": 0.25,
             "epochs": 6,
@@ -53,8 +56,8 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "dropout": 0.0,
             "bptt": 16,
             "batch_size": 32,
-            "lr": 2e-3,
-            "schedule": "constant",
+            "lr": LR,
+            "schedule": "linear",
             "clip": 1.0,
             "epochs": 3,
         },
@@ -266,7 +269,7 @@ class LanguageModelOptions(OptimizationOptions, BackpropagationOptions, CreditOp
         "highest learning rate of the model",
         group=OPTIMIZATION,
         check=above_zero,
-        shown=_by_level("lr") + "; word 0.001 with other schedules than linear and cosine; sgd has none",
+        shown="0.004 with linear and cosine, else word 0.001, char 0.002; sgd has none",
     )
     clip: float = option(
         None,

@@ -139,7 +139,7 @@ def test_a_run_that_diverges_stops_with_a_diagnosis_and_a_whole_checkpoint(small
 
 def test_a_sparse_embedding_is_resumed_bit_identically(small):
     main, options = small
-    options = [*options, "--sparse-embedding"]
+    options = [*options, "--sparse-embedding", "--schedule", "constant"]  # the same rates, whatever the length
     assert main([*options, "--max-steps", "60"]) == 0
     RunDirectory("run").path.rename("whole")
     assert main([*options, "--max-steps", "40"]) == 0
@@ -186,6 +186,7 @@ def test_a_full_disk_ends_the_run_and_loses_nothing(small, capsys):
 def test_a_damaged_last_checkpoint_costs_the_steps_since_the_one_before(small, capsys):
     """And no difference in the end."""
     main, options = small
+    options = [*options, "--schedule", "constant"]
     assert main([*options, "--max-steps", "60"]) == 0
     whole = RunDirectory("whole")
     run = RunDirectory("run")

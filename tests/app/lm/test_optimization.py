@@ -93,7 +93,7 @@ def test_the_rate_of_a_run_is_a_curve(run):
 
 
 def test_a_constant_rate_has_no_curve(run):
-    assert "train/lr" not in points(run("--max-steps", "2", "--synthesizer", "none"))
+    assert "train/lr" not in points(run("--schedule", "constant", "--max-steps", "2", "--synthesizer", "none"))
 
 
 @pytest.mark.parametrize(("choice", "rate"), [("follow", 1e-3 / 2), ("constant", 1e-3)])
@@ -102,7 +102,7 @@ def test_the_synthesizer_follows_unless_told_otherwise(run, choice, rate):
     saved = load_checkpoint(directory / "checkpoints" / "previous.pt")["trainer"]
     assert saved["steps"] == 2
     assert saved["synthesizer_optimizer"]["param_groups"][0]["lr"] == pytest.approx(rate)
-    assert saved["optimizer"]["param_groups"][0]["lr"] == pytest.approx(2e-3 / 2)
+    assert saved["optimizer"]["param_groups"][0]["lr"] == pytest.approx(4e-3 / 2)
 
 
 def test_step_counts_epochs_of_the_text(run, tmp_path):
@@ -183,7 +183,7 @@ def test_a_sparse_embedding_follows_the_schedule():
     text = torch.arange(15).view(5, 3) % 9
     trainer.step(text[:4], text[1:])
     schedule.after_window(trainer.updates, 0)
-    assert [group["lr"] for group in trainer.optimizer.param_groups] == pytest.approx([1.5e-3] * 2)
+    assert [group["lr"] for group in trainer.optimizer.param_groups] == pytest.approx([3e-3] * 2)
 
 
 def test_long_windows_reach_the_trainer():
@@ -250,7 +250,18 @@ def test_options_without_effect_are_named(run, capsys):
         assert without_effect(**everything, optimizer="sgd", schedule=schedule) == names - used
     assert without_effect(warmup=5, synthesizer_schedule="constant") == set()
     for more in ([], ["--dry-run"]):
-        run("--decay", "0.7", "--max-steps", "1", "--synthesizer", "none", *more, name=f"run{len(more)}")
+        run(
+            "--schedule",
+            "constant",
+            "--decay",
+            "0.7",
+            "--max-steps",
+            "1",
+            "--synthesizer",
+            "none",
+            *more,
+            name=f"run{len(more)}",
+        )
         assert "no effect with --schedule constant: --decay" in capsys.readouterr().out
 
 

@@ -109,7 +109,7 @@ def test_a_run_ends_with_the_next_commands(called, tmp_path, capsys, monkeypatch
 
     further = f"--resume {quoted} --max-steps 4"
     assert lines[-3:] == [
-        f"to train on: {command('train', 'train_lm')} {further}",
+        f"to train on (the learning rate rises to what a run of that length has): {command('train', 'train_lm')} {further}",
         f"to sample: {command('sample', 'sample_lm')} {quoted}; to score: {command('evaluate', 'evaluate_lm')} {quoted}",
         f"to compare: {command('compare', 'compare_runs')} {quoted} OTHER_RUN; curves: tensorboard --logdir {tmp_path}",
     ]

@@ -25,7 +25,8 @@ from tests.paths import SCRIPTS
 TINY = ("--embed", "8", "--hidden", "8", "--layers", "2", "--dropout", "0.5", "--bptt", "4", "--batch-size", "64")
 
 
-MEASURED = ("--regress-every", "1")  # in six steps the default would hardly measure a message
+MEASURED = ("--regress-every", "1", "--schedule", "constant")
+"""In six steps the default would hardly measure a message. A rate that falls depends on the run's length."""
 
 
 def start(script: str, *arguments: str, cwd: Path) -> subprocess.Popen:
