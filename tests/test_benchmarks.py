@@ -35,6 +35,14 @@ def test_step_times_stand_beside_each_other(tmp_path):
     assert none["threads"] == 2
 
 
+def test_a_predictors_floor_grows_with_its_horizons():
+    lines = call("predictor_floor.py", "--rounds", "3")
+    times = {(line["horizons"], line["operation"]): line["ms"] for line in lines}
+    assert len(times) == 16
+    for name in {name for _, name in times if name.startswith("products")}:
+        assert times[4, name] > 1.5 * times[1, name] > 0
+
+
 def test_memory_is_that_of_a_process_of_its_own(tmp_path):
     (line,) = call("steps.py", "--memory", "--only", "char-gru", "--bptt", "1", "--way", "none", "--windows", "210")
     assert line["peak_mb"] <= line["peak_mb_at_end"] < 1.2 * line["peak_mb"]

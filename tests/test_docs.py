@@ -178,6 +178,7 @@ ELSEWHERE = {
     "steps": "test_benchmarks.py",
     "growth": "test_benchmarks.py",
     "start_up": "test_benchmarks.py",
+    "predictor_floor": "test_benchmarks.py",
     "stability": "test_benchmarks.py",
     "golden_runs": "test_benchmarks.py",
     "git": "makes the other checkout for golden_runs",

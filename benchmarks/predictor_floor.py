@@ -1,0 +1,105 @@
+"""The floor of what a `FutureModel` adds to a step: its products with the state, the gradients' norm, and its optimizer.
+
+python benchmarks/predictor_floor.py
+    Median CPU milliseconds of each, for one horizon and for four, as JSON lines. Half a minute on an idle core.
+
+LSTM of 512 units on 50 characters, 32 lanes, T = 1, one thread. Before each operation a plain step of the RNN runs, so that
+the operation finds the caches as it does in training. "Adam, ..." steps the RNN's optimizer and the predictor's: two
+optimizers, one with two parameter groups, and one with one group, which no trainer can use, because their clipping differs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import dni_seq as dni
+from dni_seq.app.runs.allocator import keep_freed_memory
+from dni_seq.models.language_model import LanguageModel, token_losses
+
+CHARACTERS, EMBED, UNITS, LANES = 50, 64, 512, 32
+
+
+def plain_step() -> Callable[[], Any]:
+    """Returns a function that makes one step of truncated BPTT."""
+    model = LanguageModel(CHARACTERS, embed=EMBED, hidden=UNITS, layers=1)
+    optimizer = torch.optim.Adam(model.parameters(), 1e-3, fused=True)
+    trainer = dni.SequenceTrainer(model, optimizer, token_losses, clip=0.25)
+    text = torch.randint(CHARACTERS, (1, LANES))
+    return lambda: trainer.step(text, text)
+
+
+def fused_adam(*modules: nn.Module, groups: bool = False) -> torch.optim.Adam:
+    """Returns Adam over copies of the modules' parameters with gradients, one group for each module if `groups` is set."""
+    found = [[nn.Parameter(torch.randn_like(parameter)) for parameter in module.parameters()] for module in modules]
+    everything = [parameter for each in found for parameter in each]
+    for parameter in everything:
+        parameter.grad = torch.randn_like(parameter)
+    return torch.optim.Adam([{"params": each} for each in found] if groups else everything, 1e-3, fused=True)
+
+
+def operations(horizons: int) -> Mapping[str, Callable[[], Any]]:
+    """Returns what is timed, for a future model of `horizons` parts."""
+    torch.manual_seed(0)
+    model = LanguageModel(CHARACTERS, embed=EMBED, hidden=UNITS, layers=1)
+    inputs = torch.zeros(1, LANES, dtype=torch.int64)
+    synthesizer = dni.FutureGradient.for_model(
+        model, token_losses, example_inputs=inputs, vocabulary=CHARACTERS, horizons=horizons
+    )
+    assert isinstance(synthesizer.model, dni.FutureModel)
+    layers = [layer for layer in synthesizer.model.from_state if isinstance(layer, nn.Linear)]
+    state = torch.randn(LANES, layers[0].in_features)
+    errors = [torch.randn(LANES, layer.out_features) for layer in layers]
+    pairs = list(zip(layers, errors, strict=True))
+    for parameter in synthesizer.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    rnn, predictor = fused_adam(model), fused_adam(synthesizer)
+    two_groups, one_group = fused_adam(model, synthesizer, groups=True), fused_adam(model, synthesizer)
+    return {
+        "products, forward": lambda: [F.linear(state, layer.weight, layer.bias) for layer in layers],
+        "products, gradient of the state": lambda: [error @ layer.weight for layer, error in pairs],
+        "products, gradient of the weights": lambda: [error.t() @ state for error in errors],
+        "norm": lambda: [torch.linalg.vector_norm(p.grad) for p in synthesizer.parameters() if p.grad is not None],
+        "Adam of the predictor": predictor.step,
+        "Adam, two optimizers": lambda: (predictor.step(), rnn.step()),
+        "Adam, two groups": two_groups.step,
+        "Adam, one group": one_group.step,
+    }
+
+
+def measure(timed: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
+    """Returns the median CPU milliseconds of each operation, each after a step of the RNN."""
+    step = plain_step()
+    found: dict[str, list[float]] = {name: [] for name in timed}
+    for _ in range(rounds):
+        for name, operation in timed.items():
+            step()
+            begin = time.process_time()
+            with torch.no_grad():
+                operation()
+            found[name].append(1e3 * (time.process_time() - begin))
+    return {name: statistics.median(times) for name, times in found.items()}
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=101, help="of each operation (default: 101)")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    keep_freed_memory()
+    for horizons in (1, 4):
+        for name, milliseconds in measure(operations(horizons), options.rounds).items():
+            print(json.dumps({"horizons": horizons, "operation": name, "ms": milliseconds, "torch": torch.__version__}))
+
+
+if __name__ == "__main__":
+    main()
