@@ -16,7 +16,8 @@ a synthesizer's steps with a regression and without. Medians and quartiles over 
 time for a step, which suffers less from other work on the machine than the clock does; with several threads (`--threads`),
 whose CPU times add up, of the clock's. Two processes take turns, round by round: in one, freed memory is kept for the
 next window, as our scripts have it (`dni_seq.app.runs.allocator`); in the other it is not, as a loop that nobody tuned
-has it. Beside them stand the matrix products of a truncated step alone, the floor of them all.
+has it. Beside them stands the floor of a step, without a synthesizer and with one (`step_floor.py`): its matrix products
+by the fastest kernels and one pass of its optimizer.
 """
 
 from __future__ import annotations
@@ -30,205 +31,73 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import nn
-from torch.nn import functional as F
+from step_floor import Floor
+from step_ways import (
+    AS_IT_COMES,
+    FLOOR_OPTIONS,
+    FLOORS,
+    KEPT,
+    ONE,
+    OURS,
+    PLAIN,
+    PLAIN_FUSED,
+    PLAIN_KEPT,
+    SEED,
+    SETTINGS,
+    WAYS,
+    Setting,
+    Step,
+    our_step,
+    plain_step,
+    seed_step,
+)
 
-from dni_seq.app.lm.build_trainer import build_trainer
-from dni_seq.app.lm.options import LanguageModelOptions
 from dni_seq.app.runs.allocator import keep_freed_memory
-from dni_seq.app.runs.options import build
 from dni_seq.app.studies.records import NOTHING, markdown, read_lines
-from dni_seq.core.windows import Lookahead
 from dni_seq.credit.message_filter import OBSERVED_FIRST
-from dni_seq.models.language_model import LanguageModel
 
-Step = Callable[[], None]
+Kernels = dict[str, dict[str, str]]
+"""The kernels of each floor, by way; see `Floor.kernels`."""
 
-
-class Setting(NamedTuple):
-    """A model and its lanes, and the window lengths it is measured at."""
-
-    vocabulary: int
-    cell: str
-    embed: int
-    hidden: int
-    layers: int
-    dropout: float
-    lanes: int
-    bptt: Sequence[int]
-
-
-SETTINGS: Mapping[str, Setting] = MappingProxyType(
-    {
-        "word-lstm": Setting(10_000, "lstm", 200, 200, 2, 0.2, 20, (1, 2, 5, 20, 35)),
-        "char-lstm": Setting(50, "lstm", 64, 512, 1, 0.0, 32, (1, 2, 5, 8, 20, 40)),
-        "word-gru": Setting(10_000, "gru", 200, 200, 2, 0.2, 20, (1, 5, 35)),
-        "char-gru": Setting(50, "gru", 64, 512, 1, 0.0, 32, (1, 5, 40)),
-    }
-)
-
-OURS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
-    {
-        "none": {"synthesizer": "none"},
-        "multi-horizon, K = 1": {"synthesizer": "multi-horizon", "horizons": 1},
-        "multi-horizon, K = 1, no lookahead": {"synthesizer": "multi-horizon", "horizons": 1, "lookahead": 0},
-        "multi-horizon": {"synthesizer": "multi-horizon"},
-        "multi-horizon, K = 4": {"synthesizer": "multi-horizon", "horizons": 4},
-        "multi-horizon, K = 4, one drawn": {"synthesizer": "multi-horizon", "horizons": 4, "draw_horizon": True},
-        "exact, 1 step": {"synthesizer": "exact", "exact_steps": 1},
-        "exact, 4 steps": {"synthesizer": "exact", "exact_steps": 4},
-    }
-)
-"""Our ways: options of scripts/train_lm.py, all others its defaults, but for two horizons by words too."""
-
-ONE = "multi-horizon, K = 1"
-"""The way that the others are held to."""
-
-PLAIN, PLAIN_FUSED, SEED = "plain", "plain, fused Adam", "dni-pytorch's way"
-PLAIN_KEPT = "plain, fused Adam, freed memory kept"
 PRODUCTS = "products alone"
-AS_IT_COMES, KEPT = (PLAIN, PLAIN_FUSED, SEED), (PLAIN_KEPT, PRODUCTS, *OURS)
-WAYS = (*AS_IT_COMES, *KEPT)
-
-CLIP = 0.25
+"""A way of older lines: the products of a step by `torch.mm`, without an optimizer."""
 
 TURN, ROUNDS = 24, 5
 """Steps of a turn, and turns of each way at least. Fitted messages are regressed at one window of 4, the model of what is
 ahead is measured at one of 100, a comparison comes at one of 47."""
 
 
-def model_of(setting: Setting) -> LanguageModel:
-    """The model, the same for every way but for its kernels: the plain ones run `nn.LSTM` as it comes."""
-    torch.manual_seed(0)
-    sizes = {name: getattr(setting, name) for name in ("cell", "embed", "hidden", "layers", "dropout")}
-    return LanguageModel(setting.vocabulary, **sizes)
-
-
-def plain_step(setting: Setting, bptt: int, *, fused: bool) -> Step:
-    """Truncated BPTT as everyone writes it."""
-    model = model_of(setting)
-    model.native_steps = 0
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, fused=fused)
-    tokens = torch.randint(setting.vocabulary, (bptt, setting.lanes))
-    state: Any = model.initial_state(setting.lanes)
-
-    def step() -> None:
-        nonlocal state
-        logits, last = model(tokens, state)
-        loss = F.cross_entropy(logits.flatten(0, 1), tokens.flatten())
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), CLIP)
-        optimizer.step()
-        state = tuple(leaf.detach() for leaf in last) if isinstance(last, tuple) else last.detach()
-
-    return step
-
-
-def seed_step(setting: Setting, bptt: int) -> Step:
-    """Synthetic gradients as dni-pytorch's README has them: one MLP on the joined state, one Adam for everything."""
-    model = model_of(setting)
-    model.native_steps = 0
-    parts = 2 if setting.cell == "lstm" else 1
-    width = parts * setting.hidden
-    synthesizer = nn.Sequential(
-        nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width)
-    )
-    parameters = [*model.parameters(), *synthesizer.parameters()]
-    optimizer = torch.optim.Adam(parameters, lr=1e-3)
-    tokens = torch.randint(setting.vocabulary, (bptt, setting.lanes))
-    joined = torch.zeros(setting.layers, setting.lanes, width)
-
-    def step() -> None:
-        nonlocal joined
-        optimizer.zero_grad()
-        trigger = joined.detach().requires_grad_()
-        start: Any = tuple(part.contiguous() for part in trigger.chunk(2, dim=-1)) if parts == 2 else trigger
-        logits, last = model(tokens, start)
-        joined = torch.cat(last, dim=-1) if parts == 2 else last
-        loss = F.cross_entropy(logits.flatten(0, 1), tokens.flatten())
-        with torch.no_grad():
-            message = 0.1 * synthesizer(joined)
-        torch.autograd.backward([loss, joined], [None, message])
-        F.mse_loss(synthesizer(trigger.detach()), trigger.grad).backward()  # type: ignore[arg-type]
-        nn.utils.clip_grad_norm_(parameters, CLIP)
-        optimizer.step()
-
-    return step
-
-
-def products_step(setting: Setting, bptt: int) -> Step:
-    """The matrix products of a truncated step, forward and backward, and nothing else: no training goes below them."""
-    width = {"lstm": 4, "gru": 3}[setting.cell] * setting.hidden
-    window = bptt * setting.lanes
-    ins = [setting.embed] + [setting.hidden] * (setting.layers - 1)
-    # Rows, width in and out, how often forward, back to the input, and for the weights' gradient.
-    shapes = [(window, size, width, 1, 1, 1) for size in ins]
-    shapes += [(setting.lanes, setting.hidden, width, bptt, bptt - 1, 0)] * setting.layers
-    shapes += [(window, setting.hidden, width, 0, 0, 1)] * setting.layers
-    shapes += [(window, setting.hidden, setting.vocabulary, 1, 1, 1)]
-    products: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
-    for rows, size, out, forward, back, weights in shapes:
-        x, w, y = torch.rand(rows, size), torch.rand(out, size), torch.rand(rows, out)
-        products += [(x, w.t(), torch.empty_like(y))] * forward
-        products += [(y, w, torch.empty_like(x))] * back
-        products += [(y.t(), x, torch.empty_like(w))] * weights
-
-    def step() -> None:
-        for left, right, out in products:
-            torch.mm(left, right, out=out)
-
-    return step
-
-
-def our_step(setting: Setting, bptt: int, options: Mapping[str, Any]) -> Step:
-    """`SequenceTrainer` as scripts/train_lm.py builds it."""
-    sizes = {name: getattr(setting, name) for name in ("embed", "hidden", "layers", "dropout")}
-    common = {"model": setting.cell, "bptt": bptt, "lr": 1e-3, "clip": CLIP, "batch_size": setting.lanes, **sizes}
-    settled = build(LanguageModelOptions, common, options)
-    trainer = build_trainer(settled, model_of(setting), torch.device("cpu"))
-    tokens = torch.randint(setting.vocabulary, (bptt, setting.lanes))
-    steps = settled.resolve(bptt).window_lookahead
-    ahead = torch.randint(setting.vocabulary, (steps, setting.lanes))
-    lookahead = Lookahead(ahead, ahead, torch.ones_like(ahead, dtype=torch.bool)) if steps else None
-
-    def step() -> None:
-        trainer.step(tokens, tokens, lookahead=lookahead)
-
-    return step
-
-
 def step_of(way: str, setting: Setting, bptt: int) -> Step:
     """One way's step on one cell of the grid."""
     if way == SEED:
         return seed_step(setting, bptt)
-    if way == PRODUCTS:
-        return products_step(setting, bptt)
+    if way in FLOOR_OPTIONS:
+        return Floor(setting, bptt, FLOOR_OPTIONS[way])
     if way in OURS:
         return our_step(setting, bptt, OURS[way])
     return plain_step(setting, bptt, fused=way != PLAIN)
 
 
-def time_ways(name: str, bptt: int, ways: Sequence[str], seconds: float) -> dict[str, list[float]]:
-    """Milliseconds of a step by way, one number a turn."""
+def time_ways(name: str, bptt: int, ways: Sequence[str], seconds: float) -> tuple[dict[str, list[float]], Kernels]:
+    """Milliseconds of a step by way, one number a turn, and the kernels of the floors."""
     found: dict[str, list[float]] = {way: [] for way in ways}
     workers = [Worker(name, bptt, [way for way in ways if way in each], kept=each is KEPT) for each in (AS_IT_COMES, KEPT)]
     with contextlib.ExitStack() as stack:
         for worker in workers:
             stack.callback(worker.close)
+        kernels = {way: chosen for worker in workers for way, chosen in worker.kernels().items()}
         end = time.monotonic() + seconds
         while time.monotonic() < end or len(found[ways[0]]) < ROUNDS:
             for worker in workers:
                 for way, milliseconds in worker.round().items():
                     found[way].append(milliseconds)
-    return found
+    return found, kernels
 
 
 class Worker:
@@ -241,6 +110,11 @@ class Worker:
         self._process = context.Process(target=take_turns, args=task, daemon=True)
         self._process.start()
         theirs.close()
+
+    def kernels(self) -> Kernels:
+        """The kernels of the floors, once all ways are built and warm."""
+        kernels: Kernels = self._pipe.recv()
+        return kernels
 
     def round(self) -> dict[str, float]:
         """Milliseconds of a step, by way, in one turn of each."""
@@ -256,7 +130,7 @@ class Worker:
 
 def warm_up(way: str) -> int:
     """Steps before the first that is measured: a synthesizer's first windows are observed more closely than later ones."""
-    return 3 if way in AS_IT_COMES or way in (PLAIN_KEPT, PRODUCTS, "none") else OBSERVED_FIRST + 1
+    return 3 if way in AS_IT_COMES or way in (PLAIN_KEPT, *FLOOR_OPTIONS, "none") else OBSERVED_FIRST + 1
 
 
 def take_turns(name: str, bptt: int, ways: Sequence[str], kept: bool, threads: int, pipe: Connection) -> None:
@@ -269,6 +143,7 @@ def take_turns(name: str, bptt: int, ways: Sequence[str], kept: bool, threads: i
     for way, step in steps.items():
         for _ in range(warm_up(way)):
             step()
+    pipe.send({way: step.kernels for way, step in steps.items() if isinstance(step, Floor)})
     while pipe.recv():
         times = {}
         for way, step in steps.items():
@@ -279,8 +154,8 @@ def take_turns(name: str, bptt: int, ways: Sequence[str], kept: bool, threads: i
         pipe.send(times)
 
 
-def lines_of(name: str, bptt: int, found: Mapping[str, list[float]]) -> list[dict[str, Any]]:
-    """One line a way: median, quartiles and mean of a step, and the ratios of medians."""
+def lines_of(name: str, bptt: int, found: Mapping[str, list[float]], kernels: Kernels) -> list[dict[str, Any]]:
+    """One line a way: median, quartiles and mean of a step, the ratios of medians, and a floor's kernels."""
     lines = []
     medians = {way: statistics.median(times) for way, times in found.items()}
     for way, times in found.items():
@@ -290,6 +165,8 @@ def lines_of(name: str, bptt: int, found: Mapping[str, list[float]]) -> list[dic
             for other in (PLAIN, PLAIN_FUSED, PLAIN_KEPT, SEED, "none")
             if other in medians
         }
+        if FLOORS.get(way) in medians:
+            ratios["over its floor"] = medians[way] / medians[FLOORS[way]]
         lines.append(
             {
                 "setting": name,
@@ -300,6 +177,7 @@ def lines_of(name: str, bptt: int, found: Mapping[str, list[float]]) -> list[dic
                 "mean_ms": statistics.mean(times),
                 "steps": TURN * len(times),
                 **ratios,
+                **({"kernels": kernels[way]} if way in kernels else {}),
                 "torch": torch.__version__,
                 "threads": torch.get_num_threads(),
             }
@@ -308,7 +186,7 @@ def lines_of(name: str, bptt: int, found: Mapping[str, list[float]]) -> list[dic
 
 
 def table(lines: Sequence[Mapping[str, Any]]) -> str:
-    """Ratios of medians, a row for each cell of the grid."""
+    """Ratios of medians, a row for each cell of the grid; first those to the floor of a step."""
     cells: dict[tuple[str, int], dict[str, float]] = {(line["setting"], line["bptt"]): {} for line in lines}
     for line in lines:
         cells[line["setting"], line["bptt"]][line["way"]] = line["ms"]
@@ -316,20 +194,26 @@ def table(lines: Sequence[Mapping[str, Any]]) -> str:
     def ratio(medians: Mapping[str, float], one: str, other: str) -> str:
         return f"{medians[one] / medians[other]:.2f}" if one in medians and other in medians else NOTHING
 
+    # Lines of before the floor hold a cruder one.
+    products = [PRODUCTS] if any(PRODUCTS in medians for medians in cells.values()) else []
+    costly = [*products, *(way for way in OURS if way != "none")]
+    headline = ("none", ONE, "multi-horizon")
     rows = [
         [
             name,
             str(bptt),
+            *(ratio(medians, way, FLOORS[way]) for way in headline),
             *(f"{medians[way]:.1f}" if way in medians else NOTHING for way in ("none", ONE)),
             *(ratio(medians, "none", other) for other in (PLAIN, PLAIN_FUSED, PLAIN_KEPT)),
-            *(ratio(medians, way, "none") for way in (PRODUCTS, *OURS) if way != "none"),
+            *(ratio(medians, way, "none") for way in costly),
             ratio(medians, SEED, ONE),
         ]
         for (name, bptt), medians in cells.items()
     ]
     over = [f"none / {other}" for other in (PLAIN, PLAIN_FUSED, PLAIN_KEPT)]
-    costs = [f"{way} / none" for way in (PRODUCTS, *OURS) if way != "none"]
-    return markdown(["setting", "T", "none, ms", f"{ONE}, ms", *over, *costs, f"{SEED} / {ONE}"], rows)
+    costs = [f"{way} / none" for way in costly]
+    floors = [f"{way} / its floor" for way in headline]
+    return markdown(["setting", "T", *floors, "none, ms", f"{ONE}, ms", *over, *costs, f"{SEED} / {ONE}"], rows)
 
 
 def peak_mb() -> float:
@@ -397,7 +281,7 @@ def main() -> None:
             if options.memory:
                 found = [in_process(name, bptt, way, options.windows) for way in options.way]
             else:
-                found = lines_of(name, bptt, time_ways(name, bptt, options.way, options.seconds))
+                found = lines_of(name, bptt, *time_ways(name, bptt, options.way, options.seconds))
             for line in found:
                 print(json.dumps(line), flush=True)
             lines += found

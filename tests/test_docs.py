@@ -176,6 +176,7 @@ ELSEWHERE = {
     "feedforward_table": "app/feedforward/test_train.py",
     "streams": "test_benchmarks.py, its smallest case",
     "steps": "test_benchmarks.py",
+    "peers": "test_peers.py",
     "growth": "test_benchmarks.py",
     "start_up": "test_benchmarks.py",
     "predictor_floor": "test_benchmarks.py",

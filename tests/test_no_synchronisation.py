@@ -48,8 +48,14 @@ def inside(model, steps):
     return {"synthesizer": synthesizer, "config": dni.SyntheticGradientConfig(message_every=1)}
 
 
-KINDS = {**learners.KINDS, "both, inside": inside}
-del KINDS["least squares"]  # it reads a counter at each regression, see docs/about/limitations.md
+def drawn_heads(model, steps):
+    """Two regressed heads, of which each window trains one."""
+    settings = learners.heads(model, steps)
+    settings["synthesizer"].draw = True
+    return settings
+
+
+KINDS = {**learners.KINDS, "both, inside": inside, "a drawn head": drawn_heads}
 
 
 def trainer_of(kind):
@@ -68,6 +74,7 @@ def as_on_a_gpu(monkeypatch):
 
     monkeypatch.setattr("dni_seq.core.nonfinite.readable_without_sync", lambda flag: False)
     monkeypatch.setattr("dni_seq.credit.synthetic_gradient.drawn", on_the_host)
+    monkeypatch.setattr("dni_seq.synthesizers.multi_horizon.drawn", on_the_host)
 
 
 def steps(trainer, some):

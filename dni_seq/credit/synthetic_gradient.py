@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dni_seq.core.deferred_backward import GradientAccumulator
+from dni_seq.core.host_count import reread_counts
 from dni_seq.core.nonfinite import module_is_finite
 from dni_seq.core.optimizer_step import total_norm
 from dni_seq.core.snapshot import Restorable, TensorSnapshot, TrainingSnapshot, buffers_of
@@ -276,6 +277,7 @@ class SyntheticCredit(Restorable):
         """Restores the synthesizer's initial parameters; its monitor disables it after too many resets."""
         self.monitor.count_reset()
         self._fresh.restore()
+        reread_counts(self._learners)
         self.step_optimizer.clear_state()
         if self.target_network is not None:
             self.target_network.copy()
@@ -300,6 +302,7 @@ class SyntheticCredit(Restorable):
         if self._before_replay is not None:
             self._before_replay.restore()
         self._buffers.restore()
+        reread_counts(self._learners)
         self.restore(before)
 
     def skip_step(self, *, loss_is_finite: bool) -> None:

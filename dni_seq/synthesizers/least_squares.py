@@ -17,12 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dni_seq.core.host_count import CountsOnHost
 from dni_seq.core.states import State
 from dni_seq.synthesizers.packed import Outputs, PackedSynthesizer
 from dni_seq.synthesizers.state_mlp import StateTrunk
 
 
-class LeastSquaresHeads(PackedSynthesizer):
+class LeastSquaresHeads(PackedSynthesizer, CountsOnHost):
     """Predicts one message for each horizon with linear heads that are least-squares fits to the latest targets.
 
     The F features are the constant 1 and those of a trunk, a perceptron that learns by gradient descent. Outputs are
@@ -59,6 +60,8 @@ class LeastSquaresHeads(PackedSynthesizer):
     Raises:
         ValueError: `memory`, `ridge`, `solve_every`, `horizons` or `limit` is not positive.
     """
+
+    COUNTER = "regressions"
 
     covariance: Tensor
     correlation: Tensor
@@ -132,8 +135,7 @@ class LeastSquaresHeads(PackedSynthesizer):
                 sums.mul_(keep).add_(added)
             else:
                 sums[trained] = keep * sums[trained] + added
-        self.regressions += 1
-        if self.regressions % self.solve_every == 0:
+        if self._count_call() % self.solve_every == 0:
             self._solve()
 
     def _solve(self) -> None:
@@ -142,8 +144,9 @@ class LeastSquaresHeads(PackedSynthesizer):
         lanes = diagonal[:, :1, None]  # the first feature is 1, so its sum of squares counts lanes
         shift = (self.ridge * diagonal.mean(1, keepdim=True)).expand_as(diagonal)
         factor, failed = torch.linalg.cholesky_ex(self.covariance + torch.diag_embed(shift))
+        identity = torch.eye(factor.shape[1], dtype=factor.dtype, device=factor.device)
         # A head that was never trained has sums of zero: its factorisation fails, so an identity replaces the factor.
-        factor = torch.where((failed == 0)[:, None, None], factor, torch.eye(factor.shape[1]).to(factor))
+        factor = torch.where((failed == 0)[:, None, None], factor, identity)
         weight = (self.gate_power / lanes).clamp_min(1e-6)
         # The explicit inverse is faster: F is small compared with S, and a product costs less than solving for S columns.
         found = torch.cholesky_inverse(factor) @ (self.correlation / weight)

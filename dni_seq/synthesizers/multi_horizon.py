@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dni_seq.core import states
+from dni_seq.core.host_count import CountsOnHost
 from dni_seq.core.states import State
 from dni_seq.synthesizers.base import (
     Recommended,
@@ -30,7 +31,7 @@ from dni_seq.synthesizers.state_heads import StateHeads
 from dni_seq.synthesizers.target_rule import TargetRule, combine, drawn, increments
 
 
-class Horizons(nn.Module):
+class Horizons(CountsOnHost):
     """Predicts one message for each of the next K windows: message n is the gradient of the n-th next window's loss.
 
         target of E_1(s_k) = a_k                            exact, without bootstrap
@@ -63,6 +64,8 @@ class Horizons(nn.Module):
     Raises:
         ValueError: `horizons` is not positive.
     """
+
+    COUNTER = "draws"
 
     draws: Tensor
 
@@ -118,7 +121,7 @@ class Horizons(nn.Module):
         Raises:
             ValueError: a target and its message differ in the number of tensors, a shape or a dtype.
         """
-        self.draws += 1
+        self._count_call()
         return regress(self.heads, trigger, context, targets)
 
     def target_rule(self, scale: float, discount: float) -> TargetRule:
@@ -136,7 +139,7 @@ class Horizons(nn.Module):
         rule = increments(scale, discount, self.weights, self.tail)._replace(self_supervised=self.self_supervised)
         if not self.draw or self.self_supervised:  # self-supervised heads need no targets
             return rule
-        chosen = drawn(len(self.weights), int(self.draws))
+        chosen = drawn(len(self.weights), self._count())
         return rule._replace(active=[i == chosen for i in range(len(self.weights))])
 
 
