@@ -289,6 +289,15 @@ RIVALS = ("none", "dense", "multi-horizon", "multi-token")
 """The columns whose dropout is chosen at the budget of 3; `exact`, behind at the smallest, keeps what it had there."""
 
 
+def other_windows(known: dict[str, Line]) -> Iterator[Trial]:
+    """Truncated BPTT at the largest budget in its other windows, each at its best rate: longer ones may pay later."""
+    final = COLUMNS["none"].final(known)
+    for bptt in (35, 20):
+        rate = tuned(known, lambda lr, bptt=bptt: trial_of("none", bptt, lr, 1), RATES, first=1)[1]  # type: ignore[misc]
+        if final is not None and rate is not None and bptt != final["T"]:
+            yield {**final, "T": bptt, "lr": rate}
+
+
 def constant_rates(known: dict[str, Line]) -> Iterator[Trial]:
     """One epoch at a constant rate, as the command trains: truncated BPTT at each T, and the command's default."""
     for method, windows in (("none", (5, 10, 20, 35)), ("multi-horizon", (5,))):
@@ -307,6 +316,7 @@ def plan(known: dict[str, Line]) -> Iterator[Trial]:
     wanted = {name: list(column.trials(known)) for name, column in COLUMNS.items()}
     yield from (trial for trials in wanted.values() for trial in trials if trial["budget"] == 1)
     yield from (trial for name in RIVALS for trial in wanted[name] if trial["budget"] > 1)
+    yield from other_windows(known)
     dense = COLUMNS["dense"].final(known)
     if dense is not None:  # parts of it, at its own settings and the largest budget
         whole = {name: value for name, value in dense.items() if name != "every"}
