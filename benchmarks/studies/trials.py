@@ -18,6 +18,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TextIO
 
+import torch
+
 from dni_seq.app.studies.records import append_line, read_lines
 
 Trial = dict[str, Any]
@@ -85,6 +87,13 @@ def checkpoint_path(scratch: Path, trial: Trial) -> Path:
     """Where a trial under way is saved."""
     name = "-".join(str(value) for _, value in sorted(trial.items()))
     return scratch / f"{name}.pt"
+
+
+def save_whole(checkpoint: Path, parts: dict[str, Any]) -> None:
+    """Writes a checkpoint in one go, so that a kill leaves the one before."""
+    unfinished = checkpoint.with_suffix(".new")
+    torch.save(parts, unfinished)
+    unfinished.replace(checkpoint)
 
 
 def claim(scratch: Path, trial: Trial) -> TextIO | None:
