@@ -20,6 +20,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +29,14 @@ from torch import Tensor, nn
 
 import dni_seq as dni
 from dni_seq.core.windows import Reduction
+from dni_seq.synthesizers.for_model import predictor_for, read_text
 from dni_seq.synthesizers.future_gradient import MESSAGE_LIMIT
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "studies"))
 from trials import Trial
 
-PREDICTOR_RATE = 1e-3
+PREDICTOR_RATE, PREDICTOR_UNITS, CLASSES = 1e-3, 256, 500
+"""As in `FutureGradient.for_model`, but the rate, which a trainer leaves at 1e-3 too."""
 
 
 @dataclass(frozen=True)
@@ -43,11 +46,9 @@ class Parts:
     Attributes:
         model: `model(inputs, state) -> (outputs, state)`.
         loss_fn: unreduced losses [T, B].
-        example: inputs of the first window, of one lane; their values do not matter.
+        example: inputs of a window of one lane, [T, 1, ...]; their values do not matter.
         vocabulary: number of token ids, None if inputs are vectors.
         outputs: width of the outputs, None if they are logits of tokens.
-        past_loss: unreduced losses of predicted inputs.
-        past_width: width of the outputs that predict an input.
         clip: largest norm of the model's gradient.
         reduction: of the trainer.
     """
@@ -57,8 +58,6 @@ class Parts:
     example: Tensor
     vocabulary: int | None
     outputs: int | None
-    past_loss: Callable[[Tensor, Any], Tensor]
-    past_width: int
     clip: float
     reduction: Reduction
 
@@ -69,14 +68,13 @@ def synthesizer_of(trial: Trial, parts: Parts) -> nn.Module | None:
         return dni.ExactFuture(parts.model, parts.loss_fn, steps=trial["steps"])
     if "predict" not in trial:
         return None
-    if "draws" in trial:
-        return past_by_hand(trial, parts)
+    if parts.vocabulary is None or "draws" in trial:
+        return future_gradient(trial, parts)
     found: dni.FutureGradient = dni.FutureGradient.for_model(
         parts.model,
         parts.loss_fn,
         example_inputs=parts.example,
         vocabulary=parts.vocabulary,
-        outputs=parts.outputs,
         predict=trial["predict"],
         predict_steps=trial.get("steps"),
         horizons=trial.get("horizons"),
@@ -85,16 +83,28 @@ def synthesizer_of(trial: Trial, parts: Parts) -> nn.Module | None:
     return found
 
 
-def past_by_hand(trial: Trial, parts: Parts) -> dni.FutureGradient:
-    """Returns messages of a `GatedPast` that draws its steps, an option that `for_model` lacks."""
+def future_gradient(trial: Trial, parts: Parts) -> dni.FutureGradient:
+    """Returns what `for_model` builds, but with drawn steps if the trial has them, and without a fixed window length.
 
-    def past(size: int) -> dni.GatedPast:
-        draws, width = trial["draws"], parts.past_width
-        return dni.GatedPast(size, trial["steps"], outputs=width, loss_fn=parts.past_loss, draws=draws)
-
+    The windows of a sequence differ in length, and a resumed trial may begin with a short one.
+    """
+    of_model = (parts.loss_fn, parts.example, parts.vocabulary, parts.outputs, CLASSES)
+    steps, horizons = trial.get("steps"), trial.get("horizons")
+    make: Callable[[int], Any] = predictor_for(
+        read_text(*of_model), trial["T"], trial["predict"], steps, horizons, PREDICTOR_UNITS
+    )
+    if "draws" in trial:
+        make = partial(drawn_past, trial, parts)
     example = parts.model.initial_state(1)  # type: ignore[operator]
     cells = dni.LSTM_CELLS if trial.get("gate", True) else False
-    return dni.FutureGradient(example, past, window=len(parts.example), cells=cells, limit=MESSAGE_LIMIT)
+    return dni.FutureGradient(example, make, cells=cells, limit=MESSAGE_LIMIT)
+
+
+def drawn_past(trial: Trial, parts: Parts, size: int) -> dni.GatedPast:
+    """Returns a predictor of the past that draws its steps."""
+    text = read_text(parts.loss_fn, parts.example, parts.vocabulary, parts.outputs, CLASSES)
+    sizes = {"units": PREDICTOR_UNITS, "outputs": text.past_width, "draws": trial["draws"]}
+    return dni.GatedPast(size, trial["steps"], loss_fn=text.past_loss, **sizes)
 
 
 def trainer_of(trial: Trial, parts: Parts) -> dni.SequenceTrainer:

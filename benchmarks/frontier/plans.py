@@ -103,7 +103,7 @@ def default(bptt: int) -> dict[str, Any]:
 
 
 def default_on_sequences(bptt: int) -> dict[str, Any]:
-    """Returns those of the default, in numbers: the first windows of a curriculum are shorter than T."""
+    """Returns those of the default in numbers, so that the kind of an update shows its reach."""
     horizons = default_horizons(bptt)
     return {"predict": "horizons", "horizons": horizons, "steps": horizons * bptt}
 
@@ -263,6 +263,11 @@ def far() -> Iterator[Trial]:
     for task, steps in FAR_REACH.items():
         own = {"part": "far", "task": task, "method": "past", "T": 4, "rate": FAR_RATE, "predict": "past", "steps": steps}
         yield from ({**own, "updates": FAR_UPDATES, "seed": seed} for seed in SEEDS)
+
+
+def group_of(trial: Trial) -> str:
+    """Returns the group of a trial, as `--only` names it."""
+    return str(trial["task"] if trial["part"] == "frontier" else trial["part"])
 
 
 def phases(known: Known) -> Iterator[Iterator[tuple[str, Trial]]]:

@@ -48,6 +48,10 @@ class Times(NamedTuple):
         """Returns the time of a trial's update, None if it is not on record."""
         return self.seconds.get(timed_as(trial), {}).get(kind_of(trial))
 
+    def saved_by(self, trial: Trial) -> int | None:
+        """Returns the bytes that a trial's update saves for its backward passes, None if they are not on record."""
+        return self.saved.get(timed_as(trial), {}).get(kind_of(trial))
+
     def of_text(self, task: str) -> dict[str, float]:
         """Returns seconds of an update by kind."""
         return {kind: time.fixed for kind, time in self.seconds.get(task, {}).items()}

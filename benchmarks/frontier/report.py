@@ -14,13 +14,14 @@ from typing import Any
 import sequence_tasks
 import text_tasks
 from ablation import ROWS, row_trial
-from methods import kind_of
-from plans import FIRST_SEED, GRIDS, GROUPS, TEXT, Column, Grid, Known, far, forecast, lines_of, score
-from records import Times, estimate, spent, timed_as
+from plans import FIRST_SEED, GRIDS, GROUPS, TEXT, Column, Grid, Known, far, forecast, group_of, lines_of, score
+from records import Times, estimate, spent
 
 from dni_seq.app.studies.records import NOTHING, markdown, write_tables
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "studies"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "predictive_messages"))
+from copying import UpdateTime
 from trials import Line, Trial, key_of
 
 MARKS = ("<!-- frontier: written by study.py table -->", "<!-- end of frontier -->")
@@ -43,6 +44,8 @@ def write(page: Path, known: Known, times: Times) -> None:
         if any(line is not None for _, line in found):
             cells = [[row, *ablation_cells(line, times)] for row, line in found]
             parts += [f"### Ablation, {task}", markdown(("changed", unit_of(task), "CPU s", "saved MiB"), cells)]
+    for task, seconds in times.seconds.items():
+        parts += [f"### Updates, {task}", markdown(UPDATE_HEADER, update_rows(task, seconds, times))]
     write_tables(page, MARKS, "\n\n".join(part.rstrip() for part in parts) + "\n")
 
 
@@ -74,11 +77,6 @@ def progress_table(known: Known, times: Times) -> str:
     return markdown(header, rows)
 
 
-def group_of(trial: Trial) -> str:
-    """Returns the group of a trial, as `--only` names it."""
-    return str(trial["task"] if trial["part"] == "frontier" else trial["part"])
-
-
 HEADER = ("method", "budget", "T", "rate", "weight", "seeds", "CPU s", "quality", "test", "saved MiB", "peak MiB", "date")
 
 
@@ -101,7 +99,8 @@ def best_row(line: Line, grid: Grid, known: Known, times: Times) -> list[str]:
     """Returns the cells of a trial and of its other seeds."""
     trial = line["trial"]
     of_seeds = seeds_of(trial, known)
-    means = [mean_cell([each[name] for each in of_seeds if name in each]) for name in ("quality", "test")]
+    places = digits(grid.task)
+    means = [mean_cell([each[name] for each in of_seeds if name in each], places) for name in ("quality", "test")]
     saved = saved_of(line, times)
     cells = [trial["method"], trial[grid.unit], trial["T"], f"{trial['rate']:g}", trial.get("weight", "")]
     cells += [len(of_seeds), f"{line['seconds']:.0f}", *means]
@@ -114,19 +113,22 @@ def seeds_of(trial: Trial, known: Known) -> list[Line]:
     return sorted(found, key=lambda line: int(line["trial"]["seed"]))
 
 
-def mean_cell(values: list[float]) -> str:
+def digits(task: str) -> int:
+    """Returns the decimal places of a task's quality."""
+    return {"words": 1, "characters": 3}.get(task, 0)
+
+
+def mean_cell(values: list[float], places: int) -> str:
     """Returns a number, or mean and standard deviation of several."""
-    if not values:
-        return ""
-    if len(values) == 1:
-        return f"{values[0]:.4g}"
-    return f"{statistics.mean(values):.4g} ± {statistics.stdev(values):.2g}"
+    if len(values) < 2:
+        return "".join(f"{value:.{places}f}" for value in values)
+    places = max(1, places)
+    return f"{statistics.mean(values):.{places}f} ± {statistics.stdev(values):.{places}f}"
 
 
 def saved_of(line: Line, times: Times) -> int | None:
     """Returns the bytes saved for the backward passes of a trial's update, from its line or from its kind."""
-    trial = line["trial"]
-    found: int | None = line.get("saved_bytes", times.saved.get(timed_as(trial), {}).get(kind_of(trial)))
+    found: int | None = line.get("saved_bytes", times.saved_by(line["trial"]))
     return found
 
 
@@ -153,4 +155,18 @@ def ablation_cells(line: Line | None, times: Times) -> list[str]:
     if line is None:
         return [NOTHING, NOTHING, NOTHING]
     assert line["trial"]["seed"] == FIRST_SEED
-    return [f"{line['quality']:.4g}", f"{line['seconds']:.0f}", mib(saved_of(line, times))]
+    quality = mean_cell([line["quality"]], digits(line["trial"]["task"]))
+    return [quality, f"{line['seconds']:.0f}", mib(saved_of(line, times))]
+
+
+UPDATE_HEADER = ("update", "ms of a full window", "of truncated BPTT at this T", "saved MiB")
+
+
+def update_rows(task: str, seconds: dict[str, UpdateTime], times: Times) -> Iterable[list[str]]:
+    """Yields the idle time and the memory of each kind of update of a task."""
+    for kind, time_of in seconds.items():
+        bptt = int(kind.split("T=")[1].split()[0])
+        base = seconds.get(f"none T={bptt}")
+        own = time_of.seconds(bptt)
+        ratio = NOTHING if base is None else f"{own / base.seconds(bptt):.2f}"
+        yield [kind, f"{1000 * own:.1f}", ratio, mib(times.saved[task][kind])]

@@ -38,7 +38,7 @@ import sequence_tasks
 import text_tasks
 import torch
 from methods import kind_of
-from plans import GROUPS, TEXT, Known, forecast, plan
+from plans import GROUPS, TEXT, Known, forecast, group_of, plan
 from records import Times, all_lines, estimate, read_times, reused, spent
 from timing import kinds_of, measure
 
@@ -71,13 +71,15 @@ class Runner:
         self.splits = cache(lambda task: text_tasks.Splits(text_tasks.TASKS[task], self.data))
 
     def __call__(self, trial: Trial, checkpoint: Path) -> Line:
-        """Trains to the end of the trial's budget."""
+        """Trains to the end of the trial's budget. What its updates save is that of their kind, which `time` has counted."""
         times = read_times(self.results)
-        if trial["task"] in TEXT:
-            return text_tasks.run(trial, checkpoint, self.splits(trial["task"]), times.of_text(trial["task"]))
         time_of = times.of(trial)
         assert time_of is not None
-        return sequence_tasks.run(trial, checkpoint, time_of)
+        if trial["task"] in TEXT:
+            line = text_tasks.run(trial, checkpoint, self.splits(trial["task"]), times.of_text(trial["task"]))
+        else:
+            line = sequence_tasks.run(trial, checkpoint, time_of)
+        return {**line, "saved_bytes": times.saved_by(trial)}
 
 
 def affordable(own: Known, options: argparse.Namespace) -> Iterator[Trial]:
@@ -109,7 +111,7 @@ def print_plan(options: argparse.Namespace) -> None:
 def time_all(options: argparse.Namespace) -> None:
     """Measures the kinds of all trials that are planned or on record."""
     known = all_lines(options.results, options.study)
-    recorded = [line["trial"] for line in known.values() if "words" in options.only or line["trial"]["task"] != "words"]
+    recorded = [line["trial"] for line in known.values() if group_of(line["trial"]) in options.only]
     kinds = kinds_of([*forecast(known, options.only), *recorded])
     for task, trials in kinds.items():
         if not any(trial["method"] == "none" for trial in trials.values()):

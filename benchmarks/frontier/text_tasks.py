@@ -20,13 +20,12 @@ from methods import PREDICTOR_RATE, Parts, kind_of, lookahead_of, modules_of, op
 import dni_seq as dni
 from dni_seq.app.runs.allocator import keep_freed_memory
 from dni_seq.models.language_model import LanguageModel, token_losses
-from dni_seq.synthesizers.token_classes import among_the_first
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "studies"))
 sys.path.insert(0, str(Path(__file__).parents[1] / "predictive_messages"))
 from memory import peak_mib, reset_peak, saved_bytes
 from trials import Line, Trial, save_whole
-from word_learners import CLIP, LANES, UNITS, WORDS_PREDICTED, Text
+from word_learners import CLIP, LANES, UNITS, Text
 
 CURVE_POINTS = 6
 EVALUATION_STEPS = 70
@@ -67,7 +66,7 @@ class TextTask:
 TASKS: Mapping[str, TextTask] = MappingProxyType(
     {
         "words": TextTask("words", LANES, {"embed": UNITS, "hidden": UNITS, "layers": 2}, CLIP, 35, None, False),
-        "characters": TextTask("characters", 64, {"embed": 64, "hidden": 512, "layers": 1}, 1.0, 50, 1500, True),
+        "characters": TextTask("characters", 64, {"embed": 64, "hidden": 512, "layers": 1}, 1.0, 50, 1000, True),
     }
 )
 
@@ -113,15 +112,12 @@ def trainer_for(trial: Trial, splits: Splits) -> dni.SequenceTrainer:
     task, known = splits.task, len(splits.train.vocabulary)
     torch.manual_seed(trial["seed"])
     model = LanguageModel(known, dropout=trial["dropout"], **task.model)
-    limited = known > WORDS_PREDICTED
     parts = Parts(
         model,
         token_losses,
         torch.zeros(trial["T"], 1, dtype=torch.long),
         vocabulary=known,
         outputs=None,
-        past_loss=among_the_first(token_losses, WORDS_PREDICTED) if limited else token_losses,
-        past_width=min(known, WORDS_PREDICTED),
         clip=task.clip,
         reduction="mean",
     )
@@ -201,8 +197,7 @@ def run(trial: Trial, checkpoint: Path, splits: Splits, seconds: Mapping[str, fl
     checkpoint.unlink(missing_ok=True)
     idle = round(total * seconds[kind_of(trial)], 1)
     counts = {"updates": total, "steps": total * trial["T"], "seconds": idle}
-    measured = {"peak_mib": peak, "saved_bytes": kept_for_backward(trial, splits)}
-    return {"quality": valid, "test": test, **counts, "curve": [*curve, [total, valid]], **measured}
+    return {"quality": valid, "test": test, **counts, "curve": [*curve, [total, valid]], "peak_mib": peak}
 
 
 def resume(checkpoint: Path, reader: Reader) -> tuple[int, list[list[float]]]:
