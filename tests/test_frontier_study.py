@@ -88,9 +88,9 @@ def test_updates_on_words_are_those_of_the_study_whose_lines_count(study, data, 
             assert ours.equal(theirs), name
 
 
-def old_line(method: str, **settings) -> dict:
+def old_line(method: str, valid: float, **settings) -> dict:
     trial = {"task": "words", "method": method, "T": 35, "lr": 8e-3, "budget": 1, "dropout": 0.2, "seed": 1, **settings}
-    scores = {"valid": 150.0, "test": 140.0, "steps": 1000, "curve": [[1000, 150.0]], "date": "2026-01-01"}
+    scores = {"valid": valid, "test": 140.0, "steps": 1000, "curve": [[1000, 150.0]], "date": "2026-01-01"}
     return {"trial": trial, **scores, "process_seconds": 3600.0}
 
 
@@ -100,7 +100,8 @@ def test_lines_of_the_study_on_words_count_where_settings_agree(study, tmp_path)
     append_line(lines, {"study": "words", "step_seconds": {"none T=35": 0.15, "dense T=35 every 5": 0.2}})
     others = [("multi-token", {}), ("none", {"dropout": 0.35}), ("multi-horizon", {}), ("end alone", {})]
     for method, settings in [("none", {}), ("dense", {"weight": 0.1, "every": 5}), *others]:
-        append_line(lines, old_line(method, **settings))
+        valid = 100.0 if (method, settings) in others else 150.0
+        append_line(lines, old_line(method, valid, **settings))
     known = records.reused(lines)
     wanted = {trials.key_of(trial) for trial in plans.plan({}) if trial["task"] == "words"}
     assert {(line["trial"]["part"], line["trial"]["method"]) for line in known.values()} == {
@@ -110,6 +111,7 @@ def test_lines_of_the_study_on_words_count_where_settings_agree(study, tmp_path)
     }
     assert set(known) <= wanted, "the settings are those of the plan"
     assert {line["seconds"] for line in known.values()} == {150.0, 200.0}
+    assert {line["quality"] for line in known.values()} == {150.0}
     assert records.spent(known) == 0, "its hours are not this study's"
 
 
@@ -472,6 +474,9 @@ def test_times_and_memory_get_a_line(study, data, tmp_path, monkeypatch, one_thr
     first = {task: next(iter(plans.plan({}, (task,)))) for task in ("words", "adding")}
     for task, trial in first.items():
         timing.measure(task, timing.kinds_of([trial])[task], data, lines, 1)
+    timing.measure("adding", timing.kinds_of([first["adding"]])["adding"], data, lines, 0)
+    *_, memory_alone = read_lines(lines)
+    assert memory_alone["update_seconds"] == {}
     times = records.read_times(lines)
     for task, trial in first.items():
         assert times.of(trial).seconds(trial["T"]) > 1e-4

@@ -45,6 +45,8 @@ def write(page: Path, known: Known, times: Times) -> None:
             cells = [[row, *ablation_cells(line, times)] for row, line in found]
             parts += [f"### Ablation, {task}", markdown(("changed", unit_of(task), "CPU s", "saved MiB"), cells)]
     for task, seconds in times.seconds.items():
+        if not seconds:
+            continue
         parts += [f"### Updates, {task}", markdown(UPDATE_HEADER, update_rows(task, seconds, times))]
     write_tables(page, MARKS, "\n\n".join(part.rstrip() for part in parts) + "\n")
 

@@ -158,7 +158,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--scratch", type=Path, default=Path("runs/frontier"), metavar="DIR", help="claims and checkpoints")
     parser.add_argument("--page", type=Path, default=PAGE, metavar="FILE", help="where table writes")
     parser.add_argument("--images", type=Path, default=IMAGES, metavar="DIR", help="where draw writes")
-    parser.add_argument("--rounds", type=int, default=9, metavar="N", help="turns that time counts")
+    parser.add_argument("--rounds", type=int, default=9, metavar="N", help="turns that time counts; 0 for memory alone")
     parser.add_argument("--max-minutes", type=float, default=math.inf, metavar="M", help="start no trial later than this")
     parser.add_argument("--max-hours", type=float, default=MOST_HOURS, metavar="H", help="CPU hours of all trials together")
     options = parser.parse_args()

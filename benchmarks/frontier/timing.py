@@ -48,20 +48,28 @@ def measure(task: str, kinds: dict[str, Trial], data: Path, results: Path, round
         kinds: a trial of each.
         data: the folder of the texts.
         results: the JSON lines.
-        rounds: turns that count.
+        rounds: turns that count; 0 for the saved bytes alone.
     """
+    seconds = update_seconds(task, kinds, data, rounds) if rounds else {}
+    saved = saved_by_kind(task, kinds, data)
+    line = {"study": FRONTIER, "task": task, "update_seconds": seconds, "saved_bytes": saved, "rounds": rounds}
+    append_line(results, {**line, "date": time.strftime("%Y-%m-%d")})
+
+
+def update_seconds(task: str, kinds: dict[str, Trial], data: Path, rounds: int) -> dict[str, list[float]]:
+    """Returns the update times of some kinds, as a line through the window's length."""
     base = max((trial for trial in kinds.values() if trial["method"] == "none"), key=lambda trial: int(trial["T"]))
     others = [kind for kind in kinds if kind != kind_of(base)]
     seconds: dict[str, list[float]] = {}
     for start in range(0, max(1, len(others)), TURNS_OF):
         chosen = {kind: kinds[kind] for kind in (kind_of(base), *others[start : start + TURNS_OF])}
         found = text_turns(chosen, base, data, rounds) if task in TEXT else sequence_turns(chosen, base, rounds)
-        first = seconds.get(kind_of(base), found[kind_of(base)])
-        now = sum(first) / sum(found[kind_of(base)])  # the machine is busier at some times than at others
+        (first, slope), (again, slope_again) = seconds.get(kind_of(base), found[kind_of(base)]), found[kind_of(base)]
+        now = (first + slope * base["T"]) / (
+            again + slope_again * base["T"]
+        )  # the machine is busier at some times than at others
         seconds |= {kind: [round(now * number, 7) for number in numbers] for kind, numbers in found.items()}
-    saved = saved_by_kind(task, kinds, data)
-    line = {"study": FRONTIER, "task": task, "update_seconds": seconds, "saved_bytes": saved, "rounds": rounds}
-    append_line(results, {**line, "date": time.strftime("%Y-%m-%d")})
+    return seconds
 
 
 def text_turns(kinds: dict[str, Trial], base: Trial, data: Path, rounds: int) -> dict[str, list[float]]:
