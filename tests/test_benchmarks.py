@@ -114,6 +114,7 @@ def test_golden_runs_find_a_change_and_no_other(tmp_path):
 @pytest.fixture
 def study(monkeypatch):
     """Imports a module of benchmarks/predictive_messages, whose files import each other by name."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS / "studies"))
     monkeypatch.syspath_prepend(str(BENCHMARKS / "predictive_messages"))
     return importlib.import_module
 

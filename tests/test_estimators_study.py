@@ -13,7 +13,7 @@ from tests.paths import ROOT
 @pytest.fixture
 def study(monkeypatch):
     """Imports a module of benchmarks/estimators, whose files import each other by name."""
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks" / "predictive_messages"))
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks" / "studies"))
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks" / "estimators"))
     return importlib.import_module
 

@@ -22,7 +22,7 @@ from dni_seq.app.build.credit_options import CreditOptions
 from dni_seq.app.runs.allocator import keep_freed_memory
 from dni_seq.models.lstm_kernels import native_up_to
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "predictive_messages"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "studies"))
 from trials import Line, Trial
 
 POINTS = 10

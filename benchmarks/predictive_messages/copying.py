@@ -19,6 +19,7 @@ Legend: T = window length in steps, B = lanes, m = reach in steps, D = inputs, S
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -27,13 +28,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from trials import Line, Trial, best_value, key_of, lines_by_key, measure_in_turns, print_plan, study_parser, work
 
 import dni_seq as dni
 from dni_seq.app.runs.allocator import keep_freed_memory
 from dni_seq.app.studies.records import append_line, read_lines
 from dni_seq.models.vector_rnn import VectorRNN
 from dni_seq.streams.algorithmic_tasks import BITS, Copy, Curriculum, Sequences, Stage, TaskStream, mean_error
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "studies"))
+from memory import peak_mib, reset_peak
+from trials import Line, Trial, best_value, key_of, lines_by_key, measure_in_turns, print_plan, study_parser, work
 
 LANES, UNITS, CLIP = 32, 256, 5.0
 REACH = 40
@@ -297,17 +301,6 @@ class UpdateTime(NamedTuple):
     def seconds(self, steps: int) -> float:
         """Of an update of a window of `steps` steps."""
         return self.fixed + self.per_step * steps
-
-
-def reset_peak() -> None:
-    """Lets the kernel count the process's peak memory anew (Linux)."""
-    Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak_mib() -> int:
-    """Peak memory of the process since `reset_peak`."""
-    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
-    return round(int(line.split()[1]) / 1024)
 
 
 def kind_of(trial: Trial) -> str:

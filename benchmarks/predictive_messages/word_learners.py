@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import collections
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from trials import Trial
 
 import dni_seq as dni
 from dni_seq.models.language_model import LanguageModel, token_losses
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "studies"))
+from trials import Trial
 
 LANES, UNITS, CLIP = 20, 200, 0.25
 STEPS_PREDICTED = 5

@@ -17,18 +17,21 @@ Legend: T = window length in steps, B = lanes, m = steps predicted, S = numbers 
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from trials import Line, Trial, best_value, key_of, lines_by_key, measure_in_turns, print_plan, study_parser, work
 from word_learners import LANES, METHODS, PREDICTOR_RATE, UNITS, Text, Trained, Truncated
 
 from dni_seq.app.runs.allocator import keep_freed_memory
 from dni_seq.app.studies.records import append_line, read_lines
 from dni_seq.models.language_model import LanguageModel, token_losses
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "studies"))
+from trials import Line, Trial, best_value, key_of, lines_by_key, measure_in_turns, print_plan, study_parser, work
 
 REFERENCE = {"method": "none", "T": 35}
 CURVE_POINTS = 6

@@ -1,4 +1,4 @@
-"""What both studies share: trials as JSON lines, claimed by one process at a time, and the choice of the next trial.
+"""What studies share: trials as JSON lines, claimed by one process at a time, and the choice of the next trial.
 
 A trial is a dict of settings. Its line in the results file holds the settings under "trial" and what was measured beside
 them, so that a study that was stopped resumes with the trials that are missing. Plans are generators of trials over the
@@ -17,6 +17,8 @@ import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TextIO
+
+import torch
 
 from dni_seq.app.studies.records import append_line, read_lines
 
@@ -85,6 +87,13 @@ def checkpoint_path(scratch: Path, trial: Trial) -> Path:
     """Where a trial under way is saved."""
     name = "-".join(str(value) for _, value in sorted(trial.items()))
     return scratch / f"{name}.pt"
+
+
+def save_whole(checkpoint: Path, parts: dict[str, Any]) -> None:
+    """Writes a checkpoint in one go, so that a kill leaves the one before."""
+    unfinished = checkpoint.with_suffix(".new")
+    torch.save(parts, unfinished)
+    unfinished.replace(checkpoint)
 
 
 def claim(scratch: Path, trial: Trial) -> TextIO | None:
@@ -165,7 +174,7 @@ def print_plan(results: Path, plan: Callable[[dict[str, Line]], Iterable[Trial]]
 
 
 def study_parser(description: str) -> argparse.ArgumentParser:
-    """Returns the options that both studies have."""
+    """Returns the options that the studies of predictive messages have."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=("time", "run", "table", "plan"))
     parser.add_argument("--results", type=Path, default=Path("docs/results/predictive_messages.jsonl"), metavar="FILE")

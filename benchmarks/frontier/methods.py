@@ -1,0 +1,172 @@
+"""The methods of the frontier study, built from the library's own classes, as a user builds them.
+
+A trial's settings, beside its method: `T`, `rate`, `seed`, and where they apply
+
+    predict     what the predictor predicts, as in `FutureGradient.for_model`
+    steps       m, the steps that it predicts, or that the exact gradient covers; without it the default
+    horizons    K, the parts of the steps; without it the default
+    every       messages every n steps inside a window
+    end         False: the message at the window's end is left out
+    weight      weight of a predictor's mean loss over its steps, on text; without it the recommended scale
+    gate        False: cells of the LSTM are not bounded
+    draws       steps of the reach that one call predicts, at random
+    back        windows through which a loss is propagated back (`backward_windows`)
+
+Legend: T = window length in steps, B = lanes, m = steps predicted.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import dni_seq as dni
+from dni_seq.core.windows import Reduction
+from dni_seq.synthesizers.for_model import predictor_for, read_text
+from dni_seq.synthesizers.future_gradient import MESSAGE_LIMIT
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "studies"))
+from trials import Trial
+
+PREDICTOR_RATE, PREDICTOR_UNITS, CLASSES = 1e-3, 256, 500
+"""As in `FutureGradient.for_model`, but the rate, which a trainer leaves at 1e-3 too."""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A new model and what a method needs to know of its task.
+
+    Attributes:
+        model: `model(inputs, state) -> (outputs, state)`.
+        loss_fn: unreduced losses [T, B].
+        example: inputs of a window of one lane, [T, 1, ...]; their values do not matter.
+        vocabulary: number of token ids, None if inputs are vectors.
+        outputs: width of the outputs, None if they are logits of tokens.
+        clip: largest norm of the model's gradient.
+        reduction: of the trainer.
+    """
+
+    model: nn.Module
+    loss_fn: Callable[[Any, Tensor], Tensor]
+    example: Tensor
+    vocabulary: int | None
+    outputs: int | None
+    clip: float
+    reduction: Reduction
+
+
+def synthesizer_of(trial: Trial, parts: Parts) -> nn.Module | None:
+    """Returns the synthesizer of a trial's method, None for truncated BPTT."""
+    if trial["method"] == "exact":
+        return dni.ExactFuture(parts.model, parts.loss_fn, steps=trial["steps"])
+    if "predict" not in trial:
+        return None
+    if parts.vocabulary is None or "draws" in trial:
+        return future_gradient(trial, parts)
+    found: dni.FutureGradient = dni.FutureGradient.for_model(
+        parts.model,
+        parts.loss_fn,
+        example_inputs=parts.example,
+        vocabulary=parts.vocabulary,
+        predict=trial["predict"],
+        predict_steps=trial.get("steps"),
+        horizons=trial.get("horizons"),
+        cells=None if trial.get("gate", True) else False,
+    )
+    return found
+
+
+def future_gradient(trial: Trial, parts: Parts) -> dni.FutureGradient:
+    """Returns what `for_model` builds, but with drawn steps if the trial has them, and without a fixed window length.
+
+    The windows of a sequence differ in length, and a resumed trial may begin with a short one.
+    """
+    of_model = (parts.loss_fn, parts.example, parts.vocabulary, parts.outputs, CLASSES)
+    steps, horizons = trial.get("steps"), trial.get("horizons")
+    make: Callable[[int], Any] = predictor_for(
+        read_text(*of_model), trial["T"], trial["predict"], steps, horizons, PREDICTOR_UNITS
+    )
+    if "draws" in trial:
+        make = partial(drawn_past, trial, parts)
+    example = parts.model.initial_state(1)  # type: ignore[operator]
+    cells = dni.LSTM_CELLS if trial.get("gate", True) else False
+    return dni.FutureGradient(example, make, cells=cells, limit=MESSAGE_LIMIT)
+
+
+def drawn_past(trial: Trial, parts: Parts, size: int) -> dni.GatedPast:
+    """Returns a predictor of the past that draws its steps."""
+    text = read_text(parts.loss_fn, parts.example, parts.vocabulary, parts.outputs, CLASSES)
+    sizes = {"units": PREDICTOR_UNITS, "outputs": text.past_width, "draws": trial["draws"]}
+    return dni.GatedPast(size, trial["steps"], loss_fn=text.past_loss, **sizes)
+
+
+def trainer_of(trial: Trial, parts: Parts) -> dni.SequenceTrainer:
+    """Returns the trainer of a trial."""
+    optimizer = torch.optim.Adam(parts.model.parameters(), trial["rate"], fused=True)
+    synthesizer = synthesizer_of(trial, parts)
+    found = dni.SequenceTrainer(
+        parts.model,
+        optimizer,
+        parts.loss_fn,
+        synthesizer=synthesizer,
+        synthesizer_optimizer=predictor_optimizer(synthesizer),
+        config=None if synthesizer is None else config_of(trial),
+        clip=parts.clip,
+        reduction=parts.reduction,
+    )
+    found.backward_windows = trial.get("back", 1)
+    return found
+
+
+def predictor_optimizer(synthesizer: nn.Module | None) -> torch.optim.Optimizer | None:
+    """Returns Adam for a synthesizer's parameters, None if it has none."""
+    learning = [] if synthesizer is None else list(synthesizer.parameters())
+    return torch.optim.Adam(learning, PREDICTOR_RATE, fused=True) if learning else None
+
+
+def config_of(trial: Trial) -> dni.SyntheticGradientConfig:
+    """Returns the settings of a trial's messages: whole ones, unless a weight or the synthesizer's recommendation says else.
+
+    A step's loss weighs 1 / (T B) in a window's mean, so the mean over m steps weighs c m / T.
+    """
+    settings: dict[str, Any] = {"message_every": trial.get("every"), "message_at_end": trial.get("end", True)}
+    if trial["method"] == "exact":
+        settings["synthetic_scale"] = 1.0
+    elif "weight" in trial:
+        settings["synthetic_scale"] = trial["weight"] * trial["T"] / trial["steps"]
+    return dni.SyntheticGradientConfig(**settings)
+
+
+def lookahead_of(trainer: dni.SequenceTrainer) -> int:
+    """Returns the steps after a window that the trainer's synthesizer reads."""
+    synthesizer = None if trainer.credit is None else trainer.credit.synthesizer
+    if isinstance(synthesizer, dni.ExactFuture):
+        return synthesizer.steps
+    return synthesizer.lookahead if isinstance(synthesizer, dni.FutureGradient) else 0
+
+
+def optimizers_of(trainer: dni.SequenceTrainer) -> list[torch.optim.Optimizer]:
+    """Returns the optimizers, whose rates follow a schedule."""
+    predictor = None if trainer.credit is None else trainer.credit.optimizer
+    return [trainer.optimizer] + ([] if predictor is None else [predictor])
+
+
+def modules_of(trainer: dni.SequenceTrainer) -> list[nn.Module]:
+    """Returns the model and the synthesizer."""
+    return [trainer.model] + ([] if trainer.credit is None else [trainer.credit.synthesizer])
+
+
+def kind_of(trial: Trial) -> str:
+    """Returns what decides the time and the memory of an update, in words."""
+    words = ["messages" if "predict" in trial else trial["method"], f"T={trial['T']}"]
+    names = {"predict": "of {}", "horizons": "K={}", "steps": "m={}", "every": "every {}", "draws": "{} drawn"}
+    words += [text.format(trial[name]) for name, text in {**names, "back": "{} back"}.items() if name in trial]
+    switches = {"end": "no end", "gate": "no gate"}
+    return " ".join(words + [text for name, text in switches.items() if not trial.get(name, True)])

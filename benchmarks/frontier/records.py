@@ -1,0 +1,134 @@
+"""The frontier study's lines: its own, those of the study on words that count here too, and the times of updates.
+
+Legend: T = window length in steps.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ablation import row_trial
+from methods import kind_of
+from plans import GRIDS, TEXT, Known
+from sequence_tasks import TIMED_AS
+
+from dni_seq.app.studies.records import read_lines
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "studies"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "predictive_messages"))
+from copying import UpdateTime
+from trials import Line, Trial, key_of, lines_by_key
+
+FRONTIER = "frontier"
+EPOCH_SECONDS: Mapping[str, float] = {"words": 200.0, "characters": 450.0}
+"""Idle CPU seconds of the unit of budgets on text, for estimates."""
+
+UPDATE_SECONDS = 0.007
+"""Of an update at T = 4 with messages of the past, for estimates."""
+
+OVERHEAD = 1.2
+"""CPU seconds of a trial over those of its updates: evaluations, and a machine that others use."""
+
+
+class Times(NamedTuple):
+    """Idle times and memory of updates, by the task on which they were measured and by kind.
+
+    Attributes:
+        seconds: a line through the window's length.
+        saved: bytes saved for the backward passes.
+    """
+
+    seconds: dict[str, dict[str, UpdateTime]]
+    saved: dict[str, dict[str, int]]
+
+    def of(self, trial: Trial) -> UpdateTime | None:
+        """Returns the time of a trial's update, None if it is not on record."""
+        return self.seconds.get(timed_as(trial), {}).get(kind_of(trial))
+
+    def saved_by(self, trial: Trial) -> int | None:
+        """Returns the bytes that a trial's update saves for its backward passes, None if they are not on record."""
+        return self.saved.get(timed_as(trial), {}).get(kind_of(trial))
+
+    def of_text(self, task: str) -> dict[str, float]:
+        """Returns seconds of an update by kind."""
+        return {kind: time.fixed for kind, time in self.seconds.get(task, {}).items()}
+
+
+def timed_as(trial: Trial) -> str:
+    """Returns the task on which a trial's updates are timed."""
+    return TIMED_AS.get(trial["task"], str(trial["task"]))
+
+
+def read_times(results: Path) -> Times:
+    """Returns the latest times on record."""
+    found = Times({}, {})
+    for line in read_lines(results):
+        if line.get("study") == FRONTIER:
+            times = {kind: UpdateTime(*numbers) for kind, numbers in line["update_seconds"].items()}
+            found.seconds.setdefault(line["task"], {}).update(times)
+            found.saved.setdefault(line["task"], {}).update(line["saved_bytes"])
+    return found
+
+
+def all_lines(results: Path, study: Path) -> Known:
+    """Returns the lines on record with those that the study on words adds."""
+    return {**reused(study), **lines_by_key(results)}
+
+
+def reused(study: Path) -> Known:
+    """Returns the lines of the study on words whose settings are those of this one, as lines of this one.
+
+    Its updates equal the library's (tests/test_frontier_study.py), its budgets are the same.
+    """
+    found: Known = {}
+    step_seconds = [line["step_seconds"] for line in read_lines(study) if line.get("study") == "words"]
+    for line in lines_by_key(study).values():
+        trial = frontier_trial(line["trial"])
+        if trial is not None:
+            each = converted(line, trial, step_seconds[-1] if step_seconds else {})
+            found[key_of(trial)] = each
+            base = row_trial("words", "nothing")
+            if trial == {**base, "part": FRONTIER}:
+                found[key_of(base)] = {**each, "trial": base}
+    return found
+
+
+def frontier_trial(old: Trial) -> Trial | None:
+    """Returns this study's trial with the settings of one of the study on words, None if there is none."""
+    grid = GRIDS["words"]
+    columns = {column.method: column for column in grid.columns}
+    column = columns.get(old["method"])
+    if old["task"] != "words" or column is None or "budget" not in old or old["dropout"] != grid.common["dropout"]:
+        return None
+    if old["method"] == "multi-horizon" and old["T"] != 5:
+        return None  # that study's default predicts 5 words at each T
+    found = grid.trial(column, old["T"], old["lr"], old.get("weight"))
+    return {**found, "budget": old["budget"], "seed": old["seed"]}
+
+
+def converted(line: Line, trial: Trial, step_seconds: Mapping[str, float]) -> Line:
+    """Returns a line of the study on words as one of this study; it has no memory of its own."""
+    old = line["trial"]
+    every = f" every {old['every']}" if "every" in old else ""
+    seconds = round(line["steps"] * step_seconds.get(f"{old['method']} T={old['T']}{every}", float("nan")), 1)
+    counts = {"updates": line["steps"], "steps": line["steps"] * trial["T"], "seconds": seconds}
+    measured = {"quality": line["valid"], "test": line["test"], **counts, "curve": line["curve"], "date": line["date"]}
+    return {"trial": trial, **measured, "from": "words"}
+
+
+def estimate(trial: Trial, times: Times) -> float:
+    """Returns the CPU hours that a trial will need."""
+    if trial["task"] in TEXT:
+        return OVERHEAD * trial["budget"] * EPOCH_SECONDS[trial["task"]] / 3600
+    if "seconds" in trial:
+        return OVERHEAD * float(trial["seconds"]) / 3600
+    known: Any = times.of(trial)
+    return OVERHEAD * float(trial["updates"] * (UPDATE_SECONDS if known is None else known.seconds(trial["T"]))) / 3600
+
+
+def spent(known: Known) -> float:
+    """Returns the CPU hours of this study's own lines."""
+    return sum(float(line.get("process_seconds", 0.0)) for line in known.values()) / 3600
