@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +28,20 @@ NAMES = {
 
 
 def draw_all(folder: Path, known: Known, times: Times) -> None:
-    """Writes both pictures; a panel without lines says so."""
+    """Writes both pictures, with a panel for each task that has trials."""
+    begun = {line["trial"]["task"] for line in known.values() if line["trial"]["part"] == "frontier"}
+    grids = [grid for grid in GRIDS.values() if grid.task in begun]
+    columns = min(3, len(grids))
+    rows = math.ceil(len(grids) / 3)
     for name, draw in zip(PICTURES, (draw_time, draw_memory), strict=True):
-        figure, panels = plt.subplots(2, 3, figsize=(12, 7), layout="constrained")
-        for grid, axes in zip(GRIDS.values(), panels.flat, strict=True):
+        size = (4.5 * columns, 3.6 * rows)
+        figure, panels = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
+        for axes in panels.flat[len(grids) :]:
+            axes.remove()
+        for grid, axes in zip(grids, panels.flat, strict=False):
             draw(axes, grid, known, times)
             axes.set(title=grid.task.replace("-", " "), ylabel=unit_of(grid.task))
-            if not axes.has_data():
-                axes.text(0.5, 0.5, "no trial yet", ha="center", va="center", transform=axes.transAxes)
-            else:
+            if axes.has_data():  # memory may be missing where trials are not
                 axes.legend(frameon=False, fontsize="small")
         figure.savefig(folder / name, metadata={"Date": None})
         plt.close(figure)

@@ -53,6 +53,10 @@ class SyntheticCredit(Restorable):
             `Synthetic.injected_ratio` and `fidelity` cover this rank's lanes.
         config: the settings of injection and targets.
 
+    Attributes:
+        window: T, the length of the trainer's windows; None before the first one. It is saved, and may be set where windows
+            of another length follow a checkpoint.
+
     Raises:
         ValueError: a setting does not apply to this synthesizer.
     """
@@ -83,6 +87,7 @@ class SyntheticCredit(Restorable):
         self.monitor = DivergenceMonitor()
         self.step_optimizer = SynthesizerStep(self._learners, optimizer, settings.clip, runner.parallel)
         self._steps = 0
+        self.window: int | None = None
         self._fresh = TrainingSnapshot(self._learners, [])
         self._buffers = TensorSnapshot(buffers_of(self._learners))
         self._before_replay: TrainingSnapshot | None = None
@@ -127,7 +132,25 @@ class SyntheticCredit(Restorable):
         return any(self.rule.active) or self.settings.targets == "lambda" or self.settings.fidelity_every > 0
 
     def bind(self, window: int, state: State) -> None:
-        """Tells the synthesizer and its copies how they are trained; raises a ValueError if they were built otherwise."""
+        """Tells the synthesizer and its copies how they are trained, at the first window, of `window` steps.
+
+        A resumed run may begin with the short last window of a sequence; T is then the saved one, unless the synthesizer was
+        built for the shorter window.
+
+        Raises:
+            ValueError: they were built for something else.
+        """
+        full = max(window, self.window or 0)
+        try:
+            self._tell(full, state)
+        except ValueError:
+            if full == window:
+                raise
+            full = window
+            self._tell(full, state)
+        self.window = full
+
+    def _tell(self, window: int, state: State) -> None:
         reduction = self.runner.reduction if self.runner.reduces else None
         for module in self.modules:
             bind(module, window=window, reduction=reduction, state_batch_dim=self.runner.state_batch_dim, state=state)
@@ -325,6 +348,7 @@ class SyntheticCredit(Restorable):
             "target_network": None if self.target_network is None else self.target_network.state_dict(),
             "steps": self._steps,
             "largest": self._filter.largest,
+            "window": self.window,
             **self.monitor.state_dict(),
         }
 
@@ -337,6 +361,7 @@ class SyntheticCredit(Restorable):
         if self.target_network is not None:
             self.target_network.load_state_dict(saved["target_network"])
         self._steps = saved["steps"]
+        self.window = saved.get("window")  # missing in what older versions saved
         if "bad" in saved:  # missing in what older versions saved
             self.monitor.load_state_dict(saved)
             self._filter.largest = saved["largest"]

@@ -92,17 +92,22 @@ class StepWeight:
         """Takes over the trainer's window length, and its reduction unless that is None.
 
         Raises:
-            ValueError: another one was given at construction.
+            ValueError: another one was given at construction. Only "mean" depends on the window length.
         """
-        for name, given, found in zip(("window", "reduction"), self._given, (window, reduction), strict=True):
-            if None not in (given, found) and given != found:
-                raise ValueError(
-                    f"{self._owner} was built with {name}={given!r}, but the trainer's {name} is {found!r}: build it for "
-                    f"that, or leave {name} out to take it from the trainer"
-                )
-        self.window = window
+        own_window, own_reduction = self._given
         if reduction is not None:
+            self._check("reduction", own_reduction, reduction)
             self.reduction = reduction
+        if self.reduction == "mean":
+            self._check("window", own_window, window)
+        self.window = window
+
+    def _check(self, name: str, given: Any, found: Any) -> None:
+        if given is not None and given != found:
+            raise ValueError(
+                f"{self._owner} was built with {name}={given!r}, but the trainer's {name} is {found!r}: build it for "
+                f"that, or leave {name} out to take it from the trainer"
+            )
 
     def __call__(self, lanes: int) -> float:
         """Returns the weight for `lanes` lanes.

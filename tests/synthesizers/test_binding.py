@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 
 import dni_seq as dni
 from dni_seq.core import states
+from dni_seq.models.language_model import LanguageModel, token_losses
 from dni_seq.synthesizers.base import Recommended, recommended, supports_auto_scale
 from dni_seq.synthesizers.binding import StepWeight, bind
 from dni_seq.synthesizers.jaderberg2017 import Jaderberg2017Synthesizer
@@ -194,3 +197,65 @@ def test_recommendations():
         model, problems.frozen(model), problems.mean, synthesizer=future, config=config
     ).credit.settings
     assert (settings.scale, settings.discount, settings.clip, settings.regress_every) == (2 / 3, 0.5, 2.0, 4)
+
+
+LENGTHS = (4, 4, 2, 4)
+"""Windows of a sequence whose last one is short, and one of the next sequence."""
+
+
+def small_trainer(window: int, given: bool = True, **settings) -> dni.SequenceTrainer:
+    """A language model of 7 tokens in float64 with the default synthesizer, built for windows of a length, or for any."""
+    torch.manual_seed(0)
+    model = LanguageModel(7, embed=4, hidden=5, layers=1).double()
+    example = torch.zeros(window, 1, dtype=torch.long)
+    synthesizer = dni.FutureGradient.for_model(
+        model, token_losses, example_inputs=example, vocabulary=7, horizons=1, predict_steps=4
+    )
+    if not given:
+        synthesizer.step_weight = StepWeight("FutureGradient", None, None)
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    return dni.SequenceTrainer(model, optimizer, token_losses, synthesizer=synthesizer, **settings)
+
+
+def read_on(trainer: dni.SequenceTrainer, lengths, at: int) -> None:
+    """Trains on windows of some lengths from a step of a text on."""
+    text = torch.randint(7, (60, 3), generator=torch.Generator().manual_seed(1))
+    for length in lengths:
+        end = at + length
+        ahead = dni.Lookahead(text[end : end + 4], text[end + 1 : end + 5], torch.ones(4, 3, dtype=torch.bool))
+        trainer.step(text[at:end], text[at + 1 : end + 1], lookahead=ahead)
+        at = end
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_a_run_that_resumes_at_a_short_window_keeps_the_weight_of_a_step(given):
+    whole = small_trainer(4, given)
+    read_on(whole, LENGTHS, 0)
+    begun, resumed = small_trainer(4, given), small_trainer(4, given)
+    read_on(begun, LENGTHS[:2], 0)
+    resumed.load_state_dict(copy.deepcopy(begun.state_dict()), lanes=3)
+    read_on(resumed, LENGTHS[2:], 8)
+    for one, two in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(one, two)
+
+
+def test_a_run_may_go_on_in_windows_of_another_length():
+    """The synthesizer is built for the new length; where it is not, T is set by hand."""
+    begun = small_trainer(4)
+    read_on(begun, (4,), 0)
+    for length in (2, 6):
+        for given in (True, False):
+            resumed = small_trainer(length, given)
+            resumed.load_state_dict(copy.deepcopy(begun.state_dict()), lanes=3)
+            if not given:
+                resumed.credit.window = length
+            read_on(resumed, (length,), 4)
+            assert (resumed.credit.window, resumed.credit.synthesizer.step_weight.window) == (length, length)
+
+
+def test_the_first_window_may_be_short_where_the_length_does_not_matter():
+    """At the start of a curriculum, for example."""
+    for reduction in ("lane-mean", "sum"):
+        read_on(small_trainer(4, reduction=reduction), (2, 4), 0)
+    with pytest.raises(ValueError, match="built with window=4, but the trainer's window is 2"):
+        read_on(small_trainer(4), (2,), 0)

@@ -260,6 +260,8 @@ class LanguageModelRun(TrainingRun):
             TypeError: a counter has the wrong type. Other exceptions are those of `TrainingRun.restore`.
         """
         super().restore(checkpoint)
+        if self.trainer.credit is not None:
+            self.trainer.credit.window = self.options.bptt  # the first window of this call may be the short one of an epoch
         check_held_out(checkpoint or {}, self.held_out, self.options.data_file)
         self.counters.check()
         if checkpoint is not None and self.schedule is not None:

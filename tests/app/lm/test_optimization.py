@@ -339,3 +339,15 @@ def test_a_run_whose_rate_has_fallen_says_that_more_text_raises_it(run, capsys):
     for schedule, note in (("linear", True), ("constant", False)):
         run(*WORDS, "--max-steps", "2", "--schedule", schedule, name=schedule)
         assert ("to train on (the learning rate rises" in capsys.readouterr().out) == note
+
+
+def test_a_run_that_is_stopped_before_the_short_last_window_of_an_epoch_resumes_bit_identically(run, tmp_path):
+    text = text_of(tmp_path, 400)
+    given = ("--data-file", text, "--tokenizer", "char", "--bptt", "9", "--schedule", "constant", "--eval-every", "100")
+    epoch = json.loads((run(*given, "--epochs", "1", name="epoch") / "summary.json").read_text())["steps"]
+    limit = ("--max-steps", str(epoch + 3))
+    whole = run(*given, *limit, name="whole")
+    run(*given, "--max-steps", str(epoch - 1), name="stopped")
+    stopped = run(*given, *limit, "--resume", "auto", name="stopped")
+    one, two = (load_checkpoint(each / "checkpoints" / "last.pt")["trainer"]["model"] for each in (whole, stopped))
+    assert all(torch.equal(one[name], two[name]) for name in one)
