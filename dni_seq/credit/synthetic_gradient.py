@@ -9,6 +9,7 @@ Legend: B = lanes, N = horizons, K = windows in the replay buffer.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -37,7 +38,7 @@ from dni_seq.credit.window_runner import WindowRunner
 from dni_seq.interfaces.context import synthesizer_context
 from dni_seq.interfaces.exchange import ScopeExchange
 from dni_seq.synthesizers.base import Regression, past_steps, recommended, supports_auto_scale
-from dni_seq.synthesizers.binding import bind
+from dni_seq.synthesizers.binding import bind_first
 from dni_seq.synthesizers.target_rule import TargetRule, drawn, rule_of
 
 
@@ -52,10 +53,6 @@ class SyntheticCredit(Restorable):
         runner: replays windows. On several ranks, running statistics, comparisons and validity cover the lanes of all ranks;
             `Synthetic.injected_ratio` and `fidelity` cover this rank's lanes.
         config: the settings of injection and targets.
-
-    Attributes:
-        window: T, the length of the trainer's windows; None before the first one. It is saved, and may be set where windows
-            of another length follow a checkpoint.
 
     Raises:
         ValueError: a setting does not apply to this synthesizer.
@@ -132,28 +129,10 @@ class SyntheticCredit(Restorable):
         return any(self.rule.active) or self.settings.targets == "lambda" or self.settings.fidelity_every > 0
 
     def bind(self, window: int, state: State) -> None:
-        """Tells the synthesizer and its copies how they are trained, at the first window, of `window` steps.
-
-        A resumed run may begin with the short last window of a sequence; T is then the saved one, unless the synthesizer was
-        built for the shorter window.
-
-        Raises:
-            ValueError: they were built for something else.
-        """
-        full = max(window, self.window or 0)
-        try:
-            self._tell(full, state)
-        except ValueError:
-            if full == window:
-                raise
-            full = window
-            self._tell(full, state)
-        self.window = full
-
-    def _tell(self, window: int, state: State) -> None:
-        reduction = self.runner.reduction if self.runner.reduces else None
-        for module in self.modules:
-            bind(module, window=window, reduction=reduction, state_batch_dim=self.runner.state_batch_dim, state=state)
+        """Tells the synthesizer and its copies how they are trained; see `bind_first`. Their T is the attribute `window`."""
+        how: dict[str, Any] = {"reduction": self.runner.reduction if self.runner.reduces else None}
+        how |= {"window": window, "state_batch_dim": self.runner.state_batch_dim, "state": state}
+        self.window = bind_first(self.modules, self.window, **how)
 
     def make_trigger(self, start: State, context: Context) -> State:
         """Returns the window's first state, detached; its gradient becomes a target of the synthesizer."""
@@ -285,12 +264,9 @@ class SyntheticCredit(Restorable):
     def _measure(self, window: RecordedWindow) -> StateFidelity | None:
         """Compares messages with exact gradients if a comparison is due, and updates the automatic scale."""
         # A last message that bootstraps on itself (a tail, or the only one) predicts all later windows.
-        found = self._probe.measure(
-            window,
-            self._steps,
-            lambda: self.interface.messages(window.start, window.context),
-            bootstrapped=bool(self.rule.bootstrap[-1][-1]),
-        )
+        bootstrapped = bool(self.rule.bootstrap[-1][-1])
+        messages = partial(self.interface.messages, window.start, window.context)
+        found = self._probe.measure(window, self._steps, messages, bootstrapped=bootstrapped)
         if found is not None:
             rows = [[float(number) for number in (h.overlap, h.power, h.exact_power)] for h in found.horizons]
             self._auto_scale.update(self.runner.parallel.sum(torch.tensor(rows, dtype=torch.float64)))
@@ -361,8 +337,8 @@ class SyntheticCredit(Restorable):
         if self.target_network is not None:
             self.target_network.load_state_dict(saved["target_network"])
         self._steps = saved["steps"]
-        self.window = saved.get("window")  # missing in what older versions saved
-        if "bad" in saved:  # missing in what older versions saved
+        self.window = saved.get("window")
+        if "bad" in saved:  # these two are missing in what older versions saved
             self.monitor.load_state_dict(saved)
             self._filter.largest = saved["largest"]
 

@@ -5,7 +5,7 @@ Legend: T = window length in steps, B = lanes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -33,6 +33,39 @@ def bind(synthesizer: nn.Module, *, window: int, reduction: Reduction | None, st
         own: Callable[..., None] | None = getattr(part, "bind", None)
         if own is not None:
             own(window=window, reduction=reduction, state_batch_dim=state_batch_dim, state=state)
+
+
+def bind_first(
+    synthesizers: Iterable[nn.Module],
+    saved: int | None,
+    *,
+    window: int,
+    reduction: Reduction | None,
+    state_batch_dim: Any,
+    state: State,
+) -> int:
+    """Tells synthesizers at a trainer's first window, of `window` steps, how they are trained; returns T.
+
+    A resumed run may begin with the short last window of a sequence. T is then the `saved` one, unless a synthesizer was
+    built for the shorter window.
+
+    Raises:
+        ValueError: one was built for something else.
+    """
+    everything = list(synthesizers)
+
+    def tell(length: int) -> int:
+        for each in everything:
+            bind(each, window=length, reduction=reduction, state_batch_dim=state_batch_dim, state=state)
+        return length
+
+    full = max(window, saved or 0)
+    try:
+        return tell(full)
+    except ValueError:
+        if full == window:
+            raise
+        return tell(window)
 
 
 def check_dtype(synthesizer: nn.Module, state: State) -> None:
