@@ -20,6 +20,7 @@ import math
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -293,12 +294,26 @@ RIVALS = ("none", "dense", "multi-horizon", "multi-token")
 
 
 def other_windows(known: dict[str, Line]) -> Iterator[Trial]:
-    """Truncated BPTT at the largest budget in its other windows, each at its best rate: longer ones may pay later."""
+    """Truncated BPTT at the largest budget in its other windows, since longer ones may pay later.
+
+    Each begins at its best rate of the smallest budget. The best window then chooses its rate at the budget of 3, as a
+    column does.
+    """
     final = COLUMNS["none"].final(known)
-    for bptt in (35, 20):
-        rate = tuned(known, lambda lr, bptt=bptt: trial_of("none", bptt, lr, 1), RATES, first=1)[1]  # type: ignore[misc]
-        if final is not None and rate is not None and bptt != final["T"]:
-            yield {**final, "T": bptt, "lr": rate}
+    if final is None:
+        return
+    rates = {bptt: tuned(known, partial(trial_of, "none", bptt, budget=1), RATES, first=1)[1] for bptt in (35, 20)}
+    wanted = [final] + [{**final, "T": bptt, "lr": rate} for bptt, rate in rates.items() if rate is not None]
+    yield from wanted
+    if any(key_of(trial) not in known for trial in wanted):
+        return
+    best = min(wanted, key=lambda trial: score(known[key_of(trial)]))
+    lower = max((rate for rate in RATES if rate < best["lr"]), default=best["lr"])
+    pair = [{**best, "budget": 3, "lr": rate} for rate in dict.fromkeys((best["lr"], lower))]
+    yield from pair
+    rate = best_value(known, pair, "lr", score)
+    if rate is not None:
+        yield {**best, "lr": rate}
 
 
 def constant_rates(known: dict[str, Line]) -> Iterator[Trial]:
