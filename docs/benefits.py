@@ -151,7 +151,8 @@ def runs(keep: Callable[[Line], bool], columns: tuple[str, ...]) -> list[str]:
     cells: dict[tuple[str, ...], list[Line]] = {}
     for line in lines("pilots"):
         if "valid" in line and keep(line["options"]):
-            given = [str(line["options"].get(name, "")) for name in columns]
+            options = {"schedule": "constant", **line["options"]}  # older lines have none
+            given = [str(options.get(name, "")) for name in columns]
             cells.setdefault((*given, line.get("code", "")), []).append(line)
     rows = []
     for (*given, code), found in cells.items():
@@ -176,10 +177,13 @@ def words() -> list[str]:
     ]
 
 
+EMBEDDED_COLUMNS = ("synthesizer", "horizons", "lr", "schedule", "epochs")
+
+
 def embedded_corpus() -> list[str]:
     """The command without options."""
     return [
-        "| synthesizer | horizons | epochs | seeds | validation | test | CPU seconds | |",
-        "|---|---|---|---|---|---|---|---|",
-        *runs(lambda given: "dataset" not in given and "epochs" in given, ("synthesizer", "horizons", "epochs")),
+        "| synthesizer | horizons | rate | schedule | epochs | seeds | validation | test | CPU seconds | |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+        *runs(lambda given: "dataset" not in given and "epochs" in given, EMBEDDED_COLUMNS),
     ]
