@@ -1,0 +1,237 @@
+"""The published figure: Penn Treebank by words at the preset `small`, by truncated BPTT and by the default method.
+
+python benchmarks/published.py time --data DIR
+    A step's CPU time of both methods, in turns on an idle machine.
+python benchmarks/published.py run --data DIR --max-minutes 60
+    The trials that are missing; several processes may run side by side, and a trial that was stopped resumes.
+python benchmarks/published.py table
+    What is on record, as Markdown.
+
+DIR holds ptb/ptb.train.txt, ptb/ptb.valid.txt and ptb/ptb.test.txt. The preset is that of Zaremba et al. 2014, arXiv
+1409.2329: LSTM 2x200, T = 20, 20 lanes, SGD whose rate is halved after each epoch from the fifth on, 13 epochs. TensorFlow's
+tutorial has a test perplexity of 115.9 with it. Both methods are tuned over the rate at 3 epochs, seed 1, and then run for
+13, seeds 1 and 2. Each run with a synthesizer is also scored at the CPU time of the 13 epochs without one: steps x a step's
+time measured idle.
+
+Legend: T = window length in steps.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dni_seq.app.lm import build as lm
+from dni_seq.app.lm.build_trainer import build_trainer
+from dni_seq.app.lm.options import PRESETS, LanguageModelOptions, resolve_options
+from dni_seq.app.runs.allocator import keep_freed_memory
+from dni_seq.app.runs.options import build
+from dni_seq.app.studies.records import append_line, read_lines
+
+sys.path.insert(0, str(Path(__file__).parent / "studies"))
+from trials import Line, Trial, best_value, key_of, lines_by_key, measure_in_turns, print_plan, study_parser, work
+
+ROOT = Path(__file__).resolve().parents[1]
+METHODS = ("none", "multi-horizon")
+RATES = (10.0, 20.0, 40.0)
+TUNING_EPOCHS, EPOCHS = 3, PRESETS["small"]["epochs"]
+SEEDS = (1, 2)
+TURN = 15
+"""Steps of a method in a turn, when step times are measured."""
+
+
+def trial_of(method: str, lr: float, epochs: int, seed: int = 1) -> Trial:
+    """A trial's settings."""
+    return {"method": method, "lr": lr, "epochs": epochs, "seed": seed}
+
+
+def validation(line: Line) -> float:
+    """What rates are chosen by."""
+    return float(line["valid"])
+
+
+def tuning(method: str, known: dict[str, Line]) -> tuple[list[Trial], float | None]:
+    """The trials of a method at few epochs, and its best rate once it is bracketed by a lower and a higher one."""
+    rates = list(RATES)
+    while True:
+        trials = [trial_of(method, rate, TUNING_EPOCHS) for rate in rates]
+        best: float | None = best_value(known, trials, "lr", validation)
+        if best == rates[-1]:
+            rates.append(2 * best)
+        elif best == rates[0]:
+            rates.insert(0, best / 2)
+        else:
+            return trials, best
+
+
+def plan(known: dict[str, Line]) -> Iterator[Trial]:
+    """Every trial that can be run now: the rates of each method, the rival's first, then the best at all epochs."""
+    found = {method: tuning(method, known) for method in METHODS}
+    for trials, _ in found.values():
+        yield from trials
+    for seed in SEEDS:
+        yield from (trial_of(method, rate, EPOCHS, seed) for method, (_, rate) in found.items() if rate is not None)
+
+
+class Runner:
+    """Runs a trial by the command, as a user would.
+
+    Args:
+        data: the folder that holds ptb/.
+        results: the JSON lines; step times are read from there.
+    """
+
+    def __init__(self, data: Path, results: Path) -> None:
+        self.data, self.results = data.resolve(), results
+
+    def __call__(self, trial: Trial, checkpoint: Path) -> Line:
+        """Trains to the end, with a stop at the CPU time of truncated BPTT where a synthesizer runs for all epochs."""
+        folder = checkpoint.with_suffix("")
+        line: Line = {}
+        if trial["method"] != "none" and trial["epochs"] == EPOCHS:
+            plain, own = (step_seconds(self.results)[method] for method in ("none", trial["method"]))
+            windows = windows_of_epoch(self.data) * EPOCHS
+            at_equal_time = self.train(trial, folder, round(windows * plain / own))
+            line["at_equal_time"] = scores(at_equal_time)
+        summary = self.train(trial, folder, None)
+        shutil.rmtree(folder)
+        return {
+            **scores(summary),
+            **line,
+            "cpu_seconds": round(summary["process_seconds"], 1),
+            "command": self.command(trial),
+        }
+
+    def train(self, trial: Trial, folder: Path, steps: int | None) -> dict[str, Any]:
+        """Trains to a number of steps, or to the last epoch, from where the folder's run stands; its summary."""
+        call = [sys.executable, str(ROOT / "scripts" / "train_lm.py"), *self.options(trial)]
+        call += ["--data-dir", str(self.data), "--run-dir", str(folder), "--resume", "auto", "--logger", "none"]
+        call += ["--max-steps", str(steps or windows_of_epoch(self.data) * trial["epochs"])]
+        summary = folder / "summary.json"
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        subprocess.run(call, check=True, env=environment, stdout=subprocess.DEVNULL)
+        return dict(json.loads(summary.read_text(encoding="utf-8")))
+
+    def options(self, trial: Trial) -> list[str]:
+        """The options of the command that decide the result."""
+        given = {"dataset": "ptb", "preset": "small", "synthesizer": trial["method"], "lr": trial["lr"]}
+        given |= {"epochs": trial["epochs"], "seed": trial["seed"]}
+        return [part for name, value in given.items() for part in (f"--{name}", str(value))]
+
+    def command(self, trial: Trial) -> str:
+        """The command that a user would type."""
+        return " ".join(["python scripts/train_lm.py", *self.options(trial)])
+
+
+def scores(summary: dict[str, Any]) -> Line:
+    """Perplexities of the best checkpoint, and the steps so far."""
+    perplexities = {split: round(summary[split]["ppl"], 2) for split in ("valid", "test")}
+    return {**perplexities, "steps": summary["steps"]}
+
+
+def options_of(data: Path, method: str) -> LanguageModelOptions:
+    """The options of a run at the preset."""
+    given = {**PRESETS["small"], "dataset": "ptb", "data_dir": str(data), "synthesizer": method, "seed": 1}
+    options = build(LanguageModelOptions, given)
+    return resolve_options(options, lm.open_text(options))
+
+
+def windows_of_epoch(data: Path) -> int:
+    """Windows in an epoch of the training text."""
+    options = options_of(data, "none")
+    corpus = lm.open_text(options)
+    windows = lm.open_training(corpus, lm.build_tokenizer(options, corpus), options).windows_per_epoch
+    assert windows is not None  # the text is in memory
+    return windows
+
+
+def serve_steps(data: Path, method: str, pipe: Any) -> None:
+    """In a process of its own: makes as many steps as it is told, and returns CPU seconds a step."""
+    torch.set_num_threads(1)
+    keep_freed_memory()
+    options = options_of(data, method)
+    corpus = lm.open_text(options)
+    tokenizer = lm.build_tokenizer(options, corpus)
+    windows = iter(lm.open_training(corpus, tokenizer, options))
+    torch.manual_seed(options.seed)
+    cpu = torch.device("cpu")
+    trainer = build_trainer(options, lm.build_model(options, tokenizer.vocabulary_size, cpu), cpu)
+    pipe.send("ready")
+    while True:
+        steps = pipe.recv()
+        begun = time.process_time()
+        for _ in range(steps):
+            window = next(windows)
+            trainer.step(window.inputs, window.targets, lookahead=window.lookahead)
+        pipe.send((time.process_time() - begun) / steps)
+
+
+def measure_steps(data: Path, results: Path) -> None:
+    """Puts the CPU seconds of a step of each method on record, measured in turns on an idle machine."""
+    timed = {method: (data.resolve(), method) for method in METHODS}
+    medians = measure_in_turns(serve_steps, timed, dict.fromkeys(METHODS, TURN), "none")
+    append_line(results, {"study": "published", "step_seconds": medians, "date": time.strftime("%Y-%m-%d")})
+
+
+def step_seconds(results: Path) -> dict[str, float]:
+    """The latest step times on record, by method.
+
+    Raises:
+        SystemExit: none are.
+    """
+    found = [line["step_seconds"] for line in read_lines(results) if line.get("study") == "published"]
+    if not found:
+        raise SystemExit(f"{results} has no step times: run the part 'time' on an idle machine first")
+    return dict(found[-1])
+
+
+def order(line: Line) -> tuple[int, bool, str]:
+    """Where a line stands in the table."""
+    return line["trial"]["epochs"], line["trial"]["method"] != "none", key_of(line["trial"])
+
+
+def table(results: Path) -> Iterable[str]:
+    """The lines on record as a table of Markdown."""
+    yield "| method | rate | epochs | seed | steps | validation | test | CPU seconds |"
+    yield "|---|---|---|---|---|---|---|---|"
+    lines = lines_by_key(results).values()
+    for line in sorted(
+        lines, key=lambda line: (line["trial"]["epochs"], line["trial"]["method"] != "none", key_of(line["trial"]))
+    ):
+        trial, seconds = line["trial"], f"{line['cpu_seconds']:.0f}"
+        ends = [(trial["epochs"], line, seconds)]
+        if "at_equal_time" in line:
+            ends.insert(0, ("the CPU time of `none`", line["at_equal_time"], ""))
+        for epochs, end, spent in ends:
+            cells = [f"`{trial['method']}`", f"{trial['lr']:g}", epochs, trial["seed"], end["steps"]]
+            yield "| " + " | ".join(map(str, [*cells, f"{end['valid']:.1f}", f"{end['test']:.1f}", spent])) + " |"
+
+
+def main() -> None:
+    """The command."""
+    parser = study_parser(__doc__ or "")
+    parser.set_defaults(results=Path("docs/results/published.jsonl"), scratch=Path("runs/published"))
+    parser.add_argument("--data", type=Path, default=Path("data"), metavar="DIR")
+    options = parser.parse_args()
+    if options.part == "table":
+        print("\n".join(table(options.results)))
+    elif options.part == "plan":
+        print_plan(options.results, plan)
+    elif options.part == "time":
+        measure_steps(options.data, options.results)
+    else:
+        step_seconds(options.results)
+        work(options.results, options.scratch, plan, Runner(options.data, options.results), options.max_minutes)
+
+
+if __name__ == "__main__":
+    main()
