@@ -158,6 +158,21 @@ def test_text_tries_a_lower_rate_at_the_next_budget_and_keeps_the_better(study):
     assert [(trial["budget"], trial["rate"]) for trial in found][2:] == [(6, 4e-3)]
 
 
+def test_truncated_bptt_tries_longer_windows_at_the_largest_budget(study):
+    plans, trials = study("plans"), study("trials")
+    grid, known = plans.GRIDS["words"], {}
+    settings = grid.trial(grid.columns[0], 5, 8e-3)
+    for rate in (4e-3, 8e-3):
+        trial = {**settings, "budget": 3, "rate": rate}
+        known[trials.key_of(trial)] = {"trial": trial, "quality": rate, "curve": []}
+    *_, one, two, three = plans.larger(grid, settings, known)
+    assert [(trial["budget"], trial["T"], trial["rate"]) for trial in (one, two, three)] == [
+        (6, 5, 4e-3),
+        (6, 20, 4e-3),
+        (6, 35, 4e-3),
+    ]
+
+
 def test_the_whole_study_fits_in_twenty_hours(study):
     """At most: if no choice saves a trial."""
     plans, records, command = study("plans"), study("records"), study("study")

@@ -155,7 +155,7 @@ GRIDS: Mapping[str, Grid] = MappingProxyType(
         "characters": Grid("characters", CHARACTER_RATES, 1, (0.3, 1.2), "budget", {"dropout": 0.0}, CHARACTERS),
         "copy": sequence_grid("copy", (150, 600)),
         "distractors": sequence_grid("distractors", (120, 300)),
-        "repeat-copy": sequence_grid("repeat-copy", (120, 500)),
+        "repeat-copy": sequence_grid("repeat-copy", (120, 400)),
         "adding": sequence_grid("adding", (80, 240)),
     }
 )
@@ -231,10 +231,18 @@ def larger(grid: Grid, settings: Trial, known: Known) -> Iterator[Trial]:
         if not number and grid.task in TEXT:
             rates = [rate for rate in grid.rates if rate <= settings["rate"]][-2:]
         trials = [{**settings, grid.unit: budget, "rate": rate} for rate in rates]
+        if budget == grid.budgets[-1] and settings["method"] == BASE:
+            trials += longer_windows(grid, trials[0])
         yield from trials
         if missing(trials, known):
             return
         settings = best(trials, known)
+
+
+def longer_windows(grid: Grid, trial: Trial) -> list[Trial]:
+    """Returns a trial of truncated BPTT on text in the longer windows of its grid, which may pay at large budgets alone."""
+    (windows,) = (column.windows for column in grid.columns if column.method == BASE)
+    return [{**trial, "T": bptt} for bptt in windows if bptt > trial["T"] and grid.task in TEXT]
 
 
 def all_larger(grid: Grid, known: Known) -> Iterator[Trial]:
