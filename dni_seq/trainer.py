@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from dni_seq.core import nonfinite, states
 from dni_seq.core.nonfinite import all_finite, both_finite, select_where
-from dni_seq.core.optimizer_step import check_disjoint, clipped_step, gradient_norm, supports_found_inf
+from dni_seq.core.optimizer_step import check_disjoint, check_moments, clipped_step, gradient_norm, supports_found_inf
 from dni_seq.core.snapshot import ReentrancyGuard, TensorSnapshot, TrainingSnapshot, buffers_of
 from dni_seq.core.states import State
 from dni_seq.core.windows import Lookahead, Nest, Reduction, Window, first_tensor
@@ -291,6 +291,8 @@ class SequenceTrainer(TrainerSettings):
             raise ValueError(f"the saved trainer has the parts {sorted(saved)}, this trainer needs {sorted(expected)}")
         for name, part in parts.items():
             part.load_state_dict(saved[name])
+        for optimizer in self._optimizers():
+            check_moments(optimizer)
         self._stream.load_state_dict(saved)
         self.steps = saved["steps"]
         self._skip_policy.load_state_dict(saved.get("skipped", {"total": 0, "in_a_row": 0}))

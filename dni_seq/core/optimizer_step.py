@@ -131,6 +131,23 @@ def clear_optimizer_state(optimizer: torch.optim.Optimizer) -> None:
         part.state.clear()
 
 
+def check_moments(optimizer: torch.optim.Optimizer) -> None:
+    """Checks what an Adam has loaded: its fused kernel would write beyond moments that are smaller than their parameter.
+
+    Raises:
+        ValueError: a moment does not have its parameter's shape, or a count of steps is not one number.
+    """
+    for part in parts_of(optimizer):
+        if not isinstance(part, torch.optim.Adam):
+            continue
+        for parameter, state in part.state.items():
+            for name, value in state.items():
+                found = tuple(value.shape) if isinstance(value, Tensor) else None
+                wanted = () if name == "step" else tuple(parameter.shape)
+                if found != wanted or not (value.is_floating_point() or value.is_complex()):
+                    raise ValueError(f"the saved optimizer has {name} of shape {found}, where {wanted} belongs")
+
+
 def supports_found_inf(optimizer: torch.optim.Optimizer) -> bool:
     """Returns whether the optimizer is fused: its kernels then scale gradients and can skip a step on the device."""
     return all(group.get("fused") for group in optimizer.param_groups) and hasattr(optimizer, "_step_supports_amp_scaling")

@@ -47,7 +47,7 @@ def bind_first(
     """Tells synthesizers at a trainer's first window, of `window` steps, how they are trained; returns T.
 
     A resumed run may begin with the short last window of a sequence. T is then the `saved` one, unless a synthesizer was
-    built for the shorter window.
+    built for the length of this window.
 
     Raises:
         ValueError: one was built for something else.
@@ -59,12 +59,11 @@ def bind_first(
             bind(each, window=length, reduction=reduction, state_batch_dim=state_batch_dim, state=state)
         return length
 
-    full = max(window, saved or 0)
+    if saved is None:
+        return tell(window)
     try:
-        return tell(full)
+        return tell(saved)
     except ValueError:
-        if full == window:
-            raise
         return tell(window)
 
 

@@ -8,7 +8,14 @@ import pytest
 import torch
 from torch import nn
 
-from dni_seq.core.optimizer_step import JoinedOptimizer, clear_optimizer_state, clipped_step, gradient_norm, total_norm
+from dni_seq.core.optimizer_step import (
+    JoinedOptimizer,
+    check_moments,
+    clear_optimizer_state,
+    clipped_step,
+    gradient_norm,
+    total_norm,
+)
 
 OPTIMIZERS = {
     "fused Adam": lambda parameters: torch.optim.Adam(parameters, lr=1e-2, fused=True),
@@ -140,3 +147,33 @@ def test_clearing_reaches_all_joined_optimizers():
     assert all(part.state for part in joined.parts)
     clear_optimizer_state(joined)
     assert not any(part.state for part in joined.parts)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("exp_avg", torch.zeros(3)),
+        ("exp_avg_sq", torch.zeros(4, 5, dtype=torch.int64)),
+        ("exp_avg", None),
+        ("step", torch.zeros(2)),
+    ],
+)
+def test_moments_that_do_not_fit_are_refused(name, value):
+    """The fused kernel would write beyond them."""
+    weight = nn.Parameter(torch.ones(4, 5))
+    optimizer = JoinedOptimizer([torch.optim.Adam([weight], fused=True)])
+    weight.grad = torch.ones(4, 5)
+    optimizer.step()
+    check_moments(optimizer)
+    check_moments(torch.optim.SGD([weight], momentum=0.5))
+    optimizer.parts[0].state[weight][name] = value
+    with pytest.raises(ValueError, match=f"the saved optimizer has {name} of shape"):
+        check_moments(optimizer)
+
+
+def test_complex_moments_fit():
+    weight = nn.Parameter(torch.ones(2, dtype=torch.complex64))
+    optimizer = torch.optim.Adam([weight])
+    weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    check_moments(optimizer)

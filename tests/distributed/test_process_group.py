@@ -27,7 +27,20 @@ from tests.paths import SCRIPTS
 from tests.ranks import environment, finish, free_port, start_ranks
 
 TINY = ("--embed", "8", "--hidden", "8", "--layers", "2", "--bptt", "4", "--batch-size", "64", "--eval-tokens", "4000")
-EXACT = ("--dtype", "float64", "--dropout", "0", "--synthesizer", "multi-horizon", "--horizons", "2", "--eval-every", "2")
+EXACT = (
+    "--schedule",
+    "constant",
+    "--dtype",
+    "float64",
+    "--dropout",
+    "0",
+    "--synthesizer",
+    "multi-horizon",
+    "--horizons",
+    "2",
+    "--eval-every",
+    "2",
+)
 
 
 def text_of(work: Any) -> str:

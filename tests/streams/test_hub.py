@@ -412,6 +412,7 @@ def test_a_run_whose_stream_dies_is_saved_and_resumes(tmp_path: Path) -> None:
                 check=False,
             )
 
+    options = [*options, "--schedule", "constant"]
     whole = call("whole", *options, "--max-steps", "200")
     assert whole.returncode == 0, whole.stderr
     begun = call("dies", *options, "--max-steps", "1")

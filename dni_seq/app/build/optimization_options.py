@@ -35,10 +35,11 @@ class OptimizationOptions:
     schedule: str = option(
         None,
         "learning rate after the warm-up; linear and cosine fall to --min-lr at the end of the run; step is multiplied by "
-        "--decay after each epoch; plateau, after each validation that is not the best so far",
+        "--decay after each epoch; plateau, after each validation that is not the best so far; a run whose length is not "
+        "known has a constant rate by default",
         group=GROUP,
         choices=SCHEDULES,
-        shown="linear if the length of the run is known, else constant",
+        shown="linear to a known end",
     )
     warmup: int = option(0, "updates in which the learning rate rises from 0 to --lr", group=GROUP, check=at_least(0))
     min_lr: float = option(0.0, "lowest learning rate after the warm-up", group=GROUP, check=at_least(0))
