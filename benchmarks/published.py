@@ -36,6 +36,7 @@ from dni_seq.app.lm.options import PRESETS, LanguageModelOptions, resolve_option
 from dni_seq.app.runs.allocator import keep_freed_memory
 from dni_seq.app.runs.options import build
 from dni_seq.app.studies.records import append_line, read_lines
+from dni_seq.credit.message_filter import OBSERVED_FIRST
 
 sys.path.insert(0, str(Path(__file__).parent / "studies"))
 from trials import Line, Trial, best_value, key_of, lines_by_key, measure_in_turns, print_plan, study_parser, work
@@ -165,13 +166,18 @@ def serve_steps(data: Path, method: str, pipe: Any) -> None:
     torch.manual_seed(options.seed)
     cpu = torch.device("cpu")
     trainer = build_trainer(options, lm.build_model(options, tokenizer.vocabulary_size, cpu), cpu)
+
+    def train(steps: int) -> None:
+        for _ in range(steps):
+            window = next(windows)
+            trainer.step(window.inputs, window.targets, lookahead=window.lookahead)
+
+    train(OBSERVED_FIRST + TURN)  # a synthesizer's first windows are observed closely, which costs more
     pipe.send("ready")
     while True:
         steps = pipe.recv()
         begun = time.process_time()
-        for _ in range(steps):
-            window = next(windows)
-            trainer.step(window.inputs, window.targets, lookahead=window.lookahead)
+        train(steps)
         pipe.send((time.process_time() - begun) / steps)
 
 

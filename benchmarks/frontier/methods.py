@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 import dni_seq as dni
 from dni_seq.core.windows import Reduction
+from dni_seq.credit.message_filter import OBSERVED_FIRST
 from dni_seq.synthesizers.for_model import predictor_for, read_text
 from dni_seq.synthesizers.future_gradient import MESSAGE_LIMIT
 
@@ -150,6 +151,11 @@ def lookahead_of(trainer: dni.SequenceTrainer) -> int:
     if isinstance(synthesizer, dni.ExactFuture):
         return synthesizer.steps
     return synthesizer.lookahead if isinstance(synthesizer, dni.FutureGradient) else 0
+
+
+def observed_first(trainer: dni.SequenceTrainer) -> int:
+    """Returns the windows that a trainer's synthesizer observes closely at first, which costs more than later ones."""
+    return 0 if trainer.credit is None else OBSERVED_FIRST
 
 
 def optimizers_of(trainer: dni.SequenceTrainer) -> list[torch.optim.Optimizer]:

@@ -15,7 +15,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
-from methods import Parts, lookahead_of, modules_of, trainer_of
+from methods import Parts, lookahead_of, modules_of, observed_first, trainer_of
 
 import dni_seq as dni
 from dni_seq.app.runs.allocator import keep_freed_memory
@@ -207,6 +207,11 @@ def serve(trial: Trial, full: bool, pipe: Any) -> None:
     task = TASKS[trial["task"]]
     learner = Learner({**trial, "seed": 0}, task.full if full else task.short)
     windows = iter(learner.stream)
+    seen, over = 0, True
+    while seen < observed_first(learner.trainer) or not over:  # whole sequences
+        window = next(windows)
+        learner.step(window)
+        seen, over = seen + 1, ended(window)
     pipe.send("ready")
     while True:
         left = pipe.recv()

@@ -15,7 +15,7 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from methods import PREDICTOR_RATE, Parts, kind_of, lookahead_of, modules_of, optimizers_of, trainer_of
+from methods import PREDICTOR_RATE, Parts, kind_of, lookahead_of, modules_of, observed_first, optimizers_of, trainer_of
 
 import dni_seq as dni
 from dni_seq.app.runs.allocator import keep_freed_memory
@@ -232,6 +232,8 @@ def serve(trial: Trial, folder: Path, pipe: Any) -> None:
     keep_freed_memory()
     splits = Splits(TASKS[trial["task"]], folder)
     reader = Reader(trainer_for({"dropout": 0.0, "rate": 1e-3, **trial, "seed": 0}, splits), splits.train, trial["T"])
+    for _ in range(observed_first(reader.trainer)):
+        reader.step()
     pipe.send("ready")
     while True:
         updates = pipe.recv()
