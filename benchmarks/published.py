@@ -35,11 +35,23 @@ from dni_seq.app.lm.build_trainer import build_trainer
 from dni_seq.app.lm.options import PRESETS, LanguageModelOptions, resolve_options
 from dni_seq.app.runs.allocator import keep_freed_memory
 from dni_seq.app.runs.options import build
-from dni_seq.app.studies.records import append_line, read_lines
+from dni_seq.app.studies.records import append_line
 from dni_seq.credit.message_filter import OBSERVED_FIRST
 
 sys.path.insert(0, str(Path(__file__).parent / "studies"))
-from trials import Line, Trial, best_value, key_of, lines_by_key, measure_in_turns, print_plan, study_parser, work
+from trials import (
+    Line,
+    Trial,
+    best_value,
+    key_of,
+    latest_times,
+    lines_by_key,
+    measure_in_turns,
+    print_plan,
+    serve_steps,
+    study_parser,
+    work,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 METHODS = ("none", "multi-horizon")
@@ -92,16 +104,16 @@ class Runner:
     """
 
     def __init__(self, data: Path, results: Path) -> None:
-        self.data, self.results = data.resolve(), results
+        self.data, self.windows = data.resolve(), windows_of_epoch(data)
+        self.seconds = latest_times(results, "published", "step_seconds")
 
     def __call__(self, trial: Trial, checkpoint: Path) -> Line:
         """Trains to the end, with a stop at the CPU time of truncated BPTT where a synthesizer runs for all epochs."""
         folder = checkpoint.with_suffix("")
         line: Line = {}
         if trial["method"] != "none" and trial["epochs"] == EPOCHS:
-            plain, own = (step_seconds(self.results)[method] for method in ("none", trial["method"]))
-            windows = windows_of_epoch(self.data) * EPOCHS
-            at_equal_time = self.train(trial, folder, round(windows * plain / own))
+            share = self.seconds["none"] / self.seconds[trial["method"]]
+            at_equal_time = self.train(trial, folder, round(self.windows * EPOCHS * share))
             line["at_equal_time"] = scores(at_equal_time)
         summary = self.train(trial, folder, None)
         shutil.rmtree(folder)
@@ -116,7 +128,7 @@ class Runner:
         """Trains to a number of steps, or to the last epoch, from where the folder's run stands; its summary."""
         call = [sys.executable, str(ROOT / "scripts" / "train_lm.py"), *self.options(trial)]
         call += ["--data-dir", str(self.data), "--run-dir", str(folder), "--resume", "auto", "--logger", "none"]
-        call += ["--max-steps", str(steps or windows_of_epoch(self.data) * trial["epochs"])]
+        call += ["--max-steps", str(steps or self.windows * trial["epochs"])]
         summary = folder / "summary.json"
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         subprocess.run(call, check=True, env=environment, stdout=subprocess.DEVNULL)
@@ -155,7 +167,7 @@ def windows_of_epoch(data: Path) -> int:
     return windows
 
 
-def serve_steps(data: Path, method: str, pipe: Any) -> None:
+def serve(data: Path, method: str, pipe: Any) -> None:
     """In a process of its own: makes as many steps as it is told, and returns CPU seconds a step."""
     torch.set_num_threads(1)
     keep_freed_memory()
@@ -167,37 +179,20 @@ def serve_steps(data: Path, method: str, pipe: Any) -> None:
     cpu = torch.device("cpu")
     trainer = build_trainer(options, lm.build_model(options, tokenizer.vocabulary_size, cpu), cpu)
 
-    def train(steps: int) -> None:
-        for _ in range(steps):
-            window = next(windows)
-            trainer.step(window.inputs, window.targets, lookahead=window.lookahead)
+    def step() -> None:
+        window = next(windows)
+        trainer.step(window.inputs, window.targets, lookahead=window.lookahead)
 
-    train(OBSERVED_FIRST + TURN)  # a synthesizer's first windows are observed closely, which costs more
-    pipe.send("ready")
-    while True:
-        steps = pipe.recv()
-        begun = time.process_time()
-        train(steps)
-        pipe.send((time.process_time() - begun) / steps)
+    for _ in range(OBSERVED_FIRST + TURN):  # a synthesizer's first windows are observed closely, which costs more
+        step()
+    serve_steps(step, pipe)
 
 
 def measure_steps(data: Path, results: Path) -> None:
     """Puts the CPU seconds of a step of each method on record, measured in turns on an idle machine."""
     timed = {method: (data.resolve(), method) for method in METHODS}
-    medians = measure_in_turns(serve_steps, timed, dict.fromkeys(METHODS, TURN), "none")
+    medians = measure_in_turns(serve, timed, dict.fromkeys(METHODS, TURN), "none")
     append_line(results, {"study": "published", "step_seconds": medians, "date": time.strftime("%Y-%m-%d")})
-
-
-def step_seconds(results: Path) -> dict[str, float]:
-    """The latest step times on record, by method.
-
-    Raises:
-        SystemExit: none are.
-    """
-    found = [line["step_seconds"] for line in read_lines(results) if line.get("study") == "published"]
-    if not found:
-        raise SystemExit(f"{results} has no step times: run the part 'time' on an idle machine first")
-    return dict(found[-1])
 
 
 def order(line: Line) -> tuple[int, bool, str]:
@@ -235,7 +230,6 @@ def main() -> None:
     elif options.part == "time":
         measure_steps(options.data, options.results)
     else:
-        step_seconds(options.results)
         work(options.results, options.scratch, plan, Runner(options.data, options.results), options.max_minutes)
 
 

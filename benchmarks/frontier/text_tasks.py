@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import sys
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,7 @@ from dni_seq.models.language_model import LanguageModel, token_losses
 sys.path.insert(0, str(Path(__file__).parents[1] / "studies"))
 sys.path.insert(0, str(Path(__file__).parents[1] / "predictive_messages"))
 from memory import peak_mib, reset_peak, saved_bytes
-from trials import Line, Trial, save_whole
+from trials import Line, Trial, save_whole, serve_steps
 from word_learners import CLIP, LANES, UNITS, Text
 
 CURVE_POINTS = 6
@@ -234,10 +233,4 @@ def serve(trial: Trial, folder: Path, pipe: Any) -> None:
     reader = Reader(trainer_for({"dropout": 0.0, "rate": 1e-3, **trial, "seed": 0}, splits), splits.train, trial["T"])
     for _ in range(observed_first(reader.trainer)):
         reader.step()
-    pipe.send("ready")
-    while True:
-        updates = pipe.recv()
-        begun = time.process_time()
-        for _ in range(updates):
-            reader.step()
-        pipe.send((time.process_time() - begun) / updates)
+    serve_steps(reader.step, pipe)

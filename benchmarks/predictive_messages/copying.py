@@ -31,13 +31,25 @@ from torch.nn import functional
 
 import dni_seq as dni
 from dni_seq.app.runs.allocator import keep_freed_memory
-from dni_seq.app.studies.records import append_line, read_lines
+from dni_seq.app.studies.records import append_line
 from dni_seq.models.vector_rnn import VectorRNN
 from dni_seq.streams.algorithmic_tasks import BITS, Copy, Curriculum, Sequences, Stage, TaskStream, mean_error
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "studies"))
 from memory import peak_mib, reset_peak
-from trials import Line, Trial, best_value, key_of, lines_by_key, measure_in_turns, print_plan, study_parser, work
+from trials import (
+    Line,
+    Trial,
+    best_value,
+    key_of,
+    latest_times,
+    lines_by_key,
+    measure_in_turns,
+    print_plan,
+    serve_steps,
+    study_parser,
+    work,
+)
 
 LANES, UNITS, CLIP = 32, 256, 5.0
 REACH = 40
@@ -338,13 +350,7 @@ def serve_updates(trial: Trial, size: int, pipe: Any) -> None:
     learner = Learner(trial)
     stream = TaskStream(learner.task, lanes=LANES, bptt=trial["T"], lookahead=learner.reach, seed=0, stage=Stage(size))
     windows = iter(stream)
-    pipe.send("ready")
-    while True:
-        updates = pipe.recv()
-        begun = time.process_time()
-        for _ in range(updates):
-            learner.step(next(windows))
-        pipe.send((time.process_time() - begun) / updates)
+    serve_steps(lambda: learner.step(next(windows)), pipe)
 
 
 def measure_updates(results: Path) -> None:
@@ -368,10 +374,8 @@ def update_times(results: Path) -> dict[str, UpdateTime]:
     Raises:
         SystemExit: none are.
     """
-    found = [line["update_seconds"] for line in read_lines(results) if line.get("study") == "copying"]
-    if not found:
-        raise SystemExit(f"{results} has no update times: run the part 'time' on an idle machine first")
-    return {kind: UpdateTime(*numbers) for kind, numbers in found[-1].items()}
+    found = latest_times(results, "copying", "update_seconds")
+    return {kind: UpdateTime(*numbers) for kind, numbers in found.items()}
 
 
 def progress_score(line: Line) -> float:

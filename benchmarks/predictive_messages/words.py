@@ -28,11 +28,23 @@ import torch
 from word_learners import LANES, METHODS, PREDICTOR_RATE, UNITS, Text, Trained, Truncated
 
 from dni_seq.app.runs.allocator import keep_freed_memory
-from dni_seq.app.studies.records import append_line, read_lines
+from dni_seq.app.studies.records import append_line
 from dni_seq.models.language_model import LanguageModel, token_losses
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "studies"))
-from trials import Line, Trial, best_value, key_of, lines_by_key, measure_in_turns, print_plan, study_parser, work
+from trials import (
+    Line,
+    Trial,
+    best_value,
+    key_of,
+    latest_times,
+    lines_by_key,
+    measure_in_turns,
+    print_plan,
+    serve_steps,
+    study_parser,
+    work,
+)
 
 REFERENCE = {"method": "none", "T": 35}
 CURVE_POINTS = 6
@@ -79,7 +91,7 @@ class Runner:
         """Updates that fit in the trial's budget, or that its epochs take."""
         if "epochs" in trial:
             return int(trial["epochs"] * ((len(self.train.lanes) - 1) // trial["T"]))
-        times = step_times(self.results)
+        times = latest_times(self.results, "words", "step_seconds")
         epoch = (len(self.train.lanes) - 1) // REFERENCE["T"] * times[kind_of(REFERENCE)]
         return round(trial["budget"] * epoch / times[kind_of(trial)])
 
@@ -158,37 +170,24 @@ def measure_steps(folder: Path, results: Path) -> None:
     """Puts the CPU seconds of a step of each method on record, measured in turns on an idle machine."""
     timed = {kind_of(trial): (folder, trial) for trial in TIMED}
     counts = {kind_of(trial): max(3, 280 // trial["T"]) for trial in TIMED}
-    medians = measure_in_turns(serve_steps, timed, counts, kind_of(REFERENCE))
+    medians = measure_in_turns(serve, timed, counts, kind_of(REFERENCE))
     append_line(results, {"study": "words", "step_seconds": medians, "date": time.strftime("%Y-%m-%d")})
 
 
-def serve_steps(folder: Path, trial: Trial, pipe: Any) -> None:
+def serve(folder: Path, trial: Trial, pipe: Any) -> None:
     """In a process of its own: makes as many steps as it is told, and returns CPU seconds a step."""
     torch.set_num_threads(1)
     keep_freed_memory()
     text = Text(folder, "train")
     learner = learner_of({**trial, "lr": 1e-3, "dropout": 0.2, "seed": 0}, len(text.vocabulary))[1]
     position = 0
-    pipe.send("ready")
-    while True:
-        steps = pipe.recv()
-        begun = time.process_time()
-        for _ in range(steps):
-            learner.step(text, position)
-            position += trial["T"]
-        pipe.send((time.process_time() - begun) / steps)
 
+    def step() -> None:
+        nonlocal position
+        learner.step(text, position)
+        position += trial["T"]
 
-def step_times(results: Path) -> dict[str, float]:
-    """The latest step times on record, in seconds.
-
-    Raises:
-        SystemExit: none are.
-    """
-    found = [line["step_seconds"] for line in read_lines(results) if line.get("study") == "words"]
-    if not found:
-        raise SystemExit(f"{results} has no step times: run the part 'time' on an idle machine first")
-    return dict(found[-1])
+    serve_steps(step, pipe)
 
 
 def trial_of(method: str, bptt: int, lr: float, budget: float, dropout: float = 0.2, seed: int = 1, **more: Any) -> Trial:

@@ -8,7 +8,6 @@ lines on record: a plan yields what can be run now, in order of value.
 from __future__ import annotations
 
 import argparse
-import fcntl
 import json
 import math
 import multiprocessing
@@ -16,11 +15,12 @@ import statistics
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO
 
 import torch
 
 from dni_seq.app.studies.records import append_line, read_lines
+from dni_seq.app.studies.trial_runner import locked
 
 Trial = dict[str, Any]
 Line = dict[str, Any]
@@ -69,7 +69,7 @@ def work(
 
 def next_trial(
     results: Path, scratch: Path, plan: Callable[[dict[str, Line]], Iterable[Trial]]
-) -> tuple[Trial, TextIO] | None:
+) -> tuple[Trial, BinaryIO] | None:
     """Returns the first trial of the plan that is neither on record nor claimed, with its lock; None if there is none."""
     for trial in plan(lines_by_key(results)):
         if key_of(trial) in lines_by_key(results):
@@ -96,15 +96,9 @@ def save_whole(checkpoint: Path, parts: dict[str, Any]) -> None:
     unfinished.replace(checkpoint)
 
 
-def claim(scratch: Path, trial: Trial) -> TextIO | None:
+def claim(scratch: Path, trial: Trial) -> BinaryIO | None:
     """Returns the trial's lock file, held until it is closed or the process ends; None if another process holds it."""
-    file = checkpoint_path(scratch, trial).with_suffix(".claim").open("a")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        return None
-    return file
+    return locked(checkpoint_path(scratch, trial).with_suffix(".claim"))
 
 
 def best_value(
@@ -165,6 +159,31 @@ def measure_in_turns(
         spread = f"{1000 * min(samples[kind]):.2f} to {1000 * max(samples[kind]):.2f}"
         print(f"{1000 * value:8.2f} ms ({spread})  {value / medians[reference]:5.2f}  {kind}")
     return medians
+
+
+def serve_steps(step: Callable[[], object], pipe: Any) -> None:
+    """Makes as many steps as it is told, for `measure_in_turns`, and sends CPU seconds of one; never returns."""
+    pipe.send("ready")
+    while True:
+        steps = pipe.recv()
+        begun = time.process_time()
+        for _ in range(steps):
+            step()
+        pipe.send((time.process_time() - begun) / steps)
+
+
+def latest_times(results: Path, study: str, name: str) -> dict[str, Any]:
+    """The latest times of a study on record, under `name` such as "step_seconds".
+
+    Raises:
+        SystemExit: none are.
+    """
+    found = [line[name] for line in read_lines(results) if line.get("study") == study]
+    if not found:
+        raise SystemExit(
+            f"{results} has no {name.removesuffix('_seconds')} times: run the part 'time' on an idle machine first"
+        )
+    return dict(found[-1])
 
 
 def print_plan(results: Path, plan: Callable[[dict[str, Line]], Iterable[Trial]]) -> None:

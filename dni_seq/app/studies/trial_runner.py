@@ -185,13 +185,7 @@ class Study:
 
     def _lock(self, trial: Trial) -> BinaryIO | None:
         """Returns the trial's lock, None if another process holds it."""
-        file = self._lock_path(trial).open("ab")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.close()
-            return None
-        return file
+        return locked(self._lock_path(trial))
 
     def _lock_path(self, trial: Trial) -> Path:
         return self.scratch / f"{trial.name()}.lock"
@@ -313,3 +307,14 @@ def finite(value: Any) -> Any:
     if isinstance(value, list):
         return [finite(entry) for entry in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def locked(path: Path) -> BinaryIO | None:
+    """Returns the file, open and locked until it is closed or the process ends; None if another process holds the lock."""
+    file = path.open("ab")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        return None
+    return file

@@ -173,8 +173,6 @@ class TaskRun(TrainingRun):
     def restore(self, checkpoint: dict[str, Any] | None) -> None:
         """Restores the run from a checkpoint's content."""
         super().restore(checkpoint)
-        if self.trainer.credit is not None:
-            self.trainer.credit.window = self.options.bptt
         if checkpoint is None:
             return
         self.curriculum.load_state_dict(checkpoint["curriculum"])
