@@ -30,6 +30,7 @@ from torch import Tensor, nn
 import dni_seq as dni
 from dni_seq.core.windows import Reduction
 from dni_seq.credit.message_filter import OBSERVED_FIRST
+from dni_seq.synthesizers.for_model import Text as PredictedText
 from dni_seq.synthesizers.for_model import predictor_for, read_text
 from dni_seq.synthesizers.future_gradient import MESSAGE_LIMIT
 
@@ -50,6 +51,7 @@ class Parts:
         example: inputs of a window of one lane, [T, 1, ...]; their values do not matter.
         vocabulary: number of token ids, None if inputs are vectors.
         outputs: width of the outputs, None if they are logits of tokens.
+        past_loss_fn: of predicted input vectors, unreduced losses [m, B]; None for tokens.
         clip: largest norm of the model's gradient.
         reduction: of the trainer.
     """
@@ -59,6 +61,7 @@ class Parts:
     example: Tensor
     vocabulary: int | None
     outputs: int | None
+    past_loss_fn: Callable[[Any, Tensor], Tensor] | None
     clip: float
     reduction: Reduction
 
@@ -89,10 +92,9 @@ def future_gradient(trial: Trial, parts: Parts) -> dni.FutureGradient:
 
     The windows of a sequence differ in length, and a resumed trial may begin with a short one.
     """
-    of_model = (parts.loss_fn, parts.example, parts.vocabulary, parts.outputs, CLASSES)
     steps, horizons = trial.get("steps"), trial.get("horizons")
     make: Callable[[int], Any] = predictor_for(
-        read_text(*of_model), trial["T"], trial["predict"], steps, horizons, PREDICTOR_UNITS
+        text_of(parts), trial["T"], trial["predict"], steps, horizons, PREDICTOR_UNITS
     )
     if "draws" in trial:
         make = partial(drawn_past, trial, parts)
@@ -101,9 +103,14 @@ def future_gradient(trial: Trial, parts: Parts) -> dni.FutureGradient:
     return dni.FutureGradient(example, make, cells=cells, limit=MESSAGE_LIMIT)
 
 
+def text_of(parts: Parts) -> PredictedText:
+    """Returns what a predictor reads and predicts."""
+    return read_text(parts.loss_fn, parts.example, parts.vocabulary, parts.outputs, CLASSES, parts.past_loss_fn)
+
+
 def drawn_past(trial: Trial, parts: Parts, size: int) -> dni.GatedPast:
     """Returns a predictor of the past that draws its steps."""
-    text = read_text(parts.loss_fn, parts.example, parts.vocabulary, parts.outputs, CLASSES)
+    text = text_of(parts)
     sizes = {"units": PREDICTOR_UNITS, "outputs": text.past_width, "draws": trial["draws"]}
     return dni.GatedPast(size, trial["steps"], loss_fn=text.past_loss, **sizes)
 

@@ -28,6 +28,7 @@ from dni_seq.streams.algorithmic_tasks import (
     Stage,
     Task,
     TaskStream,
+    input_losses,
     mean_error,
 )
 
@@ -95,6 +96,7 @@ class Learner:
             torch.zeros(self.trial["T"], 1, task.input_size),
             vocabulary=None,
             outputs=task.target_size,
+            past_loss_fn=input_losses,
             clip=CLIP,
             reduction="lane-mean",
         )

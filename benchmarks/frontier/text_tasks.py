@@ -117,6 +117,7 @@ def trainer_for(trial: Trial, splits: Splits) -> dni.SequenceTrainer:
         torch.zeros(trial["T"], 1, dtype=torch.long),
         vocabulary=known,
         outputs=None,
+        past_loss_fn=None,
         clip=task.clip,
         reduction="mean",
     )

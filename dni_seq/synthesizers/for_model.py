@@ -47,12 +47,17 @@ class Text(NamedTuple):
 
 
 def read_text(
-    loss_fn: Callable[[Any, Tensor], Tensor], inputs: Nest, vocabulary: int | None, outputs: int | None, classes: int
+    loss_fn: Callable[[Any, Tensor], Tensor],
+    inputs: Nest,
+    vocabulary: int | None,
+    outputs: int | None,
+    classes: int,
+    past_loss_fn: Callable[[Any, Tensor], Tensor] | None = None,
 ) -> Text:
     """Returns what a predictor reads and predicts; the arguments are those of `FutureGradient.for_model`.
 
     Raises:
-        ValueError: not exactly one of `vocabulary` and `outputs` is given, or `inputs` does not fit it.
+        ValueError: not exactly one of `vocabulary` and `outputs` is given, or `inputs` or `past_loss_fn` does not fit it.
     """
     if (vocabulary is None) == (outputs is None):
         raise ValueError("give either vocabulary, for token ids, or outputs, the width of the model's outputs")
@@ -67,11 +72,19 @@ def read_text(
     parts = default_horizons(len(inputs))
     if vocabulary is None:
         read = inputs.shape[-1]
-        return Text(lambda: nn.Linear(read, EMBED), loss_fn, outputs or 0, squared_error, read, parts)
+        return Text(lambda: nn.Linear(read, EMBED), loss_fn, outputs or 0, past_loss_fn or squared_error, read, parts)
+    if past_loss_fn is not None:
+        raise ValueError("past_loss_fn is for vectors: past token ids are always predicted by cross-entropy, remove it")
     width, known = min(vocabulary, classes), vocabulary
     few = vocabulary <= classes
     losses, past = (loss_fn, class_losses) if few else (among_the_first(fn, classes) for fn in (loss_fn, class_losses))
     return Text(lambda: token_embedding(known, classes, EMBED), losses, width, past, width, parts if few else 1)
+
+
+def check_past_loss(past_loss_fn: Any, predict: str) -> None:
+    """Raises ValueError if a loss of past vectors is given to a predictor that does not predict the past."""
+    if past_loss_fn is not None and predict not in ("past", "both"):
+        raise ValueError(f'past_loss_fn needs predict="past" or "both", got predict={predict!r}')
 
 
 def predictor_for(

@@ -28,7 +28,7 @@ from dni_seq.core.windows import Reduction
 from dni_seq.synthesizers.base import Recommended, Regression
 from dni_seq.synthesizers.binding import StepWeight
 from dni_seq.synthesizers.defaults import MEASURE_EVERY, default_scale
-from dni_seq.synthesizers.for_model import example_state, lstm_cells, predictor_for, read_text
+from dni_seq.synthesizers.for_model import check_past_loss, example_state, lstm_cells, predictor_for, read_text
 from dni_seq.synthesizers.packed import Outputs, PackedSynthesizer
 from dni_seq.synthesizers.packing import Packing
 from dni_seq.synthesizers.predictor import Predictor
@@ -153,6 +153,7 @@ class FutureGradient(PackedSynthesizer):
         state: State | None = None,
         predict: str = "horizons",
         predict_steps: int | None = None,
+        past_loss_fn: Callable[[Any, Tensor], Tensor] | None = None,
         batch_dim: Any = None,
     ) -> FutureGradient:
         """Builds the recommended synthesizer for a model: one message for each of the next K windows.
@@ -169,19 +170,18 @@ class FutureGradient(PackedSynthesizer):
             classes: number of tokens that the predictor distinguishes; ids from classes - 1 on share one class.
             units: hidden units of the predictor.
             cells: see `FutureGradient`. Default: `LSTM_CELLS` for a model with an LSTM of PyTorch whose state is a pair.
-            state: an example of the model's state. Default: `model.initial_state(1)`, or the state after `model` has run on
-                one lane of `example_inputs` from None.
-            predict: what the predictor predicts: "horizons", the next K windows; "future", the next m steps, for far
-                reaches; "past", the last m inputs, for which no lookahead is needed; or "both" of these.
-            predict_steps: m, a multiple of K. Default: K T for "horizons", else 40. With messages inside a window, such as
-                `message_every=5` at T = 35, fewer than T are enough: 5.
+            state: an example of the model's state. Default: `model.initial_state(1)`, or one after `example_inputs`.
+            predict: "horizons", the next K windows; "future", the next m steps; "past", the last m inputs, for which no
+                lookahead is needed; or "both" of these.
+            predict_steps: m, a multiple of K. Default: K T for "horizons", else 40. With `message_every=n`, n are enough.
+            past_loss_fn: unreduced losses [m, B] of predicted and true past vectors [m, B, E]. Default: squared error, mean.
             batch_dim: dimension of the lanes in the state's leaves, an int or a nest; for others than [B, H] and [L, B, H].
 
         Raises:
-            ValueError: not exactly one of `vocabulary` and `outputs` is given, `example_inputs` does not fit it, or
-                `horizons` and `predict_steps` do not fit `predict`.
+            ValueError: not exactly one of `vocabulary` and `outputs` is given, or another argument does not fit the rest.
         """
-        text = read_text(loss_fn, example_inputs, vocabulary, outputs, classes)
+        check_past_loss(past_loss_fn, predict)
+        text = read_text(loss_fn, example_inputs, vocabulary, outputs, classes, past_loss_fn)
         future = predictor_for(text, len(example_inputs), predict, predict_steps, horizons, units)
         example = example_state(model, example_inputs) if state is None else state
         marks = lstm_cells(model, example) if cells is None else cells

@@ -10,7 +10,8 @@ from torch import nn
 
 import dni_seq as dni
 from dni_seq.core.windows import Past, Surroundings
-from dni_seq.synthesizers.for_model import class_losses
+from dni_seq.streams.algorithmic_tasks import input_losses
+from dni_seq.synthesizers.for_model import class_losses, squared_error
 from dni_seq.synthesizers.gated_predictors import (
     LARGEST_WEIGHT,
     GatedFuture,
@@ -34,6 +35,10 @@ def future(draws=None):
 
 def past(draws=None, steps=M):
     return GatedPast(SIZE, steps, outputs=VOCABULARY, loss_fn=class_losses, units=8, draws=draws).double()
+
+
+def squared_outputs(outputs, targets):
+    return (outputs - targets).square().mean(-1)
 
 
 def past_of_two():
@@ -178,6 +183,8 @@ def test_for_model_builds_them_for_tokens_and_vectors(predict, tokens):
         ({"predict": "everything"}, "predict must be one of"),
         ({"predict": "past", "horizons": 2}, 'horizons needs predict="horizons"'),
         ({"predict_steps": 5, "horizons": 2}, "steps must be a multiple of parts, got 5 steps and 2 parts"),
+        ({"past_loss_fn": class_losses}, 'past_loss_fn needs predict="past" or "both"'),
+        ({"past_loss_fn": class_losses, "predict": "past"}, "past token ids are always predicted by cross-entropy"),
     ],
     ids=str,
 )
@@ -186,6 +193,27 @@ def test_for_model_refuses_what_does_not_go_together(given, message):
     inputs = torch.zeros(3, LANES, dtype=torch.int64)
     with pytest.raises(ValueError, match=message):
         dni.FutureGradient.for_model(model, problems.unreduced, example_inputs=inputs, vocabulary=VOCABULARY, **given)
+
+
+@pytest.mark.parametrize("predict", ["past", "both"])
+def test_the_loss_of_past_vectors_may_be_chosen(predict):
+    """Bits have a cross-entropy, other vectors the mean squared error."""
+    model = problems.make_model("lstm")
+    bits, valid = torch.randint(2, (M, LANES, 4)).double(), torch.ones(M, LANES, dtype=torch.bool)
+    around = Surroundings(Past(bits, valid), dni.Lookahead(bits, torch.zeros(M, LANES, 2).double(), valid))
+    given = {"outputs": 2, "predict": predict, "predict_steps": M, "state": trainer_initial(model)}
+    found = []
+    for own, expected in (({}, squared_error), ({"past_loss_fn": input_losses}, input_losses)):
+        torch.manual_seed(1)
+        made = dni.FutureGradient.for_model(model, squared_outputs, example_inputs=bits, **own, **given).double()
+        model_of_past = made.model if predict == "past" else made.model.predictors[1]
+        model_of_past.output.weight.data.zero_()  # so every prediction is the bias
+        predicted = model_of_past.output.bias.expand(M, LANES, 4)
+        flats = torch.randn(1, LANES, model_of_past.read.in_features, dtype=torch.float64)
+        losses = made.model.losses(flats, around).losses[-M:]
+        assert torch.equal(losses, expected(predicted, bits))
+        found.append(losses)
+    assert not torch.equal(*found)
 
 
 def test_the_next_steps_may_be_fewer_than_a_window():
