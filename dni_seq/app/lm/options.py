@@ -48,7 +48,7 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "clip": 0.25,
             "epochs": 6,
         },
-        # Two minutes on two cores for the embedded corpus.
+        # About a minute of one core for the embedded corpus.
         "char": {
             "embed": 64,
             "hidden": 256,
