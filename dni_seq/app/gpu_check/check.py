@@ -1,7 +1,7 @@
 """Checks the library on a GPU, and measures what synthetic gradients cost there: JSON lines and a page of Markdown.
 
 python scripts/gpu_check.py
-    On the first GPU, in less than 8 minutes. Needs torch with NumPy alone.
+    On the first GPU, sized for less than 8 minutes. Needs torch with NumPy alone.
 python scripts/gpu_check.py --device cpu --quick
     The same parts in small on the CPU, in a minute: whether the check itself works.
 

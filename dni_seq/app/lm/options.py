@@ -48,7 +48,7 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "clip": 0.25,
             "epochs": 6,
         },
-        # Two minutes on two cores for the embedded corpus.
+        # About a minute of one core for the embedded corpus.
         "char": {
             "embed": 64,
             "hidden": 256,
@@ -281,7 +281,7 @@ class LanguageModelOptions(OptimizationOptions, BackpropagationOptions, CreditOp
     seed: int = option(1111, "random seed of weights, dropout and samples", group=_RUN, check=at_least(0))
     threads: int = option(
         1,
-        "CPU threads; two idle cores can be 1.6 times as fast; results differ in rounding",
+        "CPU threads; two idle cores can be 1.3 times as fast; results differ in rounding",
         group=_RUN,
         check=at_least(1),
     )

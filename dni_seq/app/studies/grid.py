@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from dni_seq.synthesizers.defaults import HORIZONS, default_horizons, default_scale
 
 FIDELITY_EVERY = 499
-"""Windows between comparisons with exact gradients in columns that need none by default. They cost less than 2 %."""
+"""Windows between comparisons with exact gradients in columns that need none by default."""
 
 
 COLUMNS: Mapping[str, Mapping[str, Any]] = MappingProxyType(

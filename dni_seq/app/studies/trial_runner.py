@@ -48,13 +48,13 @@ class Trial(NamedTuple):
         script: the command's file name without its suffix, for example "train_lm".
         about: the trial's place in the study: part, task, column, T, seed and so on.
         options: the options of the command that the study sets.
-        paths: options that are file paths; they are not part of the trial's key.
+        unkeyed: options that are not part of the trial's key: file paths, and what was a default when lines were recorded.
     """
 
     script: str
     about: dict[str, Any]
     options: dict[str, Any]
-    paths: Mapping[str, str] = {}
+    unkeyed: Mapping[str, str] = {}
 
     def key(self) -> str:
         """Returns the text that identifies the trial."""
@@ -69,7 +69,7 @@ class Trial(NamedTuple):
     def arguments(self) -> list[str]:
         """Returns its options as words of the command line."""
         found = []
-        for name, value in (self.options | dict(self.paths)).items():
+        for name, value in (self.options | dict(self.unkeyed)).items():
             if isinstance(value, bool):
                 found.append(flag(name) if value else flag(name).replace("--", "--no-", 1))
             else:

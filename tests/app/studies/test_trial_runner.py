@@ -121,7 +121,7 @@ def test_names_and_arguments():
     assert one.name() != trial(1, tail=True, normalize=False, lr=2e-3).name()
     assert one.name().startswith("table1-copy-1-")
     assert one.arguments()[-4:] == ["--tail", "--no-normalize", "--lr", "0.001"]
-    moved = one._replace(paths={"data_file": "elsewhere/text.txt"})
+    moved = one._replace(unkeyed={"data_file": "elsewhere/text.txt"})
     assert moved.key() == one.key()
     assert moved.arguments()[-2:] == ["--data-file", "elsewhere/text.txt"]
 

@@ -27,6 +27,16 @@ def test_only_the_copy_task_has_an_initial_length():
     assert not any("start" in each for each in options("repeat-copy"))
 
 
+def test_text_trains_at_the_constant_rate_of_the_recorded_trials():
+    """The command by itself lets the rate fall, so that a repeated trial would have other bits."""
+    for trial in table_trials([], [TableCell(task, 4, "none", "small") for task in ("ptb", "copy")], 1, RATES):
+        given = trial.arguments()
+        assert (trial.script == "train_lm") == ("--schedule" in given)
+        if "--schedule" in given:
+            assert given[given.index("--schedule") + 1] == "constant"
+        assert "schedule" not in trial.key()
+
+
 def test_an_ablation_has_half_the_budget():
     table = table_trials([], [TableCell(task, bptt, "none", "small") for task, bptt in ABLATION], 1, RATES)
     lengths = {trial.script: trial.options.get("max_tokens") or trial.options["updates"] for trial in table}
