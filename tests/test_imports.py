@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -124,6 +125,13 @@ def test_classes_and_functions_are_short():
             if isinstance(node, (ast.ClassDef, ast.FunctionDef)):
                 lines = (node.end_lineno or 0) - node.lineno + 1
                 assert lines <= (300 if isinstance(node, ast.ClassDef) else 50), f"{path}: {node.name} has {lines} lines"
+
+
+def test_pytest_enters_every_folder_of_tests(pytestconfig):
+    """Its default leaves out folders with names such as "build"."""
+    left_out = pytestconfig.getini("norecursedirs")
+    for folder in (ROOT / "tests").rglob("*/"):
+        assert folder.name == "__pycache__" or not any(fnmatch(folder.name, pattern) for pattern in left_out), folder
 
 
 def test_scripts_only_call():

@@ -114,7 +114,7 @@ def test_a_configuration_may_hold_a_contradiction_that_the_command_line_removes(
     config = {"tokenizer": "char", "bptt": 4, "synthesizer": "state", "fit": "future"}
     with pytest.raises(ValueError, match="not possible with --synthesizer state"):
         build(LanguageModelOptions, config).resolve(4)
-    assert as_given(config) == config
+    assert as_given(config) == {**config, "schedule": "constant"}  # the schedule of all runs before there were any
     assert build(LanguageModelOptions, as_given(config), {"synthesizer": "multi-horizon"}).resolve(4).fit == "future"
 
 
