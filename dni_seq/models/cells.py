@@ -9,3 +9,6 @@ APPROXIMATE = ("snap1", "factored")
 """Traces of cells whose units mix."""
 
 TRACES = ("exact", *APPROXIMATE)
+
+TRACE_DECAY = 0.2
+"""α of factored traces: the share of its running means that a step keeps."""

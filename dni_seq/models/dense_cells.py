@@ -1,14 +1,13 @@
 """LSTM and GRU as loops over steps, whose states carry approximate traces of the recurrent parameters.
 
 Their recurrence mixes units, so an exact trace would hold H times the parameters for each lane. Two approximations follow
-each unit on its own. J is the block of ∂s_t/∂s_{t-1} of one unit (2x2 for an LSTM's h and c), f_t = ∂s_t/∂y_t of its
+each unit on its own. J is the block of ∂s_t/∂s_{t-1} of one unit (2x2 for an LSTM's h and c), φ_t = ∂s_t/∂y_t of its
 pre-activations y_t = W x_t.
 
-- "snap1": E_t = J_t E_{t-1} + f_t ⊗ x_t, memory B · P. Source: Menick et al. 2020, "A Practical Sparse Approximation for
+- "snap1": E_t = J_t E_{t-1} + φ_t ⊗ x_t, memory B · P. Source: Menick et al. 2020, "A Practical Sparse Approximation for
   Real Time Recurrent Learning", arXiv 2006.07232, section 3: SnAp with n = 1.
-- "factored": E_t ≈ ε_t ⊗ ξ_t with ξ_t = α ξ_{t-1} + x_t and ε_t = α J_t ε_{t-1} + (1 - α) f_t, memory B · (inputs + units).
-  Source: the rule pp_prop of braintrace (Wang et al. 2024, bioRxiv 2024.09.24.614728). There it also replaces the gradient
-  of the current step; here autograd is exact inside the window, and only earlier steps come from the trace.
+- "factored": E_t ≈ ε_t ⊗ ξ_t with ξ_t = α ξ_{t-1} + x_t and ε_t = α J_t ε_{t-1} + (1 - α) φ_t, memory B · (inputs + units).
+  `factored_lstm` has the LSTM's, without the influence of h on the gates, and the sources.
 
 Legend: T = window length, B = lanes, D = inputs, H = units, G = rows of a weight matrix (gates times H), P = parameters,
 S = tensors of a state.
@@ -21,14 +20,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from dni_seq.core import traces
-from dni_seq.models.cells import APPROXIMATE
-
-DECAY = 0.9
-"""α of factored traces."""
+from dni_seq.models.cells import APPROXIMATE, TRACE_DECAY
+from dni_seq.models.factored_lstm import FactoredLSTM, stacked
 
 
 class Step(NamedTuple):
@@ -47,72 +43,29 @@ class Step(NamedTuple):
     of_hidden: Tensor
 
 
-class _LSTMStep(torch.autograd.Function):
-    """One step of an LSTM. With factored traces of the state before it, the backward pass contracts them too.
-
-    The gradient of a weight matrix is then one product, of the step's own slopes and inputs above those of the traces.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, h: Tensor, c: Tensor, *others: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        w_ih, w_hh, b_ih, b_hh, *carried = others
-        pre = functional.linear(x, w_ih, b_ih) + functional.linear(h, w_hh, b_hh)
-        i, f, g, o = pre.unflatten(-1, (4, -1)).unbind(1)
-        i, f, g, o = i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()
-        cell = torch.addcmul(f * c, i, g)
-        squashed = cell.tanh()
-        through = torch.addcmul(o, o * squashed, squashed, value=-1)  # ∂h / ∂c of the same step
-        slopes = pre.new_zeros(2, len(pre), 4, c.shape[-1])
-        of_cell = slopes[1]
-        torch.mul(g, i * (1 - i), out=of_cell[:, 0])
-        torch.mul(c, f * (1 - f), out=of_cell[:, 1])
-        torch.mul(i, 1 - g * g, out=of_cell[:, 2])
-        torch.mul(of_cell, through[:, None], out=slopes[0])
-        torch.mul(squashed, o * (1 - o), out=slopes[0][:, 3])
-        slopes = slopes.flatten(2)
-        from_c = torch.stack([through * f, f])
-        ctx.save_for_backward(x, h, w_ih, w_hh, slopes, from_c, *carried)
-        ctx.mark_non_differentiable(slopes, from_c)
-        return o * squashed, cell, slopes, from_c
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        x, h, w_ih, w_hh, slopes, from_c, *carried = ctx.saved_tensors
-        of_h, of_c = gradients[:2]
-        rows = (slopes.unflatten(-1, (4, -1)) * torch.stack([of_h, of_c])[:, :, None]).sum(0).flatten(1)  # [B, G]
-        at_c = torch.addcmul(from_c[0] * of_h, from_c[1], of_c)
-        trains = any(ctx.needs_input_grad[3:7])
-        at_h = rows @ w_hh if ctx.needs_input_grad[1] or (trains and carried) else None
-        of_weights: list[Tensor | None] = [None] * 4
-        if trains:
-            bias, inputs, hidden, both = rows.sum(0), x, h, rows
-            if carried:
-                assert at_h is not None
-                older = Factored.rows([at_h, at_c], carried)[0]
-                bias = bias + (older * carried[2][0]).sum(0)
-                inputs, hidden = torch.cat([x, carried[0][0]]), torch.cat([h, carried[1][0]])
-                both = torch.cat([rows, older])
-            of_weights = [both.T @ inputs, both.T @ hidden, bias, bias]
-        of_x = rows @ w_ih if ctx.needs_input_grad[0] else None
-        return (of_x, at_h, at_c, *of_weights, *(None for _ in carried))
-
-
-def lstm_step(x: Tensor, state: Sequence[Tensor], weights: Sequence[Tensor], carried: Sequence[Tensor] = ()) -> Step:
+def lstm_step(x: Tensor, state: Sequence[Tensor], weights: Sequence[Tensor]) -> Step:
     """Returns one step of PyTorch's LSTM, and its derivatives without a graph.
 
     Args:
         x: [B, D].
         state: (h, c).
         weights: weight_ih [4H, D], weight_hh [4H, H], bias_ih and bias_hh [4H].
-        carried: factored traces of the state, to be contracted with the gradient that arrives at it; or nothing.
     """
-    hidden, cell, slopes, from_c = _LSTMStep.apply(x, *state, *weights, *carried)
+    h, c = state
+    w_ih, w_hh, b_ih, b_hh = weights
+    i, f, g, o = (functional.linear(x, w_ih, b_ih) + functional.linear(h, w_hh, b_hh)).chunk(4, -1)
+    i, f, g, o = i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()
+    cell = f * c + i * g
+    squashed = cell.tanh()
     with torch.no_grad():
-        own = weights[1].unflatten(0, (4, -1)).diagonal(dim1=1, dim2=2)  # a unit's own recurrent weights, [4, H]
-        from_h = (slopes.unflatten(-1, (4, -1)) * own).sum(2)
-        jacobian = torch.stack([from_h, from_c], 1)
-    return Step((hidden, cell), jacobian, slopes, slopes)
+        through = o * (1 - squashed**2)  # ∂h / ∂c of the same step
+        of_cell = torch.cat([g * i * (1 - i), c * f * (1 - f), i * (1 - g**2), torch.zeros_like(o)], -1)
+        of_output = torch.cat([torch.zeros_like(of_cell[:, : 3 * len(c[0])]), squashed * o * (1 - o)], -1)
+        slopes = torch.stack([of_cell * through.repeat(1, 4) + of_output, of_cell])
+        own = torch.cat([block.diagonal() for block in w_hh.chunk(4)])
+        from_h = (slopes * own).unflatten(-1, (4, -1)).sum(2)
+        jacobian = torch.stack([from_h, torch.stack([through * f, f])], 1)
+    return Step((o * squashed, cell), jacobian, slopes, slopes)
 
 
 def gru_step(x: Tensor, state: Sequence[Tensor], weights: Sequence[Tensor]) -> Step:
@@ -177,47 +130,78 @@ class SnAp1:
 
 
 class Factored:
-    """The traces of one layer: running inputs ξ of the weight matrices and the biases, and running slopes ε of the state."""
+    """The traces of one GRU layer: running inputs ξ of weight matrices and biases, and running slopes ε of the state.
+
+    Args:
+        decay: α, from 0 to below 1.
+    """
+
+    def __init__(self, decay: float) -> None:
+        self.decay = decay
 
     @staticmethod
     def initial(weights: Sequence[Tensor], lanes: int, tensors: int) -> list[Tensor]:
-        """Returns ξ [1, B, D], [1, B, H] and [1, B, 1], then ε [1, B, S, G] of the matrix of the inputs.
-
-        A cell whose matrices have other slopes, the GRU, has a second ε.
-        """
+        """Returns ξ [1, B, D], [1, B, H] and [1, B, 1], then ε [1, B, S, G] of either weight matrix."""
         w_ih, w_hh, *_ = weights
         inputs = [w_ih.new_zeros(1, lanes, size) for size in (w_ih.shape[1], w_hh.shape[1], 1)]
-        return [*inputs, *(w_ih.new_zeros(1, lanes, tensors, len(w_ih)) for _ in range(3 - tensors))]
+        return [*inputs, *(w_ih.new_zeros(1, lanes, tensors, len(w_ih)) for _ in range(2))]
 
     @staticmethod
     def contract(gradients: Sequence[Tensor], carried: Sequence[Tensor]) -> list[Tensor]:
         """Returns a gradient for each parameter from those at the tensors of the state, each [B, H]."""
-        of_x, of_h, of_one, *_ = (trace[0] for trace in carried)
-        rows = Factored.rows(gradients, carried)
-        x_rows, h_rows = rows[0], rows[-1]
+        at = torch.stack(list(gradients), 1)  # [B, S, H]
+        of_x, of_h, of_one, *slopes = (trace[0] for trace in carried)
+        each = (epsilon.unflatten(-1, (-1, at.shape[-1])) for epsilon in slopes)
+        x_rows, h_rows = ((epsilon * at[:, :, None]).sum(1).flatten(1) for epsilon in each)  # [B, G]
         return [x_rows.T @ of_x, h_rows.T @ of_h, (x_rows * of_one).sum(0), (h_rows * of_one).sum(0)]
 
-    @staticmethod
-    def rows(gradients: Sequence[Tensor], carried: Sequence[Tensor]) -> list[Tensor]:
-        """Returns a_k ε for each ε, [B, G]: the gradient with respect to earlier pre-activations, but for their inputs ξ."""
-        at = torch.stack(list(gradients), 1)  # [B, S, H]
-        each = (trace[0].unflatten(-1, (-1, at.shape[-1])) for trace in carried[3:])
-        return [(slopes * at[:, :, None]).sum(1).flatten(1) for slopes in each]
-
-    @staticmethod
-    def step(carried: Sequence[Tensor], x: Tensor, h: Tensor, step: Step) -> list[Tensor]:
+    def step(self, carried: Sequence[Tensor], x: Tensor, h: Tensor, step: Step) -> list[Tensor]:
         """Returns the traces after a step with inputs x [B, D] from a state with h [B, H]."""
         units, tensors = step.jacobian.shape[-1], len(step.state)
-        found = [torch.add(new, trace, alpha=DECAY) for new, trace in ((x, carried[0]), (h, carried[1]))]
-        found.append(DECAY * carried[2] + 1)
-        for slope, trace in zip((step.of_inputs, step.of_hidden), carried[3:], strict=False):
+        found = [torch.add(new, trace, alpha=self.decay) for new, trace in ((x, carried[0]), (h, carried[1]))]
+        found.append(self.decay * carried[2] + 1)
+        for slope, trace in zip((step.of_inputs, step.of_hidden), carried[3:], strict=True):
             before = trace[0].unflatten(-1, (-1, units))  # [B, S, gates, H]
-            moved = (slope * (1 - DECAY)).unflatten(-1, (-1, units))  # [S, B, gates, H]
+            moved = (slope * (1 - self.decay)).unflatten(-1, (-1, units))  # [S, B, gates, H]
             for s in range(tensors):
                 for other in range(tensors):
-                    moved[s].addcmul_(step.jacobian[s, other][:, None], before[:, other], value=DECAY)
+                    moved[s].addcmul_(step.jacobian[s, other][:, None], before[:, other], value=self.decay)
             found.append(moved.flatten(2).transpose(0, 1)[None])
         return found
+
+
+class StepByStep:
+    """Runs a layer as a loop over steps, with traces by a rule; what `FactoredLSTM` does in one function.
+
+    Args:
+        step: `lstm_step` or `gru_step`.
+        rule: of the traces.
+        tensors: S.
+    """
+
+    def __init__(self, step: Callable[..., Step], rule: SnAp1 | Factored, tensors: int) -> None:
+        self.step, self.rule, self.tensors = step, rule, tensors
+
+    def initial(self, weights: Sequence[Tensor], lanes: int) -> list[Tensor]:
+        """Returns the traces of a zero state."""
+        return self.rule.initial(weights, lanes, self.tensors)
+
+    def run(
+        self, inputs: Tensor, state: Sequence[Tensor], carried: Sequence[Tensor], weights: Sequence[Tensor]
+    ) -> tuple[Tensor, tuple[Tensor, ...], Sequence[Tensor]]:
+        """Returns outputs [T, B, H], the last state, its tensors [B, H], and the traces there; see `FactoredLSTM.run`."""
+        active = traces.is_active(weights)
+        moved: Sequence[Tensor] = traces.plain(carried)
+        now = traces.attach(state, carried, weights, self.rule.contract)
+        outputs = []
+        for x in inputs:
+            step = self.step(x, now, weights)
+            if active:
+                with torch.no_grad():
+                    moved = self.rule.step(moved, x, now[0], step)
+            now = step.state
+            outputs.append(now[0])
+        return stacked(outputs), now, traces.carry(moved, now[0]) if active else carried
 
 
 class DenseRNN(nn.Module):
@@ -232,24 +216,34 @@ class DenseRNN(nn.Module):
         layers: L.
         dropout: between layers.
         traces: "snap1" or "factored".
+        decay: α of factored traces, from 0 to below 1; None for `TRACE_DECAY`.
 
     Attributes:
         rnn: nn.LSTM or nn.GRU, which holds the parameters.
         traced_parameters: all of them.
 
     Raises:
-        ValueError: the traces are unknown.
+        ValueError: the traces are unknown, or the decay is outside its range or is given to other traces.
     """
 
-    def __init__(self, kind: str, inputs: int, units: int, layers: int = 1, *, dropout: float = 0.0, traces: str) -> None:
+    def __init__(
+        self,
+        kind: str,
+        inputs: int,
+        units: int,
+        layers: int = 1,
+        *,
+        dropout: float = 0.0,
+        traces: str,
+        decay: float | None = None,
+    ) -> None:
         super().__init__()
         if traces not in APPROXIMATE:
             raise ValueError(f"traces must be one of {', '.join(APPROXIMATE)}, got {traces!r}")
         self.rnn = (nn.LSTM if kind == "lstm" else nn.GRU)(inputs, units, layers)
         self.dropout = nn.Dropout(dropout)
         self._tensors = 2 if kind == "lstm" else 1
-        self._step: Callable[..., Step] = lstm_step if kind == "lstm" else gru_step
-        self._rule: Any = SnAp1 if traces == "snap1" else Factored
+        self._layer = layer_with_traces(kind, traces, checked_decay(traces, decay))
 
     @property
     def traced_parameters(self) -> list[Tensor]:
@@ -259,7 +253,7 @@ class DenseRNN(nn.Module):
     def initial_state(self, lanes: int) -> tuple[Tensor, ...]:
         """Returns a zero state."""
         hidden = self.traced_parameters[0].new_zeros(self.rnn.num_layers, lanes, self.rnn.hidden_size)
-        zeros = [self._rule.initial(weights, lanes, self._tensors) for weights in self.rnn.all_weights]
+        zeros = [self._layer.initial(weights, lanes) for weights in self.rnn.all_weights]
         carried = traces.carry([trace for layer in zeros for trace in layer], hidden)
         return (*(torch.zeros_like(hidden) for _ in range(self._tensors)), *carried)
 
@@ -279,30 +273,30 @@ class DenseRNN(nn.Module):
         for i, weights in enumerate(self.rnn.all_weights):
             outputs = outputs if i == 0 else self.dropout(outputs)
             own = carried[i * each : (i + 1) * each]
-            outputs, after, own = self._layer(outputs, [leaf[i] for leaf in hidden], own, weights)
+            outputs, after, own = self._layer.run(outputs, [leaf[i] for leaf in hidden], own, weights)
             last.append(after)
             kept += own
-        return outputs, (*(torch.stack(leaves) for leaves in zip(*last, strict=True)), *kept)
+        return outputs, (*(stacked(leaves) for leaves in zip(*last, strict=True)), *kept)
 
-    def _layer(
-        self, inputs: Tensor, state: Sequence[Tensor], carried: Sequence[Tensor], weights: Sequence[Tensor]
-    ) -> tuple[Tensor, tuple[Tensor, ...], Sequence[Tensor]]:
-        """Runs one layer; returns its outputs, its last state and the traces there."""
-        active = traces.is_active(weights)
-        moved = traces.plain(carried)
-        within: Sequence[Tensor] = ()  # traces that the first step contracts
-        now = tuple(state)
-        if self._step is lstm_step and self._rule is Factored:
-            within = moved if traces.start_a_graph(carried, weights) else ()
-        else:
-            now = traces.attach(state, carried, weights, self._rule.contract)
-        outputs = []
-        for x in inputs:
-            step = self._step(x, now, weights, within) if within else self._step(x, now, weights)
-            within = ()
-            if active:
-                with torch.no_grad():
-                    moved = self._rule.step(moved, x, now[0], step)
-            now = step.state
-            outputs.append(now[0])
-        return torch.stack(outputs), now, traces.carry(moved, now[0]) if active else carried
+
+def layer_with_traces(kind: str, traces: str, decay: float) -> StepByStep | FactoredLSTM:
+    """Returns what runs the layers of a `DenseRNN`."""
+    if kind == "lstm" and traces == "factored":
+        return FactoredLSTM(decay)
+    rule = SnAp1() if traces == "snap1" else Factored(decay)
+    return StepByStep(lstm_step, rule, 2) if kind == "lstm" else StepByStep(gru_step, rule, 1)
+
+
+def checked_decay(traces: str | None, decay: float | None) -> float:
+    """Returns α of factored traces.
+
+    Raises:
+        ValueError: it is outside [0, 1), or is given to other traces.
+    """
+    if decay is None:
+        return TRACE_DECAY
+    if traces != "factored":
+        raise ValueError(f"trace_decay needs factored traces, got traces={traces!r}: remove it")
+    if not 0 <= decay < 1:
+        raise ValueError(f"trace_decay must be from 0 to below 1, got {decay}")
+    return decay

@@ -38,6 +38,7 @@ class LanguageModel(nn.Module):
         sparse_embedding: whether the gradient of the embedding is a sparse tensor of the rows that were read. The embedding
             then needs an optimizer for sparse gradients, see `core.optimizer_step.JoinedOptimizer`.
         traces: credit from before the window that the state carries, see `build_rnn`; None for none.
+        trace_decay: of factored traces, see `build_rnn`; None for its default.
 
     Attributes:
         embedding: nn.Embedding(V, E).
@@ -64,16 +65,18 @@ class LanguageModel(nn.Module):
         tied: bool = False,
         sparse_embedding: bool = False,
         traces: str | None = None,
+        trace_decay: float | None = None,
     ):
         super().__init__()
         sizes = {"vocabulary_size": vocabulary_size, "embed": embed, "hidden": hidden, "layers": layers}
         _check_settings(sizes, cell, dropout, tied, sparse_embedding)
         options = {"dropout": dropout, "tied": tied, "sparse_embedding": sparse_embedding, "traces": traces}
+        options["trace_decay"] = trace_decay
         self.settings: dict[str, Any] = {"cell": cell, **sizes, **options}
         self.cell, self.hidden, self.layers = cell, hidden, layers
         self.dropout = nn.Dropout(dropout)
         self.embedding = nn.Embedding(vocabulary_size, embed, sparse=sparse_embedding)
-        self.rnn = build_rnn(cell, embed, hidden, layers, dropout, traces)
+        self.rnn = build_rnn(cell, embed, hidden, layers, dropout, traces, trace_decay)
         self.native_steps = native_up_to(0)
         self.projection = nn.Linear(hidden, vocabulary_size)
         nn.init.uniform_(self.embedding.weight, -_INITIAL_RANGE, _INITIAL_RANGE)

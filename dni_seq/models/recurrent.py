@@ -11,13 +11,19 @@ import torch
 from torch import nn
 
 from dni_seq.models.cells import APPROXIMATE, CELLS, DIAGONAL
-from dni_seq.models.dense_cells import DenseRNN
+from dni_seq.models.dense_cells import DenseRNN, checked_decay
 from dni_seq.models.diagonal_rnn import DiagonalRNN
 from dni_seq.synthesizers.normalization import LSTM_CELLS
 
 
 def build_rnn(
-    cell: str, inputs: int, hidden: int, layers: int, dropout: float = 0.0, traces: str | None = None
+    cell: str,
+    inputs: int,
+    hidden: int,
+    layers: int,
+    dropout: float = 0.0,
+    traces: str | None = None,
+    trace_decay: float | None = None,
 ) -> nn.Module:
     """Returns a recurrent network `rnn(inputs, state) -> (outputs [T, B, H], state)`.
 
@@ -28,10 +34,12 @@ def build_rnn(
         layers: L.
         dropout: between layers.
         traces: what the state carries: "exact" for a diagonal cell, "snap1" or "factored" for an LSTM or GRU, None for none.
+        trace_decay: α of factored traces, from 0, which reaches back by one step, to below 1; None for its default.
 
     Raises:
-        ValueError: the cell is unknown, or the traces are not made for it.
+        ValueError: the cell is unknown, the traces are not made for it, or the decay does not fit the traces.
     """
+    checked_decay(traces, trace_decay)
     if cell not in CELLS:
         raise ValueError(f"cell must be one of {', '.join(CELLS)}, got {cell!r}")
     if cell in DIAGONAL:
@@ -44,7 +52,7 @@ def build_rnn(
             f"{' or '.join(APPROXIMATE)} traces ignore"
         )
     if traces is not None:
-        return DenseRNN(cell, inputs, hidden, layers, dropout=dropout, traces=traces)
+        return DenseRNN(cell, inputs, hidden, layers, dropout=dropout, traces=traces, decay=trace_decay)
     kind = nn.LSTM if cell == "lstm" else nn.GRU
     # Dropout is applied between layers, and PyTorch warns if there is only one layer.
     return kind(inputs, hidden, layers, dropout=dropout if layers > 1 else 0.0)

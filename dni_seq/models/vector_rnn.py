@@ -24,6 +24,7 @@ class VectorRNN(nn.Module):
         hidden: H, the number of hidden units in a layer.
         layers: L, the number of recurrent layers.
         traces: credit from before the window that the state carries, see `build_rnn`; None for none.
+        trace_decay: of factored traces, see `build_rnn`; None for its default.
 
     Attributes:
         rnn: the recurrent network.
@@ -32,7 +33,7 @@ class VectorRNN(nn.Module):
             `lstm_kernels.native_up_to`.
 
     Raises:
-        ValueError: the cell is unknown, or a size is below 1.
+        ValueError: the cell is unknown, a size is below 1, or the traces or their decay do not fit the cell.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class VectorRNN(nn.Module):
         hidden: int = 256,
         layers: int = 1,
         traces: str | None = None,
+        trace_decay: float | None = None,
     ):
         super().__init__()
         sizes = {"input_size": input_size, "output_size": output_size, "hidden": hidden, "layers": layers}
@@ -51,7 +53,7 @@ class VectorRNN(nn.Module):
             if size < 1:
                 raise ValueError(f"{name} must be 1 or more, got {size}")
         self.cell, self.hidden, self.layers = cell, hidden, layers
-        self.rnn = build_rnn(cell, input_size, hidden, layers, traces=traces)
+        self.rnn = build_rnn(cell, input_size, hidden, layers, traces=traces, trace_decay=trace_decay)
         self.native_steps = native_up_to(0)
         self.readout = nn.Linear(hidden, output_size)
 

@@ -8,7 +8,8 @@ import torch
 from dni_seq.core import states
 from dni_seq.core.traces import Trace
 from dni_seq.models.cells import APPROXIMATE
-from dni_seq.models.dense_cells import DECAY, gru_step, lstm_step
+from dni_seq.models.dense_cells import Factored, gru_step, lstm_step
+from dni_seq.models.factored_lstm import FactoredLSTM, unpack
 from dni_seq.models.recurrent import build_rnn, state_cells
 from tests import reference
 
@@ -17,9 +18,9 @@ STEP = {"lstm": lstm_step, "gru": gru_step}
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
 
 
-def network(kind, traces, layers=1):
+def network(kind, traces, layers=1, decay=None):
     torch.manual_seed(0)
-    rnn = build_rnn(kind, INPUTS, UNITS, layers, traces=traces).double()
+    rnn = build_rnn(kind, INPUTS, UNITS, layers, traces=traces, trace_decay=decay).double()
     with torch.no_grad():
         for parameter in rnn.parameters():
             parameter *= 2
@@ -62,40 +63,86 @@ def test_snap1_is_the_dense_recursion_without_the_other_units(kind, cut):
             torch.testing.assert_close(mine.detach().as_subclass(torch.Tensor)[0, lane], expected.sum(0), **EXACT)
 
 
-@pytest.mark.parametrize("kind", STEP)
-def test_factored_traces_are_their_equations(kind):
+def test_factored_traces_of_a_gru_are_their_equations():
     """ξ and ε by hand; a trace is contracted as the product of the two."""
-    rnn = network(kind, "factored")
-    inputs, state = text(), rnn.initial_state(LANES)
-    _, state = rnn(inputs, state)
+    rnn = network("gru", "factored", decay=0.7)
+    inputs = text()
+    _, state = rnn(inputs, rnn.initial_state(LANES))
     weights = [weight.detach() for weight in rnn.rnn.all_weights[0]]
-    tensors = rnn._tensors
-    now = [torch.zeros(LANES, UNITS, dtype=torch.float64) for _ in range(tensors)]
-    xi_x, xi_h = torch.zeros_like(inputs[0]), torch.zeros_like(now[0])
-    eps = torch.zeros(tensors, 2, LANES, len(weights[0]), dtype=torch.float64)
+    now = torch.zeros(LANES, UNITS, dtype=torch.float64)
+    xi_x, xi_h, xi_one = torch.zeros_like(inputs[0]), torch.zeros_like(now), 0.0
+    eps = torch.zeros(2, LANES, len(weights[0]), dtype=torch.float64)
     for x in inputs:
-        step = STEP[kind](x, now, weights)
-        xi_x, xi_h = DECAY * xi_x + x, DECAY * xi_h + now[0]
+        step = gru_step(x, (now,), weights)
+        xi_x, xi_h, xi_one = 0.7 * xi_x + x, 0.7 * xi_h + now, 0.7 * xi_one + 1
         moved = torch.zeros_like(eps)
-        for s in range(tensors):
-            for p, slopes in enumerate((step.of_inputs, step.of_hidden)):
-                for g in range(eps.shape[-1]):
-                    carried = sum(step.jacobian[s, o, :, g % UNITS] * eps[o, p, :, g] for o in range(tensors))
-                    moved[s, p, :, g] = DECAY * carried + (1 - DECAY) * slopes[s, :, g]
-        eps, now = moved, list(step.state)
-    found = [leaf.detach().as_subclass(torch.Tensor)[0] for leaf in state[tensors:]]
-    slopes = [eps[:, p].transpose(0, 1) for p in range(3 - tensors)]  # [B, S, G]; both matrices of an LSTM have the same
-    torch.testing.assert_close(eps[:, 0] if kind == "lstm" else eps, eps[:, 1] if kind == "lstm" else eps, **EXACT)
-    for mine, expected in zip(found, [xi_x, xi_h, found[2], *slopes], strict=True):
-        torch.testing.assert_close(mine, expected, **EXACT)
-    gradients = [torch.randn(LANES, UNITS, dtype=torch.float64) for _ in range(tensors)]
-    expected = 0.0
-    for s, gradient in enumerate(gradients):
-        product = torch.einsum("bg,bd->bgd", eps[s, 1], xi_h)
-        expected = expected + torch.einsum("bg,bgd->gd", gradient.repeat(1, len(weights[0]) // UNITS), product)
-    contracted = rnn._rule.contract(gradients, [leaf[None] for leaf in found])
-    torch.testing.assert_close(contracted[1], expected, **EXACT)
-    assert [tuple(each.shape) for each in contracted] == [tuple(weight.shape) for weight in weights]
+        for p, slopes in enumerate((step.of_inputs, step.of_hidden)):
+            for g in range(eps.shape[-1]):
+                moved[p, :, g] = 0.7 * step.jacobian[0, 0, :, g % UNITS] * eps[p, :, g] + 0.3 * slopes[0, :, g]
+        eps, (now,) = moved, step.state
+    found = [leaf.detach().as_subclass(torch.Tensor)[0] for leaf in state[1:]]
+    expected = [xi_x, xi_h, torch.full_like(now[:, :1], xi_one), *(each[:, None] for each in eps)]
+    for mine, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, other, **EXACT)
+    gradient = torch.randn(LANES, UNITS, dtype=torch.float64)
+    rows = [gradient.repeat(1, 3) * each for each in eps]
+    by_hand = [torch.einsum("bg,bd->gd", row, xi) for row, xi in zip(rows, (xi_x, xi_h), strict=True)]
+    by_hand += [xi_one * row.sum(0) for row in rows]
+    for mine, other in zip(Factored.contract([gradient], [leaf[None] for leaf in found]), by_hand, strict=True):
+        torch.testing.assert_close(mine, other, **EXACT)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.7])
+def test_factored_traces_of_an_lstm_are_their_equations(decay):
+    """The slopes of one step by autograd, the running means by hand."""
+    rnn = network("lstm", "factored", decay=decay)
+    inputs = text()
+    _, state = rnn(inputs, rnn.initial_state(LANES))
+    found = unpack(state[2].detach().as_subclass(torch.Tensor)[0], UNITS)
+    h, c = (torch.zeros(LANES, UNITS, dtype=torch.float64) for _ in range(2))
+    xi_x, xi_h, xi_one = torch.zeros_like(inputs[0]), torch.zeros_like(h), 0.0
+    eps = torch.zeros(LANES, 3, UNITS, dtype=torch.float64)
+    for x in inputs:
+        forget, of_cell, of_output, through = lstm_slopes(x, h, c, rnn.rnn.all_weights[0])
+        xi_x, xi_h, xi_one = decay * xi_x + x, decay * xi_h + h, decay * xi_one + 1
+        eps = decay * forget[:, None] * eps + of_cell
+        _, last = rnn.rnn(x[None], (h[None], c[None]))
+        h, c = (leaf[0].detach() for leaf in last)
+    expected = [xi_x, xi_h, torch.full_like(h[:, :1], xi_one)]
+    expected.append(torch.cat([eps, of_output[:, None], through[:, None]], 1))
+    for mine, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, other, **EXACT)
+
+
+def lstm_slopes(x, h, c, weights):
+    """∂c/∂c of a unit, ∂c/∂y of the input, forget and cell gates, ∂h/∂y of the output gate, and ∂h/∂c of the same step."""
+
+    def step(pre, cell):
+        i, f, g, o = pre.chunk(4, -1)
+        cell = f.sigmoid() * cell + i.sigmoid() * g.tanh()
+        return o.sigmoid() * cell.tanh(), cell
+
+    pre = (x @ weights[0].T + weights[2] + h @ weights[1].T + weights[3]).detach().requires_grad_()
+    cell = c.clone().requires_grad_()
+    hidden, after = step(pre, cell)
+    of_pre, forget = torch.autograd.grad(after.sum(), [pre, cell], retain_graph=True)
+    of_output = torch.autograd.grad(hidden.sum(), pre)[0].chunk(4, -1)[3]
+    through = torch.autograd.functional.jvp(
+        lambda c: pre.chunk(4, -1)[3].sigmoid() * c.tanh(), after.detach(), torch.ones_like(c)
+    )
+    return forget, of_pre.unflatten(-1, (4, -1))[:, :3], of_output, through[1].detach()
+
+
+def contracted(rnn, arrived, carried):
+    """The gradients that the traces `carried` turn those which arrive at their state into, from the equations."""
+    if not isinstance(rnn._layer, FactoredLSTM):
+        return rnn._layer.rule.contract(arrived, carried)
+    of_h, of_c = (gradient * (1 - rnn._layer.decay) for gradient in arrived)
+    xi_x, xi_h, ones, slopes = unpack(carried[0][0], UNITS)
+    of_cell = (of_c + of_h * slopes[:, 4])[:, None] * slopes[:, :3]
+    rows = torch.cat([of_cell.flatten(1), of_h * slopes[:, 3]], 1)
+    biases = torch.einsum("bg,b->g", rows, ones[:, 0])
+    return [torch.einsum("bg,bd->gd", rows, xi_x), torch.einsum("bg,bd->gd", rows, xi_h), biases, biases]
 
 
 @pytest.mark.parametrize("kind", STEP)
@@ -117,7 +164,7 @@ def test_a_windows_gradient_is_its_own_and_what_arrives_times_the_trace(kind, tr
     own = torch.autograd.grad(loss, [window, *start, *rnn.rnn.parameters()])
     arrived = [gradient[0] for gradient in own[1 : 1 + rnn._tensors]]
     carried = [leaf.as_subclass(torch.Tensor) for leaf in state[rnn._tensors :]]
-    older = rnn._rule.contract(arrived, carried)
+    older = contracted(rnn, arrived, carried)
     expected = [*own[: 1 + rnn._tensors], *(a + b for a, b in zip(own[1 + rnn._tensors :], older, strict=True))]
     for mine, other in zip(found, expected, strict=True):
         torch.testing.assert_close(mine, other, **EXACT)
@@ -163,3 +210,9 @@ def test_traces_are_made_for_their_cells():
         build_rnn("lru", 3, 4, 1, traces="snap1")
     with pytest.raises(ValueError, match="traces must be one of snap1, factored, got 'uoro'"):
         build_rnn("lstm", 3, 4, 1, traces="uoro")
+    for traces in (None, "snap1"):
+        with pytest.raises(ValueError, match=f"trace_decay needs factored traces, got traces={traces!r}"):
+            build_rnn("lstm", 3, 4, 1, traces=traces, trace_decay=0.5)
+    for wrong in (1.0, -0.1):
+        with pytest.raises(ValueError, match=f"trace_decay must be from 0 to below 1, got {wrong}"):
+            build_rnn("gru", 3, 4, 1, traces="factored", trace_decay=wrong)

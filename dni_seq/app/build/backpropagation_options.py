@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dni_seq.app.build.credit_options import GROUP
-from dni_seq.app.runs.options import at_least, option
-from dni_seq.models.cells import TRACES
+from dni_seq.app.runs.options import at_least, option, share
+from dni_seq.models.cells import TRACE_DECAY, TRACES
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,13 @@ class BackpropagationOptions:
         group=GROUP,
         choices=TRACES,
         shown="none",
+    )
+    trace_decay: float | None = option(
+        None,
+        "--traces factored: share of its running means that a step keeps, from 0, one step back, to below 1",
+        group=GROUP,
+        check=share,
+        shown=f"{TRACE_DECAY:g}",
     )
 
     def backward_windows(self, bptt: int) -> int:

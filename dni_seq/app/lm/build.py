@@ -137,7 +137,7 @@ def build_model(options: LanguageModelOptions, vocabulary_size: int, device: tor
     """
     settings = {
         name: getattr(options, name)
-        for name in ("embed", "hidden", "layers", "dropout", "tied", "sparse_embedding", "traces")
+        for name in ("embed", "hidden", "layers", "dropout", "tied", "sparse_embedding", "traces", "trace_decay")
     }
     model = LanguageModel(vocabulary_size, cell=options.model, **settings)
     if options.dtype == "float64":

@@ -106,7 +106,7 @@ def prepare(given: dict[str, Any], lock: RunLock) -> TaskRun:
         stage=start,
     )
     torch.manual_seed(options.seed)
-    size: dict[str, Any] = {"hidden": options.hidden, "layers": options.layers, "traces": options.traces}
+    size = {name: getattr(options, name) for name in ("hidden", "layers", "traces", "trace_decay")}
     model = VectorRNN(task.input_size, task.target_size, cell=options.model, **size).to(device)
     run = plan.run or RunDirectory(new_run_path(run_name(options)))
     for line in introduction(options, stream.stage, model, device, run):

@@ -201,6 +201,14 @@ def test_backward_steps_train_otherwise_and_recomputed_activations_the_same(run)
     assert losses["back"] != pytest.approx(losses["plain"], rel=1e-4)
 
 
+def test_traces_and_their_decay_train_otherwise(run):
+    losses = []
+    for i, more in enumerate(([], ["--traces", "factored"], ["--traces", "factored", "--trace-decay", "0.9"])):
+        directory = run("--max-steps", "4", "--eval-every", "4", "--synthesizer", "none", "--lr", "0.1", *more, name=str(i))
+        losses.append(points(directory)["valid/loss"][4])
+    assert len({round(loss, 5) for loss in losses}) == 3
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -220,6 +228,8 @@ def test_backward_steps_train_otherwise_and_recomputed_activations_the_same(run)
         (["--message-every", "2", "--synthesizer", "exact"], "--message-every needs --synthesizer multi-horizon"),
         (["--message-every", "2", "--synthesizer", "multi-horizon", "--fit", "descent"], "--message-every needs"),
         (["--no-message-at-end", "--synthesizer", "multi-horizon"], "--no-message-at-end needs --message-every"),
+        (["--trace-decay", "0.5"], "trace_decay needs factored traces, got traces=None: remove it"),
+        (["--trace-decay", "1", "--traces", "factored"], "--trace-decay must be at least 0 and below 1, got 1.0"),
         (["--accumulate", "0"], "--accumulate must be 1 or more, got 0"),
     ],
 )
