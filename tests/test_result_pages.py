@@ -14,6 +14,7 @@ from tests.paths import ROOT
 
 DOCS = ROOT / "docs"
 WRITTEN = {"paper": reproduce.tables, "feedforward": feedforward_table.tables}  # by the file of lines
+KIND = ("backward_steps", "traces", "trace_decay")
 PRINTED = {"steps": "performance", "peers": "performance", "stability": "synthetic-gradients"}
 
 
@@ -54,6 +55,10 @@ def test_the_advice_quotes_the_lines():
     assert f"{exact:.3f} bits against {default:.3f} at T = 1" in choosing
     dense, truncated = (study("words", method, budget=6)[0] for method in ("dense", "none"))
     assert f"{dense:.1f} against {truncated:.1f} at equal CPU time" in choosing
+    runs = [line for line in lines("traces") if line["study"] == "characters" and line["options"]["max_tokens"] == 500_000]
+    kinds = [(2, None, None), (None, "factored", 0.2), (None, None, None)]
+    bits = [mean(run["valid_bpc"] for run in runs if kind == tuple(run["options"][name] for name in KIND)) for kind in kinds]
+    assert "{:.3f} and {:.3f} bits against {:.3f}".format(*bits) in choosing
     wanted = {"synthesizer": "multi-horizon", "lr": 0.004, "schedule": "linear", "epochs": 3}
     runs = [line["process_seconds"] for line in lines("pilots") if wanted.items() <= line["options"].items()]
     said = {1: "about a minute of one CPU core"}[round(mean(runs) / 60)]

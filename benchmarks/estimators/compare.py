@@ -131,12 +131,12 @@ def row(
     equal = "–"
     if name in seconds and base in seconds:
         steps = lines[0]["steps"] * seconds[base] / seconds[name]
-        equal = mean_and_std((score_at(line["curve"], steps) for line in lines), 2)
+        equal = mean_and_std((score_at(line["curve"], steps) for line in lines), built.decimals)
     return (
         column.cell,
         f"{column.name}, T = {column.window(built)}",
         f"{lines[0]['trial']['rate']:g}",
-        mean_and_std((line["score"] for line in lines), 2),
+        mean_and_std((line["score"] for line in lines), built.decimals),
         f"{100 * (worst - score) / (worst - best):.0f} %" if worst != best else "–",
         equal,
         f"{statistics.mean(line['cosine'] for line in lines):.2f}",
@@ -152,6 +152,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=("time", "run", "table", "plan"))
     parser.add_argument("--only", nargs="+", choices=TASKS, default=TASKS, metavar="TASK")
+    parser.add_argument(
+        "--columns", nargs="+", choices=BY_KEY, metavar="COLUMN", help='run: these alone, e.g. "lstm: truncated"'
+    )
     parser.add_argument("--results", type=Path, default=Path("docs/results/estimators.jsonl"), metavar="FILE")
     parser.add_argument("--scratch", type=Path, default=Path("runs/estimators"), metavar="DIR")
     parser.add_argument("--data", type=Path, default=Path("data"), metavar="DIR", help="holds ptb/ptb.train.txt")
@@ -164,7 +167,8 @@ def main() -> None:
     rates = {name: built.rates for name, built in problems.items()}
 
     def wanted(known: dict[str, Line]) -> Iterator[Trial]:
-        return plan(rates, known)
+        chosen = options.columns or BY_KEY
+        return (trial for trial in plan(rates, known) if trial["column"] in chosen)
 
     if options.part == "plan":
         known = lines_by_key(options.results)

@@ -45,6 +45,7 @@ class Problem(ABC):
         decay: α of factored traces. On the echo 0.9 was the best of 0.2, 0.6 and 0.9 in trials of a quarter of the text.
         chunk: steps of a chunk whose activations are computed again.
         unit: what a score is, lower is better.
+        decimals: of a score in the table.
     """
 
     lanes: int
@@ -58,6 +59,7 @@ class Problem(ABC):
     decay: float
     chunk: int
     unit: str
+    decimals = 2
 
     def decay_of(self, traces: str | None) -> float | None:
         """α for a model with `traces`, None if they have none."""
@@ -212,6 +214,7 @@ class Characters(Problem):
 
     lanes, whole, steps, per_update, clip = 64, 100, 500_000 // 64, None, 1.0
     rates, past, future, decay, chunk, unit = (1e-3, 2e-3, 4e-3), (4, 20), 20, 0.2, 10, "bits"
+    decimals = 3
 
     def __init__(self, folder: Path) -> None:
         corpus = open_corpus(dataset="ptb", data_dir=folder)

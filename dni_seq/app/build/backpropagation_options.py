@@ -43,6 +43,13 @@ class BackpropagationOptions:
         shown=f"{TRACE_DECAY:g}",
     )
 
+    @property
+    def decay_in_force(self) -> float | None:
+        """α of factored traces, None without them."""
+        if self.traces != "factored":
+            return None
+        return TRACE_DECAY if self.trace_decay is None else self.trace_decay
+
     def backward_windows(self, bptt: int) -> int:
         """Returns the number of windows over which a window's losses are propagated back.
 

@@ -283,6 +283,7 @@ class LanguageModelRun(TrainingRun):
             **credit_in_force(self.options, self.options.bptt, cells=self.options.model == "lstm"),
             **dict.fromkeys(optimization_without_effect(self.options)),
             "dataset": None if self.options.data_file else self.options.dataset or EMBEDDED,
+            "trace_decay": self.options.decay_in_force,
             "vocab_size": self.tokenizer.vocabulary_size,
             "eval_every": self.eval_every,
             "eval_tokens": lm.token_limit(self.valid, self.options),

@@ -158,8 +158,8 @@ class TaskRun(TrainingRun):
     def in_force(self) -> dict[str, Any]:
         """Returns the value in force of every option."""
         cells = self.options.model == "lstm"
-        start = self.options.start or self.task.first.size
-        return super().in_force() | {**credit_in_force(self.options, self.options.bptt, cells=cells), "start": start}
+        own = {"start": self.options.start or self.task.first.size, "trace_decay": self.options.decay_in_force}
+        return super().in_force() | credit_in_force(self.options, self.options.bptt, cells=cells) | own
 
     def next_commands(self) -> list[str]:
         """Returns the commands that continue the run and show it."""

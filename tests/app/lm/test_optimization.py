@@ -18,6 +18,7 @@ from dni_seq.app.lm.options import LanguageModelOptions, resolve_options
 from dni_seq.app.lm.training import LanguageModelRun
 from dni_seq.app.runs.checkpoint import load_checkpoint
 from dni_seq.app.runs.options import flag
+from dni_seq.models.cells import TRACE_DECAY
 from dni_seq.streams import open_corpus
 from tests.events import points
 
@@ -202,11 +203,13 @@ def test_backward_steps_train_otherwise_and_recomputed_activations_the_same(run)
 
 
 def test_traces_and_their_decay_train_otherwise(run):
-    losses = []
+    losses, decays = [], []
     for i, more in enumerate(([], ["--traces", "factored"], ["--traces", "factored", "--trace-decay", "0.9"])):
         directory = run("--max-steps", "4", "--eval-every", "4", "--synthesizer", "none", "--lr", "0.1", *more, name=str(i))
         losses.append(points(directory)["valid/loss"][4])
+        decays.append(json.loads((directory / "summary.json").read_text())["in_force"]["trace_decay"])
     assert len({round(loss, 5) for loss in losses}) == 3
+    assert decays == [None, TRACE_DECAY, 0.9]
 
 
 @pytest.mark.parametrize(
