@@ -120,7 +120,7 @@ class Runner:
         return {
             **scores(summary),
             **line,
-            "cpu_seconds": round(summary["process_seconds"], 1),
+            "process_seconds": round(summary["process_seconds"], 1),
             "command": self.command(trial),
         }
 
@@ -205,10 +205,8 @@ def table(results: Path) -> Iterable[str]:
     yield "| method | rate | epochs | seed | steps | validation | test | CPU seconds |"
     yield "|---|---|---|---|---|---|---|---|"
     lines = lines_by_key(results).values()
-    for line in sorted(
-        lines, key=lambda line: (line["trial"]["epochs"], line["trial"]["method"] != "none", key_of(line["trial"]))
-    ):
-        trial, seconds = line["trial"], f"{line['cpu_seconds']:.0f}"
+    for line in sorted(lines, key=order):
+        trial, seconds = line["trial"], f"{line['process_seconds']:.0f}"
         ends = [(trial["epochs"], line, seconds)]
         if "at_equal_time" in line:
             ends.insert(0, ("the CPU time of `none`", line["at_equal_time"], ""))

@@ -49,7 +49,8 @@ def work(
         results: the JSON lines.
         scratch: a folder for claims and for the checkpoints of trials under way.
         plan: the trials that are wanted, given the lines on record.
-        run: runs a trial, with a path for its checkpoint, and returns what it measured.
+        run: runs a trial, with a path for its checkpoint, and returns what it measured. "process_seconds" are those of this
+            process, unless it returns others, as for a trial in a process of its own.
         max_minutes: no trial starts later than this.
     """
     scratch.mkdir(parents=True, exist_ok=True)
@@ -63,7 +64,7 @@ def work(
             begun = time.process_time()
             line = run(trial, checkpoint_path(scratch, trial))
             spent = round(time.process_time() - begun, 1)
-            append_line(results, {"trial": trial, **line, "process_seconds": spent, "date": time.strftime("%Y-%m-%d")})
+            append_line(results, {"trial": trial, "process_seconds": spent, **line, "date": time.strftime("%Y-%m-%d")})
         print(key_of(trial), json.dumps({k: v for k, v in line.items() if k != "curve"}), f"{spent:.0f} s", flush=True)
 
 
