@@ -13,7 +13,7 @@ import matplotlib as mpl
 from copying import kind_of, seconds_at, update_times
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
-from trials import Line, lines_by_key
+from trials import Line, latest_times, lines_by_key
 
 mpl.use("svg")
 mpl.rcParams["svg.hashsalt"] = "dni_seq"  # the same bytes each time
@@ -30,11 +30,24 @@ WORDS = {
     "multi-horizon": "synthesizer, T = 5",
     "dense": "dense messages, T = 35",
 }
-COPYING = {("none", 40): "truncated BPTT, T = 40", ("past", 4): "past, T = 4", ("far and past", 4): "far and past, T = 4"}
+COPYING = {
+    ("none", 40): "truncated BPTT, T = 40",
+    ("past", 4): "past, T = 4",
+    ("past", 10): "past, T = 10",
+    ("past inside", 40): "past inside, T = 40",
+}
 
 
-def draw_words(axes: Axes, lines: list[Line]) -> None:
-    """Draws the best validation perplexity of each method at each budget, seed 1."""
+def draw_words(axes: Axes, lines: list[Line], step_time: float) -> None:
+    """Draws the best validation perplexity of each method at each budget, seed 1.
+
+    Args:
+        axes: to draw on.
+        lines: of trials.
+        step_time: of truncated BPTT at T = 35, in seconds: a budget of 1 is an epoch of it.
+    """
+    epoch: dict[str, object] = {"method": "none", "T": 35, "budget": 1}
+    (steps,) = {line["steps"] for line in lines if epoch.items() <= line["trial"].items()}
     for method, name in WORDS.items():
         best: dict[float, float] = {}
         for line in lines:
@@ -43,7 +56,8 @@ def draw_words(axes: Axes, lines: list[Line]) -> None:
                 best[trial["budget"]] = min(line["valid"], best.get(trial["budget"], float("inf")))
         if best:
             budgets = sorted(best)
-            axes.plot([200 * budget for budget in budgets], [best[budget] for budget in budgets], "o-", label=name)
+            seconds = [steps * step_time * budget for budget in budgets]
+            axes.plot(seconds, [best[budget] for budget in budgets], "o-", label=name)
     axes.set(xlabel="CPU seconds of a run", ylabel="validation perplexity", title="Penn Treebank by words")
     axes.legend(frameon=False)
 
@@ -71,7 +85,7 @@ def main() -> None:
     """The command."""
     lines = list(lines_by_key(RESULTS).values())
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
-    draw_words(left, lines)
+    draw_words(left, lines, latest_times(RESULTS, "words", "step_seconds")["none T=35"])
     draw_copying(right, lines, update_times(RESULTS))
     figure.savefig(PICTURE, metadata={"Date": None})
 
