@@ -107,7 +107,7 @@ class ExactFuture(nn.Module):
         """Takes over the trainer's window length, reduction and lanes; see `dni_seq.synthesizers.binding.bind`.
 
         Raises:
-            ValueError: another one was given at construction.
+            ValueError: another window length, reduction or lane dimension was given at construction.
         """
         self.step_weight.bind(window, reduction)
         if self._given_dim not in (None, state_batch_dim):
@@ -119,7 +119,7 @@ class ExactFuture(nn.Module):
 
     @property
     def recommended(self) -> Recommended:
-        """What it recommends to the trainer: the whole message, and for its tail what the tail recommends."""
+        """What it recommends to the trainer: c = 1 for the exact gradient, and what the tail recommends for its training."""
         of_tail = Recommended() if self.tail is None else recommended(self.tail)
         return Recommended(1.0, 0.9, of_tail.synthesizer_clip, of_tail.regress_every)
 
@@ -190,7 +190,7 @@ class ExactFuture(nn.Module):
         """Returns the rule that injects `scale` times the exact gradient, which itself has no target.
 
         The tail's target is the window's own gradient plus `discount` times its next message, backpropagated through the
-        window. Its message enters the injection only through the exact gradient.
+        window. The tail's message enters the injection only through the exact gradient.
 
         The trainer calls this once for each window.
 

@@ -208,7 +208,7 @@ class FutureGradient(PackedSynthesizer):
     def recommended(self) -> Recommended:
         """What this synthesizer recommends to the trainer.
 
-        c is 1 for up to 2 horizons and 2 / K for more, so that more horizons do not weigh more in all. Targets only measure,
+        c is 1 for up to 2 horizons and 2 / K for more, so that further horizons do not enlarge the sum. Targets only measure,
         so they are computed at one window in 100. Gradients of a loss need no limit.
         """
         return Recommended(default_scale(self.network.horizons), 1.0, math.inf, MEASURE_EVERY)

@@ -94,12 +94,12 @@ class Horizons(CountsOnHost):
         return predict(self.heads, trigger, context)
 
     def predict_and_train(self, trigger: State, context: Any) -> tuple[list[State], Tensor]:
-        """Does what `predict` does, and adds the gradients of the heads' own loss to their parameters.
+        """Predicts as `predict` does, and adds the gradients of the heads' own loss to the `.grad` of their parameters.
 
         Only for heads with `self_supervised`, such as `FutureGradient`.
 
         Returns:
-            The messages as `predict` returns them, and the loss, 0-d.
+            The messages as `predict` returns them, and the heads' own loss, 0-d.
         """
         return predict_and_train(self.heads, trigger, context)
 
