@@ -62,7 +62,8 @@ def gradient_fidelity(
     Args:
         trainer: a trainer without `parallel`, in a single process.
         windows: consecutive windows, with the lookahead that the synthesizer needs.
-        start: the state before the first window. It counts as a constant: its traces are set to zero. Default: the initial state.
+        start: the state before the first window. It counts as a constant: its traces are set to zero. Default: the
+            initial state.
 
     Returns:
         Cosine and norm ratio, over all parameters and for each of them.

@@ -100,7 +100,7 @@ class BackwardInterface(Interface):
         rule: TargetRule | None = None,
         bootstrap: nn.Module | None = None,
     ) -> None:
-        """Predicts the gradient with respect to `trigger` and backpropagates it; inside `defer_backward`, at the end of the block.
+        """Predicts the gradient with respect to `trigger` and backpropagates it: at once, or at the end of `defer_backward`.
 
         In `eval()` and under `torch.no_grad()` nothing happens.
 
