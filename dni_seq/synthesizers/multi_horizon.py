@@ -104,7 +104,7 @@ class Horizons(CountsOnHost):
         return predict_and_train(self.heads, trigger, context)
 
     def forward(self, trigger: State, context: Any = None) -> State:
-        """Returns the weighted sum of all messages, the tail's included, with the entries of `weights` and no discount."""
+        """Returns the sum of all messages, the tail's included, each times its entry of `weights`, without discount."""
         messages = [match_message(message, trigger) for message in self.predict(trigger, context)]
         return states.with_floating(trigger, combine(messages, self.target_rule(1.0, 1.0).injection))
 
