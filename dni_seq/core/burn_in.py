@@ -26,8 +26,8 @@ def burn_in(windows: Iterable[Window | tuple[Any, ...]], steps: int) -> Iterator
     or after `burn_in`.
 
     The model runs through the burn-in as through all other steps. Losses of later steps in the same window send gradients
-    back through it. Make `steps` a multiple of T to cut the gradient at the end of the burn-in, as R2D2 does. A window that
-    lies wholly in the burn-in has loss 0.
+    back through it. Make `steps` a multiple of T to cut the gradient at the end of the burn-in, as R2D2 does. A window in
+    which no step counts has loss 0.
 
     A stream's saved position does not include the count of steps: every call of `burn_in` starts at 0. After a resume
     within a sequence the burn-in runs once more.
