@@ -169,8 +169,8 @@ class WindowRunner:
     def check_lanes(self, state: State, lanes: int) -> None:
         """Raises a ValueError if state and inputs differ in their number of lanes. Finds the state's lane dimensions.
 
-        If the user has not given the lane dimension of a leaf, it is the dimension of size B. If several dimensions have this
-        size, it is the one whose size changes in the initial state of B + 1 lanes.
+        If the user has not given the lane dimension of a leaf, it is the dimension of size B. If several dimensions have
+        this size, it is the one whose size changes in the initial state of B + 1 lanes.
         """
         if self.state_batch_dim is None:
             try:
