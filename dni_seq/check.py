@@ -63,8 +63,8 @@ def check_model(
     Args:
         model: `model(inputs, state) -> (outputs, state)`.
         inputs: [T, B, ...], example inputs of at least 2 steps and 2 lanes: a tensor, or a nest of tensors.
-        state: the first state. Default: `model.initial_state(B)` if it exists, else None for the first window. Values and
-            gradients are compared from the state after that window.
+        state: the state in which the first run starts. Default: `model.initial_state(B)` if it exists, else None. Runs that
+            compare values and gradients start from the state that the first run returns.
         batch_dim: the dimension of the lanes in `inputs`.
         strict: whether the first problem raises a ValueError.
 

@@ -35,7 +35,7 @@ class ParameterFidelity(NamedTuple):
 
 
 class GradientFidelity(NamedTuple):
-    """The gradient of a sequence by a trainer's estimator, beside that of full BPTT.
+    """How well the gradient that a trainer accumulates over a sequence matches that of full BPTT.
 
     Attributes:
         cosine: over all parameters together, from -1 to 1; see `ParameterFidelity`.
@@ -60,9 +60,10 @@ def gradient_fidelity(
     Source: ours.
 
     Args:
-        trainer: in one process.
+        trainer: a trainer without `parallel`, in a single process.
         windows: consecutive windows, with the lookahead that the synthesizer needs.
-        start: the state before them. It counts as a constant: its traces are set to zero. Default: the initial state.
+        start: the state before the first window. It counts as a constant: its traces are set to zero. Default: the
+            initial state.
 
     Returns:
         Cosine and norm ratio, over all parameters and for each of them.

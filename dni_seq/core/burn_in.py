@@ -20,16 +20,17 @@ from dni_seq.core.windows import Window, counted, first_tensor
 def burn_in(windows: Iterable[Window | tuple[Any, ...]], steps: int) -> Iterator[Window]:
     """Yields each window with a mask that is False in the first `steps` steps of every sequence.
 
-    A lane's sequence begins with the first window, and again after each window whose `ends` is True for the lane. A burn-in
-    may be longer than a window. A window's own mask stays in force, and the steps that it masks count towards `steps`.
-    Lookaheads are masked in the same way, so `with_lookahead` may come before or after `burn_in`.
+    The first window starts a sequence in every lane. A window whose `ends` is True for a lane ends the lane's sequence; the
+    next window starts another. A burn-in may be longer than a window. Steps that a window's own mask excludes stay
+    excluded, and count as steps of the burn-in. Lookaheads are masked in the same way, so `with_lookahead` may come before
+    or after `burn_in`.
 
-    The model runs through these steps as through all others. Within a window, losses of later steps propagate through them.
-    Choose a multiple of T to cut the gradient at the end of the burn-in, as R2D2 does. A window without a step that counts
-    has loss 0.
+    The model runs through the burn-in as through all other steps. Losses of later steps in the same window send gradients
+    back through it. Make `steps` a multiple of T to cut the gradient at the end of the burn-in, as R2D2 does. A window in
+    which no step counts has loss 0.
 
-    The count of steps is not part of a stream's saved position: every call of `burn_in` starts at 0. After a resume within
-    a sequence the burn-in runs once more.
+    A stream's saved position does not include the count of steps: every call of `burn_in` starts at 0. After a resume
+    within a sequence the burn-in runs once more.
 
     Source: Kapturowski et al. 2019 (R2D2), section 3.
 

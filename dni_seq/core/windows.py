@@ -79,7 +79,7 @@ class Surroundings(NamedTuple):
 
     Attributes:
         past: the inputs before the state.
-        lookahead: the steps after it; None if the synthesizer needs none.
+        lookahead: the steps after the state; None if the synthesizer needs none.
     """
 
     past: Past

@@ -18,12 +18,13 @@ class Synthetic(NamedTuple):
     N is the number of horizons. At a window without a regression, `loss` is NaN and `cosine` is a single NaN.
 
     Attributes:
-        loss: 0-d, the loss that trains the synthesizer: of the regression, in normalised units if the synthesizer is
-            `Normalized`; of the synthesizer's own model if it is self-supervised.
+        loss: 0-d, the loss that trains the synthesizer. For a self-supervised one it is the loss of its own model. For all
+            others it is the loss of the regression, in normalised units if the synthesizer is `Normalized`.
         gradient_norm: 0-d, norm of the synthesizer's gradient before clipping.
         injected_ratio: 0-d, norm of the injected gradient at the last state / norm of the first horizon's target at the
             first state. 0 if the message was rejected because it was not finite or far too large. NaN if the first horizon
-            has no target at this window. If this window skips injection, the norm that would have been injected counts.
+            has no target at this window. At a window that skips injection, it has the
+            norm that would have been injected.
         cosine: [N], cosine between message and target; NaN for a horizon without a target.
         r2: [N], 1 - squared error / squared target, from running means over the latest windows.
         scale: [N], the factor of each message in the injected gradient: the trainer's `synthetic_scale` times the

@@ -96,7 +96,7 @@ class WindowRunner:
         return last if before is None else states.match_keys(last, before, "the model's last state", "the state before it")
 
     def run_whole(self, inputs: Nest, state: State | None) -> tuple[Any, State, State]:
-        """Runs a window as `run` does. Returns the outputs and twice the last state, as `run_in_two_parts` with T = 1."""
+        """Runs a window as `run` does; returns the outputs, and the last state twice, like `run_in_two_parts` with T = 1."""
         outputs, last = self.run(inputs, state)
         return outputs, last, last
 
@@ -169,8 +169,8 @@ class WindowRunner:
     def check_lanes(self, state: State, lanes: int) -> None:
         """Raises a ValueError if state and inputs differ in their number of lanes. Finds the state's lane dimensions.
 
-        Dimensions that the user has not given are those of size B. If several have this size, they are those in which the
-        initial state of B + 1 lanes differs.
+        If the user has not given the lane dimension of a leaf, it is the dimension of size B. If several dimensions have
+        this size, it is the one whose size changes in the initial state of B + 1 lanes.
         """
         if self.state_batch_dim is None:
             try:
@@ -191,7 +191,7 @@ class WindowRunner:
 
     @torch.no_grad()
     def state_template(self, inputs: Nest, lanes: int) -> State:
-        """Returns a state with the structure and shapes of the model's for `lanes` lanes; its values are meaningless.
+        """Returns a state with the structure and shapes of the model's state for `lanes` lanes; its values are meaningless.
 
         Without an initial state it runs the model on `inputs` once.
         """

@@ -100,7 +100,7 @@ class BackwardInterface(Interface):
         rule: TargetRule | None = None,
         bootstrap: nn.Module | None = None,
     ) -> None:
-        """Predicts the gradient with respect to `trigger` and backpropagates it, in a `defer_backward` scope at its end.
+        """Predicts the gradient with respect to `trigger` and backpropagates it: at once, or at the end of `defer_backward`.
 
         In `eval()` and under `torch.no_grad()` nothing happens.
 

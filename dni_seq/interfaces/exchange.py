@@ -112,7 +112,7 @@ class ScopeExchange:
                 self._products[i] = list(found)
 
     def after_backward(self) -> None:
-        """Trains the synthesizer at each trigger towards its targets; a self-supervised synthesizer is only measured."""
+        """Trains the synthesizer at each trigger towards its targets; a self-supervised one is only evaluated."""
         if self._rule is not None:
             self._regress(self._rule, [pop_grad(leaf) for leaf in self.inputs()])
         for leaf in self.inputs():

@@ -60,7 +60,7 @@ class ModelReport:
     - state: nesting, shapes and dtypes stay the same from window to window; which leaves are floating-point.
     - randomness: runs from the same random state agree, and eval mode is not random.
     - mode: which modules behave differently in train mode, such as dropout and batch normalisation.
-    - in place: whether the model writes into its inputs or its state. It may.
+    - in place: whether the model writes into its inputs or its state, which is allowed.
     - lanes: the dimension of the lanes in each leaf of the state, found by a run with one lane less.
     - halves: one window equals two halves with the state carried from the first to the second.
     - state gradient: a finite, non-zero gradient flows from each leaf of the last state to each leaf of the first.

@@ -41,7 +41,10 @@ class ShuffledDocuments(Documents):
         return ShuffledDocuments(self._documents, self._seed, epoch)
 
     def read(self, position: Position | None = None) -> Reader:
-        """Returns a reader that starts at `position`, in the epoch of that position; None for the start of this epoch."""
+        """Returns a reader that starts at `position`, or at the start of the epoch given at construction if it is None.
+
+        A position holds its epoch: the reader continues in the order of that epoch.
+        """
         if position is None:
             return _ShuffledReader(self._documents.read(), self.small, self._seed, self._epoch, 0, 0)
         reader = self._documents.read(position["block"])

@@ -116,7 +116,7 @@ def regress(synthesizer: nn.Module, trigger: State, context: Any, targets: list[
 
 
 def self_supervised(synthesizer: nn.Module) -> bool:
-    """Returns whether the synthesizer trains on its context when it predicts, so that targets only measure it."""
+    """Returns whether the synthesizer trains on its context when it predicts, so that targets only evaluate it."""
     return bool(getattr(synthesizer, "self_supervised", False))
 
 

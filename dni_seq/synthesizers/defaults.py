@@ -9,7 +9,7 @@ HORIZONS, LEAST_STEPS = 2, 4
 steps text learns less at T = 1 (docs/synthetic-gradients.md)."""
 
 MEASURE_EVERY = 100
-"""Windows between two targets of a self-supervised synthesizer. Its targets only measure the messages."""
+"""Windows between two targets of a self-supervised synthesizer. Its targets serve only to evaluate messages."""
 
 
 PREDICTIONS = ("horizons", "future", "past", "both")

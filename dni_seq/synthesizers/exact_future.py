@@ -56,8 +56,8 @@ class ExactFuture(nn.Module):
         steps: n, the number of steps run.
         window: T, the length of the trainer's windows. With the reduction "mean" each step weighs 1 / (T · B). Default: the
             trainer's, at its first window.
-        reduction: the trainer's reduction, "mean", "lane-mean" or "sum". With "mean", the steps of a masked window weigh as
-            much as those of a full window. Default: the trainer's; "mean" without a trainer.
+        reduction: the trainer's reduction, "mean", "lane-mean" or "sum". With "mean", each step weighs 1 / (T · B),
+            in masked windows too. Default: the trainer's; "mean" without a trainer.
         tail: a synthesizer with one horizon, for all steps after the n-th. None for no tail. In lanes whose sequence ends
             within the n steps its message is zero. A sequence that ends with the n-th step is recognised only if the
             lookahead has at least n + 1 steps.
@@ -67,8 +67,8 @@ class ExactFuture(nn.Module):
     Attributes:
         steps: the number of steps run.
         tail: the tail, or None.
-        self_supervised: True if the tail learns from the lookahead's inputs and targets; the trainer's targets then only
-            measure its messages.
+        self_supervised: True if the tail learns from the lookahead's inputs and targets. The trainer's targets then serve
+            only to evaluate its messages.
 
     Raises:
         ValueError: `steps` or `window` is not positive, the reduction is unknown, or the tail predicts the past.
@@ -107,7 +107,7 @@ class ExactFuture(nn.Module):
         """Takes over the trainer's window length, reduction and lanes; see `dni_seq.synthesizers.binding.bind`.
 
         Raises:
-            ValueError: another one was given at construction.
+            ValueError: another window length, reduction or lane dimension was given at construction.
         """
         self.step_weight.bind(window, reduction)
         if self._given_dim not in (None, state_batch_dim):
@@ -119,7 +119,7 @@ class ExactFuture(nn.Module):
 
     @property
     def recommended(self) -> Recommended:
-        """What it recommends to the trainer: the whole message, and for its tail what the tail recommends."""
+        """The settings that it recommends to the trainer: c = 1; for the training of the tail, what the tail recommends."""
         of_tail = Recommended() if self.tail is None else recommended(self.tail)
         return Recommended(1.0, 0.9, of_tail.synthesizer_clip, of_tail.regress_every)
 
@@ -190,7 +190,7 @@ class ExactFuture(nn.Module):
         """Returns the rule that injects `scale` times the exact gradient, which itself has no target.
 
         The tail's target is the window's own gradient plus `discount` times its next message, backpropagated through the
-        window. Its message enters the injection only through the exact gradient.
+        window. The tail's message enters the injection only through the exact gradient.
 
         The trainer calls this once for each window.
 

@@ -101,8 +101,8 @@ class FutureGradient(PackedSynthesizer):
             state.
         window: T, the length of the trainer's windows. With the reduction "mean" w = 1 / (T · B). Default: the trainer's, at
             its first window.
-        reduction: the trainer's reduction, "mean", "lane-mean" or "sum". With "mean", the steps of a masked window weigh as
-            much as those of a full window. Default: the trainer's; "mean" without a trainer.
+        reduction: the trainer's reduction, "mean", "lane-mean" or "sum". With "mean", each step weighs 1 / (T · B),
+            in masked windows too. Default: the trainer's; "mean" without a trainer.
         cells: which leaves are LSTM cell states, such as `LSTM_CELLS`. False for none.
         decay: factor of the old value in the running mean of squared targets. The first 1 / (1 - decay) updates form a
             plain mean instead.
@@ -112,8 +112,8 @@ class FutureGradient(PackedSynthesizer):
 
     Attributes:
         limit: the argument; it may be set at any time.
-        self_supervised: True: it learns from the lookahead's inputs and targets, and the trainer's targets only measure its
-            messages.
+        self_supervised: always True: it learns from the lookahead's inputs and targets. The trainer's targets serve only to
+            evaluate its messages.
 
     Raises:
         ValueError: `window` or `limit` is not positive, or the reduction is unknown.
@@ -206,10 +206,10 @@ class FutureGradient(PackedSynthesizer):
 
     @property
     def recommended(self) -> Recommended:
-        """What this synthesizer recommends to the trainer.
+        """The settings that this synthesizer recommends to the trainer.
 
-        c is 1 for up to 2 horizons and 2 / K for more, so that more horizons do not weigh more in all. Targets only measure,
-        so they are computed at one window in 100. Gradients of a loss need no limit.
+        c is 1 for up to 2 horizons and 2 / K for more, so that further horizons do not enlarge the sum. Targets serve
+        only to evaluate messages, so they are computed at one window in 100. Gradients of a loss need no limit.
         """
         return Recommended(default_scale(self.network.horizons), 1.0, math.inf, MEASURE_EVERY)
 

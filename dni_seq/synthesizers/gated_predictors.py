@@ -33,18 +33,18 @@ LARGEST_WEIGHT = 8.0
 
 
 class Offsets(nn.Module):
-    """Chooses the steps of a long reach that one call predicts: all of them, or one of each of n stretches.
+    """Chooses which of m steps one call predicts: all of them, or one from each of n stretches.
 
     The stretches grow with the distance: their bounds are spaced evenly on a logarithmic scale. A step that stands for a
     stretch of w steps has the weight w, at most `LARGEST_WEIGHT`, so that up to this limit the expected loss is that of all
     steps.
 
     Args:
-        steps: m, the reach.
+        steps: m, the number of steps to choose from.
         draws: n, the number of stretches; None for all steps.
 
     Attributes:
-        count: number of steps of a call.
+        count: number of steps that one call predicts.
 
     Raises:
         ValueError: `draws` is not between 1 and m.
@@ -86,10 +86,10 @@ class GatedPredictor(Predictor):
 
     Args:
         size: S.
-        steps: m, the reach.
-        outputs: Q.
+        steps: m, the number of inputs before the state that it can predict.
+        outputs: Q, the width of the predicted outputs.
         loss_fn: unreduced losses [n, B] of predicted steps.
-        units: F.
+        units: F, the number of hidden units.
         draws: see `Offsets`.
     """
 
@@ -106,7 +106,7 @@ class GatedPredictor(Predictor):
 
     @property
     def predicted(self) -> int:
-        """n, the number of losses of a lane."""
+        """n, the number of predicted steps, each with one loss for each lane."""
         return self.offsets.count
 
 
@@ -121,13 +121,14 @@ class GatedFuture(GatedPredictor):
 
     Args:
         size: S, the width of a lane's packed state.
-        steps: m, the reach.
+        steps: m, the number of steps after the state that it can predict.
         inputs: module from `Lookahead.inputs` [m, B, ...] to [m, B, E]. It is registered as a submodule.
-        inputs_width: E.
-        outputs: Q.
+        inputs_width: E, the width of an encoded input.
+        outputs: Q, the width of the predicted outputs.
         loss_fn: `loss_fn(outputs [n, B, Q], targets [n, B, ...])`, unreduced losses [n, B].
-        units: F.
-        draws: number of steps in the loss of a call, drawn as `Offsets` says; None for all m.
+        units: F, the number of hidden units.
+        draws: n, the number of steps in the loss of a call. They are drawn at random, one from each of n stretches that
+            grow with the distance from the state. None for all m.
 
     Raises:
         ValueError: `steps`, `outputs` or `units` is not positive, or `draws` exceeds m.
@@ -154,7 +155,7 @@ class GatedFuture(GatedPredictor):
         self.output = nn.Linear(units, outputs)
 
     def losses(self, flats: Tensor, context: Any) -> StepLosses:
-        """Computes the losses of the chosen steps from states [1, B, S].
+        """Computes the losses of the drawn steps, or of all m, from packed states [1, B, S].
 
         Raises:
             ValueError: the context does not hold a `Lookahead` of at least m steps, or `loss_fn` does not return [n, B].
@@ -181,11 +182,12 @@ class GatedPast(GatedPredictor):
 
     Args:
         size: S, the width of a lane's packed state.
-        steps: m, the reach.
-        outputs: Q.
+        steps: m, the number of inputs before the state that it can predict.
+        outputs: Q, the width of the predicted outputs.
         loss_fn: `loss_fn(outputs [n, B, Q], inputs [n, B, ...])`, unreduced losses [n, B].
-        units: F.
-        draws: number of steps in the loss of a call, drawn as `Offsets` says; None for all m.
+        units: F, the number of hidden units.
+        draws: n, the number of steps in the loss of a call. They are drawn at random, one from each of n stretches that
+            grow with the distance from the state. None for all m.
 
     Raises:
         ValueError: `steps`, `outputs` or `units` is not positive, or `draws` exceeds m.
@@ -207,7 +209,7 @@ class GatedPast(GatedPredictor):
         self.output = nn.Linear(units, outputs)
 
     def losses(self, flats: Tensor, context: Any) -> StepLosses:
-        """Computes the losses of the chosen steps from states [1, B, S].
+        """Computes the losses of the drawn steps, or of all m, from packed states [1, B, S].
 
         Raises:
             ValueError: the context does not hold a `Past` of at least m steps, or `loss_fn` does not return [n, B].
@@ -256,11 +258,11 @@ class JointPredictor(Predictor):
 
     @property
     def predicted(self) -> int:
-        """n, the number of losses of a lane."""
+        """n, the number of steps that the predictors predict together, each with one loss for each lane."""
         return sum(predictor.predicted for predictor in self._members)
 
     def losses(self, flats: Tensor, context: Any) -> StepLosses:
-        """Computes the losses of all predictors from states [1, B, S]."""
+        """Computes the losses of all predictors from packed states [1, B, S]."""
         found = [predictor.losses(flats, context) for predictor in self._members]
         losses, counts = torch.cat([each.losses for each in found]), torch.cat([each.counts for each in found])
         return StepLosses(losses, counts, _joined_weights(found))

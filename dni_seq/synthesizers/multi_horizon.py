@@ -57,8 +57,8 @@ class Horizons(CountsOnHost):
         horizons: K, the number of windows that get a message of their own.
         weights: w, a list with one number for each head, the tail's last. All start at 1 and may be set at any
             time; 0 skips a head's injection. They are not part of the state dict.
-        self_supervised: True if the heads learn from the lookahead's inputs and targets; the trainer's targets then only
-            measure their messages.
+        self_supervised: True if the heads learn from the lookahead's inputs and targets. The trainer's targets then serve
+            only to evaluate their messages.
         draws: int64 buffer, 0-d, number of regressions so far; it seeds the next draw.
 
     Raises:
@@ -83,7 +83,7 @@ class Horizons(CountsOnHost):
 
     @property
     def recommended(self) -> Recommended:
-        """What the heads recommend to the trainer."""
+        """The settings that the heads recommend to the trainer: scale, discount, clipping and windows per target."""
         return recommended(self.heads)
 
     def predict(self, trigger: State, context: Any) -> list[State]:
@@ -94,17 +94,17 @@ class Horizons(CountsOnHost):
         return predict(self.heads, trigger, context)
 
     def predict_and_train(self, trigger: State, context: Any) -> tuple[list[State], Tensor]:
-        """Does what `predict` does, and adds the gradients of the heads' own loss to their parameters.
+        """Predicts as `predict` does, and adds the gradients of the heads' own loss to the `.grad` of their parameters.
 
         Only for heads with `self_supervised`, such as `FutureGradient`.
 
         Returns:
-            The messages as `predict` returns them, and the loss, 0-d.
+            The messages as `predict` returns them, and the heads' own loss, 0-d.
         """
         return predict_and_train(self.heads, trigger, context)
 
     def forward(self, trigger: State, context: Any = None) -> State:
-        """Returns the weighted sum of all messages, the tail's included, with the entries of `weights` and no discount."""
+        """Returns the sum of all messages, the tail's included, each times its entry of `weights`, without discount."""
         messages = [match_message(message, trigger) for message in self.predict(trigger, context)]
         return states.with_floating(trigger, combine(messages, self.target_rule(1.0, 1.0).injection))
 
@@ -149,7 +149,8 @@ class MultiHorizonSynthesizer(Horizons):
     The network sees the whole state of a lane and the encoded lookahead, and has one head for each horizon. Messages have
     the state's shapes and dtypes, and the unit of the trainer's loss.
 
-    Source: Jaderberg et al. 2017, arXiv 1608.05343, section 3.1, with the changes that the module names.
+    Source: Jaderberg et al. 2017, arXiv 1608.05343, section 3.1. One head for each horizon, the lookahead, the bounded
+    cells and the normalised targets are ours.
 
     Args:
         example: a state of the model, such as `model.initial_state(1)`.

@@ -42,7 +42,7 @@ class GatedCells(nn.Module):
         self.cells = cells
 
     def predict(self, trigger: State, context: Any) -> list[State]:
-        """Does what `forward` does for a wrapped synthesizer with several horizons; returns one message for each.
+        """Returns one message for each horizon of the wrapped synthesizer, bounded at the cells as in `forward`.
 
         Raises:
             ValueError: `cells` is a nest whose keys or number of leaves differ from the trigger's.

@@ -15,7 +15,7 @@ class StepLosses(NamedTuple):
     """The losses of a predictor, one for each predicted step of each lane.
 
     Attributes:
-        losses: [n, B].
+        losses: [n, B], the loss of each predicted step.
         counts: [n, B] bool, True for steps that exist and count.
         weights: [n, 1], the weight of each step; None for 1.
     """
@@ -26,7 +26,7 @@ class StepLosses(NamedTuple):
 
     @property
     def factors(self) -> Tensor:
-        """[n, B], the weight of each loss in their sum, zero where it does not count."""
+        """[n, B], the factor of each loss in `total`: its weight if the step counts, else 0."""
         counts = self.counts.to(self.losses.dtype)
         return counts if self.weights is None else counts * self.weights
 
@@ -47,8 +47,8 @@ class Predictor(nn.Module):
     Attributes:
         steps: number of steps after the state that it reads from a `Lookahead`; 0 for none.
         past_steps: number of steps before the state that it reads from a `Past`; 0 for none.
-        parts: K, number of parts of the steps, each with a message of its own; part p reads the p-th copy of the state.
-        predicted: n, number of losses of a lane.
+        parts: K, the number of parts into which the steps are divided. Each part gives one message.
+        predicted: n, the number of predicted steps, each with one loss for each lane.
     """
 
     steps: int = 0
@@ -57,14 +57,14 @@ class Predictor(nn.Module):
 
     @property
     def predicted(self) -> int:
-        """n, the number of losses of a lane."""
+        """n, the number of predicted steps, each with one loss for each lane."""
         return self.steps + self.past_steps
 
     def losses(self, flats: Tensor, context: Any) -> StepLosses:
         """Computes the loss of each predicted step.
 
         Args:
-            flats: packed states [K, B, S], one copy for each part; its steps depend on their own copy alone.
+            flats: packed states [K, B, S], one copy of the state for each part. The steps of part p read copy p alone.
             context: a `Lookahead`, or `Surroundings` if the predictor reads the past.
 
         Raises:
@@ -99,7 +99,7 @@ class Predictor(nn.Module):
         return gradient
 
     def learn(self, flat: Tensor, context: Any) -> tuple[Tensor, Tensor]:
-        """Computes what `gradients` does, divided by n B, and adds the gradients of the mean loss to the parameters.
+        """Computes the result of `gradients`, divided by n B, and adds the gradients of the mean loss to the parameters.
 
         One backward pass computes both.
 

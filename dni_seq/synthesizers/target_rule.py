@@ -42,8 +42,8 @@ class TargetRule(NamedTuple):
         active: [N], whether each horizon is trained at this window. Targets of the others are not computed.
         skip_injection: True to inject nothing at s_{k+1} in this window. The ordinary backward pass then leaves a_k at s_k,
             which is the target of the first horizon, without a vector-Jacobian product.
-        self_supervised: True if the synthesizer learns from the lookahead's inputs and targets. The targets above then only
-            measure its messages.
+        self_supervised: True if the synthesizer learns from the lookahead's inputs and targets. The targets above then
+            serve only to evaluate its messages.
     """
 
     local: Sequence[float]
