@@ -79,6 +79,10 @@ class DocumentLanes(Lanes):
         """Counts over all documents read in all epochs, including the next document to assign."""
         return self._stats if self._next is None else self._next.stats
 
+    def count_anew(self) -> None:
+        """Forgets the counts."""
+        self._stats = TextStats()
+
     def window(self, steps: int, lookahead: int) -> tuple[Window, bool]:
         """Returns the next window and whether the epoch ends with it.
 

@@ -55,6 +55,9 @@ class Lanes(ABC):
     def stats(self) -> TextStats:
         """Counts over the text read so far; a streamed text is counted again in each epoch."""
 
+    def count_anew(self) -> None:  # noqa: B027 - text that is held in memory is counted once
+        """Forgets the counts of text that is not held in memory; a rewind must follow."""
+
     @abstractmethod
     def window(self, steps: int, lookahead: int) -> tuple[Window, bool]:
         """Returns the next window of at most `steps` steps, and whether the epoch ends with it.
@@ -235,6 +238,10 @@ class StreamedLanes(RunningLanes):
     def stats(self) -> TextStats:
         """Counts over all blocks taken in all epochs."""
         return self._stats
+
+    def count_anew(self) -> None:
+        """Forgets the counts."""
+        self._stats = TextStats()
 
     def peek(self, tokens: int) -> Ids:
         """Returns the next tokens as a view."""

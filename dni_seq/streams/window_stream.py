@@ -79,7 +79,8 @@ class WindowStream:
             yield window
 
     def restart(self) -> None:
-        """Moves to the start of the current epoch."""
+        """Moves to the start of the current epoch. Text that is not held in memory is counted anew from there."""
+        self._lanes.count_anew()
         self._lanes.rewind(self.epoch)
 
     def lane_steps(self, limit: int) -> int:
@@ -109,8 +110,8 @@ class WindowStream:
     def characters_per_token(self) -> float:
         """Average number of characters per token, newlines included.
 
-        The average is over the whole split if it is held in memory without `document_reset`, else over the text read so far.
-        Bits per character are nats per token / ln 2 / `characters_per_token`.
+        The average is over the whole split if it is held in memory without `document_reset`, else over the text read since
+        the stream was made or restarted. Bits per character are nats per token / ln 2 / `characters_per_token`.
         """
         stats = self._lanes.stats
         return stats.characters / stats.tokens

@@ -265,6 +265,23 @@ def test_characters_and_unknown_tokens_are_counted(small: bool) -> None:
     assert stream.unknown_tokens == 3
 
 
+@pytest.mark.parametrize(("small", "reset"), [(True, False), (False, False), (True, True)])
+def test_a_restart_counts_anew(small: bool, reset: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each validation of the first tokens has the same characters for a token, however many came before it."""
+    monkeypatch.setattr(lanes_module, "RUN", 23)
+    monkeypatch.setattr(runs_module, "PIECE", 50)
+    tokenizer = WordTokenizer.train(["the cat\n"])
+    lines = ["a", "the dog saw the cat", "the end", *(f"{'long' * i} words" for i in range(99))]
+    stream = WindowStream(Listed(lines, small=small), tokenizer, lanes=2, bptt=3, document_reset=reset)
+    found = set()
+    for _ in range(4):
+        stream.restart()
+        for _ in range(5):
+            next(iter(stream))
+        found.add((stream.characters_per_token, stream.words_per_token, stream.unknown_tokens))
+    assert len(found) == 1
+
+
 def test_many_words_are_held_as_int32_and_few_as_uint16() -> None:
     words = [f"w{i}" for i in range(70_000)]
     text = " ".join(words)
