@@ -186,7 +186,6 @@ def test_for_model_builds_them_for_tokens_and_vectors(predict, tokens):
         ({"past_loss_fn": class_losses}, 'past_loss_fn needs predict="past" or "both"'),
         ({"past_loss_fn": class_losses, "predict": "past"}, "past token ids are always predicted by cross-entropy"),
     ],
-    ids=str,
 )
 def test_for_model_refuses_what_does_not_go_together(given, message):
     model = problems.make_model("lstm")
