@@ -76,7 +76,7 @@ def test_config_holds_every_argument_and_weights_their_names(tmp_path):
 
 def test_settings_are_what_was_given():
     given = {"cell": "gru", "embed": 5, "hidden": 7, "layers": 3, "dropout": 0.5, "tied": False}
-    given |= {"sparse_embedding": True, "traces": "snap1"}
+    given |= {"sparse_embedding": True, "traces": "factored", "trace_decay": 0.5}
     assert LanguageModel(9, **given).settings == {"vocabulary_size": 9, **given}
 
 
