@@ -230,6 +230,25 @@ def test_a_trace_is_carried_and_reset_but_never_receives_a_gradient():
             assert trace[:, 2].any()
 
 
+def test_a_model_may_write_into_its_traces():
+    """The trainer keeps its own copy of the state, as of every leaf."""
+
+    class Writing(Tokens):
+        def forward(self, tokens, state):
+            for leaf in states.flatten(state):
+                leaf.detach().zero_()
+            return super().forward(tokens, state)
+
+    torch.manual_seed(0)
+    model = Writing("lru").double()
+    trainer = trainer_of(model)
+    before = states.map_tensors(torch.ones_like, model.initial_state(LANES))
+    trainer.runner.run(problems.tokens(2, LANES)[:-1], before)
+    leaves = states.flatten(before)
+    assert any(isinstance(leaf, Trace) for leaf in leaves)
+    assert all(leaf.eq(1).all() for leaf in leaves)
+
+
 def test_without_gradients_traces_stay_as_they_are():
     model = model_of("lru")
     state = model.initial_state(LANES)

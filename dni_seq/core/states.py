@@ -285,7 +285,7 @@ def detach(state: State) -> State:
 
 def clone(state: State) -> State:
     """Returns `state` with every tensor copied to new memory; gradients flow through the copies."""
-    return map_tensors(lambda leaf: leaf.clone(), state)
+    return map_tensors(Tensor.clone, state)
 
 
 def detach_clone(state: State) -> State:

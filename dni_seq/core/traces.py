@@ -26,12 +26,8 @@ class Trace(Tensor):
     """A leaf of a state that is carried, reset and saved with it, and never receives a gradient.
 
     It requires a gradient, formally, while the state's own graph exists. `detach` ends that, and `attach` then knows that
-    the credit from before the state is not in the graph. It is never changed in place, so it is its own clone.
+    the credit from before the state is not in the graph.
     """
-
-    def clone(self, *_: Any, **__: Any) -> Trace:
-        """Returns itself: traces are large, and a trainer clones the state before and after each window."""
-        return self
 
 
 class _Attach(torch.autograd.Function):
