@@ -23,8 +23,7 @@ class Synthetic(NamedTuple):
         gradient_norm: 0-d, norm of the synthesizer's gradient before clipping.
         injected_ratio: 0-d, norm of the injected gradient at the last state / norm of the first horizon's target at the
             first state. 0 if the message was rejected because it was not finite or far too large. NaN if the first horizon
-            has no target at this window. At a window that skips injection, it has the
-            norm that would have been injected.
+            has no target at this window. At a window that skips injection, it has the norm that would have been injected.
         cosine: [N], cosine between message and target; NaN for a horizon without a target.
         r2: [N], 1 - squared error / squared target, from running means over the latest windows.
         scale: [N], the factor of each message in the injected gradient: the trainer's `synthetic_scale` times the

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dni_seq.core import traces
-from dni_seq.models.cells import APPROXIMATE, TRACE_DECAY
+from dni_seq.models.cells import APPROXIMATE, checked_decay
 from dni_seq.models.factored_lstm import FactoredLSTM, stacked
 
 
@@ -59,9 +59,10 @@ def lstm_step(x: Tensor, state: Sequence[Tensor], weights: Sequence[Tensor]) -> 
     squashed = cell.tanh()
     with torch.no_grad():
         through = o * (1 - squashed**2)  # ∂h / ∂c of the same step
-        of_cell = torch.cat([g * i * (1 - i), c * f * (1 - f), i * (1 - g**2), torch.zeros_like(o)], -1)
-        of_output = torch.cat([torch.zeros_like(of_cell[:, : 3 * len(c[0])]), squashed * o * (1 - o)], -1)
-        slopes = torch.stack([of_cell * through.repeat(1, 4) + of_output, of_cell])
+        gates = (g * i * (1 - i), c * f * (1 - f), i * (1 - g**2))
+        of_cell = torch.cat([*gates, torch.zeros_like(o)], -1)
+        of_hidden = torch.cat([*(gate * through for gate in gates), squashed * o * (1 - o)], -1)
+        slopes = torch.stack([of_hidden, of_cell])
         own = torch.cat([block.diagonal() for block in w_hh.chunk(4)])
         from_h = (slopes * own).unflatten(-1, (4, -1)).sum(2)
         jacobian = torch.stack([from_h, torch.stack([through * f, f])], 1)
@@ -148,25 +149,21 @@ class Factored:
 
     @staticmethod
     def contract(gradients: Sequence[Tensor], carried: Sequence[Tensor]) -> list[Tensor]:
-        """Returns a gradient for each parameter from those at the tensors of the state, each [B, H]."""
-        at = torch.stack(list(gradients), 1)  # [B, S, H]
+        """Returns a gradient for each parameter from that at the state, [B, H]."""
+        (at,) = gradients
         of_x, of_h, of_one, *slopes = (trace[0] for trace in carried)
-        each = (epsilon.unflatten(-1, (-1, at.shape[-1])) for epsilon in slopes)
-        x_rows, h_rows = ((epsilon * at[:, :, None]).sum(1).flatten(1) for epsilon in each)  # [B, G]
+        x_rows, h_rows = ((epsilon.unflatten(-1, (-1, at.shape[-1])) * at[:, None, None]).flatten(1) for epsilon in slopes)
         return [x_rows.T @ of_x, h_rows.T @ of_h, (x_rows * of_one).sum(0), (h_rows * of_one).sum(0)]
 
     def step(self, carried: Sequence[Tensor], x: Tensor, h: Tensor, step: Step) -> list[Tensor]:
         """Returns the traces after a step with inputs x [B, D] from a state with h [B, H]."""
-        units, tensors = step.jacobian.shape[-1], len(step.state)
         found = [torch.add(new, trace, alpha=self.decay) for new, trace in ((x, carried[0]), (h, carried[1]))]
         found.append(self.decay * carried[2] + 1)
+        units, jacobian = h.shape[-1], step.jacobian[0, 0, :, None, None]  # [B, 1, 1, H]
         for slope, trace in zip((step.of_inputs, step.of_hidden), carried[3:], strict=True):
-            before = trace[0].unflatten(-1, (-1, units))  # [B, S, gates, H]
-            moved = (slope * (1 - self.decay)).unflatten(-1, (-1, units))  # [S, B, gates, H]
-            for s in range(tensors):
-                for other in range(tensors):
-                    moved[s].addcmul_(step.jacobian[s, other][:, None], before[:, other], value=self.decay)
-            found.append(moved.flatten(2).transpose(0, 1)[None])
+            before = trace[0].unflatten(-1, (-1, units))  # [B, 1, gates, H]
+            moved = (slope * (1 - self.decay)).transpose(0, 1).unflatten(-1, (-1, units))
+            found.append(moved.addcmul(jacobian, before, value=self.decay).flatten(2)[None])
         return found
 
 
@@ -216,7 +213,7 @@ class DenseRNN(nn.Module):
         layers: L.
         dropout: between layers.
         traces: "snap1" or "factored".
-        decay: α of factored traces, from 0 to below 1; None for `TRACE_DECAY`.
+        decay: α of factored traces, from 0 to below 1; None for `cells.TRACE_DECAY`.
 
     Attributes:
         rnn: nn.LSTM or nn.GRU, which holds the parameters.
@@ -285,18 +282,3 @@ def layer_with_traces(kind: str, traces: str, decay: float) -> StepByStep | Fact
         return FactoredLSTM(decay)
     rule = SnAp1() if traces == "snap1" else Factored(decay)
     return StepByStep(lstm_step, rule, 2) if kind == "lstm" else StepByStep(gru_step, rule, 1)
-
-
-def checked_decay(traces: str | None, decay: float | None) -> float:
-    """Returns α of factored traces.
-
-    Raises:
-        ValueError: it is outside [0, 1), or is given to other traces.
-    """
-    if decay is None:
-        return TRACE_DECAY
-    if traces != "factored":
-        raise ValueError(f"trace_decay needs factored traces, got traces={traces!r}: remove it")
-    if not 0 <= decay < 1:
-        raise ValueError(f"trace_decay must be from 0 to below 1, got {decay}")
-    return decay

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from dni_seq.models.cells import APPROXIMATE, CELLS, DIAGONAL
-from dni_seq.models.dense_cells import DenseRNN, checked_decay
+from dni_seq.models.cells import APPROXIMATE, CELLS, DIAGONAL, checked_decay
+from dni_seq.models.dense_cells import DenseRNN
 from dni_seq.models.diagonal_rnn import DiagonalRNN
 from dni_seq.synthesizers.normalization import LSTM_CELLS
 

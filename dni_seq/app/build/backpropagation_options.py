@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from dni_seq.app.build.credit_options import GROUP
 from dni_seq.app.runs.options import at_least, option, share
-from dni_seq.models.cells import TRACE_DECAY, TRACES
+from dni_seq.models.cells import TRACE_DECAY, TRACES, checked_decay
 
 
 @dataclass(frozen=True)
@@ -46,9 +46,7 @@ class BackpropagationOptions:
     @property
     def decay_in_force(self) -> float | None:
         """α of factored traces, None without them."""
-        if self.traces != "factored":
-            return None
-        return TRACE_DECAY if self.trace_decay is None else self.trace_decay
+        return checked_decay(self.traces, self.trace_decay) if self.traces == "factored" else None
 
     def backward_windows(self, bptt: int) -> int:
         """Returns the number of windows over which a window's losses are propagated back.

@@ -28,7 +28,7 @@ from dni_seq.app.studies.trial_runner import Trial
 from dni_seq.app.studies.tuning import alike, rates_of, rates_to_try, reach, tied_rates
 from dni_seq.synthesizers.defaults import HORIZONS
 
-RATE: Mapping[str, str] = MappingProxyType({"schedule": "constant"})
+SCHEDULE: Mapping[str, str] = MappingProxyType({"schedule": "constant"})
 """The schedule of all recorded trials on text. Their keys are older than the option, whose default is another one now."""
 
 
@@ -141,8 +141,8 @@ def make_trial(
         steps = math.ceil(budget.text["max_tokens"] / (budget.text["batch_size"] * bptt * VALIDATIONS))
         text = {**budget.text, "max_tokens": budget.text["max_tokens"] // share, "eval_every": steps}
         if data_file is None:
-            return Trial("train_lm", about, {**text, "dataset": "ptb", **chosen}, RATE)
-        return Trial("train_lm", about, {**text, **chosen}, {**RATE, "data_file": str(data_file.absolute())})
+            return Trial("train_lm", about, {**text, "dataset": "ptb", **chosen}, SCHEDULE)
+        return Trial("train_lm", about, {**text, **chosen}, {**SCHEDULE, "data_file": str(data_file.absolute())})
     start = {"start": budget.start} if task == "copy" and budget.start else {}
     updates = budget.task["updates"] // share
     return Trial("train_tasks", about, {**budget.task, "task": task, "updates": updates, **start, **chosen})
