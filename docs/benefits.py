@@ -3,15 +3,30 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from statistics import mean
+from types import MappingProxyType
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 SEEDS = (0, 1, 2)
 METHODS = ("none", "multi-horizon", "exact")
 NO_RUN = "–"
+
+NOTES: Mapping[str | None, str] = MappingProxyType(
+    {
+        None: "",
+        "1,000 outputs told apart": "reads all words, predicts 999",
+        "500 outputs told apart": "reads all words, predicts 499",
+        "all 10,000 outputs told apart": "reads and predicts all 10,000 words",
+        "250 entries told apart, in what is read and what is predicted": "reads and predicts 249 words",
+        "500 entries told apart, in what is read and what is predicted": "reads and predicts 499 words, the default",
+        "the model's last layers at zero at first": "last layers zero at the start",
+        "no outputs straight from the state": "no path from state to outputs",
+    }
+)
+"""What pilots.jsonl notes on the future model of a run, in plain words."""
 
 Line = dict[str, Any]
 
@@ -159,14 +174,19 @@ def runs(keep: Callable[[Line], bool], columns: tuple[str, ...]) -> list[str]:
         if "valid" in line and keep(line["options"]):
             options = {"schedule": "constant", **line["options"]}  # older lines have none
             given = [str(options.get(name, "")) for name in columns]
-            cells.setdefault((*given, line.get("code", "")), []).append(line)
+            cells.setdefault((*given, note(line)), []).append(line)
     rows = []
-    for (*given, code), found in cells.items():
+    for (*given, model), found in cells.items():
         seeds = ", ".join(str(line["options"]["seed"]) for line in found)
         scores = [", ".join(f"{line[split]['ppl']:.{decimals(line)}f}" for line in found) for split in ("valid", "test")]
         seconds = ", ".join(f"{line['process_seconds']:.0f}" for line in found)
-        rows.append(f"| {' | '.join((*(f'`{given[0]}`', *given[1:]), seeds, *scores, seconds, code))} |")
+        rows.append(f"| {' | '.join((*(f'`{given[0]}`', *given[1:]), seeds, *scores, seconds, model))} |")
     return rows
+
+
+def note(line: Line) -> str:
+    """What is on record of the future model of a run, if it has one."""
+    return NOTES[line.get("code")] if line["options"]["synthesizer"] == "multi-horizon" else ""
 
 
 def decimals(line: Line) -> int:
@@ -177,7 +197,7 @@ def decimals(line: Line) -> int:
 def words() -> list[str]:
     """Whole epochs on Penn Treebank by words."""
     return [
-        "| synthesizer | epochs | rate | seeds | validation | test | CPU seconds | code of its time |",
+        "| synthesizer | epochs | rate | seeds | validation | test | CPU seconds | future model |",
         "|---|---|---|---|---|---|---|---|",
         *runs(lambda given: given.get("dataset") == "ptb" and "epochs" in given, ("synthesizer", "epochs", "lr")),
     ]
@@ -189,7 +209,7 @@ EMBEDDED_COLUMNS = ("synthesizer", "horizons", "lr", "schedule", "epochs")
 def embedded_corpus() -> list[str]:
     """The command without options."""
     return [
-        "| synthesizer | horizons | rate | schedule | epochs | seeds | validation | test | CPU seconds | |",
+        "| synthesizer | horizons | rate | schedule | epochs | seeds | validation | test | CPU seconds | future model |",
         "|---|---|---|---|---|---|---|---|---|---|",
         *runs(lambda given: "dataset" not in given and "epochs" in given, EMBEDDED_COLUMNS),
     ]

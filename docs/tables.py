@@ -25,6 +25,7 @@ from dni_seq.app.runs.invocation import as_called
 from dni_seq.app.runs.options import OneLineParser, default_of, flag, groups
 from dni_seq.app.runs.tensorboard import KEYS, OTHER_KEYS
 from dni_seq.app.tasks.options import TaskOptions
+from docs import result_tables
 from docs.benefits import benefits, embedded_corpus, words
 
 ROOT = Path(__file__).parents[1]
@@ -159,7 +160,26 @@ TABLES: Mapping[str, Mapping[str, Table]] = MappingProxyType(
         },
         "docs/reference/tensorboard.md": {"keys": keys},
         "docs/reference/api.md": {"api": api},
-        "docs/results/words.md": {"words": words, "embedded corpus": embedded_corpus},
+        "docs/results/characters.md": {
+            "characters": result_tables.characters,
+            "equal time": result_tables.equal_time,
+            "horizons": result_tables.horizons,
+            "ablation": result_tables.text_parts,
+        },
+        "docs/results/copying.md": {
+            "copy": result_tables.lengths("copy"),
+            "repeat copy": result_tables.lengths("repeat-copy"),
+            "ablation": result_tables.copy_parts,
+            "more horizons": result_tables.more_horizons,
+            "six horizons": result_tables.six_horizons,
+            "adding": result_tables.adding,
+        },
+        "docs/results/regressed.md": {"regressed": result_tables.regressed, "one horizon": result_tables.one_horizon},
+        "docs/results/words.md": {
+            "words": words,
+            "part of an epoch": result_tables.part_of_an_epoch,
+            "embedded corpus": embedded_corpus,
+        },
     }
 )
 """The tables of each page, by the name in their marks."""
