@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 
 HORIZONS, LEAST_STEPS = 2, 4
-"""The default K is at least HORIZONS, and at least LEAST_STEPS / T. With fewer horizons copy tasks learn less; with fewer
-steps text learns less at T = 1 (docs/synthetic-gradients.md)."""
+"""The default K is at least HORIZONS, and at least LEAST_STEPS / T. With fewer horizons copy tasks learn less
+(docs/results/copying.md); with fewer steps text learns less at T = 1 (docs/results/characters.md)."""
 
 MEASURE_EVERY = 100
 """Windows between two targets of a self-supervised synthesizer. Its targets serve only to evaluate messages."""

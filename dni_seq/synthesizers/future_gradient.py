@@ -7,7 +7,7 @@ better. The future model learns from the targets of the next m steps, at every w
 
 Source: ours; Jaderberg et al. 2017, arXiv 1608.05343, regress. Trinh et al. 2018, "Learning Longer-term Dependencies in RNNs
 with Auxiliary Losses", arXiv 1803.00144, train an RNN by the loss of a second network that predicts from its states. Their
-network is unrolled from single past states; ours is evaluated at the end of every window. docs/synthetic-gradients.md
+network is unrolled from single past states; ours is evaluated at the end of every window. docs/results/characters.md
 measures it.
 
 Legend: B = lanes, S = numbers in one lane's packed state, m = lookahead in steps, K = horizons.
@@ -90,7 +90,7 @@ class FutureGradient(PackedSynthesizer):
 
     The predictor trains at every window on the steps that it predicts. The targets of the trainer do not train it;
     they give R² and cosine, and the unit of `limit`. Messages have the unit of the trainer's loss from the first window on
-    and are not zero at the start: zero-initialised last layers gave worse results (docs/synthetic-gradients.md). They have
+    and are not zero at the start: zero-initialised last layers gave worse results (docs/results/pilots.jsonl). They have
     the state's shapes and dtypes.
 
     Source: ours; Trinh et al. 2018, arXiv 1803.00144, is related.

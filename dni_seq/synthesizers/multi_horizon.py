@@ -2,7 +2,7 @@
 
 Source: Jaderberg et al. 2017, arXiv 1608.05343, section 3.1. We differ in four points: each horizon has its own head, so
 that only the tail bootstraps on itself; the lookahead may have more than one step; LSTM cells are bounded; targets are
-normalised. docs/synthetic-gradients.md measures each.
+normalised. docs/concepts/equations.md has the equations, docs/results/regressed.md measurements.
 
 Legend: B = lanes, H = hidden units, L = layers, S = numbers in one lane's state, N, K = horizons, m = lookahead in steps.
 """

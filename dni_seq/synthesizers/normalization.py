@@ -23,7 +23,7 @@ class GatedCells(nn.Module):
     """Wraps a synthesizer for LSTM states: it sees tanh(c), and its message for c is multiplied by 1 - tanh²(c).
 
     The true gradient of a saturated cell vanishes, but a predicted one does not, and an RNN that follows the prediction lets
-    its cell state grow without bound (docs/synthetic-gradients.md).
+    its cell state grow without bound.
 
     Source: ours.
 
@@ -134,7 +134,7 @@ class Normalized(nn.Module):
     gradients outside of this module. Raw gradients of a state are 1e-5 to 1e-2 per unit and drift tenfold in a run. They are
     too small for an optimizer's epsilon, and they depend on the number of lanes.
 
-    Source: ours; docs/synthetic-gradients.md measures it.
+    Source: ours; docs/results/characters.md measures it beside the published recipe.
 
     Args:
         synthesizer: the module to wrap. Its messages are in normalised units.

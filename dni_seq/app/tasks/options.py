@@ -69,7 +69,7 @@ class TaskOptions(BackpropagationOptions, CreditOptions):
 def resolve_options(options: TaskOptions) -> TaskOptions:
     """Returns the options with a missing synthesizer and K filled in. They are recorded, so a resumed run keeps them."""
     if cast("str | None", options.synthesizer) is None:  # None is possible here, although the field's type is str
-        # On the adding problem synthetic gradients bring no gain and double the time (docs/synthetic-gradients.md).
+        # On the adding problem synthetic gradients bring no gain and double the time (docs/results/copying.md).
         options = dataclasses.replace(options, synthesizer="none" if options.task == "adding" else "multi-horizon")
     return dataclasses.replace(options, horizons=options.horizons_at(options.bptt))
 
