@@ -41,6 +41,51 @@ def test_a_page_has_the_table_that_a_benchmark_prints(name, monkeypatch):
     assert found == [{column: row[column] for column in found[0]} for row in printed]
 
 
+def row(*cells: object) -> str:
+    """A row of a table of Markdown."""
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def test_the_small_tables_of_speed_and_memory_are_their_lines():
+    """Where this fails: docs/performance.md, the tables of words, memory, reach and floor"""
+    page = (DOCS / "performance.md").read_text(encoding="utf-8")
+    for line in lines("memory"):
+        early, late = line["peak_mb"], line["peak_mb_at_end"]
+        assert row(f"`{line['way']}`", f"{early:.1f}", f"{late:.1f}", f"{100 * (late / early - 1):.2f} %") in page
+    code = {"249": "249 words", "499": "499 words", "999, all 10,000 read": "999 words"}
+    for words, start in code.items():
+        tried = [line for line in lines("steps_words_tried") if line["code"].startswith(start)]
+        ratios = [line["over none"] for line in tried if line["way"] == "multi-horizon, K = 1"]
+        assert row(words, *(f"{ratio:.2f}" for ratio in ratios)) in page
+    reach = {(line["value"], line["way"]): line["mb"] for line in lines("growth") if line["varied"] == "reach"}
+    for steps, way in reach:
+        assert row(steps, f"{reach[steps, 'none']:.0f}", f"{reach[steps, 'multi-horizon']:.0f}") in page, way
+    floor = {line["way"]: line for line in lines("steps_floor")}
+    of_none, of_one = (floor[way]["over its floor"] for way in ("none", "multi-horizon, K = 1"))
+    cells = (f"{floor['none']['ms']:.1f}", f"{floor['floor']['ms']:.1f}", f"{of_none:.2f}", f"{of_one:.2f}")
+    assert row("char-lstm", 1, *cells) in page
+
+
+def test_what_to_expect_of_a_step_is_in_the_lines():
+    """Where this fails: docs/performance.md, What to expect by setting"""
+    page = (DOCS / "performance.md").read_text(encoding="utf-8")
+    assert all(line["over plain, fused Adam"] < 1.005 for line in lines("steps") if line["way"] == "none")
+    ms = {(line["value"], line["way"]): line["mean_ms"] for line in lines("growth") if line["varied"] == "bptt"}
+    ratio = ms[5, "multi-horizon"] / 5 / (ms[40, "none"] / 40)
+    assert f"T = 5 costs {ratio:.1f} times as much as one of `none` at T = 40" in page
+    chars = [(line["bptt"], line["over none"]) for line in lines("steps_chars") if line["way"] != "none"]
+    ranges = {
+        t: max(r for other, r in chars[:15] if other == t) - min(r for other, r in chars[:15] if other == t)
+        for t, _ in chars
+    }
+    assert max(ranges.values()) == ranges[1] < 0.1
+    grid = {line["way"]: line for line in lines("steps") if (line["setting"], line["bptt"]) == ("word-lstm", 5)}
+    for line in lines("steps_threads"):
+        for name in ("over plain", "over plain, fused Adam", "over none"):
+            if line["way"] in ("none", "multi-horizon, K = 1"):
+                assert round(abs(line[name] - grid[line["way"]][name]), 1) <= 0.1
+
+
 def test_the_advice_quotes_the_lines():
     """Where this fails: docs/guides/choosing.md, or the minutes in README"""
     choosing = (DOCS / "guides" / "choosing.md").read_text(encoding="utf-8")
