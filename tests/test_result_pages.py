@@ -86,6 +86,54 @@ def test_what_to_expect_of_a_step_is_in_the_lines():
                 assert round(abs(line[name] - grid[line["way"]][name]), 1) <= 0.1
 
 
+def test_the_tables_of_traces_are_their_lines():
+    """Where this fails: docs/estimators.md, the tables of traces"""
+    page = (DOCS / "estimators.md").read_text(encoding="utf-8")
+    for line in (line for line in lines("traces") if line["study"] == "step"):
+        parts = f"{line['over parts']:.2f}" if "over parts" in line else "–"
+        name, ms = f"{line['cell'].upper()} 256, {line['traces']}", line["ms"]
+        times = (f"{value:.1f}" for value in (ms["plain"], ms["traces"], line["over plain"]))
+        assert row(name, line["lanes"], line["T"], *times, parts) in page
+    runs = [line for line in lines("traces") if line["study"] == "characters"]
+    short = [line for line in runs if line["options"]["max_tokens"] == 500_000]
+    ways = {
+        "truncated BPTT": (None, None, None),
+        "`--traces factored`": (None, "factored", 0.2),
+        **{f"`--traces factored --trace-decay {decay:g}`": (None, "factored", decay) for decay in (0.0, 0.6, 0.9)},
+        **{f"`--backward-steps {steps}`": (steps, None, None) for steps in (2, 4)},
+    }
+    for name, kind in ways.items():
+        bits = {
+            line["options"]["seed"]: line["valid_bpc"] for line in short if kind == tuple(line["options"][k] for k in KIND)
+        }
+        assert row(name, *(f"{bits[seed]:.3f}" if seed in bits else "–" for seed in (1, 2, 3))) in page
+    longer = [line["valid_bpc"] for line in runs if line["options"]["max_tokens"] == 2_000_000]
+    assert row("`--traces factored`", f"{mean(longer):.3f}") in page
+    for name, method in (("truncated BPTT", "none"), ("default synthesizer", "multi-horizon")):
+        assert row(name, f"{mean(map(final, table_1('ptb', 1, method))):.3f}") in page
+
+
+def test_the_advice_on_estimators_quotes_the_echo():
+    """Where this fails: docs/estimators.md, the table at the end of Side by side"""
+    page = (DOCS / "estimators.md").read_text(encoding="utf-8")
+    echo = next(rows for rows in tables(page) if "score, bits" in rows[0])
+    of = {(each["cell"], each["gradient"]): each for each in echo}
+    full, single = of["lru", "full BPTT, T = 15"], of["lru", "truncated, T = 1"]
+    assert round(float(single["ms a step"]) / float(full["ms a step"])) == 7
+    assert "costs a seventh of a step at T = 1" in page
+    chunks = float(of["lru", "full BPTT, chunks, T = 15"]["peak KiB"]) / float(full["peak KiB"])
+    assert f"`checkpoint_every`: {chunks:.1f} of the memory" in page
+    windows, exact = of["lru", "k1 and k2, T = 3"], of["lru", "exact traces, T = 1"]
+    assert round(float(exact["ms a step"]) / float(windows["ms a step"])) == 3
+    assert f"`backward_windows`: {windows['gap closed']} of the gap at a third of the time" in page
+    factored, snap1 = (
+        [of[cell, f"{way}, T = 1"]["gap closed"] for cell in ("lstm", "gru")] for way in ("factored traces", "SnAp-1")
+    )
+    of_lstm, of_gru = (f"{a.rstrip(' %')} and {b}" for a, b in zip(factored, snap1, strict=True))
+    assert f"({of_lstm}, with a GRU {of_gru})" in page
+    assert f"exact future: {of['lru', 'exact future, T = 1']['gap closed']} of the gap" in page
+
+
 def test_the_advice_quotes_the_lines():
     """Where this fails: docs/guides/choosing.md, or the minutes in README"""
     choosing = (DOCS / "guides" / "choosing.md").read_text(encoding="utf-8")
