@@ -113,6 +113,20 @@ def test_the_tables_of_traces_are_their_lines():
         assert row(name, f"{mean(map(final, table_1('ptb', 1, method))):.3f}") in page
 
 
+def test_the_speed_of_streams_is_that_of_its_lines():
+    """Where this fails: docs/streams.md, Speed and memory"""
+    rows = next(rows for rows in tables((DOCS / "streams.md").read_text(encoding="utf-8")) if "case (`--only`)" in rows[0])
+    page = {each["case (`--only`)"].split("`")[1]: list(each.values())[1:] for each in rows}
+    found = {line["case"]: line for line in lines("streams")}
+    bare, training = found.pop("bare"), found.pop("training, streamed over held")
+    assert page == {
+        case: [line["tokenizer"], f"{line['tokens_per_second'] / 1e6:.2f}", f"{line['peak_mb'] - bare['peak_mb']:.0f}"]
+        for case, line in found.items()
+    }
+    more = f"{training['ratio_of_time'] - 1:.0%}".replace("%", " %")
+    assert f"costs training {more} more time" in (DOCS / "streams.md").read_text(encoding="utf-8")
+
+
 def test_the_advice_on_estimators_quotes_the_echo():
     """Where this fails: docs/estimators.md, the table at the end of Side by side"""
     page = (DOCS / "estimators.md").read_text(encoding="utf-8")
