@@ -2,7 +2,11 @@
 
 python benchmarks/long_windows.py
     Median CPU time of a step over 9 rounds in which all settings take turns, and the memory that a step needs beside
-    parameters, gradients and the optimizer's state, each in a process of its own (Linux).
+    parameters, gradients and the optimizer's state, each in a process of its own (Linux). JSON lines.
+python benchmarks/long_windows.py --output docs/results/long_windows.jsonl
+    Appends the lines to a file.
+python benchmarks/long_windows.py --table docs/results/long_windows.jsonl
+    Measure nothing; print the lines on record as a table of Markdown.
 
 Characters: LSTM 256, embedding 64, 64 lanes, 50 characters. Words: LSTM 2x200, 20 lanes, 10,000 words. Fused Adam, one
 thread.
@@ -10,17 +14,20 @@ thread.
 
 from __future__ import annotations
 
-import json
+import argparse
 import os
 import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from result_lines import Line, add_options, check_output, machine, newest, print_table, record
 
 import dni_seq as dni
+from dni_seq.app.studies.records import NOTHING, markdown
 from dni_seq.models.language_model import LanguageModel, token_losses
 
 SIZES = {"characters": (50, 64, 256, 1, 64), "words": (10_000, 200, 200, 2, 20)}
@@ -35,7 +42,8 @@ SETTINGS = {
 }
 """T, steps of a chunk, windows of a backward pass."""
 
-ROUNDS = 9
+BASES = {"T = 200, recomputed every 20": "T = 200", "T = 4 over the last 20 steps": "T = 4"}
+"""The settings that others are compared with: the same T without chunks or earlier windows."""
 
 
 class Learner:
@@ -76,11 +84,11 @@ def _mib(name: str) -> float:
     return int(line.split()[1]) / 1024
 
 
-def times_of(size: str) -> dict[str, list[float]]:
+def times_of(size: str, rounds: int) -> dict[str, list[float]]:
     """Returns the CPU seconds of a step, one for each round, by setting."""
     learners = {setting: Learner(size, setting) for setting in SETTINGS}
     found: dict[str, list[float]] = {setting: [] for setting in SETTINGS}
-    for turn in range(ROUNDS + 1):
+    for turn in range(rounds + 1):
         for setting, learner in learners.items():
             count = max(1, 200 // learner.length)
             begun = time.process_time()
@@ -91,26 +99,48 @@ def times_of(size: str) -> dict[str, list[float]]:
     return found
 
 
+def memory_in_process(size: str, setting: str) -> float:
+    """Returns `memory_of` as a fresh process measures it."""
+    command = [sys.executable, __file__, "--memory-of", size, setting]
+    # Freed blocks go back to the system, so that the peak is that of the tensors and not of the heap's gaps.
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "1000000"}
+    return float(subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout)
+
+
+def table(lines: Sequence[Line]) -> str:
+    """Returns a row for each size and setting. A setting's base has the same T and neither chunks nor earlier windows."""
+    lines = newest(lines, "size", "setting")
+    known = {(line["size"], line["setting"]): line for line in lines}
+    rows = []
+    for line in lines:
+        base = known.get((line["size"], BASES.get(line["setting"], "")))
+        over = [f"{line[name] / base[name]:.2f}" if base else NOTHING for name in ("ms", "mib")]
+        rows.append([line["size"], line["setting"], f"{line['ms']:.1f}", over[0], str(line["mib"]), over[1]])
+    return markdown(["size", "setting", "CPU ms a step", "time / base", "memory of a step, MiB", "memory / base"], rows)
+
+
 def main() -> None:
     """The command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=SIZES, default=list(SIZES))
+    parser.add_argument("--rounds", type=int, default=9, help="of each setting (default: 9)")
+    parser.add_argument("--memory-of", nargs=2, metavar=("SIZE", "SETTING"), help=argparse.SUPPRESS)
+    add_options(parser)
+    options = parser.parse_args()
     torch.set_num_threads(1)
-    if len(sys.argv) == 3:  # a process of its own
-        print(memory_of(sys.argv[1], sys.argv[2]))
+    if options.memory_of:  # a process of its own
+        print(memory_of(*options.memory_of))
         return
-    for size in SIZES:
-        seconds = times_of(size)
-        memory = {}
-        for setting in SETTINGS:
-            command = [sys.executable, __file__, size, setting]
-            # Freed blocks go back to the system, so that the peak is that of the tensors and not of the heap's gaps.
-            environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "1000000"}
-            done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
-            memory[setting] = float(done.stdout)
-        for setting, values in seconds.items():
-            median = statistics.median(values)
-            line = {"size": size, "setting": setting, "ms": round(1000 * median, 2), "mib": round(memory[setting])}
-            line["ms from"], line["ms to"] = round(1000 * min(values), 2), round(1000 * max(values), 2)
-            print(json.dumps({**line, "date": time.strftime("%Y-%m-%d")}), flush=True)
+    if options.table is not None:
+        print_table(parser, options.table, table)
+        return
+    check_output(parser, options.output)
+    for size in options.only:
+        for setting, seconds in times_of(size, options.rounds).items():
+            line = {"size": size, "setting": setting, "ms": round(1000 * statistics.median(seconds), 2)}
+            line |= {"ms from": round(1000 * min(seconds), 2), "ms to": round(1000 * max(seconds), 2)}
+            line |= {"mib": round(memory_in_process(size, setting)), "rounds": options.rounds, "threads": 1}
+            record({**line, **machine()}, options.output)
 
 
 if __name__ == "__main__":

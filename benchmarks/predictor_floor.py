@@ -2,6 +2,10 @@
 
 python benchmarks/predictor_floor.py
     Median CPU milliseconds of each, for one horizon and for four, as JSON lines. Half a minute on an idle core.
+python benchmarks/predictor_floor.py --output docs/results/predictor_floor.jsonl
+    Appends the lines to a file.
+python benchmarks/predictor_floor.py --table docs/results/predictor_floor.jsonl
+    Measure nothing; print the lines on record as a table of Markdown.
 
 LSTM of 512 units on 50 characters, 32 lanes, T = 1, one thread. Before each operation a plain step of the RNN runs, so that
 the operation finds the caches as it does in training. "Adam, ..." steps the RNN's optimizer and the predictor's: two
@@ -11,21 +15,31 @@ optimizers, one with two parameter groups, and one with one group, which no trai
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from result_lines import Line, add_options, check_output, machine, newest, print_table, record
 from torch import nn
 from torch.nn import functional as F
 
 import dni_seq as dni
 from dni_seq.app.runs.allocator import keep_freed_memory
+from dni_seq.app.studies.records import markdown
 from dni_seq.models.language_model import LanguageModel, token_losses
 
 CHARACTERS, EMBED, UNITS, LANES = 50, 64, 512, 32
+HORIZONS = (1, 4)
+FLOOR = (
+    "products, forward",
+    "products, gradient of the state",
+    "products, gradient of the weights",
+    "norm",
+    "Adam of the predictor",
+)
+"""The operations whose sum is the floor; the others compare ways of running the optimizers."""
 
 
 def plain_step() -> Callable[[], Any]:
@@ -89,16 +103,30 @@ def measure(timed: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, fl
     return {name: statistics.median(times) for name, times in found.items()}
 
 
+def table(lines: Sequence[Line]) -> str:
+    """Returns a row for each operation and one for the floor, their sum, with a column for each number of horizons."""
+    ms = {(line["operation"], line["horizons"]): line["ms"] for line in newest(lines, "operation", "horizons")}
+    rows = [[name, *(f"{ms[name, k]:.2f}" for k in HORIZONS)] for name in dict.fromkeys(name for name, _ in ms)]
+    rows.insert(len(FLOOR), ["the floor, together", *(f"{sum(ms[name, k] for name in FLOOR):.2f}" for k in HORIZONS)])
+    return markdown(["CPU ms", "one horizon", "four horizons"], rows)
+
+
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=101, help="of each operation (default: 101)")
+    add_options(parser)
     options = parser.parse_args()
+    if options.table is not None:
+        print_table(parser, options.table, table)
+        return
+    check_output(parser, options.output)
     torch.set_num_threads(1)
     keep_freed_memory()
-    for horizons in (1, 4):
+    for horizons in HORIZONS:
         for name, milliseconds in measure(operations(horizons), options.rounds).items():
-            print(json.dumps({"horizons": horizons, "operation": name, "ms": milliseconds, "torch": torch.__version__}))
+            line = {"horizons": horizons, "operation": name, "ms": milliseconds, "rounds": options.rounds, "threads": 1}
+            record({**line, **machine()}, options.output)
 
 
 if __name__ == "__main__":

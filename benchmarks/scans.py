@@ -2,6 +2,10 @@
 
 python benchmarks/scans.py
     Median CPU milliseconds of one layer forward and backward, over 9 rounds in which both take turns, as JSON lines.
+python benchmarks/scans.py --output docs/results/scans.jsonl
+    Appends the lines to a file.
+python benchmarks/scans.py --table docs/results/scans.jsonl
+    Measure nothing; print the lines on record as a table of Markdown.
 
 LRU and minGRU, windows of 1, 4, 20, 100 and 200 steps, one thread. "recurrence": without the matrix products and norms of
 the layer. The library scans long windows of small LRU states; the scan of a minGRU is here alone.
@@ -9,23 +13,26 @@ the layer. The library scans long windows of small LRU states; the scan of a min
 
 from __future__ import annotations
 
-import json
+import argparse
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from result_lines import Line, add_options, check_output, machine, newest, print_table, record
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dni_seq.app.runs.allocator import keep_freed_memory
+from dni_seq.app.studies.records import markdown
 from dni_seq.models import diagonal_cells, recurrences
 from dni_seq.models.diagonal_rnn import DiagonalRNN
 
 SIZES, LENGTHS = ((16, 64), (8, 256), (32, 256)), (1, 4, 20, 100, 200)
-ROUNDS, NEVER = 9, 2**40
+NEVER = 2**40
 
 
 def gated_scan(a: Tensor, b: Tensor, start: Tensor) -> Tensor:
@@ -70,14 +77,17 @@ class _GatedScan(torch.autograd.Function):
         return inner * before, inner, a[0] * inner[0]
 
 
-LOOP = recurrences.gated
-
-
-def choose(scan: bool) -> None:
-    """Makes both cells run windows of more than one step as a scan, or none."""
-    recurrences.SCAN_STEPS, recurrences.SCAN_NUMBERS = (2, NEVER) if scan else (NEVER, 0)
+@contextmanager
+def all_windows(*, scan: bool) -> Iterator[None]:
+    """Makes both cells run every window of more than one step as a scan, or as a loop, in the context."""
+    before = recurrences.SCAN_STEPS, recurrences.SCAN_NUMBERS, diagonal_cells.gated
     gated: Any = _GatedScan.apply
-    diagonal_cells.gated = gated if scan else LOOP
+    try:
+        recurrences.SCAN_STEPS, recurrences.SCAN_NUMBERS = (2, NEVER) if scan else (NEVER, 0)
+        diagonal_cells.gated = gated if scan else recurrences.gated
+        yield
+    finally:
+        recurrences.SCAN_STEPS, recurrences.SCAN_NUMBERS, diagonal_cells.gated = before
 
 
 def steppers(kind: str, lanes: int, units: int, length: int) -> dict[str, Callable[[], None]]:
@@ -100,29 +110,57 @@ def steppers(kind: str, lanes: int, units: int, length: int) -> dict[str, Callab
     return {"layer": whole, "recurrence": recurrence}
 
 
+def measure(kind: str, lanes: int, units: int, length: int, rounds: int) -> dict[str, float]:
+    """Returns the median CPU milliseconds of layer and recurrence, as a loop and as a scan."""
+    found: dict[str, list[float]] = {}
+    runs, count = steppers(kind, lanes, units, length), max(2, 100 // length)
+    for turn in range(rounds + 1):
+        for part, run in runs.items():
+            for scan in (False, True):
+                with all_windows(scan=scan):
+                    begun = time.process_time()
+                    for _ in range(count):
+                        run()
+                    spent = time.process_time() - begun
+                if turn:
+                    found.setdefault(f"{part}: {'scan' if scan else 'loop'}", []).append(1000 * spent / count)
+    return {name: round(statistics.median(values), 3) for name, values in found.items()}
+
+
+def table(lines: Sequence[Line]) -> str:
+    """Returns a row for each cell, size and window length."""
+    parts = ("layer: loop", "layer: scan", "recurrence: loop", "recurrence: scan")
+    rows = [
+        [
+            line["cell"],
+            *(str(line[name]) for name in ("units", "lanes", "T")),
+            *(f"{line['ms'][part]:.2f}" for part in parts),
+        ]
+        for line in newest(lines, "cell", "units", "lanes", "T")
+    ]
+    return markdown(["cell", "units", "lanes", "T", *(f"{part}, ms" for part in parts)], rows)
+
+
 def main() -> None:
     """The command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--bptt", nargs="+", type=int, default=list(LENGTHS), help="window lengths (default: 1 4 20 100 200)"
+    )
+    parser.add_argument("--rounds", type=int, default=9, help="of each case (default: 9)")
+    add_options(parser)
+    options = parser.parse_args()
+    if options.table is not None:
+        print_table(parser, options.table, table)
+        return
+    check_output(parser, options.output)
     torch.set_num_threads(1)
     keep_freed_memory()
     for kind in ("lru", "mingru"):
         for lanes, units in SIZES:
-            for length in LENGTHS:
-                found: dict[str, list[float]] = {}
-                runs = steppers(kind, lanes, units, length)
-                for turn in range(ROUNDS + 1):
-                    for part, run in runs.items():
-                        for scan in (False, True):
-                            choose(scan)
-                            count = max(2, 100 // length)
-                            begun = time.process_time()
-                            for _ in range(count):
-                                run()
-                            if turn:
-                                name = f"{part}: {'scan' if scan else 'loop'}"
-                                found.setdefault(name, []).append(1000 * (time.process_time() - begun) / count)
-                ms = {name: round(statistics.median(values), 3) for name, values in found.items()}
-                line = {"cell": kind, "lanes": lanes, "units": units, "T": length, "ms": ms}
-                print(json.dumps({**line, "date": time.strftime("%Y-%m-%d")}), flush=True)
+            for length in options.bptt:
+                line = {"cell": kind, "lanes": lanes, "units": units, "T": length, "rounds": options.rounds, "threads": 1}
+                record({**line, "ms": measure(kind, lanes, units, length, options.rounds), **machine()}, options.output)
 
 
 if __name__ == "__main__":

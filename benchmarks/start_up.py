@@ -2,8 +2,10 @@
 
 python benchmarks/start_up.py
     The embedded corpus, medians of 5 starts; two minutes on two cores. One JSON line a case. Needs an idle machine.
-python benchmarks/start_up.py --data-dir data --runs 3 --output start_up.jsonl
-    Penn Treebank too, 3 starts of each.
+python benchmarks/start_up.py --data-dir data --output docs/results/start_up.jsonl
+    Penn Treebank too; appends the lines to a file.
+python benchmarks/start_up.py --table docs/results/start_up.jsonl
+    Measure nothing; print the lines on record as a table of Markdown.
 
 Seconds from the start of the process, by wall time. Starts of the cases and of `import torch` alone take turns, so that all
 of them see the same machine. "help" and "import torch" end by themselves; the others are stopped after their first figure.
@@ -12,18 +14,17 @@ of them see the same machine. "help" and "import torch" end by themselves; the o
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from result_lines import Line, add_options, check_output, machine, newest, print_table, record
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = str(ROOT / "scripts" / "train_lm.py")
@@ -39,40 +40,44 @@ MOMENTS: Mapping[str, str] = {"first line": "", "three lines": "method: ", "firs
 
 def main() -> None:
     """The command."""
-    given = read_arguments()
+    parser = command_line()
+    given = parser.parse_args()
+    if given.table is not None:
+        print_table(parser, given.table, table)
+        return
+    check_output(parser, given.output)
     found: dict[str, list[dict[str, float]]] = {}
     for _ in range(given.runs):
         for name, command in cases(given.data_dir, given.max_steps).items():
             if name in (*given.only, ALONE):
                 found.setdefault(name, []).append(measure(command))
     torch_alone = median_of([each["end"] for each in found[ALONE]])
-    lines = [
-        {
-            "case": name,
-            "runs": given.runs,
-            **{moment: median_of([each[moment] for each in starts]) for moment in starts[0]},
-            ALONE: torch_alone,
-            "torch": version("torch"),
-            "python": platform.python_version(),
-            "cpus": os.cpu_count(),
-        }
-        for name, starts in found.items()
-    ]
-    text = "".join(json.dumps(line) + "\n" for line in lines)
-    sys.stdout.write(text)
-    if given.output is not None:
-        given.output.write_text(text, encoding="utf-8")
+    for name, starts in found.items():
+        moments = {moment: median_of([each[moment] for each in starts]) for moment in starts[0]}
+        record({"case": name, "runs": given.runs, **moments, ALONE: torch_alone, **machine()}, given.output)
 
 
-def read_arguments() -> argparse.Namespace:
-    """The parsed command line."""
+def command_line() -> argparse.ArgumentParser:
+    """The command's options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=5, help="starts of each case (default: 5)")
     parser.add_argument("--only", nargs="+", choices=CASES, default=CASES, metavar="CASE", help=f"of {', '.join(CASES)}")
     parser.add_argument("--data-dir", type=Path, help="holds ptb/ptb.train.txt; without it no Penn Treebank")
     parser.add_argument("--max-steps", type=int, default=200, help="of a run that is not stopped in time (default: 200)")
-    parser.add_argument("--output", type=Path, help="JSON lines; printed too")
-    return parser.parse_args()
+    add_options(parser)
+    return parser
+
+
+def table(lines: Sequence[Line]) -> str:
+    """Returns a row for each case: seconds to each moment, and to the end of a process that ends by itself."""
+    from dni_seq.app.studies.records import NOTHING, markdown
+
+    moments = (*MOMENTS, "end")
+    rows = [
+        [line["case"], *(f"{line[moment]:.2f}" if moment in line else NOTHING for moment in moments)]
+        for line in newest(lines, "case")
+    ]
+    return markdown(["case", *(f"{moment}, s" for moment in moments)], rows)
 
 
 def cases(data_dir: Path | None, max_steps: int) -> dict[str, Sequence[str]]:

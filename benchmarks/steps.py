@@ -6,8 +6,8 @@ python benchmarks/steps.py --only char-lstm --bptt 1 4
     Part of it.
 python benchmarks/steps.py --tables docs/results/steps.jsonl
     Measure nothing; print the lines on record as a table of Markdown.
-python benchmarks/steps.py --profile word-lstm --bptt 5
-    Where the time of a step goes, by operator.
+python benchmarks/steps.py --profile word-lstm --bptt 5 --output docs/results/profile.jsonl
+    Where the time of a step goes, by operator; appends a line for each window length and way. `--tables` prints them too.
 python benchmarks/steps.py --memory --output docs/results/memory.jsonl
     Peak resident memory after 200 steps, each way in a process of its own, and its growth over 10,000 windows.
 
@@ -36,7 +36,9 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import step_profile
 import torch
+from result_lines import check_output, machine, print_table, record
 from step_floor import Floor
 from step_ways import (
     AS_IT_COMES,
@@ -59,7 +61,7 @@ from step_ways import (
 )
 
 from dni_seq.app.runs.allocator import keep_freed_memory
-from dni_seq.app.studies.records import NOTHING, markdown, read_lines
+from dni_seq.app.studies.records import NOTHING, markdown
 from dni_seq.credit.message_filter import OBSERVED_FIRST
 
 Kernels = dict[str, dict[str, str]]
@@ -216,6 +218,11 @@ def table(lines: Sequence[Mapping[str, Any]]) -> str:
     return markdown(["setting", "T", *floors, "none, ms", f"{ONE}, ms", *over, *costs, f"{SEED} / {ONE}"], rows)
 
 
+def any_table(lines: Sequence[Mapping[str, Any]]) -> str:
+    """The table of lines of the grid, or of a profile."""
+    return step_profile.table(lines) if "operators" in lines[0] else table(lines)
+
+
 def peak_mb() -> float:
     """Peak resident memory of this process, MiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
@@ -234,17 +241,18 @@ def memory_of(name: str, bptt: int, way: str, windows: int) -> dict[str, Any]:
     return {"setting": name, "bptt": bptt, "way": way, "peak_mb": early, "windows": windows, "peak_mb_at_end": peak_mb()}
 
 
-def profile(name: str, bptt: int, way: str) -> str:
-    """A table of where the time of 30 steps goes."""
-    if way in KEPT:
-        keep_freed_memory()
-    step = step_of(way, SETTINGS[name], bptt)
-    for _ in range(warm_up(way)):
-        step()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
-        for _ in range(30):
+def profile_ways(name: str, bptt: int, ways: Sequence[str], output: Path | None) -> None:
+    """Prints where the time of each way's step goes, and appends its line to the file."""
+    for way in ways:
+        if way in KEPT:
+            keep_freed_memory()
+        step = step_of(way, SETTINGS[name], bptt)
+        for _ in range(warm_up(way)):
             step()
-    return str(profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=15, max_name_column_width=40))
+        printed, operators = step_profile.profile(step)
+        print(f"{name}, T = {bptt}, {way}\n{printed}")
+        line = {"setting": name, "bptt": bptt, "way": way, "steps": step_profile.STEPS, "operators": operators}
+        record({**line, "threads": torch.get_num_threads(), **machine()}, output)
 
 
 def main() -> None:
@@ -255,8 +263,8 @@ def main() -> None:
     parser.add_argument("--way", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--seconds", type=float, default=0.0, help="for each cell at least")
     parser.add_argument("--threads", type=int, default=1, help="of each process (default: 1)")
-    parser.add_argument("--output", type=Path, help="JSON lines; printed too")
-    parser.add_argument("--profile", choices=SETTINGS, help="print where the time goes, of each --way and --bptt")
+    parser.add_argument("--output", type=Path, help="JSON lines; printed too; with --profile they are appended")
+    parser.add_argument("--profile", choices=SETTINGS, help="where the time goes, by operator, of each --way and --bptt")
     parser.add_argument("--memory", action="store_true", help="memory instead of time")
     parser.add_argument("--windows", type=int, default=10_000, help="of --memory (default: 10000)")
     parser.add_argument("--one", nargs=3, metavar=("SETTING", "T", "WAY"), help=argparse.SUPPRESS)
@@ -264,16 +272,16 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     if options.tables:
-        print(table(read_lines(options.tables)))
+        print_table(parser, options.tables, any_table)
         return
     if options.one:
         name, bptt, way = options.one
         print(json.dumps(memory_of(name, int(bptt), way, options.windows)))
         return
     if options.profile:
+        check_output(parser, options.output)
         for bptt in options.bptt or SETTINGS[options.profile].bptt:
-            for way in options.way:
-                print(f"{options.profile}, T = {bptt}, {way}\n{profile(options.profile, bptt, way)}")
+            profile_ways(options.profile, bptt, options.way, options.output)
         return
     lines = []
     for name in options.only:

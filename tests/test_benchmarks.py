@@ -22,6 +22,13 @@ def call(script: str, *arguments: str) -> list[dict]:
     return [json.loads(line) for line in result.stdout.splitlines()]
 
 
+@pytest.fixture
+def tables_of(monkeypatch):
+    """Imports a benchmark, for its `table`."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module
+
+
 def test_step_times_stand_beside_each_other(tmp_path):
     lines = call(
         "steps.py", "--only", "char-gru", "--bptt", "1", "--way", "plain", "none", "--seconds", "0", "--threads", "2",
@@ -35,12 +42,18 @@ def test_step_times_stand_beside_each_other(tmp_path):
     assert none["threads"] == 2
 
 
-def test_a_predictors_floor_grows_with_its_horizons():
-    lines = call("predictor_floor.py", "--rounds", "3")
+def test_a_predictors_floor_grows_with_its_horizons(tmp_path, tables_of):
+    output = tmp_path / "floor.jsonl"
+    lines = call("predictor_floor.py", "--rounds", "3", "--output", str(output))
+    assert lines == [json.loads(line) for line in output.read_text().splitlines()]
     times = {(line["horizons"], line["operation"]): line["ms"] for line in lines}
     assert len(times) == 16
     for name in {name for _, name in times if name.startswith("products")}:
         assert times[4, name] > 1.5 * times[1, name] > 0
+    floor = tables_of("predictor_floor")
+    together = sum(times[4, name] for name in floor.FLOOR)
+    (row,) = (row for row in floor.table(lines).splitlines() if "together" in row)
+    assert row.endswith(f"| {together:.2f} |")
 
 
 def test_memory_is_that_of_a_process_of_its_own(tmp_path):
@@ -57,11 +70,21 @@ def test_reading_is_measured(tmp_path):
     assert line["peak_mb"] > 0
 
 
-def test_a_start_has_its_moments():
-    alone, start = call("start_up.py", "--runs", "1", "--only", "embedded corpus", "--max-steps", "20")
+def test_a_start_has_its_moments(tmp_path, tables_of):
+    output = tmp_path / "start_up.jsonl"
+    only = ("--runs", "1", "--only", "embedded corpus", "--max-steps", "20")
+    alone, start = call("start_up.py", *only, "--output", str(output))
+    assert [alone, start] == [json.loads(line) for line in output.read_text().splitlines()]
     assert alone["case"] == "import torch"
     assert 0 < start["first line"] < start["three lines"] < start["first figure"]
     assert start["import torch"] == alone["end"]
+    first, second = (row.strip("| ").split(" | ") for row in tables_of("start_up").table([alone, start]).splitlines()[2:])
+    assert first[1:] == ["–", "–", "–", f"{alone['end']:.2f}"]
+    assert second == [
+        "embedded corpus",
+        *(f"{start[moment]:.2f}" for moment in ("first line", "three lines", "first figure")),
+        "–",
+    ]
 
 
 def test_a_point_of_growth_is_measured_and_drawn(tmp_path):
@@ -182,9 +205,3 @@ def test_past_and_future_steps_are_those_beside_the_state(study):
     assert (future.inputs[:left, : copying.LANES] == window.inputs[4:]).all()
     assert int(future.counts[:, : copying.LANES].sum()) == 5 * copying.LANES
     assert not future.counts[:, copying.LANES :].any(), "nothing follows the end"
-
-
-def test_recomputed_activations_need_less_memory():
-    settings = ("T = 200", "T = 200, recomputed every 20")
-    (whole,), (chunks,) = (call("long_windows.py", "characters", setting) for setting in settings)
-    assert chunks < 0.4 * whole

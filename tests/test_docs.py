@@ -179,6 +179,8 @@ ELSEWHERE = {
     "peers": "test_peers.py",
     "growth": "test_benchmarks.py",
     "start_up": "test_benchmarks.py",
+    "long_windows": "test_result_lines.py",
+    "scans": "test_result_lines.py",
     "predictor_floor": "test_benchmarks.py",
     "stability": "test_benchmarks.py",
     "golden_runs": "test_benchmarks.py",

@@ -44,6 +44,113 @@ def test_a_page_has_the_table_that_a_benchmark_prints(name, monkeypatch):
     assert found == [{column: row[column] for column in found[0]} for row in printed]
 
 
+def row(*cells: object) -> str:
+    """A row of a table of Markdown."""
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def test_the_small_tables_of_speed_and_memory_are_their_lines():
+    """Where this fails: docs/performance.md, the tables of words, memory, reach and floor"""
+    page = (DOCS / "performance.md").read_text(encoding="utf-8")
+    for line in lines("memory"):
+        early, late = line["peak_mb"], line["peak_mb_at_end"]
+        assert row(f"`{line['way']}`", f"{early:.1f}", f"{late:.1f}", f"{100 * (late / early - 1):.2f} %") in page
+    code = {"249": "249 words", "499": "499 words", "999, all 10,000 read": "999 words"}
+    for words, start in code.items():
+        tried = [line for line in lines("steps_words_tried") if line["code"].startswith(start)]
+        ratios = [line["over none"] for line in tried if line["way"] == "multi-horizon, K = 1"]
+        assert row(words, *(f"{ratio:.2f}" for ratio in ratios)) in page
+    reach = {(line["value"], line["way"]): line["mb"] for line in lines("growth") if line["varied"] == "reach"}
+    for steps, way in reach:
+        assert row(steps, f"{reach[steps, 'none']:.0f}", f"{reach[steps, 'multi-horizon']:.0f}") in page, way
+    floor = {line["way"]: line for line in lines("steps_floor")}
+    of_none, of_one = (floor[way]["over its floor"] for way in ("none", "multi-horizon, K = 1"))
+    cells = (f"{floor['none']['ms']:.1f}", f"{floor['floor']['ms']:.1f}", f"{of_none:.2f}", f"{of_one:.2f}")
+    assert row("char-lstm", 1, *cells) in page
+
+
+def test_what_to_expect_of_a_step_is_in_the_lines():
+    """Where this fails: docs/performance.md, What to expect by setting"""
+    page = (DOCS / "performance.md").read_text(encoding="utf-8")
+    assert all(line["over plain, fused Adam"] < 1.005 for line in lines("steps") if line["way"] == "none")
+    ms = {(line["value"], line["way"]): line["mean_ms"] for line in lines("growth") if line["varied"] == "bptt"}
+    ratio = ms[5, "multi-horizon"] / 5 / (ms[40, "none"] / 40)
+    assert f"T = 5 costs {ratio:.1f} times as much as one of `none` at T = 40" in page
+    chars = [(line["bptt"], line["over none"]) for line in lines("steps_chars") if line["way"] != "none"]
+    ranges = {
+        t: max(r for other, r in chars[:15] if other == t) - min(r for other, r in chars[:15] if other == t)
+        for t, _ in chars
+    }
+    assert max(ranges.values()) == ranges[1] < 0.1
+    grid = {line["way"]: line for line in lines("steps") if (line["setting"], line["bptt"]) == ("word-lstm", 5)}
+    for line in lines("steps_threads"):
+        for name in ("over plain", "over plain, fused Adam", "over none"):
+            if line["way"] in ("none", "multi-horizon, K = 1"):
+                assert round(abs(line[name] - grid[line["way"]][name]), 1) <= 0.1
+
+
+def test_the_tables_of_traces_are_their_lines():
+    """Where this fails: docs/estimators.md, the tables of traces"""
+    page = (DOCS / "estimators.md").read_text(encoding="utf-8")
+    for line in (line for line in lines("traces") if line["study"] == "step"):
+        parts = f"{line['over parts']:.2f}" if "over parts" in line else "–"
+        name, ms = f"{line['cell'].upper()} 256, {line['traces']}", line["ms"]
+        times = (f"{value:.1f}" for value in (ms["plain"], ms["traces"], line["over plain"]))
+        assert row(name, line["lanes"], line["T"], *times, parts) in page
+    runs = [line for line in lines("traces") if line["study"] == "characters"]
+    short = [line for line in runs if line["options"]["max_tokens"] == 500_000]
+    ways = {
+        "truncated BPTT": (None, None, None),
+        "`--traces factored`": (None, "factored", 0.2),
+        **{f"`--traces factored --trace-decay {decay:g}`": (None, "factored", decay) for decay in (0.0, 0.6, 0.9)},
+        **{f"`--backward-steps {steps}`": (steps, None, None) for steps in (2, 4)},
+    }
+    for name, kind in ways.items():
+        bits = {
+            line["options"]["seed"]: line["valid_bpc"] for line in short if kind == tuple(line["options"][k] for k in KIND)
+        }
+        assert row(name, *(f"{bits[seed]:.3f}" if seed in bits else "–" for seed in (1, 2, 3))) in page
+    longer = [line["valid_bpc"] for line in runs if line["options"]["max_tokens"] == 2_000_000]
+    assert row("`--traces factored`", f"{mean(longer):.3f}") in page
+    for name, method in (("truncated BPTT", "none"), ("default synthesizer", "multi-horizon")):
+        assert row(name, f"{mean(map(final, table_1('ptb', 1, method))):.3f}") in page
+
+
+def test_the_speed_of_streams_is_that_of_its_lines():
+    """Where this fails: docs/streams.md, Speed and memory"""
+    rows = next(rows for rows in tables((DOCS / "streams.md").read_text(encoding="utf-8")) if "case (`--only`)" in rows[0])
+    page = {each["case (`--only`)"].split("`")[1]: list(each.values())[1:] for each in rows}
+    found = {line["case"]: line for line in lines("streams")}
+    bare, training = found.pop("bare"), found.pop("training, streamed over held")
+    assert page == {
+        case: [line["tokenizer"], f"{line['tokens_per_second'] / 1e6:.2f}", f"{line['peak_mb'] - bare['peak_mb']:.0f}"]
+        for case, line in found.items()
+    }
+    more = f"{training['ratio_of_time'] - 1:.0%}".replace("%", " %")
+    assert f"costs training {more} more time" in (DOCS / "streams.md").read_text(encoding="utf-8")
+
+
+def test_the_advice_on_estimators_quotes_the_echo():
+    """Where this fails: docs/estimators.md, the table at the end of Side by side"""
+    page = (DOCS / "estimators.md").read_text(encoding="utf-8")
+    echo = next(rows for rows in tables(page) if "score, bits" in rows[0])
+    of = {(each["cell"], each["gradient"]): each for each in echo}
+    full, single = of["lru", "full BPTT, T = 15"], of["lru", "truncated, T = 1"]
+    assert round(float(single["ms a step"]) / float(full["ms a step"])) == 7
+    assert "costs a seventh of a step at T = 1" in page
+    chunks = float(of["lru", "full BPTT, chunks, T = 15"]["peak KiB"]) / float(full["peak KiB"])
+    assert f"`checkpoint_every`: {chunks:.1f} of the memory" in page
+    windows, exact = of["lru", "k1 and k2, T = 3"], of["lru", "exact traces, T = 1"]
+    assert round(float(exact["ms a step"]) / float(windows["ms a step"])) == 3
+    assert f"`backward_windows`: {windows['gap closed']} of the gap at a third of the time" in page
+    factored, snap1 = (
+        [of[cell, f"{way}, T = 1"]["gap closed"] for cell in ("lstm", "gru")] for way in ("factored traces", "SnAp-1")
+    )
+    of_lstm, of_gru = (f"{a.rstrip(' %')} and {b}" for a, b in zip(factored, snap1, strict=True))
+    assert f"({of_lstm}, with a GRU {of_gru})" in page
+    assert f"exact future: {of['lru', 'exact future, T = 1']['gap closed']} of the gap" in page
+
+
 def test_the_advice_quotes_the_lines():
     """Where this fails: docs/guides/choosing.md, or the minutes in README"""
     choosing = (DOCS / "guides" / "choosing.md").read_text(encoding="utf-8")

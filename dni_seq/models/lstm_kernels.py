@@ -2,9 +2,9 @@
 
 By default PyTorch runs a float32 `nn.LSTM` through oneDNN. That kernel is made for long sequences, and it computes the
 gradients of the weights in every vector-Jacobian product, even in a product with respect to the state only. The native
-kernel is faster in short windows, and also in longer windows with many such products. The lengths below are measured
-(docs/performance.md). They are fixed, because a choice by timing at run time would make results depend on the machine's
-load.
+kernel is faster in short windows, and also in longer windows with many such products. The lengths below were
+chosen by measurement on one machine. They are fixed, because a choice by timing at run time would make results depend on
+the machine's load.
 
 Legend: T = window length, B = lanes, E = input size, H = hidden units.
 """

@@ -4,7 +4,7 @@ A loop of T small steps in plain autograd records several nodes a step, whose ov
 and backward are loops over preallocated tensors. A long window of small complex states is computed as a scan: √T chunks of
 √T steps, all chunks at once, then the states between chunks, and last what these add inside the chunks. That is 2√T
 operations on larger tensors in place of T, with twice the arithmetic. For real states it hardly saves time
-(docs/estimators.md).
+(benchmarks/scans.py).
 
 Source of the scan: Blelloch 1990, "Prefix Sums and Their Applications", CMU-CS-90-190, section 1.4, in two levels.
 
@@ -87,7 +87,7 @@ def rotate(real: Tensor, imaginary: Tensor, x: Tensor) -> Tensor:
 
 
 SCAN_STEPS, SCAN_NUMBERS = 64, 2048
-"""A window is scanned if it has at least so many steps, of at most so many numbers in all lanes (docs/estimators.md)."""
+"""A window is scanned if it has at least so many steps, of at most so many numbers in all lanes (benchmarks/scans.py)."""
 
 
 def scans(b: Tensor) -> bool:

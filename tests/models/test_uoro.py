@@ -67,7 +67,7 @@ def by_single_steps(rnn, text, loss, **traces):
 
 
 def test_traces_are_nearer_to_the_gradient_than_truncation_and_a_draw_of_uoro():
-    """64 units, 20 single steps, cosine of the summed gradients; docs/estimators.md has the numbers."""
+    """64 units, 20 single steps, cosine of the summed gradients; docs/estimators.md has the order."""
     rnn, text, loss, exact = problem(64, 8, 20)
     kinds = {"SnAp-1": {"traces": "snap1"}, "truncated": {}}
     kinds |= {f"factored, {decay}": {"traces": "factored", "trace_decay": decay} for decay in (0.0, 0.2, 0.9)}

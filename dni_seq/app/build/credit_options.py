@@ -38,7 +38,7 @@ DISCOUNTS: Mapping[str, float] = MappingProxyType(
 horizons with their own automatic scales do not."""
 
 REGRESS_EVERY: Mapping[str, int] = MappingProxyType({"basic": 1, "paper": 1, "state": 3, "multi-horizon": 4, "exact": 1})
-"""Defaults of `--regress-every` by synthesizer: a large synthesizer is costly to train (docs/performance.md)."""
+"""Defaults of `--regress-every` by synthesizer: a large synthesizer is costly to train."""
 
 AUTO_FIDELITY_EVERY = 47
 """Windows between two comparisons for an automatic scale. A prime, because with a multiple of the sequence length every

@@ -7,9 +7,8 @@ python scripts/train_slow_ticking.py --joint message
 python scripts/train_slow_ticking.py --joint none
     The fast network alone predicts both counts, with truncated BPTT over 5 steps.
 
-Prints the squared error of each count divided by its variance: a constant prediction of the mean gives 1. Expected results
-are in docs/distributed.md. With --run-dir, writes summary.json there. Invalid input prints one line on stderr and exits with
-status 2.
+Prints the squared error of each count divided by its variance: a constant prediction of the mean gives 1. With --run-dir,
+writes summary.json there. Invalid input prints one line on stderr and exits with status 2.
 """
 
 from __future__ import annotations

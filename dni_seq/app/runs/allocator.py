@@ -1,9 +1,9 @@
 """Configures glibc's allocator to keep freed memory for the next window, and to place it in huge pages.
 
 The C library of most Linux systems returns large blocks to the system as soon as they are freed. A window's logits and
-gradients are such blocks, so the system would map, clear and fault in the same megabytes in every step, which costs up to a
-third of a short window's step. With pages of 4 KiB, parameters, gradients and moments need more page translations than a
-core caches. Pages of 2 MiB save up to another tenth of such a step (docs/performance.md).
+gradients are such blocks, so the system would map, clear and fault in the same megabytes in every step, which costs most at
+short windows. With pages of 4 KiB, parameters, gradients and moments need more page translations than a core caches. Pages
+of 2 MiB need fewer.
 """
 
 from __future__ import annotations
