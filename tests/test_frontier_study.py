@@ -103,13 +103,15 @@ def test_lines_of_the_study_on_words_count_where_settings_agree(study, tmp_path)
         valid = 100.0 if (method, settings) in others else 150.0
         append_line(lines, old_line(method, valid, **settings))
     known = records.reused(lines)
-    wanted = {trials.key_of(trial) for trial in plans.plan({}) if trial["task"] == "words"}
     assert {(line["trial"]["part"], line["trial"]["method"]) for line in known.values()} == {
         ("frontier", "none"),
         ("frontier", "dense"),
         ("ablation", "dense"),
     }
-    assert set(known) <= wanted, "the settings are those of the plan"
+    by_sgd = {"optimizer": "sgd", "dropout": 0.0, "rate": 20.0}
+    settings = [{**line["trial"], **by_sgd} for line in known.values() if line["trial"]["part"] == "frontier"]
+    wanted = {trials.key_of(trial) for trial in plans.plan({}, ("words",))}
+    assert {trials.key_of(trial) for trial in settings} <= wanted, "the plan has the same by another optimizer"
     assert {line["seconds"] for line in known.values()} == {150.0, 200.0}
     assert {line["quality"] for line in known.values()} == {150.0}
     assert records.spent(known) == 0, "its hours are not this study's"
@@ -136,7 +138,7 @@ def test_the_plan_goes_from_the_search_to_larger_budgets_and_seeds(study):
     larger = [(trial["method"], trial["T"], trial["rate"], trial["seed"]) for trial in order[len(searched) :]]
     ends = [("none", 20, 2e-3, 1), ("past", 20, 2e-3, 1), ("multi-horizon", 20, 2e-3, 1)]
     assert larger == ends + [(*end[:3], seed) for end in ends[:2] for seed in (2, 3)]
-    assert {trial["seconds"] for trial in order[len(searched) :]} == {240}
+    assert {trial["seconds"] for trial in order[len(searched) :]} == {200}
 
 
 def test_text_tries_a_lower_rate_at_the_next_budget_and_keeps_the_better(study):
@@ -149,28 +151,28 @@ def test_text_tries_a_lower_rate_at_the_next_budget_and_keeps_the_better(study):
     for column in grid.columns:
         while left := [trial for trial in plans.search(grid, column, known) if trials.key_of(trial) not in known]:
             for trial in left:
-                record(trial, 200 + (trial["rate"] != 8e-3) + 100 * (column.method not in ("none", "dense", "past")))
+                record(trial, 200 + (trial["rate"] != 20) + 100 * (column.method not in ("none", "dense", "past")))
     next_budget = [trial for trial in plans.all_larger(grid, known) if trial["method"] == "dense"]
-    assert [(trial["budget"], trial["rate"]) for trial in next_budget] == [(3, 4e-3), (3, 8e-3)]
+    assert [(trial["budget"], trial["rate"]) for trial in next_budget] == [(3, 10), (3, 20)]
     record(next_budget[0], 140.0)
     record(next_budget[1], 150.0)
+    (*_, with_dropout) = (trial for trial in plans.all_larger(grid, known) if trial["method"] == "dense")
+    assert [with_dropout[name] for name in ("budget", "rate", "dropout", "optimizer")] == [3, 10, 0.2, "sgd"]
+    record(with_dropout, 130.0)
     found = [trial for trial in plans.all_larger(grid, known) if trial["method"] == "dense"]
-    assert [(trial["budget"], trial["rate"]) for trial in found][2:] == [(6, 4e-3)]
+    assert [(trial["budget"], trial["rate"], trial["dropout"]) for trial in found][3:] == [(6, 10, 0.2)]
 
 
-def test_truncated_bptt_tries_longer_windows_at_the_largest_budget(study):
+def test_truncated_bptt_tries_the_next_longer_window_at_the_largest_budget(study):
     plans, trials = study("plans"), study("trials")
     grid, known = plans.GRIDS["words"], {}
-    settings = grid.trial(grid.columns[0], 5, 8e-3)
-    for rate in (4e-3, 8e-3):
-        trial = {**settings, "budget": 3, "rate": rate}
-        known[trials.key_of(trial)] = {"trial": trial, "quality": rate, "curve": []}
-    *_, one, two, three = plans.larger(grid, settings, known)
-    assert [(trial["budget"], trial["T"], trial["rate"]) for trial in (one, two, three)] == [
-        (6, 5, 4e-3),
-        (6, 20, 4e-3),
-        (6, 35, 4e-3),
-    ]
+    settings = grid.trial(grid.columns[0], 5, 20.0)
+    for rate, dropout in ((10.0, 0.0), (20.0, 0.0), (10.0, 0.2)):
+        trial = {**settings, "budget": 3, "rate": rate, "dropout": dropout}
+        known[trials.key_of(trial)] = {"trial": trial, "quality": rate + dropout, "curve": []}
+    *_, one, two = plans.larger(grid, settings, known)
+    found = [tuple(trial[name] for name in ("budget", "T", "rate", "dropout")) for trial in (one, two)]
+    assert found == [(6, bptt, 10.0, 0.0) for bptt in (5, 20)]
 
 
 def test_the_whole_study_fits_in_twenty_hours(study):
@@ -213,6 +215,8 @@ def test_settings_reach_the_trainer(study):
     assert trainer_with(study, {"predict": "horizons", "horizons": 3, "steps": 12}).credit.synthesizer.lookahead == 12
     assert trainer_with(study, {"method": "exact", "steps": 16}).credit.synthesizer.steps == 16
     assert trainer_with(study, {"method": "overlap", "back": 5}).backward_windows == 5
+    kinds = [type(trainer_with(study, {"method": "none", **more}).optimizer) for more in ({}, {"optimizer": "sgd"})]
+    assert kinds == [torch.optim.Adam, torch.optim.SGD]
 
 
 def test_a_weight_is_that_of_the_mean_loss(study, data):
@@ -411,7 +415,7 @@ def test_the_command_runs_trials_once_and_writes_what_they_say(
     assert len(set(keys)) == len(keys) == 3 + 2 * 2 + 2 + 2 * 2, "far, the search, larger budgets, more seeds"
     for line in found:
         assert {"quality", "steps", "curve", "peak_mib", "saved_bytes", "date"} <= line.keys()
-        assert (line["updates"], line["seconds"]) == ((2, 150.0) if line["trial"].get("seconds") != 600 else (8, 600.0))
+        assert (line["updates"], line["seconds"]) == ((2, 150.0) if line["trial"].get("seconds") != 450 else (6, 450.0))
     capsys.readouterr()
     call(study, monkeypatch, "plan", "--only", "copy", "far", *common)
     assert capsys.readouterr().out.endswith("h used, at most 0.00 h to go; limit 20 h\n")
@@ -423,7 +427,7 @@ def test_the_command_runs_trials_once_and_writes_what_they_say(
     cells = [[cell.strip() for cell in row.split("|")[1:-1]] for row in text.splitlines() if row.startswith("|")]
     assert ["copy", "10", "0", "0"] in [row[:4] for row in cells]
     assert ["copy", "1", "2", "0", "–, –, –, –, –", "150"] in [row[:6] for row in cells], "far lengths"
-    assert [row[5:8] for row in cells if row[:3] == ["past", "600", "4"]] == [["3", "600", "0.0 ± 0.0"]]
+    assert [row[6:9] for row in cells if row[:4] == ["past", "Adam", "450", "4"]] == [["3", "450", "0.0 ± 0.0"]]
     pytest.importorskip("matplotlib", reason="matplotlib, of the extras plots and dev, is not installed")
     call(study, monkeypatch, "draw", "--images", tmp_path, *common)
     for name in ("frontier_time.svg", "frontier_memory.svg"):
@@ -451,7 +455,7 @@ def test_a_mean_has_its_seeds(study, tmp_path):
     page = tmp_path / "page.md"
     page.write_text("\n".join(report.MARKS) + "\n")
     report.write(page, known, records.Times({}, {}))
-    (row,) = (row for row in page.read_text().splitlines() if row.startswith("| none | 1 |"))
+    (row,) = (row for row in page.read_text().splitlines() if row.startswith("| none | SGD | 1 |"))
     assert "| 3 | 200 | 102.0 ± 1.0 | 90.0 ± 0.0 |" in row
 
 

@@ -2,6 +2,7 @@
 
 A trial's settings, beside its method: `T`, `rate`, `seed`, and where they apply
 
+    optimizer   "sgd"; without it Adam
     predict     what the predictor predicts, as in `FutureGradient.for_model`
     steps       m, the steps that it predicts, or that the exact gradient covers; without it the default
     horizons    K, the parts of the steps; without it the default
@@ -117,7 +118,8 @@ def drawn_past(trial: Trial, parts: Parts, size: int) -> dni.GatedPast:
 
 def trainer_of(trial: Trial, parts: Parts) -> dni.SequenceTrainer:
     """Returns the trainer of a trial."""
-    optimizer = torch.optim.Adam(parts.model.parameters(), trial["rate"], fused=True)
+    kind = torch.optim.SGD if trial.get("optimizer") == "sgd" else torch.optim.Adam
+    optimizer = kind(parts.model.parameters(), trial["rate"], fused=True)
     synthesizer = synthesizer_of(trial, parts)
     found = dni.SequenceTrainer(
         parts.model,
@@ -182,4 +184,5 @@ def kind_of(trial: Trial) -> str:
     names = {"predict": "of {}", "horizons": "K={}", "steps": "m={}", "every": "every {}", "draws": "{} drawn"}
     words += [text.format(trial[name]) for name, text in {**names, "back": "{} back"}.items() if name in trial]
     switches = {"end": "no end", "gate": "no gate"}
-    return " ".join(words + [text for name, text in switches.items() if not trial.get(name, True)])
+    words += [text for name, text in switches.items() if not trial.get(name, True)]
+    return " ".join(words + ["by SGD"] * (trial.get("optimizer") == "sgd"))

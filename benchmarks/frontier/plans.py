@@ -30,8 +30,8 @@ Steps = Callable[[int], dict[str, Any]]
 
 FIRST_SEED, SEEDS = 1, (1, 2, 3)
 BASE = "none"
-GOING_ON = 2
-"""Methods beside truncated BPTT that go on to the larger budgets."""
+GOING_ON: Mapping[str, int] = MappingProxyType({"words": 1})
+"""Methods beside truncated BPTT that go on to the larger budgets, if not 2. On words each trial is long."""
 
 FAR_UPDATES = 200_000
 FAR_RATE = 4e-3
@@ -74,6 +74,7 @@ class Grid:
         unit: the name of the setting that holds the budget.
         common: settings of every trial.
         columns: the methods, in order of value.
+        dropouts: what the second budget tries; none if the task has no dropout to choose.
     """
 
     task: str
@@ -83,6 +84,7 @@ class Grid:
     unit: str
     common: Mapping[str, Any]
     columns: tuple[Column, ...]
+    dropouts: tuple[float, ...] = ()
 
     def trial(self, column: Column, bptt: int, rate: float, weight: float | None = None) -> Trial:
         """Returns a trial at the smallest budget."""
@@ -112,7 +114,7 @@ def text_columns(windows: tuple[int, int, int], dense: int, past: int, exact: in
     """Returns the methods on text.
 
     Args:
-        windows: T.
+        windows: T. The default and the exact gradient leave out the longest, where credit from later windows adds least.
         dense: n and m of dense messages. At the shortest T they would be the default's.
         past: m of the past.
         exact: steps of the exact gradient.
@@ -122,9 +124,9 @@ def text_columns(windows: tuple[int, int, int], dense: int, past: int, exact: in
     return (
         Column("none", nothing, windows),
         Column("dense", lambda bptt: {**ahead, "steps": dense, "every": dense}, windows[1:], (0.1, 0.3)),
-        Column("multi-horizon", default, windows),
-        Column("past", lambda bptt: {"predict": "past", "steps": past}, windows, (0.1,)),
-        Column("exact", lambda bptt: {"steps": exact}, windows),
+        Column("multi-horizon", default, windows[:2]),
+        Column("past", lambda bptt: {"predict": "past", "steps": past}, (middle,), (0.1,)),
+        Column("exact", lambda bptt: {"steps": exact}, windows[:2]),
         Column("overlap", lambda bptt: {"back": middle // short}, (short,)),
     )
 
@@ -147,16 +149,19 @@ def sequence_grid(task: str, budgets: tuple[float, float]) -> Grid:
     return Grid(task, (1e-3, 2e-3, 4e-3), 0, budgets, "seconds", {}, sequence_columns((4, 20, 40), overlap=task == "copy"))
 
 
-WORD_RATES, CHARACTER_RATES = (2e-3, 4e-3, 8e-3, 1.6e-2), (1e-3, 2e-3, 4e-3, 8e-3)
+WORD_RATES, CHARACTER_RATES = (5.0, 10.0, 20.0, 40.0), (1e-3, 2e-3, 4e-3, 8e-3)
+BY_SGD: Mapping[str, Any] = MappingProxyType({"optimizer": "sgd", "dropout": 0.0})
+"""Words are learned faster by SGD at high rates than by Adam, with and without messages. Lines by Adam count too."""
+
 WORDS, CHARACTERS = text_columns((5, 20, 35), 5, 20, 4), text_columns((8, 20, 50), 5, 40, 8)
 GRIDS: Mapping[str, Grid] = MappingProxyType(
     {
-        "words": Grid("words", WORD_RATES, 1, (1, 3, 6), "budget", {"dropout": 0.2}, WORDS),
+        "words": Grid("words", WORD_RATES, 1, (1, 3, 6), "budget", BY_SGD, WORDS, dropouts=(0.0, 0.2)),
         "characters": Grid("characters", CHARACTER_RATES, 1, (0.3, 1.2), "budget", {"dropout": 0.0}, CHARACTERS),
-        "copy": sequence_grid("copy", (150, 600)),
-        "distractors": sequence_grid("distractors", (120, 300)),
-        "repeat-copy": sequence_grid("repeat-copy", (120, 400)),
-        "adding": sequence_grid("adding", (80, 240)),
+        "copy": sequence_grid("copy", (150, 450)),
+        "distractors": sequence_grid("distractors", (120, 240)),
+        "repeat-copy": sequence_grid("repeat-copy", (120, 300)),
+        "adding": sequence_grid("adding", (80, 200)),
     }
 )
 """Budgets of text are in epochs of truncated BPTT at the longest T, at idle CPU time."""
@@ -221,28 +226,31 @@ def going_on(grid: Grid, known: Known) -> dict[str, Trial]:
     if len(known_ones) < len(found):
         return {}
     others = sorted((method for method in found if method != BASE), key=lambda name: score(known[key_of(known_ones[name])]))
-    return {method: known_ones[method] for method in (BASE, *others[:GOING_ON])}
+    return {method: known_ones[method] for method in (BASE, *others[: GOING_ON.get(grid.task, 2)])}
 
 
 def larger(grid: Grid, settings: Trial, known: Known) -> Iterator[Trial]:
     """Yields the trials of a method at the larger budgets that can be run now, from its best one at the smallest."""
     for number, budget in enumerate(grid.budgets[1:]):
-        rates = [settings["rate"]]
-        if not number and grid.task in TEXT:
-            rates = [rate for rate in grid.rates if rate <= settings["rate"]][-2:]
-        trials = [{**settings, grid.unit: budget, "rate": rate} for rate in rates]
+        lower = [settings["rate"] / 2] if not number and grid.task in TEXT else []
+        trials = [{**settings, grid.unit: budget, "rate": rate} for rate in (*lower, settings["rate"])]
         if budget == grid.budgets[-1] and settings["method"] == BASE:
             trials += longer_windows(grid, trials[0])
         yield from trials
         if missing(trials, known):
             return
         settings = best(trials, known)
+        others = [{**settings, "dropout": share} for share in grid.dropouts if not number and share != settings["dropout"]]
+        yield from others
+        if missing(others, known):
+            return
+        settings = best([settings, *others], known)
 
 
 def longer_windows(grid: Grid, trial: Trial) -> list[Trial]:
-    """Returns a trial of truncated BPTT on text in the longer windows of its grid, which may pay at large budgets alone."""
+    """Returns a trial of truncated BPTT on text in the next longer window of its grid, which may pay at large budgets alone."""
     (windows,) = (column.windows for column in grid.columns if column.method == BASE)
-    return [{**trial, "T": bptt} for bptt in windows if bptt > trial["T"] and grid.task in TEXT]
+    return [{**trial, "T": bptt} for bptt in windows if bptt > trial["T"] and grid.task in TEXT][:1]
 
 
 def all_larger(grid: Grid, known: Known) -> Iterator[Trial]:

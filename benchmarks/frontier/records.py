@@ -29,6 +29,9 @@ EPOCH_SECONDS: Mapping[str, float] = {"words": 200.0, "characters": 450.0}
 UPDATE_SECONDS = 0.007
 """Of an update at T = 4 with messages of the past, for estimates."""
 
+REUSED_DROPOUT = 0.2
+"""Of the lines of the study on words that count here. It trains by Adam."""
+
 OVERHEAD = 1.2
 """CPU seconds of a trial over those of its updates: evaluations, and a machine that others use."""
 
@@ -101,12 +104,12 @@ def frontier_trial(old: Trial) -> Trial | None:
     grid = GRIDS["words"]
     columns = {column.method: column for column in grid.columns}
     column = columns.get(old["method"])
-    if old["task"] != "words" or column is None or "budget" not in old or old["dropout"] != grid.common["dropout"]:
+    if old["task"] != "words" or column is None or "budget" not in old or old["dropout"] != REUSED_DROPOUT:
         return None
     if old["method"] == "multi-horizon" and old["T"] != 5:
         return None  # that study's default predicts 5 words at each T
-    found = grid.trial(column, old["T"], old["lr"], old.get("weight"))
-    return {**found, "budget": old["budget"], "seed": old["seed"]}
+    found = {**grid.trial(column, old["T"], old["lr"], old.get("weight")), "budget": old["budget"], "seed": old["seed"]}
+    return {**{name: value for name, value in found.items() if name not in grid.common}, "dropout": old["dropout"]}
 
 
 def converted(line: Line, trial: Trial, step_seconds: Mapping[str, float]) -> Line:

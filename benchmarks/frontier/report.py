@@ -5,10 +5,12 @@ Legend: T = window length in steps.
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import sequence_tasks
@@ -23,6 +25,9 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "studies"))
 sys.path.insert(0, str(Path(__file__).parents[1] / "predictive_messages"))
 from copying import UpdateTime
 from trials import Line, Trial, key_of
+
+OPTIMIZERS: Mapping[str | None, str] = MappingProxyType({None: "Adam", "sgd": "SGD"})
+"""Names by the setting of a trial."""
 
 MARKS = ("<!-- frontier: written by study.py table -->", "<!-- end of frontier -->")
 COUNTS = (7, 9, 11, 15, 19)
@@ -79,21 +84,37 @@ def progress_table(known: Known, times: Times) -> str:
     return markdown(header, rows)
 
 
-HEADER = ("method", "budget", "T", "rate", "weight", "seeds", "CPU s", "quality", "test", "saved MiB", "peak MiB", "date")
+HEADER = (
+    "method",
+    "optimizer",
+    "budget",
+    "T",
+    "rate",
+    "weight",
+    "seeds",
+    "CPU s",
+    "quality",
+    "test",
+    "saved MiB",
+    "peak MiB",
+    "date",
+)
 
 
 def task_rows(grid: Grid, known: Known, times: Times) -> Iterable[list[str]]:
-    """Yields the best trial of each method at each budget, with the mean of its seeds."""
-    for column in grid.columns:
-        for budget in grid.budgets:
-            line = best_line(grid, column, known, budget)
-            if line is not None:
-                yield best_row(line, grid, known, times)
+    """Yields the best trial of each method and optimizer at each budget, with the mean of its seeds."""
+    for column, optimizer, budget in itertools.product(grid.columns, OPTIMIZERS, grid.budgets):
+        line = best_line(grid, column, known, budget, [optimizer])
+        if line is not None:
+            yield best_row(line, grid, known, times)
 
 
-def best_line(grid: Grid, column: Column, known: Known, budget: float) -> Line | None:
-    """Returns the best line of a method at a budget with the first seed, None without one."""
-    found: list[Line] = lines_of(grid, column, known, budget)
+def best_line(
+    grid: Grid, column: Column, known: Known, budget: float, optimizers: Iterable[str | None] = OPTIMIZERS
+) -> Line | None:
+    """Returns the best line of a method by some optimizers at a budget with the first seed, None without one."""
+    chosen = set(optimizers)
+    found = [line for line in lines_of(grid, column, known, budget) if line["trial"].get("optimizer") in chosen]
     return min(found, key=score) if found else None
 
 
@@ -104,7 +125,14 @@ def best_row(line: Line, grid: Grid, known: Known, times: Times) -> list[str]:
     places = digits(grid.task)
     means = [mean_cell([each[name] for each in of_seeds if name in each], places) for name in ("quality", "test")]
     saved = saved_of(line, times)
-    cells = [trial["method"], trial[grid.unit], trial["T"], f"{trial['rate']:g}", trial.get("weight", "")]
+    cells = [
+        trial["method"],
+        OPTIMIZERS[trial.get("optimizer")],
+        trial[grid.unit],
+        trial["T"],
+        f"{trial['rate']:g}",
+        trial.get("weight", ""),
+    ]
     cells += [len(of_seeds), f"{line['seconds']:.0f}", *means]
     return [str(cell) for cell in [*cells, mib(saved), line.get("peak_mib", NOTHING), line["date"]]]
 
@@ -168,7 +196,7 @@ def update_rows(task: str, seconds: dict[str, UpdateTime], times: Times) -> Iter
     """Yields the idle time and the memory of each kind of update of a task."""
     for kind, time_of in seconds.items():
         bptt = int(kind.split("T=")[1].split()[0])
-        base = seconds.get(f"none T={bptt}")
+        base = seconds.get(f"none T={bptt}" + " by SGD" * kind.endswith("by SGD"))
         own = time_of.seconds(bptt)
         ratio = NOTHING if base is None else f"{own / base.seconds(bptt):.2f}"
         yield [kind, f"{1000 * own:.1f}", ratio, mib(times.saved[task][kind])]
