@@ -18,10 +18,7 @@ Legend: T = window length in steps.
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -35,17 +32,16 @@ from dni_seq.app.lm.build_trainer import build_trainer
 from dni_seq.app.lm.options import PRESETS, LanguageModelOptions, resolve_options
 from dni_seq.app.runs.allocator import keep_freed_memory
 from dni_seq.app.runs.options import build
-from dni_seq.app.studies.records import append_line
+from dni_seq.app.studies.records import append_line, markdown, read_lines
 from dni_seq.credit.message_filter import OBSERVED_FIRST
 
 sys.path.insert(0, str(Path(__file__).parent / "studies"))
+from command_runs import bracket_rate, command_of, train
 from trials import (
     Line,
     Trial,
-    best_value,
     key_of,
     latest_times,
-    lines_by_key,
     measure_in_turns,
     print_plan,
     serve_steps,
@@ -53,7 +49,6 @@ from trials import (
     work,
 )
 
-ROOT = Path(__file__).resolve().parents[1]
 METHODS = ("none", "multi-horizon")
 RATES = (10.0, 20.0, 40.0)
 TUNING_EPOCHS, EPOCHS = 3, PRESETS["small"]["epochs"]
@@ -74,16 +69,7 @@ def validation(line: Line) -> float:
 
 def tuning(method: str, known: dict[str, Line]) -> tuple[list[Trial], float | None]:
     """The trials of a method at few epochs, and its best rate once it is bracketed by a lower and a higher one."""
-    rates = list(RATES)
-    while True:
-        trials = [trial_of(method, rate, TUNING_EPOCHS) for rate in rates]
-        best: float | None = best_value(known, trials, "lr", validation)
-        if best == rates[-1]:
-            rates.append(2 * best)
-        elif best == rates[0]:
-            rates.insert(0, best / 2)
-        else:
-            return trials, best
+    return bracket_rate(known, lambda rate: trial_of(method, rate, TUNING_EPOCHS), RATES, validation)
 
 
 def plan(known: dict[str, Line]) -> Iterator[Trial]:
@@ -121,28 +107,18 @@ class Runner:
             **scores(summary),
             **line,
             "process_seconds": round(summary["process_seconds"], 1),
-            "command": self.command(trial),
+            "command": command_of(self.options(trial)),
         }
 
     def train(self, trial: Trial, folder: Path, steps: int | None) -> dict[str, Any]:
         """Trains to a number of steps, or to the last epoch, from where the folder's run stands; its summary."""
-        call = [sys.executable, str(ROOT / "scripts" / "train_lm.py"), *self.options(trial)]
-        call += ["--data-dir", str(self.data), "--run-dir", str(folder), "--resume", "auto", "--logger", "none"]
-        call += ["--max-steps", str(steps or self.windows * trial["epochs"])]
-        summary = folder / "summary.json"
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        subprocess.run(call, check=True, env=environment, stdout=subprocess.DEVNULL)
-        return dict(json.loads(summary.read_text(encoding="utf-8")))
+        given = {**self.options(trial), "max-steps": steps or self.windows * trial["epochs"]}
+        return train(given, self.data, folder)
 
-    def options(self, trial: Trial) -> list[str]:
+    def options(self, trial: Trial) -> dict[str, Any]:
         """The options of the command that decide the result."""
         given = {"dataset": "ptb", "preset": "small", "synthesizer": trial["method"], "lr": trial["lr"]}
-        given |= {"epochs": trial["epochs"], "seed": trial["seed"]}
-        return [part for name, value in given.items() for part in (f"--{name}", str(value))]
-
-    def command(self, trial: Trial) -> str:
-        """The command that a user would type."""
-        return " ".join(["python scripts/train_lm.py", *self.options(trial)])
+        return given | {"epochs": trial["epochs"], "seed": trial["seed"]}
 
 
 def scores(summary: dict[str, Any]) -> Line:
@@ -200,19 +176,19 @@ def order(line: Line) -> tuple[int, bool, str]:
     return line["trial"]["epochs"], line["trial"]["method"] != "none", key_of(line["trial"])
 
 
-def table(results: Path) -> Iterable[str]:
-    """The lines on record as a table of Markdown."""
-    yield "| method | rate | epochs | seed | steps | validation | test | CPU seconds |"
-    yield "|---|---|---|---|---|---|---|---|"
-    lines = lines_by_key(results).values()
-    for line in sorted(lines, key=order):
-        trial, seconds = line["trial"], f"{line['process_seconds']:.0f}"
-        ends = [(trial["epochs"], line, seconds)]
+def table(lines: Iterable[Line]) -> str:
+    """The trials among some lines as a table of Markdown."""
+    header = ["method", "rate", "epochs", "seed", "steps", "validation", "test", "CPU seconds"]
+    rows = []
+    for line in sorted((line for line in lines if "trial" in line), key=order):
+        trial = line["trial"]
+        ends = [(str(trial["epochs"]), line, f"{line['process_seconds']:.0f}")]
         if "at_equal_time" in line:
             ends.insert(0, ("the CPU time of `none`", line["at_equal_time"], ""))
         for epochs, end, spent in ends:
-            cells = [f"`{trial['method']}`", f"{trial['lr']:g}", epochs, trial["seed"], end["steps"]]
-            yield "| " + " | ".join(map(str, [*cells, f"{end['valid']:.1f}", f"{end['test']:.1f}", spent])) + " |"
+            cells = [f"`{trial['method']}`", f"{trial['lr']:g}", epochs, str(trial["seed"]), str(end["steps"])]
+            rows.append([*cells, f"{end['valid']:.1f}", f"{end['test']:.1f}", spent])
+    return markdown(header, rows)
 
 
 def main() -> None:
@@ -222,7 +198,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("data"), metavar="DIR")
     options = parser.parse_args()
     if options.part == "table":
-        print("\n".join(table(options.results)))
+        print(table(read_lines(options.results)))
     elif options.part == "plan":
         print_plan(options.results, plan)
     elif options.part == "time":

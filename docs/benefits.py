@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from statistics import mean
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 RESULTS = Path(__file__).parent / "results"
 SEEDS = (0, 1, 2)
@@ -29,6 +29,20 @@ NOTES: Mapping[str | None, str] = MappingProxyType(
 """What pilots.jsonl notes on the future model of a run, in plain words."""
 
 Line = dict[str, Any]
+
+
+class Best(NamedTuple):
+    """The best trial of a method, or one that is to be compared with others.
+
+    Attributes:
+        score: perplexity, or length solved.
+        window: T in steps.
+        optimizer: in capitals.
+    """
+
+    score: float
+    window: int
+    optimizer: str
 
 
 def lines(name: str) -> list[Line]:
@@ -72,15 +86,17 @@ def pilots(method: str, **options: object) -> list[float]:
     return list(found.values())
 
 
-def study(task: str, method: str, **trial: object) -> tuple[float, int] | None:
-    """The best score of predictive_messages.jsonl among all rates and windows, and its window; None without a trial."""
-    better: Callable[..., tuple[float, int]] = min if task == "words" else max
+def study(task: str, method: str, **trial: object) -> Best | None:
+    """The best score of the studies at equal CPU time among all rates, windows and optimizers; None without a trial."""
+    better: Callable[..., Best] = min if task == "words" else max
     score = "valid" if task == "words" else "solved"
-    wanted = {**trial, "task": task, "method": method, "seed": 1 if task == "words" else 0}  # that all methods have
+    wanted = {**trial, "task": task, "method": method}
+    seed = 1 if task == "words" else 0  # that all methods have in the older study
     found = [
-        (line[score], line["trial"]["T"])
-        for line in lines("predictive_messages")
-        if "trial" in line and all(line["trial"].get(key) == value for key, value in wanted.items())
+        Best(line.get("quality", line.get(score)), line["trial"]["T"], line["trial"].get("optimizer", "Adam").upper())
+        for name, first in (("predictive_messages", seed), ("frontier", 1))
+        for line in lines(name)
+        if "trial" in line and line["trial"].items() >= {**wanted, "seed": first}.items()
     ]
     return better(found) if found else None
 
@@ -107,14 +123,18 @@ def equal_text() -> list[str]:
         rows.append(row(name, "; ".join(map(str, windows)), [*cells, NO_RUN]))
     adding = [f"{mean(pilots(method, task='adding')):.1f}" for method in METHODS[:2]]
     rows.append(row("adding, length ↑", 4, [*adding, NO_RUN, NO_RUN]))
-    words = [
-        f"{mean(pilots(method, dataset='ptb', epochs=1, lr=rate)):.1f}"
-        for method, rate in (("none", 2e-3), ("multi-horizon", 1e-3))
-    ]
+    by_adam, by_sgd = (
+        [
+            f"{mean(pilots(method, dataset='ptb', bptt=5, epochs=1, lr=rate)):.1f}"
+            for method, rate in zip(METHODS[:2], rates, strict=True)
+        ]
+        for rates in ((2e-3, 1e-3), (20.0, 20.0))
+    )
     echoes = [f"{mean(echo(column)):.2f}" for column in ("truncated", "default", "exact future")]
     echoes[-1] += " (10 steps)"
     rows.append(row(f"delayed echo, LRU, bits ↓ (exact traces: {mean(echo('exact traces')):.2f})", 1, [*echoes, NO_RUN]))
-    return [*rows, row("words, one epoch, constant rate, perplexity ↓", 5, [*words, NO_RUN, NO_RUN])]
+    rows.append(row("words, one epoch by Adam, perplexity ↓", 5, [*by_adam, NO_RUN, NO_RUN]))
+    return [*rows, row("words, one epoch by SGD, perplexity ↓", 5, [*by_sgd, NO_RUN, NO_RUN])]
 
 
 def echo(column: str) -> list[float]:
@@ -136,9 +156,14 @@ def equal_time() -> list[str]:
     rows = [row("characters, bits ↓", "1; 8", [*(several(cell, 3) for cell in scores.values()), NO_RUN])]
     for name, budget in (("words, 200 CPU seconds, perplexity ↓", 1), ("words, 1,200 CPU seconds, perplexity ↓", 6)):
         best = [study("words", method, budget=budget) for method in (*METHODS, "dense")]
-        cells = [NO_RUN if found is None else f"{found[0]:.1f} (T = {found[1]})" for found in best]
+        cells = [NO_RUN if found is None else f"{found.score:.1f} (T = {found.window}{by_sgd(found)})" for found in best]
         rows.append(row(name, "best", cells))
     return [*rows, copying(150)]
+
+
+def by_sgd(best: Best) -> str:
+    """Says that a trial is by SGD; other trials are by Adam."""
+    return ", SGD" if best.optimizer == "SGD" else ""
 
 
 def copying(seconds: int) -> str:
@@ -150,7 +175,7 @@ def copying(seconds: int) -> str:
     methods = {"none": "", "exact": ", 16 steps", "past inside": ""}
     found = {method: study("copy", method, seconds=seconds) for method in methods}
     truncated, exact, dense = (
-        NO_RUN if best is None else f"{best[0]} (T = {best[1]}{methods[method]})" for method, best in found.items()
+        NO_RUN if best is None else f"{best.score} (T = {best.window}{methods[method]})" for method, best in found.items()
     )
     return row(f"copying, {seconds} CPU seconds, length ↑", "best", [truncated, default, exact, dense])
 
@@ -199,17 +224,37 @@ def words() -> list[str]:
     return [
         "| synthesizer | epochs | rate | seeds | validation | test | CPU seconds | future model |",
         "|---|---|---|---|---|---|---|---|",
-        *runs(lambda given: given.get("dataset") == "ptb" and "epochs" in given, ("synthesizer", "epochs", "lr")),
+        *runs(lambda given: whole_words(given) and "optimizer" not in given, ("synthesizer", "epochs", "lr")),
     ]
 
 
-EMBEDDED_COLUMNS = ("synthesizer", "horizons", "lr", "schedule", "epochs")
+def words_by_sgd() -> list[str]:
+    """Whole epochs on Penn Treebank by words, by SGD."""
+    return [
+        "| synthesizer | T | messages every | rate | epochs | seeds | validation | test | CPU seconds |",
+        "|---|---|---|---|---|---|---|---|---|",
+        *(
+            row.removesuffix(" |  |") + " |"
+            for row in runs(lambda given: whole_words(given) and given.get("optimizer") == "sgd", SGD_COLUMNS)
+        ),
+    ]
+
+
+SGD_COLUMNS = ("synthesizer", "bptt", "message_every", "lr", "epochs")
+
+
+def whole_words(given: Line) -> bool:
+    """Whether a run has options of whole epochs on Penn Treebank by words."""
+    return given.get("dataset") == "ptb" and "epochs" in given
+
+
+EMBEDDED_COLUMNS = ("synthesizer", "horizons", "lookahead", "synthetic_scale", "lr", "schedule", "epochs")
 
 
 def embedded_corpus() -> list[str]:
     """The command without options."""
     return [
-        "| synthesizer | horizons | rate | schedule | epochs | seeds | validation | test | CPU seconds | future model |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| synthesizer | K | lookahead | c | rate | schedule | epochs | seeds | validation | test | CPU s | future model |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
         *runs(lambda given: "dataset" not in given and "epochs" in given, EMBEDDED_COLUMNS),
     ]

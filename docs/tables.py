@@ -26,7 +26,7 @@ from dni_seq.app.runs.options import OneLineParser, default_of, flag, groups
 from dni_seq.app.runs.tensorboard import KEYS, OTHER_KEYS
 from dni_seq.app.tasks.options import TaskOptions
 from docs import result_tables
-from docs.benefits import benefits, embedded_corpus, words
+from docs.benefits import benefits, embedded_corpus, words, words_by_sgd
 
 ROOT = Path(__file__).parents[1]
 
@@ -177,6 +177,7 @@ TABLES: Mapping[str, Mapping[str, Table]] = MappingProxyType(
         "docs/results/regressed.md": {"regressed": result_tables.regressed, "one horizon": result_tables.one_horizon},
         "docs/results/words.md": {
             "words": words,
+            "words by SGD": words_by_sgd,
             "part of an epoch": result_tables.part_of_an_epoch,
             "embedded corpus": embedded_corpus,
         },

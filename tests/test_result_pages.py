@@ -18,7 +18,7 @@ from tests.paths import ROOT
 DOCS = ROOT / "docs"
 WRITTEN = {"paper": reproduce.tables, "feedforward": feedforward_table.tables}  # by the file of lines
 KIND = ("backward_steps", "traces", "trace_decay")
-PRINTED = {"steps": "performance", "peers": "performance", "stability": "results/stability"}
+PRINTED = {"published": "results/words", "steps": "performance", "peers": "performance", "stability": "results/stability"}
 
 
 def tables(text: str) -> list[list[dict[str, str]]]:

@@ -248,7 +248,7 @@ def larger(grid: Grid, settings: Trial, known: Known) -> Iterator[Trial]:
 
 
 def longer_windows(grid: Grid, trial: Trial) -> list[Trial]:
-    """Returns a trial of truncated BPTT on text in the next longer window of its grid, which may pay at large budgets alone."""
+    """Returns a trial of truncated BPTT on text in the next longer window, which may pay at large budgets alone."""
     (windows,) = (column.windows for column in grid.columns if column.method == BASE)
     return [{**trial, "T": bptt} for bptt in windows if bptt > trial["T"] and grid.task in TEXT][:1]
 

@@ -193,10 +193,10 @@ def print_plan(results: Path, plan: Callable[[dict[str, Line]], Iterable[Trial]]
     print("\n".join(key_of(trial) for trial in plan(known) if key_of(trial) not in known))
 
 
-def study_parser(description: str) -> argparse.ArgumentParser:
-    """Returns the options that the studies of predictive messages have."""
+def study_parser(description: str, parts: tuple[str, ...] = ("time", "run", "table", "plan")) -> argparse.ArgumentParser:
+    """Returns the options that studies have."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=("time", "run", "table", "plan"))
+    parser.add_argument("part", choices=parts)
     parser.add_argument("--results", type=Path, default=Path("docs/results/predictive_messages.jsonl"), metavar="FILE")
     parser.add_argument("--scratch", type=Path, default=Path("runs/predictive_messages"), metavar="DIR")
     parser.add_argument("--max-minutes", type=float, default=math.inf, metavar="M", help="start no trial later than this")

@@ -1,0 +1,174 @@
+"""Characters with a rate that falls to zero: what do messages and exact gradients bring over truncated BPTT at its best?
+
+python benchmarks/falling_rate.py run --data DIR --max-minutes 60
+    The trials that are missing; several processes may run side by side, and a trial that was stopped resumes.
+python benchmarks/falling_rate.py table
+    What is on record, as Markdown.
+
+DIR holds ptb/ptb.train.txt, ptb/ptb.valid.txt and ptb/ptb.test.txt. Penn Treebank by characters, LSTM of 256 units, 64
+lanes, a million characters a run. Each method is tuned over the rate at each T, seed 1, and then runs with seeds 2 and 3.
+At T = 8 the messages are also changed in one respect each. All trials: about 3 process-hours.
+
+Legend: T = window length in steps, c = share of the message that is injected.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from statistics import mean, stdev
+from types import MappingProxyType
+from typing import Any
+
+from dni_seq.app.studies.records import NOTHING, markdown, read_lines
+
+sys.path.insert(0, str(Path(__file__).parent / "studies"))
+from command_runs import bracket_rate, command_of, train
+from trials import Line, Trial, key_of, print_plan, study_parser, work
+
+METHODS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {
+        "none": {"synthesizer": "none"},
+        "multi-horizon": {"synthesizer": "multi-horizon"},
+        "exact": {"synthesizer": "exact", "exact-steps": 4},
+    }
+)
+"""Options of the command by method."""
+
+CHANGED: Mapping[str, tuple[str, Mapping[str, Any]]] = MappingProxyType(
+    {
+        "c = 0.3": ("multi-horizon", {"synthetic-scale": 0.3}),
+        "c falls with the rate": ("multi-horizon", {"scale-schedule": "follow"}),
+        "one horizon of 4 steps": ("multi-horizon", {"horizons": 1, "lookahead": 4}),
+        "by SGD, rate 5": ("none", {"optimizer": "sgd", "lr": 5.0}),
+        "by SGD, rate 20": ("none", {"optimizer": "sgd", "lr": 20.0}),
+    }
+)
+"""Changes at T = 8 and the first seed: of which method, and the options."""
+
+WINDOWS, RATES, SEEDS = (1, 8, 2, 4), (4e-3, 8e-3, 1.6e-2), (1, 2, 3)
+"""Window lengths in order of value, first rates, and seeds."""
+
+CHANGED_WINDOW, CHANGED_RATE = 8, 8e-3
+
+COMMON: Mapping[str, Any] = MappingProxyType(
+    {"dataset": "ptb", "tokenizer": "char", "hidden": 256, "embed": 64, "layers": 1, "dropout": 0, "batch-size": 64}
+    | {"clip": 1, "schedule": "linear", "max-tokens": 1_000_000}
+)
+"""Options of each run."""
+
+
+def trial_of(bptt: int, method: str, rate: float, seed: int = 1) -> Trial:
+    """A trial's settings."""
+    return {"T": bptt, "method": method, "lr": rate, "seed": seed}
+
+
+def bits(line: Line) -> float:
+    """Validation bits a character, by which rates are chosen."""
+    return float(line["valid"])
+
+
+def tuning(bptt: int, method: str, known: dict[str, Line]) -> tuple[list[Trial], float | None]:
+    """The trials of a method at T with the first seed, and its best rate once it is bracketed."""
+    return bracket_rate(known, lambda rate: trial_of(bptt, method, rate), RATES, bits)
+
+
+def plan(known: dict[str, Line]) -> Iterator[Trial]:
+    """Every trial that can be run now: window by window the rates of each method, then the other seeds, then the changes."""
+    for bptt in WINDOWS:
+        found = {method: tuning(bptt, method, known) for method in METHODS}
+        for trials, _ in found.values():
+            yield from trials
+        for seed in SEEDS[1:]:
+            yield from (trial_of(bptt, method, rate, seed) for method, (_, rate) in found.items() if rate is not None)
+    for name, (method, _) in CHANGED.items():
+        yield {**trial_of(CHANGED_WINDOW, method, CHANGED_RATE), "changed": name}
+
+
+def options_of(trial: Trial) -> dict[str, Any]:
+    """The options of a trial's command."""
+    changed: Mapping[str, Any] = CHANGED[trial["changed"]][1] if "changed" in trial else {}
+    own = {"bptt": trial["T"], **METHODS[trial["method"]], "lr": trial["lr"], "seed": trial["seed"]}
+    return {**COMMON, **own, **changed}
+
+
+def run(trial: Trial, checkpoint: Path, data: Path) -> Line:
+    """Trains by the command, as a user would; returns bits of the best checkpoint."""
+    folder = checkpoint.with_suffix("")
+    summary = train(options_of(trial), data, folder)
+    shutil.rmtree(folder)
+    scores = {split: round(summary[split]["bpc"], 4) for split in ("valid", "test")}
+    counts = {"steps": summary["steps"], "process_seconds": round(summary["process_seconds"], 1)}
+    return {**scores, **counts, "command": command_of(options_of(trial))}
+
+
+def cell(values: list[float]) -> str:
+    """A number, or mean and standard deviation of several."""
+    if len(values) < 2:
+        return "".join(f"{value:.3f}" for value in values)
+    return f"{mean(values):.3f} ± {stdev(values):.3f}"
+
+
+def best_runs(known: dict[str, Line], bptt: int, method: str) -> list[Line]:
+    """The runs of a method at T with the best rate on record, one a seed; none without one."""
+    wanted = {"T": bptt, "method": method}
+    own = [line for line in known.values() if "changed" not in line["trial"] and line["trial"].items() >= wanted.items()]
+    first = [line for line in own if line["trial"]["seed"] == SEEDS[0]]
+    if not first:
+        return []
+    rate = min(first, key=bits)["trial"]["lr"]
+    return [line for line in own if line["trial"]["lr"] == rate]
+
+
+def table(lines: Iterable[Line]) -> str:
+    """The best runs of each method at each T, and the changes at one T, as a table of Markdown."""
+    known = {key_of(line["trial"]): line for line in lines if "trial" in line}
+    rows = []
+    for bptt in sorted(WINDOWS):
+        base = best_runs(known, bptt, "none")
+        for method in METHODS:
+            runs = best_runs(known, bptt, method)
+            if runs:
+                rows.append(row(str(bptt), f"`{method}`", runs, base))
+        if bptt == CHANGED_WINDOW:
+            changed = [line for line in known.values() if "changed" in line["trial"]]
+            rows += [
+                row(str(bptt), f"`{one['trial']['method']}`, {one['trial']['changed']}", [one], base) for one in changed
+            ]
+    header = ["T", "method", "rate", "seeds", "validation", "test", "gain over `none`", "CPU seconds"]
+    return markdown(header, rows)
+
+
+def row(bptt: str, name: str, runs: list[Line], base: list[Line]) -> list[str]:
+    """A row of the table."""
+    gain = f"{mean(map(bits, base)) - mean(map(bits, runs)):+.3f}" if base and base != runs else NOTHING
+    options = options_of(runs[0]["trial"])
+    scores = [cell([line[split] for line in runs]) for split in ("valid", "test")]
+    seconds = f"{mean(line['process_seconds'] for line in runs):.0f}"
+    return [bptt, name, f"{options['lr']:g}", str(len(runs)), *scores, gain, seconds]
+
+
+def main() -> None:
+    """The command."""
+    parser = study_parser(__doc__ or "", parts=("run", "table", "plan"))
+    parser.set_defaults(results=Path("docs/results/falling_rate.jsonl"), scratch=Path("runs/falling_rate"))
+    parser.add_argument("--data", type=Path, default=Path("data"), metavar="DIR")
+    options = parser.parse_args()
+    if options.part == "table":
+        print(table(read_lines(options.results)))
+    elif options.part == "plan":
+        print_plan(options.results, plan)
+    else:
+        work(
+            options.results,
+            options.scratch,
+            plan,
+            lambda trial, checkpoint: run(trial, checkpoint, options.data),
+            options.max_minutes,
+        )
+
+
+if __name__ == "__main__":
+    main()
