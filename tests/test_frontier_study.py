@@ -415,7 +415,7 @@ def test_the_command_runs_trials_once_and_writes_what_they_say(
     assert len(set(keys)) == len(keys) == 3 + 2 * 2 + 2 + 2 * 2, "far, the search, larger budgets, more seeds"
     for line in found:
         assert {"quality", "steps", "curve", "peak_mib", "saved_bytes", "date"} <= line.keys()
-        assert (line["updates"], line["seconds"]) == ((2, 150.0) if line["trial"].get("seconds") != 450 else (6, 450.0))
+        assert (line["updates"], line["seconds"]) == ((2, 150.0) if line["trial"].get("seconds") != 400 else (6, 450.0))
     capsys.readouterr()
     call(study, monkeypatch, "plan", "--only", "copy", "far", *common)
     assert capsys.readouterr().out.endswith("h used, at most 0.00 h to go; limit 20 h\n")
@@ -427,7 +427,7 @@ def test_the_command_runs_trials_once_and_writes_what_they_say(
     cells = [[cell.strip() for cell in row.split("|")[1:-1]] for row in text.splitlines() if row.startswith("|")]
     assert ["copy", "10", "0", "0"] in [row[:4] for row in cells]
     assert ["copy", "1", "2", "0", "–, –, –, –, –", "150"] in [row[:6] for row in cells], "far lengths"
-    assert [row[6:9] for row in cells if row[:4] == ["past", "Adam", "450", "4"]] == [["3", "450", "0.0 ± 0.0"]]
+    assert [row[6:9] for row in cells if row[:4] == ["past", "Adam", "400", "4"]] == [["3", "450", "0.0 ± 0.0"]]
     pytest.importorskip("matplotlib", reason="matplotlib, of the extras plots and dev, is not installed")
     call(study, monkeypatch, "draw", "--images", tmp_path, *common)
     for name in ("frontier_time.svg", "frontier_memory.svg"):

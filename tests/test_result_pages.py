@@ -12,7 +12,7 @@ import pytest
 
 from dni_seq.app.studies import feedforward_table, reproduce
 from docs import result_tables
-from docs.benefits import final, lines, pilots, study, table_1, training_seconds
+from docs.benefits import falling_rate, final, lines, pilots, study, table_1, training_seconds
 from tests.paths import ROOT
 
 DOCS = ROOT / "docs"
@@ -210,6 +210,18 @@ def test_the_page_on_characters_quotes_the_lines():
     assert mean(map(final, table_1("ptb", 4, "none"))) < mean(map(final, table_1("ptb", 1, "multi-horizon")))
     seconds = training_seconds(table_1("ptb", 4, "none")) / training_seconds(table_1("ptb", 1, "multi-horizon"))
     assert f"in {({0.25: 'a quarter'})[round(seconds, 2)]} of the CPU time" in page
+
+
+def test_the_pages_quote_the_runs_with_a_falling_rate():
+    """Where this fails: docs/results/characters.md, its row in docs/results/index.md, and docs/guides/choosing.md"""
+    truncated, default, exact = (float(falling_rate(1, method)) for method in ("none", "multi-horizon", "exact"))
+    share = f"{100 * (truncated - default) / (truncated - exact):.0f} %"
+    page = result_page("characters")
+    assert f"the exact gradient gains {truncated - exact:.3f} bits, and the default {share} of that" in page
+    assert f"the default brings {share} at T = 1, and does harm at T = 8" in page
+    assert f"with a falling rate {share} at T = 1 and harm at T = 8" in result_page("index")
+    assert f"{share} of the exact gradient's gain with a falling rate" in (DOCS / "guides" / "choosing.md").read_text()
+    assert float(falling_rate(8, "none")) < float(falling_rate(8, "multi-horizon"))
 
 
 def test_only_four_horizons_at_full_scale_fail_on_the_test_text():

@@ -158,9 +158,9 @@ GRIDS: Mapping[str, Grid] = MappingProxyType(
     {
         "words": Grid("words", WORD_RATES, 1, (1, 3, 6), "budget", BY_SGD, WORDS, dropouts=(0.0, 0.2)),
         "characters": Grid("characters", CHARACTER_RATES, 1, (0.3, 1.2), "budget", {"dropout": 0.0}, CHARACTERS),
-        "copy": sequence_grid("copy", (150, 450)),
+        "copy": sequence_grid("copy", (150, 400)),
         "distractors": sequence_grid("distractors", (120, 240)),
-        "repeat-copy": sequence_grid("repeat-copy", (120, 300)),
+        "repeat-copy": sequence_grid("repeat-copy", (120, 240)),
         "adding": sequence_grid("adding", (80, 200)),
     }
 )
