@@ -127,14 +127,20 @@ def equal_text() -> list[str]:
     return [*rows, row("words, one epoch by SGD, perplexity ↓", 5, [*words, NO_RUN, NO_RUN])]
 
 
-def falling_rate(window: int, method: str) -> str:
-    """Mean validation bits per character over the seeds of falling_rate.jsonl, at the best rate of the first seed."""
+def falling_rate_lines(window: int, method: str) -> list[Line]:
+    """The lines of falling_rate.jsonl at the best rate of the first seed, one a seed."""
     wanted = {"T": window, "method": method}
     own = [one for one in lines("falling_rate") if "changed" not in one["trial"] and one["trial"].items() >= wanted.items()]
     if not own:
-        return NO_RUN
+        return []
     best = min((one for one in own if one["trial"]["seed"] == 1), key=lambda one: float(one["valid"]))["trial"]["lr"]
-    return f"{mean(one['valid'] for one in own if one['trial']['lr'] == best):.3f}"
+    return [one for one in own if one["trial"]["lr"] == best]
+
+
+def falling_rate(window: int, method: str) -> str:
+    """Mean validation bits per character over the seeds of falling_rate.jsonl."""
+    bits = [one["valid"] for one in falling_rate_lines(window, method)]
+    return f"{mean(bits):.3f}" if bits else NO_RUN
 
 
 def echo(column: str) -> list[float]:
