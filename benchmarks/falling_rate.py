@@ -18,11 +18,11 @@ import shutil
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from types import MappingProxyType
 from typing import Any
 
-from dni_seq.app.studies.records import NOTHING, markdown, read_lines
+from dni_seq.app.studies.records import NOTHING, markdown, plus_minus, read_lines
 
 sys.path.insert(0, str(Path(__file__).parent / "studies"))
 from command_runs import bracket_rate, command_of, train
@@ -108,7 +108,7 @@ def cell(values: list[float]) -> str:
     """A number, or mean and standard deviation of several."""
     if len(values) < 2:
         return "".join(f"{value:.3f}" for value in values)
-    return f"{mean(values):.3f} ± {stdev(values):.3f}"
+    return plus_minus(values, 3)
 
 
 def best_runs(known: dict[str, Line], bptt: int, method: str) -> list[Line]:

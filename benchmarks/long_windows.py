@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from result_lines import Line, add_options, check_output, machine, newest, print_table, record
+from result_lines import Line, add_options, machine, measuring, newest, record
 
 import dni_seq as dni
 from dni_seq.app.studies.records import NOTHING, markdown
@@ -131,10 +131,8 @@ def main() -> None:
     if options.memory_of:  # a process of its own
         print(memory_of(*options.memory_of))
         return
-    if options.table is not None:
-        print_table(parser, options.table, table)
+    if not measuring(parser, options, table):
         return
-    check_output(parser, options.output)
     for size in options.only:
         for setting, seconds in times_of(size, options.rounds).items():
             line = {"size": size, "setting": setting, "ms": round(1000 * statistics.median(seconds), 2)}

@@ -21,7 +21,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from result_lines import Line, add_options, check_output, machine, newest, print_table, record
+from result_lines import Line, add_options, machine, measuring, newest, record
 from torch import nn
 from torch.nn import functional as F
 
@@ -117,10 +117,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=101, help="of each operation (default: 101)")
     add_options(parser)
     options = parser.parse_args()
-    if options.table is not None:
-        print_table(parser, options.table, table)
+    if not measuring(parser, options, table):
         return
-    check_output(parser, options.output)
     torch.set_num_threads(1)
     keep_freed_memory()
     for horizons in HORIZONS:

@@ -28,6 +28,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def measuring(parser: argparse.ArgumentParser, options: argparse.Namespace, table: Callable[[Sequence[Line]], str]) -> bool:
+    """Prints the table for `--table` and returns False; else checks `--output` and returns True: there is work to do."""
+    if options.table is not None:
+        print_table(parser, options.table, table)
+        return False
+    check_output(parser, options.output)
+    return True
+
+
 def machine() -> dict[str, Any]:
     """Returns what every line says beside its settings and its medians: the date, versions, and the number of CPUs."""
     return {

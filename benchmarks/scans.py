@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from result_lines import Line, add_options, check_output, machine, newest, print_table, record
+from result_lines import Line, add_options, machine, measuring, newest, record
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -150,10 +150,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9, help="of each case (default: 9)")
     add_options(parser)
     options = parser.parse_args()
-    if options.table is not None:
-        print_table(parser, options.table, table)
+    if not measuring(parser, options, table):
         return
-    check_output(parser, options.output)
     torch.set_num_threads(1)
     keep_freed_memory()
     for kind in ("lru", "mingru"):

@@ -24,7 +24,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from result_lines import Line, add_options, check_output, machine, newest, print_table, record
+from result_lines import Line, add_options, machine, measuring, newest, record
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = str(ROOT / "scripts" / "train_lm.py")
@@ -42,10 +42,8 @@ def main() -> None:
     """The command."""
     parser = command_line()
     given = parser.parse_args()
-    if given.table is not None:
-        print_table(parser, given.table, table)
+    if not measuring(parser, given, table):
         return
-    check_output(parser, given.output)
     found: dict[str, list[dict[str, float]]] = {}
     for _ in range(given.runs):
         for name, command in cases(given.data_dir, given.max_steps).items():

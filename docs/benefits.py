@@ -37,12 +37,12 @@ class Best(NamedTuple):
     Attributes:
         score: perplexity, or length solved.
         window: T in steps.
-        optimizer: in capitals.
+        note: what else a cell says of it.
     """
 
     score: float
     window: int
-    optimizer: str
+    note: str
 
 
 def lines(name: str) -> list[Line]:
@@ -93,7 +93,7 @@ def study(task: str, method: str, **trial: object) -> Best | None:
     wanted = {**trial, "task": task, "method": method}
     seed = 1 if task == "words" else 0  # that all methods have in the older study
     found = [
-        Best(line.get("quality", line.get(score)), line["trial"]["T"], line["trial"].get("optimizer", "Adam").upper())
+        Best(line.get("quality", line.get(score)), line["trial"]["T"], ", SGD" * ("optimizer" in line["trial"]))
         for name, first in (("predictive_messages", seed), ("frontier", 1))
         for line in lines(name)
         if "trial" in line and line["trial"].items() >= {**wanted, "seed": first}.items()
@@ -162,14 +162,9 @@ def equal_time() -> list[str]:
     rows = [row("characters, constant rate, bits ↓", "1; 8", [*(several(cell, 3) for cell in scores.values()), NO_RUN])]
     for name, budget in (("words, 200 CPU seconds, perplexity ↓", 1), ("words, 1,200 CPU seconds, perplexity ↓", 6)):
         best = [study("words", method, budget=budget) for method in (*METHODS, "dense")]
-        cells = [NO_RUN if found is None else f"{found.score:.1f} (T = {found.window}{by_sgd(found)})" for found in best]
+        cells = [NO_RUN if found is None else f"{found.score:.1f} (T = {found.window}{found.note})" for found in best]
         rows.append(row(name, "best", cells))
     return [*rows, copying(150)]
-
-
-def by_sgd(best: Best) -> str:
-    """Says that a trial is by SGD; other trials are by Adam."""
-    return ", SGD" if best.optimizer == "SGD" else ""
 
 
 def copying(seconds: int) -> str:

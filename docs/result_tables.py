@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import mean, stdev
 from types import MappingProxyType
 
-from dni_seq.app.studies.records import NOTHING, markdown
+from dni_seq.app.studies.records import NOTHING, markdown, plus_minus
 from docs.benefits import NOTES, SEEDS, Line, final, lines, note, score_at, table_1, training_seconds
 
 NAMES: Mapping[str, str] = MappingProxyType(
@@ -94,7 +94,7 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
 def spread(values: Sequence[float]) -> str:
     """Bits of several runs: mean and standard deviation of three or more, else one by one."""
     if len(values) > 2:
-        return f"{mean(values):.3f} ± {stdev(values):.3f}"
+        return plus_minus(values, 3)
     return ", ".join(f"{value:.3f}" for value in values)
 
 

@@ -31,7 +31,7 @@ def points(run: Path) -> dict[str, dict[int, float]]:
 def copy_in_order(run: Path, folder: Path) -> None:
     """Copies a run's event files under names that sort as they were made, since TensorBoard reads files by name.
 
-    A name ends with the second, the host, the process and a count in it without leading zeros: see `wait_for_the_next_second`.
+    A name ends with a count without leading zeros: see `wait_for_the_next_second`.
     """
     for file in run.glob("events.out.tfevents.*"):
         before, count = file.name.rsplit(".", 1)

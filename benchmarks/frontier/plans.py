@@ -1,8 +1,9 @@
 """What the frontier study runs, and in which order: trials that follow from the lines on record.
 
 Each method of a task searches at the smallest budget: T at one rate, then the rate at the best T, then the weight where it
-has one. Truncated BPTT and the two best others go on to the larger budgets; on text the next budget tries the rate and the
-next lower one. The end points have three seeds for truncated BPTT and for the best other method.
+has one. Truncated BPTT and the two best others, on words the best one, go on to the larger budgets; on text the next budget
+tries the rate and half of it, and on words a dropout. The end points have three seeds for truncated BPTT and for the best
+other method.
 
 Legend: T = window length in steps, m = steps predicted, n = steps from message to message.
 """
@@ -30,8 +31,6 @@ Steps = Callable[[int], dict[str, Any]]
 
 FIRST_SEED, SEEDS = 1, (1, 2, 3)
 BASE = "none"
-GOING_ON: Mapping[str, int] = MappingProxyType({"words": 1})
-"""Methods beside truncated BPTT that go on to the larger budgets, if not 2. On words each trial is long."""
 
 FAR_UPDATES = 200_000
 FAR_RATE = 4e-3
@@ -75,6 +74,7 @@ class Grid:
         common: settings of every trial.
         columns: the methods, in order of value.
         dropouts: what the second budget tries; none if the task has no dropout to choose.
+        going_on: methods beside truncated BPTT that go on to the larger budgets.
     """
 
     task: str
@@ -85,6 +85,7 @@ class Grid:
     common: Mapping[str, Any]
     columns: tuple[Column, ...]
     dropouts: tuple[float, ...] = ()
+    going_on: int = 2
 
     def trial(self, column: Column, bptt: int, rate: float, weight: float | None = None) -> Trial:
         """Returns a trial at the smallest budget."""
@@ -156,7 +157,7 @@ BY_SGD: Mapping[str, Any] = MappingProxyType({"optimizer": "sgd", "dropout": 0.0
 WORDS, CHARACTERS = text_columns((5, 20, 35), 5, 20, 4), text_columns((8, 20, 50), 5, 40, 8)
 GRIDS: Mapping[str, Grid] = MappingProxyType(
     {
-        "words": Grid("words", WORD_RATES, 1, (1, 3, 6), "budget", BY_SGD, WORDS, dropouts=(0.0, 0.2)),
+        "words": Grid("words", WORD_RATES, 1, (1, 3, 6), "budget", BY_SGD, WORDS, (0.0, 0.2), going_on=1),
         "characters": Grid("characters", CHARACTER_RATES, 1, (0.3, 1.2), "budget", {"dropout": 0.0}, CHARACTERS),
         "copy": sequence_grid("copy", (150, 400)),
         "distractors": sequence_grid("distractors", (120, 240)),
@@ -226,7 +227,7 @@ def going_on(grid: Grid, known: Known) -> dict[str, Trial]:
     if len(known_ones) < len(found):
         return {}
     others = sorted((method for method in found if method != BASE), key=lambda name: score(known[key_of(known_ones[name])]))
-    return {method: known_ones[method] for method in (BASE, *others[: GOING_ON.get(grid.task, 2)])}
+    return {method: known_ones[method] for method in (BASE, *others[: grid.going_on])}
 
 
 def larger(grid: Grid, settings: Trial, known: Known) -> Iterator[Trial]:

@@ -6,7 +6,6 @@ Legend: T = window length in steps.
 from __future__ import annotations
 
 import itertools
-import statistics
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -19,7 +18,7 @@ from ablation import ROWS, row_trial
 from plans import FIRST_SEED, GRIDS, GROUPS, TEXT, Column, Grid, Known, far, forecast, group_of, lines_of, score
 from records import Times, estimate, spent
 
-from dni_seq.app.studies.records import NOTHING, markdown, write_tables
+from dni_seq.app.studies.records import NOTHING, markdown, plus_minus, write_tables
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "studies"))
 sys.path.insert(0, str(Path(__file__).parents[1] / "predictive_messages"))
@@ -152,8 +151,7 @@ def mean_cell(values: list[float], places: int) -> str:
     """Returns a number, or mean and standard deviation of several."""
     if len(values) < 2:
         return "".join(f"{value:.{places}f}" for value in values)
-    places = max(1, places)
-    return f"{statistics.mean(values):.{places}f} ± {statistics.stdev(values):.{places}f}"
+    return plus_minus(values, max(1, places))
 
 
 def saved_of(line: Line, times: Times) -> int | None:

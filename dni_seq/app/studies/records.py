@@ -85,7 +85,12 @@ def mean_and_std(values: Iterable[float], digits: int = 1) -> str:
     known = list(values)
     if len(known) < 2:
         return f"{known[0]:.{digits}f} (1)" if known else NOTHING
-    return f"{statistics.mean(known):.{digits}f} ± {statistics.stdev(known):.{digits}f} ({len(known)})"
+    return f"{plus_minus(known, digits)} ({len(known)})"
+
+
+def plus_minus(values: Sequence[float], digits: int) -> str:
+    """Returns mean and standard deviation of two or more values as text."""
+    return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
