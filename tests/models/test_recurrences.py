@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 
 from dni_seq.models import recurrences
-from tests.benchmark_modules import load
+from tests.paths import ROOT
 
 LANES, UNITS = 3, 4
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
@@ -20,11 +22,12 @@ def parts(length):
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 8, 9, 11, 100])
-def test_a_scan_is_the_loop(length):
+def test_a_scan_is_the_loop(length, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     assert_close(recurrences.rotation_scan(*parts(length)), recurrences.rotation_loop(*parts(length)))
     decay = torch.rand(length, LANES, 2 * UNITS, dtype=torch.float64)
     _, _, inputs, start = parts(length)
-    scanned = load("scans").gated_scan(decay, inputs, start)
+    scanned = importlib.import_module("scans").gated_scan(decay, inputs, start)
     assert_close(scanned, recurrences.gated_loop(decay, inputs, start))
 
 
