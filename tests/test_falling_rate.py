@@ -45,9 +45,9 @@ def test_a_changed_trial_runs_by_the_command(study, monkeypatch, tmp_path):
         (tmp_path / "ptb" / f"ptb.{split}.txt").write_text("".join(draw.choices("abcd ", k=400)) + "\n")
     small = {"hidden": 4, "embed": 4, "batch-size": 2, "max-tokens": 160}
     monkeypatch.setattr(study, "COMMON", {**study.COMMON, **small})
-    trial = {**study.trial_of(8, "multi-horizon", 8e-3), "changed": "one horizon of 4 steps"}
+    trial = {**study.trial_of(8, "multi-horizon", 8e-3), "changed": "c = 0.3"}
     found = study.run(trial, tmp_path / "trial.pt", tmp_path)
     assert found["steps"] == 10
     assert 1 < found["valid"] < 4
-    assert found["command"].endswith("--bptt 8 --synthesizer multi-horizon --lr 0.008 --seed 1 --horizons 1 --lookahead 4")
+    assert found["command"].endswith("--bptt 8 --synthesizer multi-horizon --lr 0.008 --seed 1 --synthetic-scale 0.3")
     assert not (tmp_path / "trial").exists()
