@@ -23,6 +23,7 @@ from types import MappingProxyType
 from typing import Any
 
 from dni_seq.app.studies.records import NOTHING, markdown, plus_minus, read_lines
+from dni_seq.synthesizers.defaults import default_horizons
 
 sys.path.insert(0, str(Path(__file__).parent / "studies"))
 from command_runs import bracket_rate, command_of, train
@@ -36,7 +37,7 @@ METHODS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "exact": {"synthesizer": "exact", "exact-steps": 4},
     }
 )
-"""Options of the command by method."""
+"""Options of the command by method. `multi-horizon` predicts K windows at each T, max(2, 4 / T) rounded up."""
 
 CHANGED: Mapping[str, tuple[str, Mapping[str, Any]]] = MappingProxyType(
     {
@@ -90,7 +91,8 @@ def plan(known: dict[str, Line]) -> Iterator[Trial]:
 def options_of(trial: Trial) -> dict[str, Any]:
     """The options of a trial's command."""
     changed: Mapping[str, Any] = CHANGED[trial["changed"]][1] if "changed" in trial else {}
-    own = {"bptt": trial["T"], **METHODS[trial["method"]], "lr": trial["lr"], "seed": trial["seed"]}
+    ahead = {"horizons": default_horizons(trial["T"])} if trial["method"] == "multi-horizon" else {}
+    own = {"bptt": trial["T"], **METHODS[trial["method"]], **ahead, "lr": trial["lr"], "seed": trial["seed"]}
     return {**COMMON, **own, **changed}
 
 

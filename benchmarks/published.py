@@ -50,6 +50,9 @@ from trials import (
 )
 
 METHODS = ("none", "multi-horizon")
+FARTHER = "20 words ahead"
+"""The default until 2026-11-30: a whole window. It was tuned, lost, and is on record; the plan leaves it out."""
+
 RATES = (10.0, 20.0, 40.0)
 TUNING_EPOCHS, EPOCHS = 3, PRESETS["small"]["epochs"]
 SEEDS = (1, 2)
@@ -117,7 +120,9 @@ class Runner:
 
     def options(self, trial: Trial) -> dict[str, Any]:
         """The options of the command that decide the result."""
-        given = {"dataset": "ptb", "preset": "small", "synthesizer": trial["method"], "lr": trial["lr"]}
+        known = trial["method"] in METHODS
+        own = {"synthesizer": trial["method"]} if known else {"synthesizer": "multi-horizon", "lookahead": 20}
+        given = {"dataset": "ptb", "preset": "small", **own, "lr": trial["lr"]}
         return given | {"epochs": trial["epochs"], "seed": trial["seed"]}
 
 
@@ -171,9 +176,10 @@ def measure_steps(data: Path, results: Path) -> None:
     append_line(results, {"study": "published", "step_seconds": medians, "date": time.strftime("%Y-%m-%d")})
 
 
-def order(line: Line) -> tuple[int, bool, str]:
+def order(line: Line) -> tuple[int, int, str]:
     """Where a line stands in the table."""
-    return line["trial"]["epochs"], line["trial"]["method"] != "none", key_of(line["trial"])
+    trial = line["trial"]
+    return trial["epochs"], [*METHODS, FARTHER].index(trial["method"]), key_of(trial)
 
 
 def table(lines: Iterable[Line]) -> str:

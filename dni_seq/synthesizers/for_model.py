@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from dni_seq.core.snapshot import buffers_apart
 from dni_seq.core.states import State
 from dni_seq.core.windows import Nest
-from dni_seq.synthesizers.defaults import PREDICTIONS, REACH, default_horizons
+from dni_seq.synthesizers.defaults import PREDICTIONS, REACH, default_horizons, token_reach
 from dni_seq.synthesizers.future_model import FutureModel
 from dni_seq.synthesizers.gated_predictors import GatedFuture, GatedPast, JointPredictor
 from dni_seq.synthesizers.normalization import LSTM_CELLS
@@ -36,6 +36,7 @@ class Text(NamedTuple):
         past_loss: `past_loss(outputs, inputs)` of predicted inputs, unreduced losses [n, B].
         past_width: of the outputs that predict inputs.
         parts: default number of parts of a `FutureModel`, K.
+        reach: default number of steps of a `FutureModel`, m.
     """
 
     encoder: Callable[[], nn.Module]
@@ -44,6 +45,7 @@ class Text(NamedTuple):
     past_loss: Callable[[Any, Tensor], Tensor]
     past_width: int
     parts: int
+    reach: int
 
 
 def read_text(
@@ -69,16 +71,18 @@ def read_text(
         raise ValueError(f"vocabulary is for token ids [T, B], example_inputs is {kind}: give outputs instead")
     if not ids and (not inputs.is_floating_point() or inputs.dim() != 3):
         raise ValueError(f"outputs is for vectors [T, B, E], example_inputs is {kind}: give vocabulary instead")
-    parts = default_horizons(len(inputs))
+    window = len(inputs)
     if vocabulary is None:
-        read = inputs.shape[-1]
-        return Text(lambda: nn.Linear(read, EMBED), loss_fn, outputs or 0, past_loss_fn or squared_error, read, parts)
+        read, parts = inputs.shape[-1], default_horizons(window)
+        past = past_loss_fn or squared_error
+        return Text(lambda: nn.Linear(read, EMBED), loss_fn, outputs or 0, past, read, parts, parts * window)
     if past_loss_fn is not None:
         raise ValueError("past_loss_fn is for vectors: past token ids are always predicted by cross-entropy, remove it")
     width, known = min(vocabulary, classes), vocabulary
     few = vocabulary <= classes
     losses, past = (loss_fn, class_losses) if few else (among_the_first(fn, classes) for fn in (loss_fn, class_losses))
-    return Text(lambda: token_embedding(known, classes, EMBED), losses, width, past, width, parts if few else 1)
+    reach = token_reach(window, few)
+    return Text(lambda: token_embedding(known, classes, EMBED), losses, width, past, width, *reach)
 
 
 def check_past_loss(past_loss_fn: Any, predict: str) -> None:
@@ -96,8 +100,8 @@ def predictor_for(
         text: what it reads and predicts.
         window: T.
         predict: one of `PREDICTIONS`.
-        steps: m, a multiple of K; None for K T with "horizons", else `REACH`.
-        horizons: K; None for the default.
+        steps: m, a multiple of K. None for the default: with "horizons" that of `text`, or K T if K is given; else `REACH`.
+        horizons: K; None for that of `text`.
         units: hidden units.
 
     Raises:
@@ -108,7 +112,8 @@ def predictor_for(
     if predict != "horizons" and horizons is not None:
         raise ValueError(f'horizons needs predict="horizons", which has parts: remove it with predict={predict!r}')
     parts = text.parts if horizons is None else horizons
-    usual = parts * window if predict == "horizons" else REACH
+    ahead = text.reach if horizons is None else horizons * window
+    usual = ahead if predict == "horizons" else REACH
     reach = usual if steps is None else steps
     read = {"inputs_width": EMBED, "outputs": text.width, "loss_fn": text.loss_fn}
 

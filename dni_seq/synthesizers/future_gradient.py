@@ -158,7 +158,7 @@ class FutureGradient(PackedSynthesizer):
     ) -> FutureGradient:
         """Builds the recommended synthesizer for a model: one message for each of the next K windows.
 
-        The predictor has an embedding of its own. Give windows a lookahead of `lookahead` steps, K T by default.
+        The predictor has an embedding of its own. Give windows a lookahead of `lookahead` steps.
 
         Args:
             model: `model(inputs, state) -> (outputs, state)`.
@@ -166,14 +166,16 @@ class FutureGradient(PackedSynthesizer):
             example_inputs: [T, B, ...], the inputs of one window; the values do not matter. T is read from it.
             vocabulary: V, if inputs and targets are token ids and the outputs are logits [T, B, V].
             outputs: Q, if inputs are vectors [T, B, E] and the outputs are [T, B, Q].
-            horizons: K. Default: max(2, 4 / T), rounded up; 1 if the vocabulary exceeds `classes`, as for words.
+            horizons: K. Default: max(2, 4 / T), rounded up; for token ids 1 from T = 8 on, or if the vocabulary exceeds
+                `classes`, as for words.
             classes: number of tokens that the predictor distinguishes; ids from classes - 1 on share one class.
             units: hidden units of the predictor.
             cells: see `FutureGradient`. Default: `LSTM_CELLS` for a model with an LSTM of PyTorch whose state is a pair.
             state: an example of the model's state. Default: `model.initial_state(1)`, or one after `example_inputs`.
             predict: "horizons", the next K windows; "future", the next m steps; "past", the last m inputs, for which no
                 lookahead is needed; or "both" of these.
-            predict_steps: m, a multiple of K. Default: K T for "horizons", else 40. With `message_every=n`, n are enough.
+            predict_steps: m, a multiple of K. Default for "horizons": K T, or 4 where K is 1 because T >= 8; for the others
+                40. With `message_every=n`, n are enough.
             past_loss_fn: unreduced losses [m, B] of predicted and true past vectors [m, B, E]. Default: squared error, mean.
             batch_dim: dimension of the lanes in the state's leaves, an int or a nest; for others than [B, H] and [L, B, H].
 

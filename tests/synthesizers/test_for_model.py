@@ -20,7 +20,7 @@ from dni_seq.models.language_model import LanguageModel, token_losses
 from dni_seq.models.vector_rnn import VectorRNN
 from dni_seq.synthesizers.base import recommended
 from dni_seq.synthesizers.defaults import HORIZONS
-from dni_seq.synthesizers.for_model import example_state, lstm_cells
+from dni_seq.synthesizers.for_model import example_state, lstm_cells, read_text, squared_error
 from dni_seq.synthesizers.token_classes import FirstTokens
 from tests.nests import assert_same
 
@@ -138,6 +138,21 @@ def test_a_vocabulary_of_as_many_words_as_classes_shares_no_class():
         found = dni.FutureGradient.for_model(model, token_losses, example_inputs=ids, vocabulary=vocabulary, classes=20)
         assert (found.lookahead, found.model.inputs.num_embeddings) == (3 * horizons, 20)
         assert isinstance(found.model.inputs, FirstTokens) == (vocabulary == 21)
+
+
+def test_in_a_long_window_token_ids_are_predicted_four_steps_ahead():
+    """In one part, unless the horizons or the steps are given; vectors keep the next two windows."""
+
+    def reach(window, **given):
+        ids = torch.zeros(window, 2, dtype=torch.int64)
+        model = LanguageModel(20, embed=4, hidden=5)
+        found = dni.FutureGradient.for_model(model, token_losses, example_inputs=ids, vocabulary=20, **given)
+        return getattr(found.model, "parts", 1), found.lookahead
+
+    assert [reach(window) for window in (1, 7, 8, 20)] == [(4, 4), (2, 14), (1, 4), (1, 4)]
+    assert [reach(8, horizons=2), reach(8, predict_steps=9), reach(8, predict="future")] == [(2, 16), (1, 9), (1, 40)]
+    vectors = read_text(squared_error, torch.zeros(8, 2, 3), None, 4, 500)
+    assert (vectors.parts, vectors.reach) == (2, 16)
 
 
 class Cells(nn.Module):

@@ -12,6 +12,7 @@ from dni_seq.app.runs.options import above_zero, at_least, fraction, option
 from dni_seq.synthesizers.defaults import (
     HORIZONS,
     LEAST_STEPS,
+    LONG_WINDOW,
     MEASURE_EVERY,
     PREDICTIONS,
     REACH,
@@ -102,8 +103,8 @@ class CreditOptions:
         "K, number of future windows predicted separately; by multi-horizon, or by paper if K > 1",
         group=GROUP,
         check=at_least(1),
-        shown=f"multi-horizon max({HORIZONS}, ceil({LEAST_STEPS}/T)); 1 for words or sentencepiece, regressed messages, "
-        "or a given --lookahead",
+        shown=f"multi-horizon max({HORIZONS}, ceil({LEAST_STEPS}/T)); 1 for words, sentencepiece, text from T = "
+        f"{LONG_WINDOW} on, regressed messages, or a given --lookahead",
     )
     tail: bool = option(
         False,
@@ -116,7 +117,7 @@ class CreditOptions:
         "future steps that paper, state, multi-horizon and the tail of exact see",
         group=GROUP,
         check=at_least(0),
-        shown="--horizons times --bptt; paper: the next step's input",
+        shown=f"--horizons times --bptt; text from T = {LONG_WINDOW} on: {LEAST_STEPS}; paper: the next step's input",
     )
     normalize: bool | None = option(
         None,
@@ -270,13 +271,19 @@ class CreditOptions:
         """
         if self.horizons is not None:
             return self.horizons
-        usual = (
+        return default_horizons(bptt) if self.has_default_reach else 1
+
+    @property
+    def has_default_reach(self) -> bool:
+        """Whether messages are gradients of a model of the next windows, and nothing says how far it looks."""
+        return (
             self.synthesizer == "multi-horizon"
             and self.predict == "horizons"
+            and self.horizons is None
             and self.lookahead is None
             and self.fit in (None, "future")
+            and not self._hindrances()
         )
-        return default_horizons(bptt) if usual and not self._hindrances() else 1
 
     def lookahead_at(self, bptt: int) -> int:
         """Returns the number of future steps that a learned synthesizer sees, given or by default; 0 if its kind sees none.
@@ -437,11 +444,10 @@ def without_resolved(
         options: the same options as an object.
         with_default_sizes: fills the sizes that are None.
     """
-    followed = []
-    for name in ("lookahead", "horizons"):  # a lookahead follows from horizons
-        nobody_gave: dict[str, Any] = {name: None}
+    for names in (("lookahead", "horizons"), ("lookahead",), ("horizons",)):  # alone, a lookahead follows from horizons
+        nobody_gave: dict[str, Any] = dict.fromkeys(names)
         free = replace(options, **nobody_gave)
-        if getattr(with_default_sizes(free), name) == getattr(options, name):
-            options = free
-            followed.append(name)
-    return {name: value for name, value in config.items() if name not in followed}
+        derived = with_default_sizes(free)
+        if all(getattr(derived, name) == getattr(options, name) for name in names):
+            return {name: value for name, value in config.items() if name not in names}
+    return dict(config)

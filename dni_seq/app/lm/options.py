@@ -21,6 +21,7 @@ from dni_seq.app.runs.trackers import LOGGER_HELP, LOGGERS
 from dni_seq.core.paths import expand_home
 from dni_seq.distributed.timeout import TIMEOUT
 from dni_seq.models.cells import CELLS
+from dni_seq.synthesizers.defaults import token_reach
 
 if TYPE_CHECKING:
     from dni_seq.streams import Corpus
@@ -386,8 +387,12 @@ def with_default_sizes(options: LanguageModelOptions) -> LanguageModelOptions:
     """Returns the options with the synthesizer's missing sizes filled in. The tokenizer and T must be known."""
     if not options.has_state_network:
         return options
-    # For words one horizon is better than two. The synthesizer's size depends on both numbers, so they are recorded.
-    horizons = options.horizons_at(options.bptt) if options.tokenizer == "char" else options.horizons or 1
+    # The synthesizer's size depends on both numbers, so they are recorded.
+    few = options.tokenizer == "char"
+    if options.has_default_reach:
+        horizons, lookahead = token_reach(options.bptt, few)
+        return dataclasses.replace(options, horizons=horizons, lookahead=lookahead)
+    horizons = options.horizons_at(options.bptt) if few else options.horizons or 1
     options = dataclasses.replace(options, horizons=horizons)
     return dataclasses.replace(options, lookahead=options.lookahead_at(options.bptt))
 

@@ -25,7 +25,7 @@ from dni_seq.app.studies.grid import (
 )
 from dni_seq.app.studies.tables import Line, Rates
 from dni_seq.app.studies.trial_runner import Trial
-from dni_seq.app.studies.tuning import alike, rates_of, rates_to_try, reach, tied_rates
+from dni_seq.app.studies.tuning import alike, rates_of, rates_to_try, reach, reach_of_then, tied_rates
 from dni_seq.synthesizers.defaults import HORIZONS
 
 SCHEDULE: Mapping[str, str] = MappingProxyType({"schedule": "constant"})
@@ -140,9 +140,10 @@ def make_trial(
     if task == "ptb":
         steps = math.ceil(budget.text["max_tokens"] / (budget.text["batch_size"] * bptt * VALIDATIONS))
         text = {**budget.text, "max_tokens": budget.text["max_tokens"] // share, "eval_every": steps}
+        beside = {**SCHEDULE, **reach_of_then(settings, bptt)}
         if data_file is None:
-            return Trial("train_lm", about, {**text, "dataset": "ptb", **chosen}, SCHEDULE)
-        return Trial("train_lm", about, {**text, **chosen}, {**SCHEDULE, "data_file": str(data_file.absolute())})
+            return Trial("train_lm", about, {**text, "dataset": "ptb", **chosen}, beside)
+        return Trial("train_lm", about, {**text, **chosen}, {**beside, "data_file": str(data_file.absolute())})
     start = {"start": budget.start} if task == "copy" and budget.start else {}
     updates = budget.task["updates"] // share
     return Trial("train_tasks", about, {**budget.task, "task": task, "updates": updates, **start, **chosen})

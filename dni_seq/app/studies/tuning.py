@@ -9,7 +9,7 @@ from typing import Any
 
 from dni_seq.app.studies.grid import BUDGETS, COLUMNS, LEARNING_RATES, LEARNS, SYNTHESIZER_LEARNING_RATES, TableCell
 from dni_seq.app.studies.tables import Rates, chosen, rates_in, tied
-from dni_seq.synthesizers.defaults import HORIZONS, default_horizons
+from dni_seq.synthesizers.defaults import HORIZONS, LONG_WINDOW, default_horizons
 
 
 def reach(settings: Mapping[str, Any], bptt: int) -> dict[str, int]:
@@ -20,6 +20,15 @@ def reach(settings: Mapping[str, Any], bptt: int) -> dict[str, int]:
     by_default = settings["synthesizer"] == "multi-horizon" and "horizons" not in settings
     usual = default_horizons(bptt)
     return {"horizons": usual} if by_default and usual > HORIZONS else {}
+
+
+def reach_of_then(settings: Mapping[str, Any], bptt: int) -> dict[str, str]:
+    """Returns the horizons that a trial on text gets beside its recorded options.
+
+    Until 2026-11-30 the default was `HORIZONS` in long windows too, and the recorded lines have that number.
+    """
+    by_default = settings["synthesizer"] == "multi-horizon" and not {"horizons", "lookahead"} & settings.keys()
+    return {"horizons": str(HORIZONS)} if by_default and bptt >= LONG_WINDOW else {}
 
 
 def alike(lines: list[dict[str, Any]], settings: Mapping[str, Any], bptt: int) -> list[dict[str, Any]]:

@@ -64,12 +64,22 @@ def test_horizons_by_default():
     assert by_window == [4, 2, 2, 2, 2, 2]
     assert horizons(horizons=3) == horizons(horizons=3, fit="descent") == 3
     assert horizons(synthesizer="paper") == horizons(fit="descent") == horizons(lookahead=5) == 1
-    by_words, by_characters = (
-        resolve_options(LanguageModelOptions(synthesizer="multi-horizon", tokenizer=kind), open_corpus())
-        for kind in ("word", "char")
-    )
-    assert (by_words.horizons, by_words.lookahead) == (1, by_words.bptt)
-    assert (by_characters.horizons, by_characters.lookahead) == (HORIZONS, HORIZONS * by_characters.bptt)
+
+
+def test_the_reach_on_text_by_default():
+    """K windows where they are short, the next four steps in one horizon else; what is given holds."""
+
+    def reach(tokenizer, bptt, **given):
+        options = build(LanguageModelOptions, {"synthesizer": "multi-horizon", "tokenizer": tokenizer, "bptt": bptt} | given)
+        found = resolve_options(options, open_corpus())
+        return found.horizons, found.lookahead
+
+    windows = (1, 2, 4, 7, 8, 16)
+    assert [reach("char", bptt) for bptt in windows] == [(4, 4), (2, 4), (2, 8), (2, 14), (1, 4), (1, 4)]
+    assert [reach("word", bptt) for bptt in windows] == [(1, 1), (1, 2), (1, 4), (1, 7), (1, 4), (1, 4)]
+    assert reach("char", 16, horizons=2) == (2, 32)
+    assert reach("char", 16, lookahead=9) == (1, 9)
+    assert reach("char", 16, fit="descent") == reach("word", 16, fit="descent") == (1, 16)
 
 
 def test_the_scale_of_many_horizons_by_default():

@@ -139,11 +139,12 @@ def test_the_trials_of_a_table():
     assert {trial.about["bptt"]: trial.options["eval_every"] for trial in found} == {1: 3125, 8: 391}
     short, default = [trial for trial in found if trial.about["column"] == "multi-horizon"][:2]
     budget = {"tokenizer", "layers", "dropout", "embed", "hidden", "batch_size", "max_tokens", "eval_every", "dataset"}
-    # Ours is the default: the study sets nothing of it but the learning rate.
+    # Ours is the default of then: the study records nothing of it but the learning rate, and runs two horizons at T = 8.
     assert set(default.options) - budget == {"synthesizer", "bptt", "seed", "threads", "lr", "synthesizer_lr"}
     # At T = 1 a line says how many horizons that is: before 2026-11-27 it was two there, on lines that do not say.
     assert set(short.options) - set(default.options) == {"horizons"}
     assert short.options["horizons"] == default_horizons(1) > HORIZONS
+    assert [trial.unkeyed.get("horizons") for trial in found if trial.about["seed"] == 0] == [None] * 8 + ["2", None]
     assert "synthesizer_lr" not in found[0].options
     copy = trials("table1", "--task", "copy", "--bptt", "4", "--seeds", "1", "--budget", "paper")
     assert [(c.options["start"], c.options["batch_size"], c.options["lr"]) for c in copy] == [(5, 256, 7e-5)] * 5
