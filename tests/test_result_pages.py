@@ -269,7 +269,7 @@ def test_the_page_on_harm_quotes_the_lines():
     lower = sum(ratio < 1 for ratio in ratios)
     more = f"{100 * median(ratios) - 100:.1f} %"
     assert f"in {len(pairs)} pairs of runs its loss is at most {max(ratios):.3f} times" in page
-    assert f"{more} higher in the median, and lower in {lower}." in page
+    assert f"{more} higher in the median, and lower in {lower} pairs." in page
     assert all(pair["multi-horizon: largest cell"] < pair["none: largest cell"] for pair in pairs)
     assert f"by {more} in the median, by {100 * max(ratios) - 100:.1f} % at most" in result_page("index")
 
