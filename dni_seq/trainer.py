@@ -223,7 +223,7 @@ class SequenceTrainer(TrainerSettings):
     ) -> StepResult:
         """Skips the step, and resets lanes whose state holds a NaN or an infinity.
 
-        If no step of the window counts, this is no failure: the state becomes `last`, and only `steps` changes besides.
+        If no step of the window counts, this is no failure: the state becomes `last`, and no skip is counted.
 
         Raises:
             NonFiniteError: `skip_limit` windows in a row were skipped.

@@ -4,8 +4,8 @@ The synthesizer of this program reads the next window backwards, from its last s
 is compared with `BasicSynthesizer`, which sees only the state, and with truncated BPTT, which has no synthesizer. Both
 synthesizers predict the gradient of the next window's loss for an LSTM that learns the text of Python's documentation by
 characters. Every 10 windows, messages are compared with exact gradients. A cosine of 1 means that a message has the exact
-direction, a cosine of 0 that its direction is no better than a random one. In so short a run the loss is about the same by
-all three ways.
+direction, a cosine of 0 that its direction is no better than a random one. In so short a run all three methods
+have about the same loss.
 """
 
 from __future__ import annotations

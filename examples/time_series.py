@@ -5,8 +5,8 @@ which follows weather and occupancy with a time constant of 24 hours. The networ
 windows of six hours. A synthesizer brings credit from the errors of later windows to the end of each window.
 
 From the state alone this credit can hardly be predicted. The inputs of the next six hours are known in advance, and show how
-the state will matter there. The training data also hold the demand of these hours. The synthesizer may see both, inputs and
-demand; the network sees neither.
+the state will matter in these hours. The training data also hold the demand of these hours. The synthesizer may see both,
+inputs and demand; the network sees neither.
 
 The program compares five ways: truncated BPTT; a future model; and three regressed synthesizers, which see nothing of the
 future, its inputs, or its inputs and demand. The future model is the recommended synthesizer, `FutureGradient.for_model`:

@@ -86,9 +86,9 @@ def plain_rnn(model: LanguageModel) -> nn.LSTM | nn.GRU:
     """Returns the `nn.LSTM` or `nn.GRU` that holds the recurrent weights of `model`, with or without traces.
 
     `plain_rnn(model).load_state_dict(theirs.state_dict())` takes over the weights of a plain PyTorch model, and
-    `theirs.load_state_dict(plain_rnn(model).state_dict())` hands them back. `theirs` must be of the same class and have the
-    same input size, hidden size and number of layers. It must have biases, one direction and no projection. Its
-    `batch_first` may differ. `model.embedding` and `model.projection` are an
+    `theirs.load_state_dict(plain_rnn(model).state_dict())` hands them back. `theirs` must have the class, the
+    input size, the hidden size and the number of layers of the returned module. It must have biases, one direction and no
+    projection. Its `batch_first` may differ. `model.embedding` and `model.projection` are an
     `nn.Embedding` and an `nn.Linear`; PyTorch's word_language_model calls them `encoder` and `decoder`.
 
     Raises:

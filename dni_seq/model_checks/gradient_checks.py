@@ -20,7 +20,7 @@ from dni_seq.model_checks.report import Check, judged, listed
 from dni_seq.model_checks.state_checks import Sample
 
 Arrival = Literal["flows", "none", "zero", "not finite"]
-"""What a backward pass brings to a leaf or a parameter: a finite gradient other than zero "flows"."""
+"""What a backward pass brings to a leaf or a parameter; "flows" is a finite gradient other than zero, "none" no gradient."""
 
 
 class LastLeaf(NamedTuple):

@@ -65,8 +65,8 @@ class ModelReport:
     - lanes: the dimension of the lanes in each leaf of the state, found by a run with one lane less.
     - halves: one window equals two halves with the state carried from the first to the second.
     - state gradient: each floating-point leaf of the last state sends a finite, non-zero gradient to the first state, and
-      each floating-point leaf of the first state receives one. A constant leaf, or a leaf that only
-      the outputs depend on, is a note.
+      each floating-point leaf of the first state receives one. A constant leaf, or a leaf that only the outputs depend
+      on, is a note.
     - parameter gradient: a finite, non-zero gradient flows from the outputs to each parameter that requires one.
 
     Attributes:

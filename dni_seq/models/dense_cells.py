@@ -174,9 +174,9 @@ class Factored:
 
 
 class StepByStep:
-    """Runs a layer as a loop over steps, and updates its traces by a rule. Not for factored traces of an LSTM.
+    """Runs a layer as a loop over steps, and updates its traces by a rule.
 
-    `FactoredLSTM` runs an LSTM layer with factored traces.
+    An LSTM layer with factored traces is run by `FactoredLSTM` instead.
 
     Args:
         step: `lstm_step` or `gru_step`.

@@ -253,7 +253,11 @@ def check_network(layers: int, hidden: int, unlock: str, decouple: str) -> None:
 
 
 def grouped(blocks: list[nn.Module], unlock: str, decouple: str) -> list[nn.Module]:
-    """Groups layers into parts: one part for "none"; all but the last and the last for "last"; each for "every"."""
+    """Groups layers into the parts of a network.
+
+    All layers are one part if `unlock` is "none". Otherwise, if `decouple` is "last", the layers before the last one are one
+    part and the last layer is another one; if it is "every", each layer is a part.
+    """
     if unlock == "none":
         return [nn.Sequential(*blocks)]
     if decouple == "last":

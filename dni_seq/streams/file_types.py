@@ -65,7 +65,7 @@ FIRST_BYTES: tuple[tuple[bytes, str], ...] = (
 """First bytes of files that are not text in UTF-8, each with a text: what such a file is, and what to do with it."""
 
 TAR_MARK, TAR_MARK_AT = b"ustar", 257
-"""A tar archive has these bytes from this byte on."""
+"""A tar archive has the bytes `TAR_MARK` at byte `TAR_MARK_AT`, counted from 0."""
 
 
 def check_ending(path: Path) -> None:

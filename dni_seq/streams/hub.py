@@ -79,7 +79,7 @@ class HubCorpus:
 
 CORPORA: Mapping[str, HubCorpus] = MappingProxyType(
     {
-        # In PTB's files each line has a space before and after it, in its rows on the Hub not: stripped lines are the same.
+        # Lines in the files of PTB have a space at both ends, rows on the Hub have none. Stripped lines are the same.
         "ptb": HubCorpus(
             "ptb-text-only/ptb_text_only",
             revision="refs/convert/parquet",

@@ -253,7 +253,7 @@ class StreamedLanes(RunningLanes):
         return shown
 
     def steps(self, limit: int) -> int:
-        """Returns the number of steps left in a lane, at most `limit` and `longest_window`; reads the blocks with them."""
+        """Returns the number of steps left in a lane, at most `limit` and `longest_window`; reads blocks that hold them."""
         return super().steps(min(limit, longest_window(self._count)))
 
     def advance(self, tokens: int) -> None:
