@@ -1,4 +1,4 @@
-"""gradient_fidelity: how near an estimator's gradient of the parameters is to that of full BPTT.
+"""gradient_fidelity: how well an estimator's gradient of the parameters matches the gradient of full BPTT.
 
 Legend: T = window length in steps, B = lanes.
 """
@@ -23,11 +23,11 @@ from dni_seq.trainer import SequenceTrainer
 
 
 class ParameterFidelity(NamedTuple):
-    """An estimated gradient beside the exact one.
+    """How well an estimated gradient matches the exact gradient.
 
     Attributes:
-        cosine: of the angle between the two; 0 if either is zero.
-        norm_ratio: norm of the estimate over that of the exact gradient; NaN if that is zero.
+        cosine: cosine of the angle between the two gradients; 0 if one of them is zero.
+        norm_ratio: norm of the estimate divided by the norm of the exact gradient; NaN if the exact gradient is zero.
     """
 
     cosine: float
@@ -39,8 +39,8 @@ class GradientFidelity(NamedTuple):
 
     Attributes:
         cosine: over all parameters together, from -1 to 1; see `ParameterFidelity`.
-        norm_ratio: norm of the estimator's gradient over that of full BPTT, over all parameters together.
-        parameters: the same for each parameter, by name.
+        norm_ratio: norm of the trainer's gradient divided by the norm of the exact one, over all parameters together.
+        parameters: cosine and norm ratio of each parameter, by name.
     """
 
     cosine: float
@@ -53,20 +53,20 @@ def gradient_fidelity(
 ) -> GradientFidelity:
     """Compares the gradient that a trainer accumulates over a sequence with that of full BPTT, for frozen parameters.
 
-    The estimator is whatever the trainer does: truncated BPTT, earlier windows, traces, messages of a synthesizer, or all of
-    them. The model runs in `eval()`. The trainer and the random state are the same afterwards. Full BPTT keeps one graph
-    over all windows.
+    The trainer estimates the gradient as it does in training: by truncated BPTT, through earlier windows, with traces, with
+    messages of a synthesizer, or with all of these. The model runs in `eval()`. The trainer and the random state do not
+    change. Full BPTT needs memory for one graph over all windows.
 
     Source: ours.
 
     Args:
         trainer: a trainer without `parallel`, in a single process.
         windows: consecutive windows, with the lookahead that the synthesizer needs.
-        start: the state before the first window. It counts as a constant: its traces are set to zero. Default: the
+        start: the state before the first window. It counts as a constant, so its traces are set to zero. Default: the
             initial state.
 
     Returns:
-        Cosine and norm ratio, over all parameters and for each of them.
+        Cosine and norm ratio, over all parameters together and for each parameter.
 
     Raises:
         ValueError: there are no windows, or the trainer shares its lanes with other ranks.

@@ -3,9 +3,9 @@
 Truncated BPTT ignores the effect of a window's last state on all later losses. A synthesizer predicts the gradient of those
 losses with respect to that state, and the trainer injects the prediction.
 
-Source: Jaderberg et al. 2017, arXiv 1608.05343, sections 2.1 and 3.1. We differ in three points: the injected share c
-(`synthetic_scale`) and the discount γ (`discount`) are two numbers, the regression is normalised, and each lane of the batch
-ends its sequence on its own.
+Source: Jaderberg et al. 2017, arXiv 1608.05343, sections 2.1 and 3.1. We differ in three points. The injected share c
+(`synthetic_scale`) and the discount γ (`discount`) are two numbers. The regression is normalised. The sequences of the lanes
+may end at different windows.
 
 Legend: T = window length in steps, B = lanes (batch), H = hidden units, N = horizons.
 """
@@ -54,11 +54,11 @@ class SequenceTrainer(TrainerSettings):
     Args:
         model: `model(inputs, state) -> (outputs, state)`. A state is a tensor or any nest of tuples, lists and dicts of
             tensors; dicts are matched by key. It is None at the start of a stream without an initial state.
-        optimizer: of the model's parameters.
+        optimizer: the optimizer of the model's parameters.
         loss_fn: `loss_fn(outputs, targets)`, a scalar or unreduced losses [T, B].
         synthesizer: predicts the gradient of all later losses with respect to a window's last state. None for plain
             truncated BPTT.
-        synthesizer_optimizer: of the synthesizer's parameters. Default: Adam with learning rate 1e-3.
+        synthesizer_optimizer: the optimizer of the synthesizer's parameters. Default: Adam with learning rate 1e-3.
         synthetic_scale: short for `config=SyntheticGradientConfig(synthetic_scale=...)`.
         config: the settings of the synthetic gradient. Default: what the synthesizer recommends.
         clip: largest norm of the model's gradient, None for no limit.
@@ -67,8 +67,8 @@ class SequenceTrainer(TrainerSettings):
             nn.LSTMCell: 0). Default: the dimension of size B.
         initial_state: the state in which sequences start: a nest, or a function of the number of lanes. Default:
             `model.initial_state(B)` if it exists, else None for the first window and zeros for lanes that end.
-        reduction: how losses [T, B] become one number: "mean" over the steps that count, "lane-mean" (sum over time,
-            mean over lanes) or "sum".
+        reduction: how losses [T, B] become one number: "mean" over the steps that count, "lane-mean" (the sum over time,
+            averaged over lanes) or "sum".
         autocast: dtype of `torch.autocast` for the model and the loss, None for full precision.
         parallel: the `DataParallel` of this rank if the lanes are split over processes. Each rank steps with its own lanes.
             Gradients are summed over the ranks. A scalar `loss_fn` must average over lanes. `state_dict` is then a
@@ -174,7 +174,7 @@ class SequenceTrainer(TrainerSettings):
     def _transaction(self, device: torch.device) -> StepTransaction:
         full = None
         if not self._stepped:
-            # An optimizer that cannot step (LBFGS, sparse gradients, memory for moments) fails at its first step: copy all.
+            # An optimizer that cannot step (LBFGS, sparse gradients, no memory) fails at its first step: copy everything.
             modules = [self.model, *(self.credit.modules if self.credit is not None else ())]
             full = TrainingSnapshot(modules, self._optimizers())
         return StepTransaction(device, self._buffers, self.credit, self._skip_policy, self._gradients, full)
@@ -196,12 +196,12 @@ class SequenceTrainer(TrainerSettings):
         norm = gradient_norm(self.optimizer)
         good = both_finite(measured, norm)
         result = StepResult(measured, states.detach(outputs), norm, None, ~good)
-        # Read on the host if that is free, or if no device can skip the step.
+        # The host reads `good` if reading is free, if there is no state to keep, or if the device cannot skip the step.
         on_host = nonfinite.readable_without_sync(good) or start is None or not supports_found_inf(self.optimizer)
         last = states.detach_clone(last)
         if on_host and not good:
             return self._skip_step(around, result, transaction, last)
-        # Everything that may fail runs before the optimizers' steps, which cannot be undone.
+        # Everything that may fail runs before the steps of the optimizers, which cannot be undone.
         passed = good if on_host else good | nothing_counts(measured, window.targets)
         next_state = self.runner.reset(last if on_host else select_where(passed, last, start), window.ends)
         synthetic = None
@@ -223,7 +223,7 @@ class SequenceTrainer(TrainerSettings):
     ) -> StepResult:
         """Skips the step, and resets lanes whose state holds a NaN or an infinity.
 
-        If no step of the window counts, this is no failure: the state becomes `last`, and nothing else changes.
+        If no step of the window counts, this is no failure: the state becomes `last`, and no skip is counted.
 
         Raises:
             NonFiniteError: `skip_limit` windows in a row were skipped.
@@ -278,12 +278,13 @@ class SequenceTrainer(TrainerSettings):
         """Restores what `state_dict` returned; the nesting of the hidden state comes from the initial state.
 
         Args:
-            saved: what `state_dict` returned. Skip counts and `state_paths` may be missing, as older versions saved none.
+            saved: what `state_dict` returned. Skip counts and `state_paths` may be missing: older versions saved none.
             lanes: B over all ranks. If given, the hidden state is restored and checked now; the trainer must then know its
                 initial state. None to restore it at the next `step`.
 
         Raises:
-            ValueError: the saved trainer has other parts (a synthesizer, for example), or with `lanes` another hidden state.
+            ValueError: the saved trainer has other parts than this one (a synthesizer, for example). With `lanes` also: the
+                saved hidden state does not fit the initial state.
         """
         parts = self._parts()
         expected = {*parts, "state", "credit", "steps"}

@@ -1,9 +1,11 @@
-"""The bare interfaces, without a trainer: the loop is your own, and so is every choice in it.
+"""Use the interfaces without a trainer, in a training loop of your own.
 
-First in time: an LSTM reads the text of Python's documentation in windows of four characters, and a synthetic gradient
-stands where each window ends; a factor of 0 is plain truncated BPTT. The synthesizer sees the state alone, from which there
-is next to nothing to predict: it costs a little here. `custom_synthesizer.py` has one that sees more. Then in depth: a
-network of two halves, of which the first is updated before the second has run.
+First in time: an LSTM reads the text of Python's documentation in windows of four characters, and a synthetic gradient is
+injected at the end of each window. A factor of 0 injects nothing, which is truncated BPTT. The synthesizer sees only the
+state, from which the later gradient can hardly be predicted: here the loss is slightly larger with the synthetic gradient.
+`custom_synthesizer.py` has a synthesizer that sees more.
+
+Then in depth: a network consists of two halves, and the first half gets its gradient before the second half has run.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ WINDOW, LANES, UNITS = 4, 32, 64
 
 
 def recurrent(text: Tensor, vocabulary: int, factor: float) -> float:
-    """Loss over the last tenth of text [steps, LANES], nats a character."""
+    """Trains on text [steps, LANES]; returns the mean loss over its last tenth, in nats per character."""
     torch.manual_seed(0)
     embedding, rnn, readout = nn.Embedding(vocabulary, 32), nn.LSTM(32, UNITS), nn.Linear(UNITS, vocabulary)
     interface = dni.BackwardInterface(dni.Normalized(dni.BasicSynthesizer(2 * UNITS, n_hidden=1)))
@@ -30,10 +32,10 @@ def recurrent(text: Tensor, vocabulary: int, factor: float) -> float:
     for i in range(0, len(text) - WINDOW, WINDOW):
         inputs, targets = text[i : i + WINDOW], text[i + 1 : i + 1 + WINDOW]
         optimizer.zero_grad()
-        with dni.defer_backward():  # one backward pass, at the block's end
-            state = interface.make_trigger(state)  # cut from the window before; the synthesizer's target arrives here
+        with dni.defer_backward():  # a single backward pass, at the end of the block
+            state = interface.make_trigger(state)  # detached; the gradient that arrives here is the synthesizer's target
             outputs, state = rnn(embedding(inputs), state)
-            interface.backward(state, factor)  # a message for h and c, in the place of the windows to come
+            interface.backward(state, factor)  # injects a message for h and c, which stands for later windows
             loss = F.cross_entropy(readout(outputs).flatten(0, 1), targets.flatten())
             dni.backward(loss)
         optimizer.step()
@@ -43,7 +45,7 @@ def recurrent(text: Tensor, vocabulary: int, factor: float) -> float:
 
 
 def decoupled(synthetic: bool, updates: int) -> float:
-    """The share of fresh points that a network of two halves puts into the right one of three rings."""
+    """Trains a network of two halves; returns the share of fresh points for which it finds the right one of three rings."""
     torch.manual_seed(0)
     first, second = nn.Sequential(nn.Linear(2, 64), nn.ReLU()), nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 3))
     interface = dni.BackwardInterface(dni.Normalized(dni.BasicSynthesizer(64, n_hidden=1, context_dim=3)))
@@ -52,7 +54,7 @@ def decoupled(synthetic: bool, updates: int) -> float:
         points, ring = rings(200)
         optimizer.zero_grad()
         with dni.synthesizer_context(F.one_hot(ring, 3).float()):  # the synthesizer knows the label, the network does not
-            # The interface sends a synthetic gradient back at once, and hands on a copy that is cut off.
+            # The interface backpropagates a synthetic gradient at once, and returns a detached copy.
             middle = interface(first(points)) if synthetic else first(points)
         F.cross_entropy(second(middle), ring).backward()
         optimizer.step()
@@ -61,7 +63,7 @@ def decoupled(synthetic: bool, updates: int) -> float:
 
 
 def rings(number: int) -> tuple[Tensor, Tensor]:
-    """Points [number, 2] on three rings around the origin, and the ring of each."""
+    """Returns points [number, 2] on three rings around the origin, and the ring of each point, [number]."""
     ring = torch.randint(3, (number,))
     radius = 1 + ring + 0.2 * torch.randn(number)
     angle = 6.2832 * torch.rand(number)

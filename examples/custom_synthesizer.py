@@ -1,9 +1,10 @@
 """Write your own synthesizer: a module with forward(trigger, context) that returns a message shaped like the trigger.
 
-This one reads the next window from its end back to the state, as the gradient itself travels. It is compared with
-`BasicSynthesizer`, which sees the state alone, and with truncated BPTT, which has no synthesizer. Both synthesizers predict
-the gradient of the next window for an LSTM that learns the text of Python's documentation by characters. Every 10 windows
-messages are compared with exact gradients. A cosine of 1 is the exact direction; of 0, a guess. In so short a run all three
+The synthesizer of this program reads the next window backwards, from its last step to its first, as the gradient flows. It
+is compared with `BasicSynthesizer`, which sees only the state, and with truncated BPTT, which has no synthesizer. Both
+synthesizers predict the gradient of the next window's loss for an LSTM that learns the text of Python's documentation by
+characters. Every 10 windows, messages are compared with exact gradients. A cosine of 1 means that a message has the exact
+direction, a cosine of 0 that its direction is no better than a random one. In so short a run all three methods
 have about the same loss.
 """
 
@@ -22,7 +23,7 @@ WINDOW, LANES, UNITS = 4, 32, 64
 
 
 class ReadsBack(nn.Module):
-    """From (h, c), each [1, B, UNITS], and the next WINDOW steps to a message of the same shapes."""
+    """Maps (h, c), each [1, B, UNITS], and the next WINDOW steps to a message of the shapes of (h, c)."""
 
     def __init__(self, vocabulary: int) -> None:
         super().__init__()
@@ -40,7 +41,7 @@ class ReadsBack(nn.Module):
 
 
 class Model(nn.Module):
-    """Characters to logits of the next one."""
+    """Maps characters to logits of the next character."""
 
     def __init__(self, vocabulary: int) -> None:
         super().__init__()
@@ -56,14 +57,14 @@ class Model(nn.Module):
 
 
 def losses(logits: Tensor, targets: Tensor) -> Tensor:
-    """[T, B], nats."""
+    """Returns the cross-entropy of each step and lane, [T, B], in nats."""
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
 
 
 def train(text: Tensor, vocabulary: int, network: nn.Module | None, windows: int) -> tuple[float, float]:
     """Trains a model, with a synthesizer if given; returns the last fifth's mean loss and the last half's mean cosine."""
     model = Model(vocabulary)
-    # Gradients are small numbers, and a cell's gradient fades where it is saturated: two wrappers see to that.
+    # `Normalized` scales messages to the size of gradients. `GatedCells` shrinks the message for saturated cells.
     synthesizer = None if network is None else dni.Normalized(dni.GatedCells(network, dni.LSTM_CELLS))
     config = dni.SyntheticGradientConfig(synthetic_scale="auto", discount=0.0, fidelity_every=10, replay_windows=1)
     options = {} if synthesizer is None else {"synthesizer": synthesizer, "config": config}

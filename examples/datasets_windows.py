@@ -1,9 +1,9 @@
 """Train on any data set of the library `datasets` with a tokenizer of the library `tokenizers`.
 
-The rows are the topics of Python's documentation; `datasets.load_dataset("OWNER/NAME", split="train", streaming=True)` takes
-their place for text of any size, and any other tokenizer that of the characters here. Plain truncated BPTT comes first, in
-windows of one step, then a synthetic gradient: its perplexity over the last quarter must be lower. Halfway, position and
-trainer are saved and restored, as in a run that was killed.
+The rows are topics of Python's documentation, the tokens are characters. For other text, of any size, replace the rows by
+`datasets.load_dataset("OWNER/NAME", split="train", streaming=True)`. The program trains by truncated BPTT in windows of one
+step, then with a synthetic gradient: the second perplexity, over the last quarter, must be lower. Halfway it saves and
+restores the position and the trainer, as for a run that was killed.
 """
 
 from pydoc_data.topics import topics

@@ -1,8 +1,8 @@
 """Truncated BPTT inside Lightning: the loop is Lightning's, the training step is SequenceTrainer's.
 
-A small LSTM learns the text of Python's documentation by characters, in windows of one step. First gradients end where a
-window ends, then a synthetic gradient takes the place of what is cut off: its loss must be lower. Each run stops halfway and
-resumes from Lightning's checkpoint with the hidden state, the synthesizer and the place in the text.
+A small LSTM learns the text of Python's documentation by characters, in windows of one step. The first run is truncated
+BPTT. The second run also injects a synthetic gradient, and its loss must be lower. Each run stops halfway and resumes from
+Lightning's checkpoint, which holds the hidden state, the synthesizer and the position in the text.
 """
 
 import logging

@@ -1,7 +1,7 @@
-"""Weights go into dni_seq and back: from a plain nn.LSTM, through training, to safetensors, and into the plain model again.
+"""Copy weights from a plain nn.LSTM into dni_seq, train them, save them as safetensors, and copy them back.
 
-The weights of a plain model fill a `LanguageModel` of its sizes, whose loss must be the same: the baseline. It trains with
-exact gradients of the next window, is saved and loaded, and its weights go back. Then the losses must agree again.
+A `LanguageModel` of the same sizes takes over the weights of a plain model; both models must have the same loss. It is then
+trained with exact gradients of the next window, saved and loaded. The plain model gets its weights; the losses must agree.
 """
 
 from pydoc_data.topics import topics

@@ -1,6 +1,6 @@
-"""A policy with memory, trained from replayed sequences with stored states and burn-in, as R2D2 is, beside truncated BPTT.
+"""Train a policy with memory on replayed sequences with stored states and burn-in as in R2D2, in long and short windows.
 
-A corridor's first step shows where to turn at its end; chance is 50 %. Windows of SHORT steps bring no gradient back to it.
+The first step shows which turn at the corridor's end is right. In windows of SHORT steps no gradient reaches that step.
 """
 
 import torch
@@ -22,7 +22,7 @@ class Policy(torch.nn.Module):
 
 @torch.no_grad()
 def play(policy: Policy, epsilon: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[torch.Tensor]]:
-    cue, seen = torch.randint(2, (LANES,)), torch.zeros(CORRIDOR, LANES, 3)
+    cue, seen = torch.randint(2, (LANES,)), torch.zeros(CORRIDOR, LANES, 3)  # a random turn is right in half of the lanes
     seen[0, torch.arange(LANES), cue], seen[-1, :, 2] = 1.0, 1.0  # left or right, then the end of the corridor
     turns, states = [], [torch.zeros(1, LANES, UNITS)]
     for step in seen:

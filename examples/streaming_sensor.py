@@ -1,10 +1,12 @@
-"""An endless stream of real numbers: train while it arrives, without a future at hand.
+"""Train on an endless stream of real numbers while the numbers arrive.
 
-A machine heats up when it works and cools down slowly. A network estimates its temperature from the load alone, and it is
-updated after every 2 readings. A synthesizer predicts credit from the next readings, so training runs a few readings late:
-`with_lookahead` waits for them. The network itself is up to date at each reading. The baseline is truncated BPTT with the
-same windows. Expect about half of its error after as many windows, at about twice the CPU time. In that time truncated BPTT
-would do as well on twice the readings, but a sensor sends no faster.
+A machine heats up when it works and cools down slowly. A network estimates the temperature from the load alone, and is
+updated after every 2 readings. The synthesizer predicts credit from the next readings. Training therefore runs a few
+readings late: `with_lookahead` waits for these readings.
+
+The baseline is truncated BPTT with the same windows. With the synthesizer expect about half of the baseline's error after
+as many windows, at about twice the CPU time. With twice the readings, and as much CPU time, truncated BPTT would reach the
+same error, but a sensor does not send faster.
 """
 
 import itertools
@@ -30,7 +32,7 @@ class Estimator(nn.Module):
 
 
 def sensor() -> Iterator[tuple[Tensor, Tensor]]:
-    """Windows of load and temperature, [WINDOW, LANES, 1] each, without end."""
+    """Yields windows of load and temperature, each [WINDOW, LANES, 1], without end."""
     working, temperature = torch.zeros(LANES), torch.zeros(LANES)
     while True:
         loads, temperatures = [], []
@@ -47,7 +49,7 @@ def losses(outputs: Tensor, targets: Tensor) -> Tensor:
 
 
 def train(windows: int, synthetic: bool) -> tuple[float, float]:
-    """Mean squared error of the last fifth, and CPU seconds."""
+    """Trains an estimator; returns the mean squared error over the last fifth of the windows, and CPU seconds."""
     torch.manual_seed(0)
     model, errors, start = Estimator(), [], time.process_time()
     example = torch.zeros(WINDOW, LANES, 1)

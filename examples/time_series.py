@@ -1,18 +1,22 @@
 """Forecast a real-valued series whose future inputs are known: a weather forecast, a calendar, a plan of production.
 
-A building's heating follows its temperature, a leaky memory of the weather over two dozen hours, and of how many people are
-in. The network sees the hours one by one, in windows of six, and errors of the next window should reach back into this one.
-What they will be can hardly be told from the state alone; the known inputs of the next six hours, the context here, tell
-how the state will matter there. The demand that was measured there lies in the data that is trained on: the synthesizer may
-see it too, as the network that forecasts never does.
+The series is the heating demand of a building. The demand depends on occupancy, and on the temperature of the building,
+which follows weather and occupancy with a time constant of 24 hours. The network reads one hour at each step, in
+windows of six hours. A synthesizer brings credit from the errors of later windows to the end of each window.
 
-The recommended synthesizer, `FutureGradient.for_model`, learns to forecast the next hours itself, and its gradient is the
-message. Beside it stand truncated BPTT and three synthesizers that are fitted to gradients and see nothing of the future,
-its inputs, or inputs and demand. The future model and the last one have well under half of truncated BPTT's error here.
+From the state alone this credit can hardly be predicted. The inputs of the next six hours are known in advance, and show how
+the state will matter in these hours. The training data also hold the demand of these hours. The synthesizer may see both,
+inputs and demand; the network sees neither.
 
-Records are a month long, and the network starts each with a state of zeros, which does not know how warm the building is.
-The first day is a burn-in: it warms the state up, and its errors do not count. With records of five days, in which less
-crosses a window's end, truncated BPTT had the smaller error (0.015 against 0.016 to 0.024, one seed).
+The program compares five ways: truncated BPTT; a future model; and three regressed synthesizers, which see nothing of the
+future, its inputs, or its inputs and demand. The future model is the recommended synthesizer, `FutureGradient.for_model`:
+it learns to forecast the next hours, and the gradient of its loss is the message. Here the future model and the synthesizer
+that sees inputs and demand have well under half of the error of truncated BPTT.
+
+A record is a month long. The network starts each record with a state of zeros, which does not know how warm the building
+is. The first day is a burn-in: it updates the state, and its errors do not count. With records of five days, in which less
+credit crosses the end of a window, truncated BPTT had a smaller error than the synthesizers (0.015 against 0.016 to 0.024,
+one seed).
 """
 
 from __future__ import annotations
@@ -28,7 +32,7 @@ WINDOW, LANES, UNITS, DAY, MONTH = 6, 32, 32, 24, 720
 
 
 class KnownFuture(nn.Module):
-    """Context encoder: the inputs of the next WINDOW hours [m, B, 2] as one vector a lane; their targets are left alone."""
+    """Context encoder: makes one vector for each lane of the next WINDOW hours' inputs [m, B, 2]; ignores targets."""
 
     features = 32
 
@@ -41,7 +45,7 @@ class KnownFuture(nn.Module):
 
 
 class Forecaster(nn.Module):
-    """Weather and occupancy [T, B, 2] to demand [T, B, 1]."""
+    """Maps weather and occupancy [T, B, 2] to demand [T, B, 1]."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -56,7 +60,7 @@ class Forecaster(nn.Module):
 
 
 def buildings(hours: int) -> tuple[Tensor, Tensor]:
-    """Inputs [hours, LANES, 2] and demand [hours, LANES, 1] of unit variance."""
+    """Returns inputs [hours, LANES, 2], and demand [hours, LANES, 1] with mean 0 and variance 1."""
     clock = torch.arange(hours)[:, None] + torch.randint(24, (LANES,))
     weather = torch.sin(2 * math.pi * clock / 24) + torch.randn(hours, LANES).cumsum(0).div(20).sin()
     people = ((clock % 24 > 7) & (clock % 24 < 18) & (torch.rand(hours, LANES) < 0.8)).float()
@@ -69,12 +73,12 @@ def buildings(hours: int) -> tuple[Tensor, Tensor]:
 
 
 def losses(outputs: Tensor, targets: Tensor) -> Tensor:
-    """[T, B], squared error."""
+    """Returns the squared error of each step and lane, [T, B]."""
     return (outputs - targets).square().mean(-1)
 
 
 def make_synthesizer(model: Forecaster, kind: str, encoder: nn.Module | None, example: Tensor) -> nn.Module | None:
-    """The synthesizer of a kind: "none", "future model" or "fitted"; `encoder` is what a fitted one sees of the future."""
+    """Returns the synthesizer of a kind: "none", "future model" or "fitted", which sees the future through `encoder`."""
     if kind == "none":
         return None
     if kind == "future model":
@@ -83,7 +87,7 @@ def make_synthesizer(model: Forecaster, kind: str, encoder: nn.Module | None, ex
 
 
 def train(windows: list[dni.Window], kind: str, encoder: nn.Module | None) -> tuple[float, float]:
-    """Mean error of the last tenth; mean cosine of messages and exact gradients, NaN where there is none."""
+    """Returns the mean error over the last tenth, and the mean cosine of messages and exact gradients (NaN if none)."""
     torch.manual_seed(0)
     model = Forecaster()
     synthesizer = make_synthesizer(model, kind, encoder, windows[0].inputs)

@@ -8,7 +8,8 @@ import signal
 import sys
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    # The imports take seconds, and an exception in them can be lost. `run_module` restores the handler.
+    # The imports take seconds, and a KeyboardInterrupt in them can be lost: Ctrl-C ends the process until `run_module`
+    # restores the handler.
     signal.signal(signal.SIGINT, lambda *_: (os.write(2, b"feedforward_table: stopped by Ctrl-C\n"), os._exit(130)))
 
 from dni_seq.app.runs.program import run_module

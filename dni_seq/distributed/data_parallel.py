@@ -1,8 +1,9 @@
-"""Data-parallel training: splits the B lanes of one run over several ranks, with the updates of one process.
+"""Data-parallel training: splits the B lanes of one run over several ranks; the updates are those of a single process.
 
-Every rank reads the same text into the same B lanes and trains on its slice of them. It backpropagates its share of the
-window's loss, so that gradients are summed over ranks, not averaged. Raw messages of a synthesizer thus have the same unit
-as in one process, and a run may be resumed with another number of ranks.
+Every rank reads the same text into the same B lanes and trains on its slice of the lanes. A rank backpropagates its share of
+the window's loss: the losses of all ranks add up to the loss over all lanes. Gradients are therefore summed over the ranks,
+not averaged. The raw messages of a synthesizer have the same unit as in a single process, so a run may be resumed with
+another number of ranks.
 
 Legend: T = window length in steps, B = lanes of the run, W = ranks.
 """
@@ -23,7 +24,7 @@ from dni_seq.distributed.process_group import Ranks
 class DataParallel:
     """Splits B lanes over several ranks and sums gradients, for `SequenceTrainer(parallel=...)` or your own training loop.
 
-    Methods that communicate are collective calls: all ranks make them in the same order.
+    Methods that communicate are collective calls: all ranks must call them in the same order.
 
     Args:
         ranks: the ranks that share the lanes, as `dni_seq.distributed.process_group.init_distributed` yields them.
@@ -74,8 +75,8 @@ class DataParallel:
     def share(self, loss_fn: Callable[[Any, Any], Tensor]) -> Callable[[Any, Any], Tensor]:
         """Returns `loss_fn` divided by W, the number of ranks: the ranks' means then add up to the mean over all lanes.
 
-        Wrap the loss passed to `ExactFuture` in it if the trainer's reduction is "mean" or "lane-mean": `ExactFuture` knows
-        nothing of ranks. The trainer scales its own loss.
+        Pass the result to `ExactFuture` as its loss if the trainer's reduction is "mean" or "lane-mean", because
+        `ExactFuture` knows nothing of ranks. The trainer scales its own loss by itself.
         """
         size = self.ranks.size
         return lambda outputs, targets: loss_fn(outputs, targets) / size
@@ -83,7 +84,8 @@ class DataParallel:
     def share_of_mean(self, loss: Tensor, mask: Tensor | None) -> Tensor:
         """Scales a mean over this rank's lanes so that the ranks' results add up to the mean over all lanes.
 
-        The factor is 1 / W. With a mask it is the number of counted steps of this rank divided by that of all ranks.
+        The factor is 1 / W without a mask. With a mask it is the number of counted steps of this rank, divided by the
+        number of counted steps of all ranks.
 
         Args:
             loss: 0-d, the mean over this rank's lanes; with a mask, over this rank's counted steps.
@@ -126,8 +128,8 @@ class DataParallel:
     def synchronize(self, module: nn.Module) -> None:
         """Makes the running statistics of the synthesizers in `module` cover the lanes of all ranks from now on.
 
-        These are root mean squares of targets and the sums of `LeastSquaresHeads`; BatchNorm is not touched. Call it once,
-        before the first use.
+        Running statistics are the root mean squares of targets and the sums of `LeastSquaresHeads`. BatchNorm does not
+        change. Call this method once, before the synthesizers are first used.
         """
         for part in module.modules():
             if hasattr(part, "across_ranks"):
@@ -136,7 +138,8 @@ class DataParallel:
     def first(self, place: int, text: str) -> str:
         """Returns the text of the rank with the lowest `place`, followed by "on rank" and its number; a collective call.
 
-        The trainer uses it to report the first NaN. All ranks get the same text; of equal places the lowest rank wins.
+        The trainer reports the first NaN with this method. All ranks get the same text. If ranks have the same `place`, the
+        text of the lowest rank is returned.
 
         Args:
             place: position of this rank's finding in the order of the checks.
@@ -149,8 +152,8 @@ class DataParallel:
     def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Averages the gradients of `parameters` over all ranks with a single all-reduce; a collective call.
 
-        Use it in your own loop for a synthesizer, whose regression loss is a mean over this rank's lanes. A gradient that is
-        missing on some ranks counts as zero there.
+        Use it for a synthesizer in a training loop of your own: the regression loss is a mean over this rank's lanes. A
+        gradient that is missing on some ranks counts as zero on these ranks.
         """
         learning = list(parameters)
         self.divide_gradients(learning)
@@ -159,16 +162,17 @@ class DataParallel:
     def divide_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Divides gradients by W, the number of ranks, in place, without communication.
 
-        A sum over the ranks is then a mean. `average_gradients` does both.
+        The sum over the ranks, `sum_gradients`, is then a mean. `average_gradients` calls both methods.
         """
         for parameter in parameters:
             if parameter.grad is not None:
                 parameter.grad /= self.ranks.size
 
     def sum_gradients(self, parameters: Iterable[nn.Parameter], numbers: Sequence[Tensor] = ()) -> None:
-        """Sums gradients, and `numbers` in place, over all ranks with a single all-reduce.
+        """Sums gradients, and `numbers` in place, over all ranks with a single all-reduce; a collective call.
 
-        A gradient that is missing on some ranks counts as zero there; one that is missing on all ranks stays None.
+        A gradient that is missing on some ranks counts as zero on these ranks. A gradient that is missing on all ranks stays
+        None.
 
         Args:
             parameters: the parameters whose gradients to sum, in the same order on all ranks.
@@ -181,7 +185,7 @@ class DataParallel:
             return
         dtype = pieces[0].dtype
         flags = torch.tensor(there, dtype=dtype, device=pieces[0].device)
-        # Zeros for missing gradients give the buffer the same length on all ranks; the flags count who has a gradient.
+        # Zeros for missing gradients give the buffer one length on all ranks; the flags count the ranks with a gradient.
         flat = self.ranks.sum_(torch.cat([piece.reshape(-1).to(dtype) for piece in [*pieces, flags]]))
         *sums, counts = flat.split([*(piece.numel() for piece in pieces), len(flags)])
         for parameter, total, count in zip(learning, sums, counts.tolist(), strict=False):
@@ -192,7 +196,7 @@ class DataParallel:
 
 
 class SingleProcess(DataParallel):
-    """Stands for a process that holds all lanes: every method returns what it is given, and nothing is communicated."""
+    """The `DataParallel` of a process that holds all lanes: methods return tensors unchanged, and communicate nothing."""
 
     def __init__(self) -> None:
         pass

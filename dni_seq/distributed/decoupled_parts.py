@@ -3,10 +3,10 @@
 A `BidirectionalInterface` connects the parts, and each process holds a copy of it. Part A calls `send` on its copy, which
 trains the synthetic input and backpropagates a synthetic gradient. Part B calls `receive` on its copy, which returns a
 synthetic input and trains the synthetic gradient. Each part thus trains one of the two synthesizers and uses the other one.
-Every few updates a thread beside the training loop sends the parameters of a part's own synthesizer to the other part, and
-with them an optional real message.
+Every few updates, a thread beside the training loop sends the parameters of the synthesizer that this part trains to the
+other part, together with an optional real message.
 
-Source: the complete unlock of Jaderberg et al. 2017, arXiv 1608.05343, section 2.2. There it runs in one process.
+Source: the complete unlock of Jaderberg et al. 2017, arXiv 1608.05343, section 2.2. In the paper it runs in one process.
 """
 
 from __future__ import annotations
@@ -25,10 +25,11 @@ from dni_seq.distributed.process_group import RankError, Ranks, translate_dist_e
 
 
 class Outbox:
-    """Sends the newest content to another rank by a thread; older content that is not yet being sent is dropped.
+    """Sends content to another rank in a thread; new content replaces content that still waits to be sent.
 
     Args:
-        group: a process group for this pair only, because its messages are matched in order with those of an `Inbox`.
+        group: a process group that only this outbox and the `Inbox` on the other rank use, because the sends and receives of
+            a group are matched in order.
         to: the other rank.
     """
 
@@ -55,10 +56,10 @@ class Outbox:
             self._changed.notify()
 
     def close(self) -> None:
-        """Sends the queued content and an end marker; waits for the other rank's thread.
+        """Sends the queued content and an end marker; waits until the other rank's thread has received both.
 
         Raises:
-            RankError: the other rank does not receive it.
+            RankError: the other rank has ended or does not answer.
         """
         with self._changed:
             self._closed = True
@@ -93,7 +94,7 @@ class Outbox:
 
 
 class Inbox:
-    """Receives content from the `Outbox` of another rank by a thread, and holds the newest.
+    """Receives content from the `Outbox` of another rank in a thread, and keeps only the newest.
 
     Args:
         group: the process group of the outbox.
@@ -109,7 +110,7 @@ class Inbox:
         self._thread.start()
 
     def take(self) -> dict[str, Any] | None:
-        """Returns the newest content since the last call, or None if there is none.
+        """Returns the newest content that has arrived since the last call, or None if nothing has arrived.
 
         Raises:
             RankError: the other rank has ended without an end marker, or has sent nothing within the group's timeout.
@@ -121,7 +122,7 @@ class Inbox:
         return content
 
     def close(self) -> None:
-        """Waits for the end marker of the other rank."""
+        """Waits until the other rank's end marker has arrived, or receiving has failed."""
         self._thread.join()
 
     def _collect(self) -> None:
@@ -149,17 +150,17 @@ class RemoteEnd:
     """One end of an interface whose other end is in another process.
 
     Part A trains `interface.forward_interface.synthesizer` and uses `interface.backward_interface.synthesizer`. Part B
-    trains and uses them the other way round.
+    trains `interface.backward_interface.synthesizer` and uses `interface.forward_interface.synthesizer`.
 
     Args:
         own: the synthesizer that this part trains.
         other: the synthesizer that the other part trains and this part uses.
         outbox, inbox: the connections to and from the other part.
-        every: number of updates between two messages.
+        every: number of this part's updates between two sends to the other part.
 
     Attributes:
         updates: number of this part's updates so far.
-        heard: number of the other part's updates at the time of its newest message received here.
+        heard: number of updates that the other part had done when it sent the newest content received here.
 
     Raises:
         ValueError: `every` is below 1.
@@ -174,10 +175,10 @@ class RemoteEnd:
         self.heard = 0
 
     def exchange(self, message: Mapping[str, Tensor] | None = None) -> dict[str, Tensor] | None:
-        """Counts an update, sends every `every` updates, and takes what has arrived; never waits for the other part.
+        """Counts an update, sends at every `every`-th one, and loads what has arrived; never waits for the other part.
 
         Args:
-            message: a real message and the tensors that belong to it; sent with the synthesizer.
+            message: a real message and the tensors that belong to it. It is sent with the synthesizer.
 
         Returns:
             The other part's `message` if new content has arrived, else None.
@@ -191,7 +192,7 @@ class RemoteEnd:
         return self.take()
 
     def send(self, message: Mapping[str, Tensor] | None = None) -> None:
-        """Queues this part's own synthesizer, and `message`, for the other part."""
+        """Queues the synthesizer that this part trains, and `message`, to be sent to the other part."""
         self.outbox.put({"updates": self.updates, "synthesizer": self.own.state_dict(), "message": message})
 
     def take(self) -> dict[str, Tensor] | None:

@@ -1,7 +1,7 @@
 """The ranks of a run: initialises torch.distributed, provides collectives, and reports failures within a bounded time.
 
 `torchrun` starts the processes; gloo transfers CPU tensors and NCCL transfers GPU tensors. If a rank dies, its connections
-close and the other ranks fail at once. If a rank hangs, the others fail after `timeout`.
+close and the other ranks fail at once. If a rank hangs, the other ranks fail after `timeout` seconds.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class RankError(RuntimeError):
 
 
 class Ranks:
-    """The ranks of a process group, with collectives; a single process is a group of one and never communicates.
+    """The ranks of a process group, with collectives; a single process is a group of one rank and never communicates.
 
     Every method is a collective call: all ranks call it in the same order.
 
@@ -94,7 +94,7 @@ class Ranks:
         return torch.cat(pieces, dim).to(tensor.dtype)
 
     def gather(self, value: Any) -> list[Any]:
-        """Returns the `value` of every rank, by rank; it must be picklable."""
+        """Returns the `value` of every rank, in the order of the ranks; values must be picklable."""
         values = [value]
         if self.size > 1:
             values = [None] * self.size
@@ -103,7 +103,7 @@ class Ranks:
         return values
 
     def run_on_all(self, work: Callable[[], Result]) -> Result:
-        """Runs `work` on every rank and returns its result; if it fails on one rank, raises on all ranks.
+        """Runs `work` on every rank and returns this rank's result; if `work` fails on one rank, raises on all ranks.
 
         Raises:
             ValueError: `work` has raised a ValueError or OSError on some rank; the message is that of the first such rank.
@@ -189,14 +189,15 @@ def init_distributed(timeout: float = TIMEOUT) -> Iterator[Ranks]:
         return
     _meet(timeout)
     yield Ranks(timeout=timeout)
-    # Not after an exception: destroying the group could wait for the other ranks. Connections close with the process.
+    # Not run after an exception: destroying the group could wait for other ranks. Connections close with the process.
     dist.destroy_process_group()
 
 
 def _meet(timeout: float) -> None:
     """Initialises the default process group."""
-    # If this module is first imported later, for example by torch's optimizers, its functions keep the group as a default
-    # argument. The group's threads then outlive it, and a thread that frees a message during shutdown aborts the process.
+    # If this module is first imported after the group exists, for example by torch's optimizers, its functions keep the
+    # group as a default argument. The threads of the group then run until shutdown, and a thread that frees a message during
+    # shutdown aborts the process.
     import torch.distributed.nn.functional
 
     missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
@@ -216,7 +217,7 @@ def _meet(timeout: float) -> None:
 
 
 def local_device() -> str | None:
-    """Returns the GPU of this rank by LOCAL_RANK, such as "cuda:0"; None without LOCAL_RANK or without GPUs."""
+    """Returns the GPU that LOCAL_RANK gives this rank, such as "cuda:0"; None without LOCAL_RANK or without GPUs."""
     local = os.environ.get("LOCAL_RANK")
     return None if local is None or not torch.cuda.is_available() else f"cuda:{local}"
 

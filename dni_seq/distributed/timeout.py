@@ -1,4 +1,4 @@
-"""How long ranks wait for each other. It is here, without torch, so that a command's help need not import it."""
+"""How long ranks wait for each other; imports no torch, so that a command can show its help at once."""
 
 TIMEOUT = 300.0
 """Default number of seconds that a rank waits for the others."""

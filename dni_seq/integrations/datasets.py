@@ -1,7 +1,7 @@
 """Windows over any data set of the library `datasets`, of token ids or of text with a tokenizer.
 
-Every row is a document. Its ids follow those of the row before, as with `group_texts` in the scripts of `transformers`;
-an end-of-text token, if one is wanted, comes from the tokenizer.
+Every row is a document. The ids of a row follow the ids of the row before, as with `group_texts` in the scripts of
+`transformers`. Nothing is inserted between rows: the tokenizer must add an end-of-text token if the text needs one.
 
 Legend: T = window length in steps, B = lanes, m = lookahead in steps.
 """
@@ -23,7 +23,7 @@ ROWS = 64
 """Rows of a `Dataset` that are read at once."""
 
 IDS = 0x110000
-"""Ids must be below this number: streams carry text, so that an id travels as the code point of a character."""
+"""Ids must be below this number: streams carry text, so an id is passed on as the character with that code point."""
 
 NAME = "the data set"
 
@@ -80,24 +80,25 @@ def windows(
     """Returns a resumable stream of windows over a data set, streamed or not.
 
     A `Dataset` is held in memory as one int32 per token, in lanes of contiguous text. An `IterableDataset` is streamed, and
-    may be endless; `dataset.to_iterable_dataset()` streams a `Dataset` that is too large. `StreamedLanes` says how it is cut
-    into lanes. A shuffled `IterableDataset` is rejected, because it drops rows when it resumes: shuffle a `Dataset` instead.
+    may be endless; `dataset.to_iterable_dataset()` streams a `Dataset` that is too large. `StreamedLanes` says how streamed
+    text is cut into lanes. A shuffled `IterableDataset` is rejected, because it drops rows when it resumes: shuffle a
+    `Dataset` instead.
 
     Args:
         dataset: a `datasets.Dataset` or `datasets.IterableDataset`, one split.
-        tokenizer: converts the text of a row to ids: a `tokenizers.Tokenizer`, or anything else whose `encode(text)` returns
-            ids or an object with `ids`, or a callable of that kind. Without one the column must hold ids.
+        tokenizer: converts the text of a row to ids: a `tokenizers.Tokenizer`, another object whose `encode(text)` returns
+            ids or an object with `ids`, or a function that returns the same. Without a tokenizer the column must hold ids.
         lanes: B, the batch size.
         bptt: T, the window length.
-        lookahead: m, the number of steps after each window that are attached to it; 0 for none.
-        text_column: the column with the text or the ids. None for "text" with a tokenizer and "input_ids" without one, or
-            for the only column of that kind.
+        lookahead: m, the number of steps after each window that are attached to the window; 0 for no lookahead.
+        text_column: the column with the text or the ids. None for "text" with a tokenizer and "input_ids" without one; if
+            there is no such column, for the only column of text or of ids.
         document_reset: whether lanes end with each row; see `WindowStream`.
 
     Raises:
         TypeError: `dataset` or `tokenizer` is of another kind.
         ValueError: a size is out of range.
-        DataError: the data set is too short, is a shuffled stream, cannot be read, or has no such column.
+        DataError: the data set is too short, is a shuffled stream, cannot be read, or has no column to read.
     """
     import datasets
 
@@ -189,7 +190,7 @@ class _StreamDocuments(RowDocuments):
 class _IdTokenizer(Tokenizer):
     """Returns the code points of a text as its ids."""
 
-    kind = "word"  # every token counts as a word, which is not read
+    kind = "word"  # so every token counts as a word; the count is not used
     vocabulary = ()
 
     @property

@@ -10,9 +10,9 @@
 
     lightning.Trainer(max_epochs=3).fit(Forecaster(), ResumableWindows(stream))
 
-A run through Lightning trains the same numbers as a loop over `SequenceTrainer.step`, also if it is stopped and resumed with
-`ckpt_path`. Needs the package lightning (`pip install 'dni-seq[lightning]'`), or pytorch_lightning. This module imports
-neither of them.
+A run through Lightning gives the same parameters as a loop over `SequenceTrainer.step`, also if the run is stopped and
+resumed with `ckpt_path`. Needs the package lightning (`pip install 'dni-seq[lightning]'`), or pytorch_lightning. This
+module imports neither of them.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ PRECISIONS = ("32-true", "64-true")
 
 
 class ResumableWindows:
-    """A stream of windows as Lightning's training data, whose position in a checkpoint is that of the trained windows.
+    """Turns a stream of windows into training data for Lightning, whose checkpoints resume after the last trained window.
 
-    Lightning reads one window in advance. The position of the stream itself is therefore one window too far. One pass of
-    the stream is an epoch of Lightning; windows that Lightning has read and not trained on come again in the next epoch.
+    Lightning reads one window in advance, so the position of the stream itself is one window too far. One pass of the stream
+    is an epoch of Lightning. Windows that Lightning has read but not trained on come again in the next epoch.
 
     Args:
-        stream: an iterable of `Window`, or of tuples of its first fields, with `state_dict` and `load_state_dict`, such as
+        stream: an iterable of `Window`, or of tuples of its first fields. It has `state_dict` and `load_state_dict`, such as
             `dni_seq.integrations.datasets.windows` and `WindowStream`.
 
     Raises:
@@ -74,7 +74,7 @@ class ResumableWindows:
             yield window
 
     def window_trained(self) -> None:
-        """Moves the saved position behind the first window that was read and not trained on."""
+        """Moves the saved position by one window; call it after each window that was trained on."""
         self._trained = self._read.popleft()
 
     def state_dict(self) -> dict[str, Any]:
@@ -89,20 +89,20 @@ class ResumableWindows:
 
 
 class SequenceMixin(_Base):
-    """Makes a LightningModule train by a `SequenceTrainer`, one window a training step, with manual optimization.
+    """Makes a LightningModule train with a `SequenceTrainer`, one window in each training step, by manual optimization.
 
-    Name it before LightningModule in the list of bases, define `configure_trainer`, and keep model and synthesizer as
-    attributes, so that Lightning moves them to the device. Every window counts as a step in `max_steps`,
-    `every_n_train_steps` and the like. Clipping, accumulation and reduced precision are settings of `SequenceTrainer`:
-    Lightning's own do not apply to manual optimization.
+    Name the mixin before LightningModule in the list of bases, define `configure_trainer`, and keep model and synthesizer as
+    attributes, so that Lightning moves them to the device. Every window counts as a step in Lightning's settings, such as
+    `max_steps` and `every_n_train_steps`. Set clipping, accumulation and reduced precision in `SequenceTrainer`: the
+    settings of `lightning.Trainer` do not apply to manual optimization.
 
-    Every `log_every_n_steps` windows it logs the curves of dni_seq's own commands, under the same keys and at the same
-    steps: `train/loss`, `gradient/norm`, `synthetic/...` and others, each the average since the last point. Callbacks can
-    monitor these keys. The progress bar shows the loss of the latest window as `loss`.
+    Every `log_every_n_steps` windows the mixin logs the curves that the commands of dni_seq log, under the same keys and at
+    the same steps: `train/loss`, `gradient/norm`, `synthetic/...` and others. Each point is the average since the last
+    point. Callbacks can monitor these keys. The progress bar shows the loss of the latest window as `loss`.
 
-    A Lightning checkpoint holds the state of the `SequenceTrainer` (parameters, optimizers, hidden state, synthesizer, and
-    the rest), the random state, and with `ResumableWindows` the position in the stream. Lightning warns that a checkpoint of
-    `every_n_train_steps` is of the state after the step. A resumed run needs that state.
+    A Lightning checkpoint holds the state of the `SequenceTrainer` (parameters, optimizers, hidden state, synthesizer), the
+    random state, and with `ResumableWindows` the position in the stream. For checkpoints of `every_n_train_steps`, Lightning
+    warns that they hold the state after the step. This is no fault: a resumed run needs the state after the step.
 
     Attributes:
         sequence_trainer: the trainer that `configure_trainer` has returned, None before Lightning calls it.
@@ -118,11 +118,11 @@ class SequenceMixin(_Base):
         self._ready = False
 
     def configure_trainer(self) -> SequenceTrainer:
-        """Returns the trainer of the module's model. Define it; the module is on its device when Lightning needs it."""
+        """Returns the trainer of the module's model; you must define it. The module is on its device when it is called."""
         raise NotImplementedError(f"{type(self).__name__} must define configure_trainer, which returns a SequenceTrainer")
 
     def configure_optimizers(self) -> Any:
-        """Builds the trainer, and returns an optimizer by which Lightning counts its steps.
+        """Builds the trainer, and returns an optimizer with which Lightning counts the training steps.
 
         Raises:
             ValueError: Lightning runs on several devices, or in reduced precision.
@@ -146,10 +146,10 @@ class SequenceMixin(_Base):
         return self.train_window(batch).loss
 
     def train_window(self, window: Window | tuple[Any, ...]) -> StepResult:
-        """Trains on one window and logs its measurements; for a `training_step` of your own.
+        """Trains on one window and logs its measurements; call it in a `training_step` of your own.
 
         Raises:
-            ValueError: the training data or the checkpoint does not fit. `SequenceTrainer.step` has more.
+            ValueError: the training data or the checkpoint does not fit. `SequenceTrainer.step` raises further errors.
         """
         window = window if isinstance(window, Window) else Window(*window)
         trainer = self._begin()
@@ -171,7 +171,7 @@ class SequenceMixin(_Base):
             checkpoint[KEY] = {**parts, "random": random_state()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keeps the saved state until the first window, if Lightning resumes a run. `load_from_checkpoint` reads weights."""
+        """Keeps the saved state until the first window, if Lightning resumes a run. `load_from_checkpoint` ignores it."""
         super().on_load_checkpoint(checkpoint)
         if self._trainer is not None:
             self._loaded = checkpoint.get(KEY, {})
@@ -212,16 +212,16 @@ class SequenceMixin(_Base):
         if lightning.log_every_n_steps and lightning.global_step % lightning.log_every_n_steps == 0:
             points = {**self._averages.points(), **trainer.skip_counts()}
             self.log_dict(points, logger=False, batch_size=1)  # for callbacks
-            # `log` repeats the latest value of a key that has no point at this step.
+            # Not by `self.log`, which would repeat the latest value of a key that has no point at this step.
             for logger in self.loggers:
                 logger.log_metrics(points, step=trainer.steps)
             self._averages.clear()
 
 
 class _StepCounter:
-    """What Lightning takes for the optimizer: each step runs a closure, so that Lightning counts the windows.
+    """The optimizer that Lightning sees: each step runs a closure, so that Lightning counts the windows.
 
-    Its state is that of the trainer's own optimizer, which is in the checkpoint as part of the trainer.
+    It has no state. The `SequenceTrainer` updates its own optimizer, and checkpoints hold that optimizer's state.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:

@@ -1,4 +1,4 @@
-"""Saves language models as safetensors with a config.json, and loads them again, from the directory of a run too.
+"""Saves language models as safetensors with a config.json, loads them again, and loads the best model of a run.
 
 `config.json` holds the arguments of `LanguageModel`, `model.safetensors` its weights under the names of its state_dict:
 `embedding.weight`, `rnn.*`, `projection.weight` (absent if tied) and `projection.bias`. For the cells "lstm" and "gru"
@@ -45,7 +45,7 @@ def save(model: LanguageModel, directory: str | Path) -> None:
         raise ValueError(f"{directory} is a file: choose another directory")
     if (directory / CONFIG).exists() and _config(directory).get("format") != FORMAT:
         raise ValueError(f"{directory} holds another {CONFIG}: choose another directory")
-    # Copies, since safetensors refuses tensors that share memory, as cuDNN's weights do.
+    # Copies, since safetensors rejects tensors that share memory, as the weights of cuDNN do.
     weights = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in model.state_dict().items()}
     if model.settings["tied"]:
         del weights["projection.weight"]
@@ -62,10 +62,11 @@ def load(directory: str | Path, *, device: torch.device | str = "cpu") -> Langua
 
     Args:
         directory: a directory of `save`, or the directory of a run of `train_lm.py`, such as "runs/mine".
-        device: where the model goes.
+        device: the device to move the model to.
 
     Raises:
-        ValueError: the directory holds neither, a file is damaged, or the weights do not fit config.json.
+        ValueError: the directory holds neither a saved model nor a run, a file is damaged, or the weights do not fit
+            config.json.
         ImportError: safetensors is not installed; the directory of a run does not need it.
     """
     directory, device = Path(directory), torch.device(device)
@@ -85,8 +86,9 @@ def plain_rnn(model: LanguageModel) -> nn.LSTM | nn.GRU:
     """Returns the `nn.LSTM` or `nn.GRU` that holds the recurrent weights of `model`, with or without traces.
 
     `plain_rnn(model).load_state_dict(theirs.state_dict())` takes over the weights of a plain PyTorch model, and
-    `theirs.load_state_dict(plain_rnn(model).state_dict())` hands them back. `theirs` has the same sizes, biases, one
-    direction and no projection; `batch_first` does not matter. `model.embedding` and `model.projection` are an
+    `theirs.load_state_dict(plain_rnn(model).state_dict())` hands them back. `theirs` must have the class, the
+    input size, the hidden size and the number of layers of the returned module. It must have biases, one direction and no
+    projection. Its `batch_first` may differ. `model.embedding` and `model.projection` are an
     `nn.Embedding` and an `nn.Linear`; PyTorch's word_language_model calls them `encoder` and `decoder`.
 
     Raises:
@@ -102,7 +104,7 @@ def _saved(directory: Path) -> LanguageModel:
     """Returns the model that `save` wrote.
 
     Raises:
-        ValueError: a file is damaged, or the two do not fit each other.
+        ValueError: a file is damaged, or config.json and the weights do not fit each other.
         ImportError: safetensors is not installed.
     """
     torch_files, config = _safetensors(), _config(directory)
@@ -115,7 +117,7 @@ def _saved(directory: Path) -> LanguageModel:
     content = (directory / WEIGHTS).read_bytes()
     try:
         weights: dict[str, Tensor] = torch_files.load(content)
-    except Exception as error:  # safetensors has a class of its own, and damaged bytes can fail anywhere
+    except Exception as error:  # safetensors raises errors of a class of its own, and damaged bytes can fail anywhere
         raise ValueError(f"{directory / WEIGHTS} is not a safetensors file, or is damaged") from error
     try:
         return _filled(config["model"], weights)
@@ -139,7 +141,7 @@ def _of_run(directory: Path) -> LanguageModel:
     Raises:
         ValueError: the directory holds no run, its best checkpoint is missing, or a file is damaged.
     """
-    from dni_seq.app.lm.build import load_run  # all that the commands need, which a saved model does not
+    from dni_seq.app.lm.build import load_run  # imports all that the commands need; a saved model needs none of it
 
     run = RunDirectory(directory)
     return load_run(run, run.best, torch.device("cpu")).model
@@ -149,7 +151,7 @@ def _config(directory: Path) -> dict[str, Any]:
     """Returns the content of config.json.
 
     Raises:
-        ValueError: it is not JSON, or not a dict.
+        ValueError: the file is not JSON, or its content is not a dict.
     """
     try:
         content = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
@@ -164,7 +166,7 @@ def _safetensors() -> Any:
     """Returns the module `safetensors.torch`.
 
     Raises:
-        ImportError: it is not installed.
+        ImportError: safetensors is not installed.
     """
     try:
         import safetensors.torch

@@ -1,8 +1,8 @@
 """BackwardInterface: cuts a network in two parts and sends a synthetic gradient to the first part.
 
 Source: Jaderberg et al. 2017, "Decoupled Neural Interfaces using Synthetic Gradients", arXiv 1608.05343, section 2. Names,
-arguments and semantics are those of dni-pytorch. We differ in three points: triggers may be nested states, a context is
-captured when its trigger is made, and scopes nest and survive exceptions.
+arguments and semantics are those of dni-pytorch. We differ from dni-pytorch in three points. Triggers may be nested states.
+A context is captured when its trigger is made. Scopes may be nested, and remain usable after an exception.
 
 docs/interfaces.md has examples.
 """
@@ -33,8 +33,9 @@ class BackwardInterface(Interface):
     RNN, call `make_trigger` on the first state of a window and `backward` on the last one, inside `defer_backward`.
 
     Training the synthesizer adds gradients to its parameters; the caller steps the synthesizer's optimizer. In `eval()` the
-    interface returns its input. A trigger is a floating-point tensor of any shape or a nest of such tensors; gradients and
-    messages have its shape and dtype, and the unit of the scalar that is backpropagated per unit of the trigger.
+    interface returns its input. A trigger is a floating-point tensor of any shape, or a nest of such tensors. Gradients and
+    messages have the shape and dtype of the trigger. Their unit is that of the backpropagated scalar, per unit of the
+    trigger.
 
     Source: Jaderberg et al. 2017, arXiv 1608.05343, section 2; names and arguments are those of dni-pytorch.
 
@@ -60,15 +61,15 @@ class BackwardInterface(Interface):
         """Returns `trigger` detached from its graph; the gradient that arrives at the result trains the synthesizer.
 
         The synthesizer is trained with the `synthesizer_context` of this call. In a `defer_backward` scope it is trained at
-        the scope's end, elsewhere when a backward pass has computed the gradients of all its leaves. In `eval()` and under
-        `torch.no_grad()` the trigger is returned unchanged.
+        the scope's end. Outside of scopes it is trained when a backward pass has computed the gradients of all leaves of
+        the result. In `eval()` and under `torch.no_grad()` the trigger is returned unchanged.
 
         Args:
             trigger: a tensor or nest, such as the state that a window starts from.
             watched: False to detach only: no gradient is computed at this trigger, and the synthesizer does not train on it.
                 Ignored outside of a scope.
-            attached: True to let the gradient that arrives flow on into the graph of `trigger`, as dni-pytorch does: for a
-                trigger that another network computed in the same step, such as an encoder's state.
+            attached: True to let the arriving gradient flow on into the graph of `trigger`, as dni-pytorch does. Use it for
+                a trigger that another network computed in the same step, such as an encoder's state.
 
         Raises:
             ValueError: the trigger holds no floating-point tensor, or a complex one.
@@ -110,8 +111,8 @@ class BackwardInterface(Interface):
                 states given to `make_trigger` in this scope.
             ends: [B] bool, True for lanes whose sequence ends here: their message is zero.
             batch_dim: the dimension of the lanes in the trigger's leaves, an int or a nest; used with `ends`.
-            rule: a `TargetRule` with separate coefficients of injection and targets; `factor` is then ignored.
-            bootstrap: a synthesizer whose messages go into the targets, in place of this interface's own messages.
+            rule: a `TargetRule` with separate coefficients of injection and targets; with a rule, `factor` is ignored.
+            bootstrap: a synthesizer whose messages go into the targets. None for the interface's own synthesizer.
 
         Raises:
             ValueError: the trigger does not require a gradient, holds a complex tensor, or was given before in this scope,
@@ -141,7 +142,7 @@ class BackwardInterface(Interface):
         batch_dim: Any,
         bootstrap: nn.Module | None,
     ) -> None:
-        """Injects given messages, one for each horizon, at `trigger`; `backward` predicts them first."""
+        """Injects given messages, one for each horizon, at `trigger`; `backward` predicts messages and calls this method."""
         leaves, scope = states.floating(trigger), current_scope()
         messages = self._checked(messages, trigger, ends, batch_dim)
         injected = self._injection(messages, rule)
@@ -161,7 +162,7 @@ class BackwardInterface(Interface):
         return super()._adapted(match_message(message, trigger), trigger)
 
     def _predicted(self, trigger: State, context: Any, rule: TargetRule, scope: GradientAccumulator | None) -> list[State]:
-        """Returns the messages at `trigger`; a self-supervised synthesizer trains on its context in a scope."""
+        """Returns the messages at `trigger`; in a scope, a self-supervised synthesizer is also trained on its context."""
         if not rule.self_supervised or scope is None or not self.learns:
             return self.messages(trigger, context)
         messages, loss = self._predict_and_train(trigger, context)
@@ -225,10 +226,10 @@ class BackwardInterface(Interface):
         return scope.participant(id(self), lambda: ScopeExchange(self, scope))
 
     def _intercept(self, state: State, context: Any) -> None:
-        """Trains the synthesizer when a backward pass outside of scopes has brought every gradient of `state`."""
+        """Trains the synthesizer when a backward pass outside of scopes has computed the gradients of all of `state`."""
         leaves = states.floating(state)
         trigger = states.detach(state)
-        # A leaf holds its hook. A strong reference from the hook to the leaf would keep both until garbage collection.
+        # A leaf refers to its hook. A strong reference from the hook to the leaf would keep both until garbage collection.
         references = [weakref.ref(leaf) for leaf in leaves]
 
         def arrived(_: Tensor) -> None:
@@ -247,7 +248,7 @@ def _real_leaves(trigger: State, method: str) -> list[Tensor]:
 
 
 def deliver(leaves: list[Tensor], gradients: list[Tensor]) -> None:
-    """Backpropagates gradients into the leaves of a nest at once: they share a graph, which the first pass frees."""
+    """Backpropagates all gradients in one pass: the leaves share a graph, which the first backward pass frees."""
     accumulator = GradientAccumulator()
     for leaf, gradient in with_gradients_wanted(leaves, gradients):
         accumulator.add(leaf, gradient)

@@ -32,13 +32,13 @@ class Interface(nn.Module):
 
     @torch.no_grad()
     def messages(self, trigger: State, context: Any, synthesizer: nn.Module | None = None) -> list[State]:
-        """Returns the messages at `trigger` by horizon, without a graph, of `synthesizer` or the interface's own."""
+        """Returns the messages at `trigger`, one for each horizon, without a graph; `synthesizer` replaces the own one."""
         with _full_precision(trigger) as cast:
             messages = predict(synthesizer or self.synthesizer, cast(states.detach(trigger)), cast(context))
         return [self._adapted(message, trigger) for message in messages]
 
     def _adapted(self, message: State, trigger: State) -> State:
-        """Returns `message` converted to the half precision of its trigger."""
+        """Returns `message` converted to half precision if its trigger has half precision."""
         return _like(message, trigger)
 
     def _predict_and_train(self, trigger: State, context: Any) -> tuple[list[State], Tensor]:
@@ -88,10 +88,11 @@ def _full_precision(trigger: State) -> Iterator[Any]:
 
 
 def _like(message: State, trigger: State) -> State:
-    """Returns `message` converted to the half precision of its trigger.
+    """Returns `message` converted to half precision if its trigger has half precision.
 
-    Dtypes are those of the corresponding leaves, or that of the first leaf if the numbers of leaves differ. Without a
-    half-precision leaf in the trigger, as for tokens, the message is returned unchanged.
+    Each leaf of the message gets the dtype of the corresponding leaf of the trigger, if that is a half-precision dtype. If
+    the numbers of leaves differ, the dtype of the trigger's first leaf counts for all leaves. If no leaf of the trigger has
+    half precision, as for a trigger of tokens, the message is returned unchanged.
     """
     leaves, dtypes = states.floating(message), [leaf.dtype for leaf in states.floating(trigger)]
     if not any(dtype in states.HALF for dtype in dtypes):

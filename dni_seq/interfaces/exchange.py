@@ -39,7 +39,7 @@ class InjectionPoint(NamedTuple):
         injected: the injected gradient, leaf by leaf.
         messages: the messages that go into targets, by horizon.
         rule: the coefficients of targets and injection.
-        same: whether `injected` was computed from `messages`.
+        same: whether `injected` was computed from these `messages`, not from those of another synthesizer.
     """
 
     leaves: list[Tensor]
@@ -53,8 +53,9 @@ class ScopeExchange:
     """Collects the triggers and last states of one interface in one scope, and trains the synthesizer at the scope's end.
 
     Attributes:
-        regressions: one for each trigger, in the order of `add_trigger`; filled after the backward pass. A self-supervised
-            synthesizer has at least one, whose loss is its mean loss at the last states.
+        regressions: one for each trigger, in the order of `add_trigger`; filled after the backward pass. For a
+            self-supervised synthesizer there is at least one; the loss in each is the synthesizer's mean loss at the last
+            states.
         learned: the losses of a self-supervised synthesizer, 0-d, one for each last state.
         own_gradients: the raw target of the first horizon at each trigger, floating-point leaves; None for a trigger at
             which that horizon was not trained.
@@ -93,9 +94,10 @@ class ScopeExchange:
     def before_backward(self) -> None:
         """Computes the vector-Jacobian products for the targets before the backward pass frees the graph.
 
-        The gradient that arrives at a trigger is S = a + Jᵀ Σ injection · M. The target local · a + Jᵀ Σ bootstrap · M is
-        therefore local · S + Jᵀ Σ (bootstrap - local · injection) · M. The second term is a product that starts at the last
-        states and does not run through the losses. It is skipped if its coefficients are zero, as with c = γ.
+        At a trigger, a is the gradient of the losses, J the derivative of the last states, and M are the messages. The
+        gradient that arrives is S = a + Jᵀ Σ injection · M. The target local · a + Jᵀ Σ bootstrap · M is therefore
+        local · S + Jᵀ Σ (bootstrap - local · injection) · M. The second term is a vector-Jacobian product that starts at the
+        last states and does not run through the losses. It is skipped if its coefficients are zero, as with c = γ.
         """
         if not self._triggers:
             return
@@ -112,7 +114,7 @@ class ScopeExchange:
                 self._products[i] = list(found)
 
     def after_backward(self) -> None:
-        """Trains the synthesizer at each trigger towards its targets; a self-supervised one is only evaluated."""
+        """Trains the synthesizer at each trigger towards its targets; only evaluates a self-supervised synthesizer."""
         if self._rule is not None:
             self._regress(self._rule, [pop_grad(leaf) for leaf in self.inputs()])
         for leaf in self.inputs():
@@ -152,7 +154,7 @@ class ScopeExchange:
 
 
 def _difference(end: InjectionPoint, i: int) -> list[tuple[Tensor, Tensor]]:
-    """Returns a last state's leaves with the difference between the messages in target i and the injected gradient."""
+    """Returns the leaves of a last state, each with the sum in the second term of target i; see `before_backward`."""
     own, bootstrap, weights = end.rule.local[i], end.rule.bootstrap[i], end.rule.injection
     if end.same:
         coefficients = [f - own * w for f, w in zip(bootstrap, weights, strict=True)]

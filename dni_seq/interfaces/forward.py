@@ -35,10 +35,10 @@ class ForwardInterface(Interface):
 
     @uncompiled
     def forward(self, message: State, trigger: State) -> State:
-        """Returns the activation predicted from `trigger`, and adds the gradients of its error against the real one.
+        """Returns the activation predicted from `trigger`, and trains the synthesizer to predict the real activation.
 
-        The gradients go to the synthesizer's parameters; the caller steps the synthesizer's optimizer. In `eval()` the real
-        activation is returned.
+        Gradients are added to the synthesizer's parameters; the caller steps the synthesizer's optimizer. In `eval()` the
+        real activation is returned.
 
         Args:
             message: the real activation.
@@ -118,11 +118,11 @@ class BidirectionalInterface(nn.Module):
             trigger: what the forward synthesizer predicts the activation from.
 
         Returns:
-            The `Regression` of the forward synthesizer. None in `eval()`, under `torch.no_grad()`, or if it has no trainable
-            parameter.
+            The `Regression` of the forward synthesizer. None in `eval()`, under `torch.no_grad()`, or if the forward
+            synthesizer has no trainable parameter.
 
         Raises:
-            ValueError: `message` does not require a gradient, or a prediction does not have its shape and dtype.
+            ValueError: `message` does not require a gradient, or a prediction has another shape or dtype than `message`.
         """
         regression = self.forward_interface.send(message, trigger)
         self.backward_interface.backward(message)
@@ -132,6 +132,6 @@ class BidirectionalInterface(nn.Module):
     def receive(self, trigger: State) -> State:
         """Called by part B: returns the activation predicted from `trigger`, a leaf that requires a gradient.
 
-        The gradient that reaches it in B's backward pass trains the backward synthesizer at this predicted activation.
+        In B's backward pass, the gradient that reaches this leaf trains the backward synthesizer at this activation.
         """
         return self.backward_interface.make_trigger(self.forward_interface.receive(trigger))

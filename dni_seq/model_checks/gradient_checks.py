@@ -1,7 +1,7 @@
 """Checks of gradients: from the last state to the first, leaf by leaf, and from the outputs to the parameters.
 
-A gradient that is missing is compared with the values: if a result depends on a leaf but no gradient reaches the leaf,
-something in the model drops the gradient. If the result does not depend on the leaf, the model ignores it.
+If no gradient reaches a leaf, the values of two runs decide why. If changing the leaf changes the result, something in the
+model drops the gradient. If changing the leaf does not change the result, the model ignores the leaf.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from dni_seq.model_checks.report import Check, judged, listed
 from dni_seq.model_checks.state_checks import Sample
 
 Arrival = Literal["flows", "none", "zero", "not finite"]
-"""What arrives at a leaf or a parameter by a backward pass."""
+"""What a backward pass brings to a leaf or a parameter; "flows" is a finite gradient other than zero, "none" no gradient."""
 
 
 class LastLeaf(NamedTuple):
-    """A floating-point leaf of the last state, and what it has to do with the leaves of the first state.
+    """A floating-point leaf of the last state, and how it depends on the leaves of the first state.
 
     Attributes:
-        path: its place in the state.
+        path: the place of this leaf in the state.
         has_graph: whether it requires a gradient.
         varies: whether its value changes with the inputs and the first state.
         depends: the paths of the first state's leaves that its value depends on.
-        reaches: the paths of the first state's leaves that get a gradient from it, other than zero.
+        reaches: the paths of the first state's leaves that get a gradient other than zero from this leaf.
         finite: whether these gradients are finite.
     """
 
@@ -91,7 +91,7 @@ def _measure(probe: Probe, sample: Sample, base: Run, paths: list[str]) -> tuple
 
 
 def arrival(gradient: Tensor | None) -> Arrival:
-    """Returns what a gradient says about its path."""
+    """Returns the `Arrival` of a gradient; "flows" means finite and not zero."""
     if gradient is None:
         return "none"
     values = gradient.coalesce().values() if gradient.is_sparse else gradient
@@ -107,7 +107,7 @@ def _perturbed(state: State, leaves: set[int], noise: list[Tensor]) -> State:
 
 
 def _changed(found: State, expected: State) -> set[int]:
-    """Returns the positions of the floating-point leaves whose values are not the same."""
+    """Returns the positions of the floating-point leaves whose values differ between two nests."""
     pairs = zip(states.floating(found), states.floating(expected), strict=True)
     return {i for i, (one, other) in enumerate(pairs) if not torch.equal(one, other)}
 
@@ -133,17 +133,17 @@ def _judge_last_state(leaves: list[LastLeaf]) -> tuple[list[str], list[str]]:
 
 
 def _judge_first_state(leaves: list[LastLeaf], paths: list[str], used: list[str] | None) -> tuple[list[str], list[str]]:
-    """Returns problems and notes about leaves of the first state that no gradient reaches, or that have no use.
+    """Returns problems and notes about leaves of the first state that no gradient reaches, or that the model ignores.
 
     Args:
         leaves: the leaves of the last state.
-        paths: the leaves of the first state.
-        used: those that the outputs depend on; None if there are no outputs to compare.
+        paths: the paths of the first state's leaves.
+        used: the paths of the first state's leaves that the outputs depend on; None if there are no outputs to compare.
     """
     problems, notes = [], []
     lost = [path for path in paths if not any(path in leaf.reaches for leaf in leaves)]
     needed = [path for path in lost if any(path in leaf.depends for leaf in leaves)]
-    # A leaf of the last state that sends no gradient at all is a problem of its own.
+    # `_judge_last_state` reports a leaf of the last state that sends no gradient at all.
     dropped = [path for path in needed if any(path in leaf.depends and leaf.reaches for leaf in leaves)]
     forgotten = [path for path in lost if path not in needed and (used is None or path in used)]
     ignored = [path for path in lost if path not in needed and path not in forgotten]
@@ -161,7 +161,7 @@ def _judge_first_state(leaves: list[LastLeaf], paths: list[str], used: list[str]
 
 
 def _lost_pairs(leaves: list[LastLeaf]) -> list[str]:
-    """Returns notes about pairs of leaves that depend on each other without a gradient, where other paths have one."""
+    """Returns one note on the pairs of leaves between which a value flows but no gradient; an empty list without pairs."""
     lost = [
         f"{leaf.path} of the last state to {path} of the first"
         for leaf in leaves
@@ -204,7 +204,7 @@ def check_parameter_gradient(probe: Probe, sample: Sample) -> Check:
 def _parameter_arrivals(
     probe: Probe, sample: Sample, learning: dict[str, nn.Parameter], source: Callable[[Run], list[Tensor]]
 ) -> dict[str, Arrival] | None:
-    """Returns what arrives at each parameter from the tensors of `source`; None if they have no graph."""
+    """Returns what arrives at each parameter from the tensors of `source`; None if these tensors have no graph."""
     found = probe.gradients(sample.inputs, sample.state, source, list(learning.values()))
     if found is None:
         return None

@@ -40,7 +40,7 @@ def named(state: State, name: str = "state") -> dict[str, Any]:
 
 
 def in_order_of(nest: State, like: State) -> State:
-    """Returns `nest` with the keys of its dicts in the order of `like`; nests of other keys are returned as they are."""
+    """Returns `nest` with the keys of its dicts in the order of `like`; a dict with other keys is unchanged."""
     if isinstance(nest, dict) and isinstance(like, dict) and nest.keys() == like.keys():
         return {key: in_order_of(nest[key], like[key]) for key in like}
     if isinstance(nest, (tuple, list)) and isinstance(like, (tuple, list)) and len(nest) == len(like):
@@ -81,7 +81,7 @@ def difference(first: State, last: State) -> tuple[str | None, bool]:
     """Compares two states' nesting, shapes and dtypes.
 
     Returns:
-        What differs, or None; and whether the nesting and the shapes agree, so that the leaves can be compared.
+        A text that says what differs, or None; and whether nesting and shapes agree, so that the leaves can be compared.
     """
     kinds = [_nest_text(state, lambda _: "leaf") for state in (first, last)]
     before, after = named(first), named(last)

@@ -32,14 +32,14 @@ class Run(NamedTuple):
 
 
 class Probe:
-    """Runs a model on copies of inputs and state, so that nothing of the caller's is written to.
+    """Runs a model on copies of inputs and state, so that no tensor of the caller is written to.
 
     Every run starts from the random state and the buffers that the model has when the probe is made. The keys of dicts in a
     last state are brought to the order of the first state.
 
     Args:
         model: `model(inputs, state) -> (outputs, state)`.
-        device: of the inputs.
+        device: the device of the inputs.
         batch_dim: the dimension of the lanes in the inputs.
 
     Attributes:
@@ -87,11 +87,12 @@ class Probe:
         Args:
             inputs: a tensor or a nest of tensors, [T, B, ...].
             state: the first state.
-            source: the tensors to backpropagate from; those without a graph are skipped.
-            parameters: the parameters whose gradients are wanted too.
+            source: returns the tensors of a run to backpropagate from; tensors without a graph are skipped.
+            parameters: parameters whose gradients are returned too.
 
         Returns:
-            The gradients of the first state's floating-point leaves and of `parameters`, each None if it is not reached.
+            The gradients of the first state's floating-point leaves and of `parameters`; None for one that no gradient
+            reaches.
             None instead of the list if no tensor has a graph.
 
         Raises:
@@ -100,7 +101,7 @@ class Probe:
         self._randomness.restore()
         first = states.map_floating(lambda leaf: leaf.detach().clone().requires_grad_(), state)
         with torch.enable_grad(), buffers_apart(self.model):
-            # A fresh graph for each backward pass: compiled models cannot keep theirs for a second one.
+            # A fresh graph for each backward pass: a compiled model cannot keep its graph for a second pass.
             found = Run(*self._call(states.clone(inputs), states.clone(first)))
             tensors = [tensor for tensor in source(found) if tensor.requires_grad]
             if not tensors:
@@ -138,7 +139,8 @@ class Probe:
 def set_to_eval(model: nn.Module) -> None:
     """Sets the model to eval mode, except recurrent layers of PyTorch: they lose their dropout instead.
 
-    cuDNN computes the gradients of recurrent layers in train mode only. Their dropout is all that this mode changes.
+    cuDNN computes the gradients of recurrent layers in train mode only. For these layers, train mode changes nothing but
+    dropout.
     """
     model.eval()
     for part in model.modules():
@@ -148,7 +150,7 @@ def set_to_eval(model: nn.Module) -> None:
 
 
 def noise_like(tensor: Tensor) -> Tensor:
-    """Returns normal random numbers in the shape of `tensor`, always the same ones for a shape."""
+    """Returns normal random numbers in the shape of `tensor`, always the same numbers for a shape."""
     generator = torch.Generator().manual_seed(0)
     return torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(tensor.dtype).to(tensor.device)
 
@@ -162,7 +164,8 @@ def first_line(error: BaseException) -> str:
 def relative_difference(found: Tensor, expected: Tensor) -> float:
     """Returns the largest difference, relative to the largest absolute value of `expected`.
 
-    The result is 0 for equal tensors, a NaN equal to a NaN, and infinity if shapes, dtypes, integers or a NaN differ.
+    The result is 0 for equal tensors, where a NaN counts as equal to a NaN. It is infinity if the shapes or the dtypes
+    differ, if integers differ, or if only one of two elements is a NaN.
     """
     if found.shape != expected.shape or found.dtype != expected.dtype:
         return float("inf")
@@ -188,7 +191,7 @@ def _was_written(leaf: Any) -> bool:
 
 
 def differences(found: Any, expected: Any, name: str) -> dict[str, float]:
-    """Returns the relative difference of each tensor in two nests, by path; infinity for all if the nests differ."""
+    """Returns the relative difference of each tensor in two nests, by path; one infinity if their paths differ."""
     one, other = named(found, name), named(expected, name)
     if one.keys() != other.keys():
         return {name: float("inf")}

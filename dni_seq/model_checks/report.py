@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 
 Verdict = Literal["ok", "note", "problem", "skipped"]
-"""A note is worth knowing and no mistake. A check is skipped if an earlier problem makes its result meaningless."""
+"""A note is worth knowing but is no mistake. A check is skipped if an earlier problem makes its result meaningless."""
 
 NAMES_SHOWN = 4
 """Largest number of names that a message lists."""
@@ -57,13 +57,16 @@ class ModelReport:
     - contract: `model(inputs, state)` returns `(outputs, state)`, and continues from the state that it has returned.
     - outputs: a tensor of outputs is time-major, [T, B, ...].
     - finite values: outputs and state hold no NaN and no infinity.
-    - state: nesting, shapes and dtypes stay the same from window to window; which leaves are floating-point.
+    - state: nesting, shapes and dtypes stay the same from window to window; notes name leaves that are not floating-point.
     - randomness: runs from the same random state agree, and eval mode is not random.
-    - mode: which modules behave differently in train mode, such as dropout and batch normalisation.
+    - mode: whether the model was in train mode, and what train mode changes: random numbers of dropout, or batch
+      normalisation over the steps of a window.
     - in place: whether the model writes into its inputs or its state, which is allowed.
     - lanes: the dimension of the lanes in each leaf of the state, found by a run with one lane less.
     - halves: one window equals two halves with the state carried from the first to the second.
-    - state gradient: a finite, non-zero gradient flows from each leaf of the last state to each leaf of the first.
+    - state gradient: each floating-point leaf of the last state sends a finite, non-zero gradient to the first state, and
+      each floating-point leaf of the first state receives one. A constant leaf, or a leaf that only the outputs depend
+      on, is a note.
     - parameter gradient: a finite, non-zero gradient flows from the outputs to each parameter that requires one.
 
     Attributes:
@@ -110,7 +113,7 @@ class ModelReport:
 
 
 def judged(name: str, problems: list[str], notes: list[str], fine: str) -> Check:
-    """Returns a check whose verdict is the gravest of what was found; `fine` is its text if nothing was."""
+    """Returns a "problem" if there are problems, else a "note" if there are notes, else "ok" with the text `fine`."""
     if problems:
         return Check(name, "problem", "; ".join([*problems, *notes]))
     return Check(name, "note", "; ".join(notes)) if notes else Check(name, "ok", fine)

@@ -19,7 +19,7 @@ from dni_seq.model_checks.probe import ModelError, Probe, Run, differences, tole
 from dni_seq.model_checks.report import Check, judged, listed
 
 MOST_STEPS = 16
-"""Number of steps of the windows that values and gradients are compared on, at most. Rounding errors grow with the steps."""
+"""Largest number of steps of the window on which values and gradients are compared; rounding errors grow with the steps."""
 
 MOST_GUESSES = 64
 """Largest number of combinations of lane dimensions that are tried."""
@@ -62,9 +62,9 @@ def check_outputs(model: nn.Module, runs: list[tuple[Run, int]], lanes: int, bat
 
     Args:
         model: the model, for a hint at modules with batch_first=True.
-        runs: runs with their T.
+        runs: the runs, each with its number of steps T.
         lanes: B.
-        batch_dim: the dimension of the lanes in the inputs; the outputs' is checked only if it is 1.
+        batch_dim: the dimension of the lanes in the inputs. The lanes of the outputs are checked only if it is 1.
     """
     outputs = runs[0][0].outputs
     if not isinstance(outputs, Tensor):
@@ -109,7 +109,7 @@ def check_state(first: State | None, last: State, after: State, *, reordered: bo
         first: the first state, None if the model chose it itself.
         last: the state after one window.
         after: the state after a second window that started from `last`.
-        reordered: whether the keys of dicts had another order in the last state.
+        reordered: whether dicts of the last state had their keys in another order than dicts of the first state.
 
     Returns:
         The check, and whether the leaves of all states can be compared.
@@ -184,7 +184,7 @@ def check_lanes(probe: Probe, sample: Sample, base: Run) -> tuple[Check, list[in
 
 
 def _guesses(candidates: list[list[int | None]]) -> Iterator[tuple[int | None, ...]]:
-    """Yields combinations of lane dimensions, one for each leaf: first those in which all leaves agree if they can."""
+    """Yields combinations of one lane dimension for each leaf, first those in which as many leaves as can agree."""
     for dim in sorted({dim for dims in candidates for dim in dims if dim is not None}):
         yield tuple(dim if dim in dims else (dims or [None])[0] for dims in candidates)
     yield from itertools.product(*(dims or [None] for dims in candidates))
@@ -200,7 +200,7 @@ def _fits(probe: Probe, sample: Sample, base: Run, dims: list[int | None]) -> bo
     """Runs all lanes but the last one, with the lanes along `dims`.
 
     Returns:
-        None if the last state has other shapes, else whether its values are those of the run with all lanes.
+        None if the last state has other shapes than these lanes of the full run, else whether the values agree.
     """
 
     def fewer(state: State) -> State:
@@ -230,7 +230,7 @@ def _lanes_found(state: State, dims: list[int | None], *, mixes: bool) -> Check:
 
 
 def state_batch_dim_of(state: State, dims: list[int | None]) -> Any:
-    """Returns the value for `state_batch_dim`: one int if all leaves agree, else ints nested like the state."""
+    """Returns the value for `state_batch_dim`: one int, or ints nested like the state if leaves differ; None if unknown."""
     known = [dim for dim in dims if dim is not None]
     if not known:
         return None

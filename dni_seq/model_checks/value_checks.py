@@ -36,7 +36,7 @@ def run_differences(found: Run, expected: Run) -> dict[str, float]:
 
 
 def check_repeat(probe: Probe, inputs: Any, first: State | None, found: Run) -> tuple[Check, bool]:
-    """Checks that a run from the same random state gives the same results; `found` is the first of both runs.
+    """Checks that two runs from the same random state give the same results; `found` is the first run.
 
     Returns:
         The check, and whether the model draws random numbers of torch in its present mode.
@@ -58,7 +58,7 @@ def check_repeat(probe: Probe, inputs: Any, first: State | None, found: Run) -> 
 
 
 def check_eval_is_fixed(probe: Probe, sample: Sample, base: Run) -> Check | None:
-    """Returns a problem if the model, in eval mode, gives other results with other random numbers."""
+    """Returns a problem if the model in eval mode gives different results with different random numbers, else None."""
     probe.run(sample.inputs, sample.state)
     other = probe.run(sample.inputs, sample.state, same_random_state=False)
     apart = largest(run_differences(other, base), tolerance(base, probe.device))
@@ -72,10 +72,10 @@ def check_mode(probe: Probe, sample: Sample, *, training: bool, random: bool) ->
     """Says in which mode values were compared, and which modules make train mode differ.
 
     Args:
-        probe: of the model, in eval mode.
+        probe: runs the model, which is in eval mode now.
         sample: the window.
-        training: whether the model was in train mode.
-        random: whether it was random in its own mode.
+        training: whether the model was in train mode when it was passed to `check_model`.
+        random: whether the model draws random numbers in that mode.
     """
     if not training:
         return Check("mode", "ok", "the model is in eval mode")
@@ -140,7 +140,7 @@ def check_halves(probe: Probe, sample: Sample, base: Run) -> Check:
 
 
 def _halves(probe: Probe, sample: Sample, whole: Run) -> tuple[dict[str, float], float]:
-    """Returns the relative difference of each tensor between one window and two halves, and what rounding explains."""
+    """Returns the relative difference of each tensor between one window and two halves, and the tolerance."""
     half = sample.steps // 2
     one = probe.run(probe.steps(sample.inputs, 0, half), sample.state)
     two = probe.run(probe.steps(sample.inputs, half, sample.steps), one.last)

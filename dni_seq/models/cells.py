@@ -1,4 +1,4 @@
-"""The recurrent cells and their traces, by name, without torch, so that a command's help need not import it."""
+"""Names of the recurrent cells and of their traces; imports no torch, so that a command can show its help at once."""
 
 DIAGONAL = ("mingru", "lru")
 """Cells whose units do not mix in the recurrence."""
@@ -6,19 +6,19 @@ DIAGONAL = ("mingru", "lru")
 CELLS = ("lstm", "gru", *DIAGONAL)
 
 APPROXIMATE = ("snap1", "factored")
-"""Traces of cells whose units mix."""
+"""Approximate traces, for cells whose units mix in the recurrence: "lstm" and "gru"."""
 
 TRACES = ("exact", *APPROXIMATE)
 
 TRACE_DECAY = 0.2
-"""α of factored traces: the share of its running means that a step keeps."""
+"""Default α of factored traces: each step multiplies the running sums of a trace by α before it adds to them."""
 
 
 def checked_decay(traces: str | None, decay: float | None) -> float:
-    """Returns α of factored traces.
+    """Returns α of factored traces: `decay`, or `TRACE_DECAY` if `decay` is None.
 
     Raises:
-        ValueError: it is outside [0, 1), or is given to other traces.
+        ValueError: `decay` is outside [0, 1), or is given although `traces` is not "factored".
     """
     if decay is None:
         return TRACE_DECAY

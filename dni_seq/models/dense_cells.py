@@ -1,16 +1,18 @@
 """LSTM and GRU as loops over steps, whose states carry approximate traces of the recurrent parameters.
 
-Their recurrence mixes units, so an exact trace would hold H times the parameters for each lane. Two approximations follow
-each unit on its own. J is the block of ∂s_t/∂s_{t-1} of one unit (2x2 for an LSTM's h and c), φ_t = ∂s_t/∂y_t of its
-pre-activations y_t = W x_t.
+The recurrence of these cells mixes units. For each lane, an exact trace would hold S · H numbers for each parameter. Two
+approximations follow each unit on its own and ignore how one unit acts on another. J_t is the block of ∂s_t/∂s_{t-1} that
+belongs to one unit; it is 2x2 for the h and c of an LSTM. φ_t = ∂s_t/∂y_t is the derivative of the unit's state with
+respect to its pre-activations y_t = W x_t.
 
-- "snap1": E_t = J_t E_{t-1} + φ_t ⊗ x_t, memory B · P. Source: Menick et al. 2020, "A Practical Sparse Approximation for
-  Real Time Recurrent Learning", arXiv 2006.07232, section 3: SnAp with n = 1.
-- "factored": E_t ≈ ε_t ⊗ ξ_t with ξ_t = α ξ_{t-1} + x_t and ε_t = α J_t ε_{t-1} + (1 - α) φ_t, memory B · (inputs + units).
-  `factored_lstm` has the LSTM's, without the influence of h on the gates, and the sources.
+- "snap1": E_t = J_t E_{t-1} + φ_t ⊗ x_t. The traces hold S · P numbers for each lane. Source: Menick et al. 2020, "A
+  Practical Sparse Approximation for Real Time Recurrent Learning", arXiv 2006.07232, section 3: SnAp with n = 1.
+- "factored": E_t ≈ ε_t ⊗ ξ_t with ξ_t = α ξ_{t-1} + x_t and ε_t = α J_t ε_{t-1} + (1 - α) φ_t. The traces hold, for each
+  lane, a number for each input and a few for each unit. For the LSTM, `factored_lstm` computes them. There the trace also
+  ignores how h acts on the gates. That module names the sources.
 
-Legend: T = window length, B = lanes, D = inputs, H = units, G = rows of a weight matrix (gates times H), P = parameters,
-S = tensors of a state.
+Legend: T = window length, B = lanes, D = inputs, H = units, G = rows of a weight matrix (gates times H), P = parameters of a
+layer, S = tensors of a layer's state (2 for h and c of an LSTM, 1 for a GRU).
 """
 
 from __future__ import annotations
@@ -32,9 +34,10 @@ class Step(NamedTuple):
 
     Attributes:
         state: (h, c) or (h,), each [B, H].
-        jacobian: [S, S, B, H], derivative of each tensor of the state with respect to each of the state before.
+        jacobian: [S, S, B, H], derivative of each tensor of the state with respect to each tensor of the state before, for
+            each unit on its own.
         of_inputs: [S, B, G], derivative of the state with respect to the pre-activations of the inputs' weights.
-        of_hidden: [S, B, G], the same for the recurrent weights.
+        of_hidden: [S, B, G], derivative of the state with respect to the pre-activations of the recurrent weights.
     """
 
     state: tuple[Tensor, ...]
@@ -88,16 +91,19 @@ def gru_step(x: Tensor, state: Sequence[Tensor], weights: Sequence[Tensor]) -> S
 
 
 class SnAp1:
-    """The traces of one layer: for each tensor of the state, one for each parameter, as large as it for each lane."""
+    """The "snap1" traces of one layer: one trace for each pair of a state tensor and a parameter.
+
+    For each lane, a trace has the shape of its parameter.
+    """
 
     @staticmethod
     def initial(weights: Sequence[Tensor], lanes: int, tensors: int) -> list[Tensor]:
-        """Returns the traces of a zero state, [1, B, *parameter] for each tensor and parameter."""
+        """Returns the traces of a zero state: [1, B, *parameter.shape] for each state tensor and each parameter."""
         return [weight.new_zeros(1, lanes, *weight.shape) for _ in range(tensors) for weight in weights]
 
     @staticmethod
     def contract(gradients: Sequence[Tensor], carried: Sequence[Tensor]) -> list[Tensor]:
-        """Returns a gradient for each parameter from those at the tensors of the state, each [B, H]."""
+        """Returns a gradient for each parameter, from `gradients` [B, H] that arrive at the tensors of the state."""
         each = len(carried) // len(gradients)
         found = []
         for p in range(each):
@@ -131,7 +137,7 @@ class SnAp1:
 
 
 class Factored:
-    """The traces of one GRU layer: running inputs ξ of weight matrices and biases, and running slopes ε of the state.
+    """The factored traces of one GRU layer: running sums ξ of inputs, and running sums ε of derivatives of the state.
 
     Args:
         decay: α, from 0 to below 1.
@@ -142,14 +148,14 @@ class Factored:
 
     @staticmethod
     def initial(weights: Sequence[Tensor], lanes: int, tensors: int) -> list[Tensor]:
-        """Returns ξ [1, B, D], [1, B, H] and [1, B, 1], then ε [1, B, S, G] of either weight matrix."""
+        """Returns ξ of inputs [1, B, D], hidden state [1, B, H] and biases [1, B, 1]; ε [1, B, S, G] of both matrices."""
         w_ih, w_hh, *_ = weights
         inputs = [w_ih.new_zeros(1, lanes, size) for size in (w_ih.shape[1], w_hh.shape[1], 1)]
         return [*inputs, *(w_ih.new_zeros(1, lanes, tensors, len(w_ih)) for _ in range(2))]
 
     @staticmethod
     def contract(gradients: Sequence[Tensor], carried: Sequence[Tensor]) -> list[Tensor]:
-        """Returns a gradient for each parameter from that at the state, [B, H]."""
+        """Returns a gradient for each parameter, from the one gradient [B, H] that arrives at the state."""
         (at,) = gradients
         of_x, of_h, of_one, *slopes = (trace[0] for trace in carried)
         x_rows, h_rows = ((epsilon.unflatten(-1, (-1, at.shape[-1])) * at[:, None, None]).flatten(1) for epsilon in slopes)
@@ -168,12 +174,14 @@ class Factored:
 
 
 class StepByStep:
-    """Runs a layer as a loop over steps, with traces by a rule; what `FactoredLSTM` does in one function.
+    """Runs a layer as a loop over steps, and updates its traces by a rule.
+
+    An LSTM layer with factored traces is run by `FactoredLSTM` instead.
 
     Args:
         step: `lstm_step` or `gru_step`.
-        rule: of the traces.
-        tensors: S.
+        rule: updates and contracts the traces.
+        tensors: S, the number of tensors of a state.
     """
 
     def __init__(self, step: Callable[..., Step], rule: SnAp1 | Factored, tensors: int) -> None:
@@ -186,7 +194,7 @@ class StepByStep:
     def run(
         self, inputs: Tensor, state: Sequence[Tensor], carried: Sequence[Tensor], weights: Sequence[Tensor]
     ) -> tuple[Tensor, tuple[Tensor, ...], Sequence[Tensor]]:
-        """Returns outputs [T, B, H], the last state, its tensors [B, H], and the traces there; see `FactoredLSTM.run`."""
+        """Returns outputs [T, B, H], the tensors [B, H] of the last state, and its traces; see `FactoredLSTM.run`."""
         active = traces.is_active(weights)
         moved: Sequence[Tensor] = traces.plain(carried)
         now = traces.attach(state, carried, weights, self.rule.contract)
@@ -204,23 +212,24 @@ class StepByStep:
 class DenseRNN(nn.Module):
     """A stack of LSTM or GRU layers whose state carries approximate traces: `rnn(inputs, state) -> (outputs, state)`.
 
-    A state is (h, c, *traces) or (h, *traces): h and c are [L, B, H] as PyTorch's, each trace is [1, B, ...].
+    A state is (h, c, *traces) for an LSTM and (h, *traces) for a GRU. As in PyTorch, h and c are [L, B, H]. Each trace is
+    [1, B, ...].
 
     Args:
         kind: "lstm" or "gru".
         inputs: D.
         units: H.
         layers: L.
-        dropout: between layers.
+        dropout: dropout probability between layers.
         traces: "snap1" or "factored".
         decay: α of factored traces, from 0 to below 1; None for `cells.TRACE_DECAY`.
 
     Attributes:
         rnn: nn.LSTM or nn.GRU, which holds the parameters.
-        traced_parameters: all of them.
+        traced_parameters: all parameters of `rnn`.
 
     Raises:
-        ValueError: the traces are unknown, or the decay is outside its range or is given to other traces.
+        ValueError: the traces are unknown, or `decay` is outside [0, 1) or is given for "snap1".
     """
 
     def __init__(
@@ -277,7 +286,7 @@ class DenseRNN(nn.Module):
 
 
 def layer_with_traces(kind: str, traces: str, decay: float) -> StepByStep | FactoredLSTM:
-    """Returns what runs the layers of a `DenseRNN`."""
+    """Returns the object that runs every layer of a `DenseRNN`."""
     if kind == "lstm" and traces == "factored":
         return FactoredLSTM(decay)
     rule = SnAp1() if traces == "snap1" else Factored(decay)

@@ -1,7 +1,8 @@
 """Recurrent layers with a diagonal recurrence: minGRU and LRU, with exact traces of their own parameters.
 
-A unit's state depends on its own earlier state alone. So its trace, the derivative with respect to the parameters of the
-unit, is as large as the parameters for each lane, and exact: real-time recurrent learning without its cost.
+The state of a unit depends on its own earlier state and on the layer's inputs, not on other units. The trace of a unit, the
+derivative of its state with respect to its parameters, is therefore exact, and for each lane about as large as the
+parameters. This is real-time recurrent learning without its usual cost.
 
 Legend: T = window length, B = lanes, D = inputs, H = units of a minGRU, N = complex units of an LRU.
 """
@@ -21,15 +22,15 @@ from dni_seq.models.recurrences import gated, rotate, rotation, rotation_loop, s
 class MinGRU(nn.Module):
     """A minimal gated recurrent unit: z_t = σ(W_z x_t), h_t = (1 - z_t) h_{t-1} + z_t W_h x_t.
 
-    Source: Feng et al. 2024, "Were RNNs All We Needed?", arXiv 2410.01201, section 3.1. The candidate has no
-    nonlinearity, as there; we have biases.
+    Source: Feng et al. 2024, "Were RNNs All We Needed?", arXiv 2410.01201, section 3.1. As in the paper, the
+    candidate W_h x_t has no nonlinearity. Here both linear maps have biases.
 
     Args:
         inputs: D.
         units: H.
 
     Attributes:
-        width: H, the numbers of a lane's state.
+        width: H, the size of a lane's state.
     """
 
     def __init__(self, inputs: int, units: int) -> None:
@@ -53,7 +54,7 @@ class MinGRU(nn.Module):
         Args:
             inputs: [T, B, D].
             state: h before the first step, [B, H].
-            carried: its traces, or nothing.
+            carried: the traces of `state`; empty for none.
         """
         start = state
         if carried:
@@ -75,10 +76,14 @@ class MinGRU(nn.Module):
     def _carried_on(
         self, carried: Sequence[Tensor], inputs: Tensor, gate: Tensor, candidate: Tensor, states: Tensor, start: Tensor
     ) -> list[Tensor]:
-        """Returns E_{k+1} = Λ E_k + F, where F sums each step's own derivative times the decay until the window's end."""
+        """Returns the traces after a window, E_{k+1} = Λ E_k + F.
+
+        Λ is the decay of the state over the window. F is the sum over the window's steps of a step's derivative, times the
+        decay from that step to the window's end.
+        """
         of_weight, of_bias = traces.plain(carried)
         keep = 1 - gate
-        after = torch.ones_like(keep)  # the decay from after step t to the end
+        after = torch.ones_like(keep)  # the decay from the state after step t to the window's end
         for t in range(len(keep) - 2, -1, -1):
             torch.mul(after[t + 1], keep[t + 1], out=after[t])
         decay = (after[0] * keep[0]).repeat(1, 2)
@@ -91,18 +96,20 @@ class MinGRU(nn.Module):
 class LRU(nn.Module):
     """A linear recurrent unit: x_t = λ x_{t-1} + γ B u_t in complex numbers, y_t = Re(C x_t) + d u_t.
 
-    λ = exp(-exp(ν) + i exp(θ)). Complex numbers are real tensors here: real parts first, then imaginary parts.
+    λ = exp(-exp(ν) + i exp(θ)); B and C are matrices. Complex numbers are stored in real tensors: real parts first, then
+    imaginary parts.
 
     Source: Orvieto et al. 2023, "Resurrecting Recurrent Neural Networks for Long Sequences", arXiv 2303.06349, section 3 and
-    appendix A, with the initialisation there: |λ| in the ring from 0.9 to 0.999 here, phases up to π / 10 by default.
+    appendix A, with the initialisation of the paper. Here |λ| starts between 0.9 and 0.999, and by default the phase of λ
+    starts between 0 and π / 10.
 
     Args:
         inputs: D, and the number of outputs.
         units: N.
-        largest_phase: of λ at the start, radians.
+        largest_phase: largest phase of λ at initialisation, in radians.
 
     Attributes:
-        width: 2N, the numbers of a lane's state.
+        width: 2N, the size of a lane's state.
     """
 
     SMALLEST, LARGEST = 0.9, 0.999
@@ -121,11 +128,11 @@ class LRU(nn.Module):
 
     @property
     def own_parameters(self) -> list[Tensor]:
-        """The parameters of the recurrence, which traces belong to: ν, θ and log γ, each [N], and B [2N, D]."""
+        """The parameters of the recurrence, which traces belong to: ν, θ and log γ, each [N], and the matrix B [2N, D]."""
         return [self.nu, self.theta, self.gamma, self.into]
 
     def initial_traces(self, lanes: int) -> list[Tensor]:
-        """Returns the traces of a zero state: [B, 3, 2N] of ν, θ and log γ, and [B, 2N, D] of B."""
+        """Returns the traces of a zero state: [B, 3, 2N] of ν, θ and log γ, and [B, 2N, D] of the matrix B."""
         return [self.into.new_zeros(lanes, 3, self.width), self.into.new_zeros(lanes, *self.into.shape)]
 
     def eigenvalues(self) -> tuple[Tensor, Tensor]:
@@ -139,7 +146,7 @@ class LRU(nn.Module):
         Args:
             inputs: u, [T, B, D].
             state: x before the first step, [B, 2N].
-            carried: its traces, or nothing.
+            carried: the traces of `state`; empty for none.
         """
         start = state
         if carried:
@@ -167,7 +174,7 @@ class LRU(nn.Module):
     def _carried_on(
         self, carried: Sequence[Tensor], inputs: Tensor, driven: Tensor, states: Tensor, start: Tensor
     ) -> list[Tensor]:
-        """Returns E_{k+1} = Λ E_k + F, complex numbers like the state."""
+        """Returns the traces after a window, E_{k+1} = Λ E_k + F as in `MinGRU`, stored like the complex state."""
         of_scalars, of_into = traces.plain(carried)
         real, imaginary = self.eigenvalues()
         before = torch.cat([start[None], states[:-1]])

@@ -1,6 +1,6 @@
 """A stack of diagonal recurrent layers with normalisation and residual connections.
 
-Legend: T = window length, B = lanes, D = inputs, H = width, L = layers, S = numbers of a layer's state in a lane.
+Legend: T = window length, B = lanes, D = inputs, H = width, L = layers, S = size of a layer's state in a lane.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from dni_seq.models.diagonal_cells import LRU, MinGRU
 
 
 class MinGRUBlock(nn.Module):
-    """x + minGRU(norm(x)), then x + MLP(norm(x)).
+    """Computes y = x + minGRU(norm(x)) and returns y + MLP(norm(y)).
 
-    Source: Feng et al. 2024, arXiv 2410.01201, section 4, whose language models add a convolution over four steps, which has
-    a state of its own; we leave it out.
+    Source: Feng et al. 2024, arXiv 2410.01201, section 4. The language models of the paper also have a convolution over four
+    steps. It is left out here, because its last inputs would be a further state.
 
     Args:
         width: H.
@@ -41,7 +41,7 @@ class MinGRUBlock(nn.Module):
 
 
 class LRUBlock(nn.Module):
-    """x + GLU(GELU(LRU(norm(x)))).
+    """Computes x + GLU(linear(GELU(LRU(norm(x))))).
 
     Source: Orvieto et al. 2023, arXiv 2303.06349, section 2.1 and figure 1, with layer normalisation.
 
@@ -64,17 +64,17 @@ class LRUBlock(nn.Module):
 class DiagonalRNN(nn.Module):
     """A stack of minGRU or LRU layers: `rnn(inputs, state) -> (outputs, state)`.
 
-    With `traces` the state carries the derivative of each layer's state with respect to its own recurrent parameters, and
-    the gradient of a window's loss includes their credit from before the window. It is exact for the parameters of one
-    recurrent layer and all parameters after it. Parameters before a recurrent layer lose the credit that crosses a window
-    through that layer.
+    With `traces` the state carries the derivative of each layer's state with respect to the recurrent parameters of the same
+    layer. The gradient of a window's loss then includes the credit of these parameters from before the window. The gradient
+    is exact for the recurrent parameters of the last layer and for all parameters after them. A parameter before a recurrent
+    layer, such as one of an earlier layer, loses the credit that reaches it from later windows through that layer's state.
 
     Args:
         kind: "mingru" or "lru".
-        inputs: D; projected to H if it differs.
-        width: H, outputs and units of every layer.
+        inputs: D; a linear map projects the inputs to H if D differs from H.
+        width: H, the number of outputs and of units of every layer.
         layers: L.
-        dropout: after every layer.
+        dropout: dropout probability after every layer.
         traces: whether the state carries traces.
 
     Attributes:
@@ -108,7 +108,7 @@ class DiagonalRNN(nn.Module):
         return [parameter for cell in self.cells for parameter in cell.own_parameters] if self.traces else []
 
     def initial_state(self, lanes: int) -> Any:
-        """Returns a zero state: [L, B, S], or (it, traces) with traces, each of them [L, B, ...]."""
+        """Returns a zero state [L, B, S]; with `traces` a pair of that tensor and a tuple of traces, each [L, B, ...]."""
         state = self.norm.weight.new_zeros(len(self.blocks), lanes, self.cells[0].width)
         if not self.traces:
             return state
@@ -134,7 +134,7 @@ class DiagonalRNN(nn.Module):
             kept.append(own)
         result = torch.stack(last)
         if self.traces:
-            # Without gradients the traces stay as they are: nothing is trained, and they are costly.
+            # Without gradients the cells return the traces unchanged: nothing is trained, and updating them is costly.
             moved = [torch.stack(layers).as_subclass(traces.Trace) for layers in zip(*kept, strict=True)]
             return self.norm(outputs), (result, tuple(moved))
         return self.norm(outputs), result

@@ -1,17 +1,19 @@
-"""An LSTM layer with factored traces: approximate credit from before a window at little more than a product of matrices.
+"""An LSTM layer with factored traces: approximate credit from before a window, for little more than a matrix product.
 
-A unit follows its own cell state alone, ∂c_t/∂c_{t-1} = f_t, the forget gate. φ_t = ∂c_t/∂y_t are the slopes of the
-pre-activations y_t = W x_t of the input, forget and cell gates, and u_t = o_t (1 - tanh² c_t):
+The trace follows the path from a unit's cell state to the same cell state one step later, ∂c_t/∂c_{t-1} = f_t, the forget
+gate. It ignores every other path. φ_t = ∂c_t/∂y_t is the derivative with respect to the pre-activations y_t = W x_t of the
+input, forget and cell gates, and u_t = o_t (1 - tanh² c_t):
 
     ξ_t = α ξ_{t-1} + x_t             ε_t = α f_t ε_{t-1} + φ_t
     ∂c_t/∂W ≈ (1 - α) ε_t ⊗ ξ_t       ∂h_t/∂W ≈ u_t ∂c_t/∂W       ∂h_t/∂W_o ≈ (1 - α) ∂h_t/∂y_t ⊗ ξ_t
 
-W stands for either weight matrix or a bias, x_t for its inputs: those of the layer, the hidden state before the step, or 1.
+W stands for the weights of the inputs, the recurrent weights or a bias. x_t then stands for the layer's inputs, the hidden
+state before the step, or 1. W_o are the rows of W for the output gate.
 
 Sources: the product of two running means is the rule pp_prop of braintrace (Wang et al. 2024, bioRxiv 2024.09.24.614728).
-There it also replaces the gradient of the current step; here autograd is exact inside the window, and only earlier steps
-come from the trace. Leaving out how h_{t-1} acts on the gates is the approximation of e-prop (Bellec et al. 2020, Nature
-Communications 11:3625).
+In braintrace the product also replaces the gradient of the current step. Here autograd computes the exact gradient inside
+the window, and the trace covers only the steps before the window. Ignoring how h_{t-1} acts on the gates is the
+approximation of e-prop (Bellec et al. 2020, Nature Communications 11:3625).
 
 Legend: T = window length, B = lanes, D = inputs, H = units.
 """
@@ -33,9 +35,9 @@ class Unpacked(NamedTuple):
     """Views of one layer's trace.
 
     Attributes:
-        inputs: ξ of the weights of the inputs, [B, D].
-        hidden: ξ of the recurrent weights, [B, H].
-        ones: ξ of the biases, [B, 1].
+        inputs: ξ for the weights of the inputs, [B, D].
+        hidden: ξ for the recurrent weights, [B, H].
+        ones: ξ for the biases, [B, 1].
         slopes: [B, 5, H]: ε of the input, forget and cell gates, ∂h/∂y of the output gate, and u.
     """
 
@@ -53,13 +55,13 @@ def unpack(trace: Tensor, units: int) -> Unpacked:
 
 
 def of_pre_activations(slopes: Tensor, at_h: Tensor, at_c: Tensor | None, out: Tensor) -> Tensor:
-    """Writes the gradient of the pre-activations to `out`, [B, 4, H], and returns that of the cell state, [B, H].
+    """Writes the gradient at the pre-activations to `out`, [B, 4, H]; returns the gradient at the cell state, [B, H].
 
     Args:
-        slopes: as `Unpacked.slopes`, [B, 5, H].
+        slopes: [B, 5, H], laid out as `Unpacked.slopes`.
         at_h: gradient that arrives at h, [B, H].
-        at_c: gradient that arrives at c from other places than h, [B, H]; None for zeros.
-        out: is overwritten.
+        at_c: gradient that arrives at c, except through h, [B, H]; None for zeros.
+        out: [B, 4, H], is overwritten.
     """
     cell = at_h * slopes[:, 4] if at_c is None else torch.addcmul(at_c, at_h, slopes[:, 4])
     torch.mul(slopes[:, :3], cell[:, None], out=out[:, :3])
@@ -68,9 +70,10 @@ def of_pre_activations(slopes: Tensor, at_h: Tensor, at_c: Tensor | None, out: T
 
 
 class _Step(torch.autograd.Function):
-    """One step. The backward pass contracts the trace of the state before it too, if there is one.
+    """One step of the LSTM. If a trace is given, the backward pass also contracts the trace of the state before the step.
 
-    The gradient of a weight matrix is then one product: the step's own slopes and inputs, and those of the trace below.
+    The gradient of a weight matrix is then still one matrix product: the slopes and inputs of the trace are appended to
+    those of the step as further rows.
     """
 
     @staticmethod
@@ -120,7 +123,7 @@ class _Step(torch.autograd.Function):
 
 
 class FactoredLSTM:
-    """Runs an LSTM layer whose state carries one factored trace, `Unpacked` in one tensor [1, B, D + 6 H + 1].
+    """Runs an LSTM layer whose state carries one factored trace, the parts of `Unpacked` in one tensor [1, B, D + 6 H + 1].
 
     Args:
         decay: α, from 0 to below 1.
@@ -137,12 +140,12 @@ class FactoredLSTM:
     def run(
         self, inputs: Tensor, state: Sequence[Tensor], carried: Sequence[Tensor], weights: Sequence[Tensor]
     ) -> tuple[Tensor, tuple[Tensor, ...], Sequence[Tensor]]:
-        """Returns outputs [T, B, H], the last (h, c), each [B, H], and the trace there.
+        """Returns outputs [T, B, H], the last (h, c), each [B, H], and the trace of that state in a list.
 
         Args:
             inputs: [T, B, D].
             state: (h, c) before the first step.
-            carried: its trace, in a list.
+            carried: the trace of `state`, in a list.
             weights: weight_ih [4H, D], weight_hh [4H, H], bias_ih and bias_hh [4H].
         """
         active = traces.is_active(weights)
@@ -151,7 +154,7 @@ class FactoredLSTM:
         h, c = state
         outputs = []
         device, dtype = inputs.device.type, weights[0].dtype
-        # Products of lower precision would be lost in the running sums.
+        # Without autocast: products of lower precision would be lost in the running sums.
         with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
             for x in inputs.to(dtype):
                 hidden, cell, slopes, forget = _Step.apply(x, h, c, *weights, within, self.decay)
@@ -164,7 +167,7 @@ class FactoredLSTM:
 
     @torch.no_grad()
     def _moved(self, trace: Tensor, x: Tensor, h: Tensor, slopes: Tensor, forget: Tensor) -> Tensor:
-        """Returns the trace after a step with inputs x from a state with h."""
+        """Returns the trace after a step with inputs x [B, D] from a state with h [B, H]."""
         moved = torch.empty_like(trace)
         old, new = unpack(trace, h.shape[-1]), unpack(moved, h.shape[-1])
         torch.add(x, old.inputs, alpha=self.decay, out=new.inputs)
@@ -177,5 +180,5 @@ class FactoredLSTM:
 
 
 def stacked(tensors: Sequence[Tensor]) -> Tensor:
-    """Returns `torch.stack(tensors)`; of a single tensor it is a view."""
+    """Returns `torch.stack(tensors)`; for a single tensor the result is a view of it."""
     return tensors[0][None] if len(tensors) == 1 else torch.stack(list(tensors))

@@ -1,9 +1,9 @@
 """Feed-forward classifiers of digits with interfaces between their layers: a perceptron and a convolutional network.
 
-Source: Jaderberg et al. 2017, arXiv 1608.05343, section 3.3 and appendix. There, layers have 256 units, batch normalisation
-and ReLU. Synthesizers see the activation and, for cDNI, the label; those of a convolutional network are convolutional.
-We differ in three points: sizes are arguments, synthesizers have no batch normalisation, and `Normalized` scales gradient
-synthesizers to their targets.
+Source: Jaderberg et al. 2017, arXiv 1608.05343, section 3.3 and appendix. In the paper, layers have 256 units,
+batch normalisation and ReLU. Synthesizers see the activation and, for cDNI, the label. The synthesizers of a convolutional
+network are convolutional. We differ in three points: sizes are arguments, synthesizers have no batch normalisation, and
+`Normalized` scales the messages of gradient synthesizers to the size of their targets.
 
 Legend: B = images, H = hidden units or filters, K = classes.
 """
@@ -88,8 +88,8 @@ class FeedForward(nn.Module):
         In `train()` mode the interfaces backpropagate synthetic gradients during this call, so call `zero_grad` before it.
 
         Args:
-            images: float [B, 1, 28, 28], or any shape [B, ...] with the size of `input_shape`.
-            labels: int64 [B], the context of the synthesizers. Used only if the network has `context`.
+            images: float [B, 1, 28, 28], or any shape [B, ...] with as many pixels per image.
+            labels: int64 [B], the context of the synthesizers. Used only if `context` is True.
         """
         inputs = self.shaped(images)
         with synthesizer_context(self.label_context(labels)):
@@ -103,7 +103,7 @@ class FeedForward(nn.Module):
         return images.reshape(len(images), *self.input_shape)
 
     def label_context(self, labels: Tensor | None) -> Tensor | None:
-        """Returns the labels one-hot, float32 [B, K], as the synthesizers' context; None without labels or context."""
+        """Returns the labels one-hot, float32 [B, K], as context; None without labels or if `context` is False."""
         return F.one_hot(labels, CLASSES).float() if self.context and labels is not None else None
 
     def synthesizer_parameters(self) -> list[nn.Parameter]:
@@ -117,8 +117,8 @@ class ConvSynthesizer(nn.Module):
     Args:
         channels: number of channels of the trigger.
         output_channels: number of channels of the message.
-        settings: number of hidden layers, number of their filters, and whether a one-hot label [B, K] is the context.
-        size: height and width of the message; None for those of the trigger.
+        settings: number of hidden layers, number of filters in each, and whether a one-hot label [B, K] is the context.
+        size: height and width of the message; None for the height and width of the trigger.
     """
 
     def __init__(self, channels: int, output_channels: int, settings: SynthesizerSettings, size: int | None = None) -> None:
@@ -253,7 +253,11 @@ def check_network(layers: int, hidden: int, unlock: str, decouple: str) -> None:
 
 
 def grouped(blocks: list[nn.Module], unlock: str, decouple: str) -> list[nn.Module]:
-    """Groups layers into parts: all in one for "none", else the last one apart for "last", or each one for "every"."""
+    """Groups layers into the parts of a network.
+
+    All layers are one part if `unlock` is "none". Otherwise, if `decouple` is "last", the layers before the last one are one
+    part and the last layer is another one; if it is "every", each layer is a part.
+    """
     if unlock == "none":
         return [nn.Sequential(*blocks)]
     if decouple == "last":

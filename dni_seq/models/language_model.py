@@ -37,8 +37,8 @@ class LanguageModel(nn.Module):
         tied: whether the projection uses the weights of the embedding.
         sparse_embedding: whether the gradient of the embedding is a sparse tensor of the rows that were read. The embedding
             then needs an optimizer for sparse gradients, see `core.optimizer_step.JoinedOptimizer`.
-        traces: credit from before the window that the state carries, see `build_rnn`; None for none.
-        trace_decay: of factored traces, see `build_rnn`; None for its default.
+        traces: the traces that the state carries, for credit from before the window: see `build_rnn`. None for no traces.
+        trace_decay: α of factored traces, see `build_rnn`; None for the default.
 
     Attributes:
         embedding: nn.Embedding(V, E).
@@ -49,8 +49,8 @@ class LanguageModel(nn.Module):
             `lstm_kernels.native_up_to`.
 
     Raises:
-        ValueError: the cell is unknown, a size is below 1, dropout is outside [0, 1), or tied weights are combined with
-            embed != hidden or with a sparse embedding.
+        ValueError: the cell is unknown, a size is below 1, dropout is outside [0, 1), tied weights are combined with
+            embed != hidden or with a sparse embedding, or the traces or their decay do not fit the cell.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class LanguageModel(nn.Module):
     def run_in_parts(self, tokens: Tensor, state: Any, steps: int) -> tuple[Tensor, list[Any]]:
         """Does what `forward` does, and returns the logits [T, B, V] and the state after every `steps` tokens.
 
-        Only the recurrent network runs in parts, since the products with embedding and projection cost less in one piece.
+        Only the recurrent network runs in parts, since embedding and projection cost less for all tokens at once.
         """
         embedded = self.dropout(self.embedding(tokens))
         outputs, found = run_rnn_in_parts(self.rnn, embedded, state, self.native_steps, steps)
@@ -115,13 +115,13 @@ class LanguageModel(nn.Module):
 
     @classmethod
     def from_pretrained(cls, directory: str | Path, *, device: torch.device | str = "cpu") -> LanguageModel:
-        """Does what `dni_seq.integrations.pretrained.load` does: reads such a directory, or the best checkpoint of a run."""
+        """Does what `dni_seq.integrations.pretrained.load` does: loads a saved model, or the best checkpoint of a run."""
         model: LanguageModel = _pretrained().load(directory, device=device)
         return model
 
 
 def _pretrained() -> Any:
-    # By name, since imports go one way: a model needs neither safetensors nor the code of the commands.
+    # Imported by name, since imports go one way: `models` must not depend on `integrations`, nor on safetensors.
     return importlib.import_module("dni_seq.integrations.pretrained")
 
 

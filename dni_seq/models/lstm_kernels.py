@@ -2,9 +2,9 @@
 
 By default PyTorch runs a float32 `nn.LSTM` through oneDNN. That kernel is made for long sequences, and it computes the
 gradients of the weights in every vector-Jacobian product, even in a product with respect to the state only. The native
-kernel is faster in short windows, and also in longer windows with many such products. The lengths below were
-chosen by measurement on one machine. They are fixed, because a choice by timing at run time would make results depend on
-the machine's load.
+kernel is faster in short windows, and also in longer windows with many products with respect to the state. The lengths in
+`native_up_to` were chosen by measurement on one machine. They are fixed, because a choice by timing at run time would make
+results depend on the machine's load.
 
 Legend: T = window length, B = lanes, E = input size, H = hidden units.
 """
@@ -23,8 +23,8 @@ def native_up_to(products: float) -> int:
     """Returns the longest window, in steps, for which the native kernel is at least as fast as oneDNN's.
 
     Args:
-        products: average number of vector-Jacobian products with respect to the state only in a window, in addition to the
-            backward pass.
+        products: average number, for each window, of vector-Jacobian products with respect to the state only. The backward
+            pass is not counted.
     """
     return 2 if products < 0.5 else 4 if products < 2 else 16
 

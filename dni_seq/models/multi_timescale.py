@@ -1,10 +1,10 @@
 """Two recurrent networks at two time scales: a fast network runs at every step, a slow one ticks every T steps.
 
 Source: Jaderberg et al. 2017, arXiv 1608.05343, section 3.2. At each tick the slow network reads the fast network's last
-output. The gradient of the slow network's loss with respect to that output is known only at the end of its window of K
-ticks. The fast network is updated every T steps, so it uses a synthetic gradient instead. We differ in three points: the
-task; no message goes from the slow network to the fast one; the context of the synthesizer is the symbol counts of the last
-T steps.
+output. The gradient of the slow network's loss with respect to that output is known only at the end of the slow network's
+window of K ticks. The fast network is updated every T steps, so it uses a synthetic gradient instead. We differ in three
+points. The task is another one. No message goes from the slow network to the fast network. The context of the synthesizer
+is the symbol counts of the last T steps.
 
 Legend: T = steps of a tick, K = ticks of the slow network's window, B = lanes, S = symbols, H = hidden units.
 """
@@ -83,7 +83,7 @@ class MultiTimescale:
 
     Attributes:
         fast, fast_readout: the fast nn.LSTM, and its linear readout of both counts.
-        slow, slow_readout: the slow nn.LSTM, and its linear readout of its count.
+        slow, slow_readout: the slow nn.LSTM, and the linear readout of the slow network's count.
         interface: the `BackwardInterface` that predicts the slow network's gradient.
 
     Raises:
@@ -95,7 +95,7 @@ class MultiTimescale:
             raise ValueError(f"joint must be one of {', '.join(JOINTS)}, got {joint!r}")
         self.ticks, self.joint = ticks, joint
         self.fast = nn.LSTM(SYMBOLS, hidden)
-        self.fast_readout = nn.Linear(hidden, 2)  # its own count; with joint "none" also the slow network's count
+        self.fast_readout = nn.Linear(hidden, 2)  # the fast count; with joint "none" also the slow count
         self.slow = nn.LSTM(hidden, hidden)
         self.slow_readout = nn.Linear(hidden, 1)
         gradient = Normalized(BasicSynthesizer(hidden, 1, hidden, context_dim=SYMBOLS))
@@ -112,8 +112,8 @@ class MultiTimescale:
         """Updates the fast network, and every K ticks the slow network.
 
         Returns:
-            Mean squared errors, scalars without a graph: "fast" of this block; "slow" of the last K blocks if the slow
-            network was updated, or, with joint "none", of this block.
+            Mean squared errors, scalars without a graph. "fast" is that of this block. "slow" is the mean of the last K
+            blocks, and is missing if the slow network was not updated. With joint "none" it is always that of this block.
         """
         self._fast_optimizer.zero_grad()
         with defer_backward():

@@ -1,10 +1,12 @@
 """Diagonal linear recurrences over a window, each as one node of the autograd graph.
 
-A loop of T small steps in plain autograd records several nodes a step, whose overhead exceeds the arithmetic. Here forward
-and backward are loops over preallocated tensors. A long window of small complex states is computed as a scan: √T chunks of
-√T steps, all chunks at once, then the states between chunks, and last what these add inside the chunks. That is 2√T
-operations on larger tensors in place of T, with twice the arithmetic. For real states it hardly saves time
-(benchmarks/scans.py).
+A loop of T small steps in plain autograd records several nodes for each step, and their overhead exceeds the arithmetic.
+Here forward and backward are loops over preallocated tensors.
+
+For complex states, a long window with few numbers in each step is computed as a scan. The window is cut into √T chunks of
+√T steps. First all chunks are computed at once, each from a zero state. Then the states between the chunks are computed.
+Last, the contribution of these states is added inside the chunks. A scan runs 2√T operations on larger tensors instead of T
+operations, with twice the arithmetic. For real states a scan hardly saves time (benchmarks/scans.py), so they have none.
 
 Source of the scan: Blelloch 1990, "Prefix Sums and Their Applications", CMU-CS-90-190, section 1.4, in two levels.
 
@@ -87,7 +89,7 @@ def rotate(real: Tensor, imaginary: Tensor, x: Tensor) -> Tensor:
 
 
 SCAN_STEPS, SCAN_NUMBERS = 64, 2048
-"""A window is scanned if it has at least so many steps, of at most so many numbers in all lanes (benchmarks/scans.py)."""
+"""A window is scanned if it has at least 64 steps, and b_t [B, 2N] at most 2,048 elements (benchmarks/scans.py)."""
 
 
 def scans(b: Tensor) -> bool:
@@ -96,7 +98,7 @@ def scans(b: Tensor) -> bool:
 
 
 class _Rotation(torch.autograd.Function):
-    """x_t = λ x_{t-1} + b_t."""
+    """x_t = λ x_{t-1} + b_t for complex numbers, real parts first, then imaginary parts."""
 
     @staticmethod
     def forward(ctx: Any, real: Tensor, imaginary: Tensor, b: Tensor, start: Tensor) -> Tensor:
@@ -108,7 +110,7 @@ class _Rotation(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         real, imaginary, states, start = ctx.saved_tensors
-        if scans(gradient):  # the same recurrence from the last step to the first
+        if scans(gradient):  # the backward recurrence has the same form, from the last step to the first
             earlier = rotation_scan(real, -imaginary, gradient[:-1].flip(0), gradient[-1])
             inner = torch.cat([earlier.flip(0), gradient[-1:]])
         else:
@@ -133,7 +135,7 @@ def rotation_loop(real: Tensor, imaginary: Tensor, b: Tensor, start: Tensor) -> 
 
 
 def _in_chunks(b: Tensor) -> tuple[Tensor, Tensor, int]:
-    """Returns a copy of b [T, ...], its chunks [K, S, ...] as a view, and the number of steps in them, K · S."""
+    """Returns a copy of b [T, ...], a view of its chunks [K, S, ...], and the number of steps in all chunks, K · S <= T."""
     size = math.isqrt(len(b))
     rest = len(b) // size * size
     states = b.clone(memory_format=torch.contiguous_format)

@@ -32,12 +32,15 @@ def build_rnn(
         inputs: D.
         hidden: H.
         layers: L.
-        dropout: between layers.
-        traces: what the state carries: "exact" for a diagonal cell, "snap1" or "factored" for an LSTM or GRU, None for none.
-        trace_decay: α of factored traces, from 0, which reaches back by one step, to below 1; None for its default.
+        dropout: dropout probability between layers; for a diagonal cell after every layer.
+        traces: the traces that the state carries: "exact" for a diagonal cell, "snap1" or "factored" for an LSTM or a GRU.
+            None for no traces.
+        trace_decay: α of factored traces, at least 0 and below 1. With α = 0 a trace reaches back by one step only. None for
+            `cells.TRACE_DECAY`.
 
     Raises:
-        ValueError: the cell is unknown, the traces are not made for it, or the decay does not fit the traces.
+        ValueError: the cell is unknown, the traces are of another kind of cell, or the decay is outside its range or given
+            without factored traces.
     """
     checked_decay(traces, trace_decay)
     if cell not in CELLS:
@@ -59,9 +62,10 @@ def build_rnn(
 
 
 def initial_state(rnn: nn.Module, lanes: int) -> Any:
-    """Returns a zero state of `build_rnn`'s network, with the dtype and the device of its parameters.
+    """Returns a zero state for a network of `build_rnn`, with the dtype and the device of the network's parameters.
 
-    (h, c), each [L, B, H], for an LSTM; h [L, B, H] for a GRU; see `DiagonalRNN` for the others.
+    The state is (h, c), each [L, B, H], for an LSTM, and h [L, B, H] for a GRU. For a diagonal cell see `DiagonalRNN`, for
+    an LSTM or GRU with traces see `DenseRNN`.
     """
     if isinstance(rnn, DiagonalRNN | DenseRNN):
         return rnn.initial_state(lanes)
@@ -71,7 +75,7 @@ def initial_state(rnn: nn.Module, lanes: int) -> Any:
 
 
 def state_cells(rnn: nn.Module) -> Any:
-    """Returns which leaves of the state are LSTM cells, for synthesizers: a tuple like the state, or False for none."""
+    """Returns which leaves of the state are cell states c of an LSTM: a tuple of bools like the state; False if none is."""
     if isinstance(rnn, nn.LSTM):
         return LSTM_CELLS
     if isinstance(rnn, DenseRNN) and isinstance(rnn.rnn, nn.LSTM):

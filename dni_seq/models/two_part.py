@@ -26,7 +26,7 @@ class TwoPartNetwork(NamedTuple):
     Attributes:
         a: part A, `a(inputs, state) -> (message, state)`. The state is None at first, and always None for a feed-forward
             part.
-        b: part B, `b(message, state) -> (logits, state)`, with a state like that of part A.
+        b: part B, `b(message, state) -> (logits, state)`. Its state is None in the same cases as the state of part A.
         interface: the interface between the parts; the trigger of its synthetic message is the input of part A.
     """
 
@@ -61,7 +61,7 @@ class Recurrent(nn.Module):
 
 
 class RecentTokens(nn.Module):
-    """Predicts an activation [T B, H] from tokens [T, B]; each step sees the last `SEEN` tokens of its window."""
+    """Predicts an activation [T · B, H] from tokens [T, B]; each step sees the last `SEEN` tokens of its window."""
 
     def __init__(self, vocabulary_size: int, hidden: int, embed: int = 32) -> None:
         super().__init__()
@@ -78,7 +78,7 @@ class RecentTokens(nn.Module):
 
 
 class TargetGradient(nn.Module):
-    """Predicts the gradient for an activation [T B, H]; the context is the targets [T, B] of its steps."""
+    """Predicts the gradient with respect to an activation [T · B, H]; the context is the targets [T, B] of its steps."""
 
     def __init__(self, vocabulary_size: int, hidden: int, embed: int = 32) -> None:
         super().__init__()
@@ -88,7 +88,7 @@ class TargetGradient(nn.Module):
         zero_(self.output)
 
     def forward(self, activation: Tensor, targets: Tensor) -> Tensor:
-        """Returns the message, in the shape of the activation."""
+        """Returns the message, which has the shape of `activation`."""
         seen = torch.cat([activation, self.embedding(targets.flatten())], dim=-1)
         return self.output(F.relu(self.hidden(seen)))
 
@@ -109,8 +109,8 @@ def two_part_language_model(vocabulary_size: int, hidden: int, lanes: int) -> Tw
     """Returns a stacked LSTM for tokens [T, B]; the context is the targets [T, B].
 
     Part A is the embedding and the first LSTM layer, part B the second LSTM layer and the projection. The message is
-    flattened to [T B, H], because `Normalized` keeps one statistic for each index of the first dimension of a
-    three-dimensional tensor, and the last window of an epoch has fewer steps.
+    flattened from [T, B, H] to [T · B, H]. `Normalized` keeps one statistic for each index of the first dimension of a
+    three-dimensional tensor, here for each of T steps, but the last window of an epoch has fewer steps.
     """
     gradient = Normalized(TargetGradient(vocabulary_size, hidden))
     return TwoPartNetwork(

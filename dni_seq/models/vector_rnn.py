@@ -23,8 +23,8 @@ class VectorRNN(nn.Module):
             or "lru", see `DiagonalRNN`.
         hidden: H, the number of hidden units in a layer.
         layers: L, the number of recurrent layers.
-        traces: credit from before the window that the state carries, see `build_rnn`; None for none.
-        trace_decay: of factored traces, see `build_rnn`; None for its default.
+        traces: the traces that the state carries, for credit from before the window: see `build_rnn`. None for no traces.
+        trace_decay: α of factored traces, see `build_rnn`; None for the default.
 
     Attributes:
         rnn: the recurrent network.

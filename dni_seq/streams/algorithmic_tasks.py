@@ -1,17 +1,18 @@
 """Copy, repeat copy and the adding problem: generated sequences in windows, and a curriculum that makes them longer.
 
 Sources: copy and repeat copy are those of Graves et al. 2014, arXiv 1410.5401, sections 4.1 and 4.2, trained with a
-curriculum as in Jaderberg et al. 2017, arXiv 1608.05343, section 3.1. We give the number of repeats together with the go
-flag, divided by 10. The adding problem is that of Hochreiter and Schmidhuber 1997, with one marker in each half of the
-sequence.
+curriculum as in Jaderberg et al. 2017, arXiv 1608.05343, section 3.1. Here the number of repeats, divided by 10, is an
+input at the step of the go flag. The adding problem is that of Hochreiter and Schmidhuber 1997, with one marker in each
+half of the sequence.
 
-Every lane gets one fresh sequence after another. All lanes have the same length, so they end together. A sequence starts
-at the start of a window and is cut every T steps. Its last window holds only the remaining steps, without padding.
+Every lane gets one fresh sequence after another. The sequences of all lanes have the same length, so they end together. A
+sequence starts at the start of a window and is cut every T steps. The last window of a sequence holds only the remaining
+steps, without padding.
 
 The error of a task is 1 for a network that knows nothing about the answer and 0 for a perfect network. For copy and repeat
 copy the error is the mean cross-entropy, in bits per target bit, over all steps that count. For the adding problem the
-error is the mean squared error divided by 1/6, the error of always answering 1; a network that knows one of the two numbers
-has error 1/2. A length is solved when the mean error over 1,000 fresh sequences is below 0.15.
+error is the mean squared error divided by 1/6, which is the mean squared error of always answering 1. A network that knows
+only one of the two numbers has error 1/2. A length is solved when the mean error over 1,000 fresh sequences is below 0.15.
 
 Legend: S = steps of a sequence, T = window length, B = lanes, D = inputs, O = outputs, N = vectors, R = repeats.
 """
@@ -41,7 +42,7 @@ FRESH_SEQUENCES = 1000
 """Number of fresh sequences on which a length is checked."""
 
 RECENT_SEQUENCES = 20
-"""Number of recent training sequences whose mean error triggers a check; each covers all lanes."""
+"""A length is checked if the mean error of this many recent training sequences is low; all lanes together count as one."""
 
 EVALUATION_LANES = 250
 """Sequences evaluated in one batch: enough to be fast, few enough not to raise a run's peak memory."""
@@ -60,7 +61,7 @@ class Stage(NamedTuple):
 
     @property
     def length(self) -> int:
-        """Length of the answer or the sequence: N for copy, N · R for repeat copy, the steps of an adding problem."""
+        """The number that measures progress: N for copy, N · R for repeat copy, the steps N of an adding problem."""
         return self.size * self.repeats
 
 
@@ -86,8 +87,8 @@ class Task(ABC):
         target_size: O, the size of a target vector.
         first: the stage at which a curriculum starts by default.
         least: the smallest size of a stage.
-        error_of_loss: factor from the mean loss of a step to the task's error.
-        error_name: "error_bits" for an error in bits per bit, else "error".
+        error_of_loss: the factor by which the mean loss of a step is multiplied to get the task's error.
+        error_name: "error_bits" for an error in bits per target bit, else "error".
     """
 
     input_size: int
@@ -133,8 +134,8 @@ class RepeatCopy(Task):
     """The repeat copy task: after N vectors of 8 bits the network outputs them R times, and then an end flag.
 
     The inputs are a start flag, the vectors, a go flag together with R / 10, and zeros during the answer. S = N + N R + 3;
-    D = 11: 8 bits, start, go, R / 10; O = 9: 8 bits, end. The end flag is a target at every step of the answer, so the
-    network must count.
+    D = 11: 8 bits, start, go, R / 10; O = 9: 8 bits, end. The target of the end flag is 0 at every step of the answer
+    except the last one, where it is 1, so the network must count the repeats.
     """
 
     input_size = BITS + 3
@@ -197,7 +198,7 @@ TASKS: Mapping[str, Task] = MappingProxyType({"copy": Copy(), "repeat-copy": Rep
 
 
 def input_losses(outputs: Tensor, inputs: Tensor) -> Tensor:
-    """Returns losses [m, B] in nats of logits for inputs from 0 to 1: the mean binary cross-entropy of their numbers."""
+    """Returns losses [m, B] in nats: the binary cross-entropy of logits [m, B, D] for inputs from 0 to 1, mean over D."""
     return functional.binary_cross_entropy_with_logits(outputs, inputs, reduction="none").mean(-1)
 
 
@@ -221,7 +222,7 @@ def _last_steps(steps: int, lanes: int, count: int) -> Tensor:
 
 
 def cut(sequences: Sequences, bptt: int) -> Iterator[Window]:
-    """Cuts sequences into windows of `bptt` steps; the last window holds the rest, and all lanes end with it."""
+    """Cuts sequences into windows of `bptt` steps; the last window holds the remaining steps, and all lanes end with it."""
     steps, lanes = sequences.mask.shape
     for start in range(0, steps, bptt):
         inputs, targets, mask = (part[start : start + bptt] for part in sequences)
@@ -256,7 +257,7 @@ class TaskStream:
         self.task, self.lanes, self.bptt, self.lookahead = task, lanes, bptt, lookahead
         self.stage = check_stage(task, stage or task.first)
         self._generator = torch.Generator().manual_seed(seed)
-        self._before: tuple[Tensor, Stage] | None = None  # generator state and stage from which the sequence was drawn
+        self._before: tuple[Tensor, Stage] | None = None  # generator state and stage of the current sequence
         self._windows: list[Window] = []
         self._position = 0
 
@@ -272,13 +273,13 @@ class TaskStream:
         """Draws a sequence from generator state `state` and cuts it into windows."""
         self._before = (state, stage)
         self._generator.set_state(state)
-        # The lookahead stops at the sequence's end, so the stream never draws a sequence before its stage is known.
+        # The lookahead stops at the sequence's end, so the next sequence is not drawn before its stage is known.
         windows = cut(self.task.generate(stage, self.lanes, self._generator), self.bptt)
         self._windows = list(with_lookahead(windows, self.lookahead) if self.lookahead else windows)
         self._position = 0
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the position: generator state before the current sequence, stages, and number of windows yielded."""
+        """Returns the position: generator state before the current sequence, stages, and number of its windows yielded."""
         generator, drawn = self._before or (self._generator.get_state(), None)
         return {
             "generator": generator.clone(),
@@ -307,11 +308,12 @@ class Curriculum:
         task: the task to train on.
         start: the first stage; None for `task.first`.
         threshold: a stage is solved if its mean error is below this value.
-        patience: the smallest number of training sequences between two checks; a sequence of all lanes counts as one.
+        patience: number of recent training sequences whose mean error is compared with `threshold`, and the smallest number
+            of training sequences between two checks. The sequences of all lanes together count as one.
 
     Attributes:
         stage: the stage to train on.
-        solved: the length of the last solved stage, 0 if none is solved yet.
+        solved: `Stage.length` of the last solved stage; 0 if no stage is solved yet.
 
     Raises:
         ValueError: a setting is out of its range, or the stage is too small for the task.

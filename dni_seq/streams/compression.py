@@ -21,16 +21,16 @@ from typing import IO, Any, Protocol
 from dni_seq.streams.documents import DataError, first_line
 
 BUFFER = 1 << 20
-"""Uncompressed bytes that are held."""
+"""Size of the buffer for uncompressed data, in bytes."""
 
 STEP = 1 << 8
-"""Compressed bytes that are decompressed at once. Zstandard returns all that they hold, at most 128 KiB for each 4 bytes."""
+"""Compressed bytes that are decompressed at once. Zstandard returns all of their content, at most 128 KiB per 4 bytes."""
 
 LONGEST_WINDOW = 1 << 31
-"""Largest window of a .zst file in bytes, that of `zstd --long=31`."""
+"""Largest Zstandard window that a .zst file may need, in bytes; `zstd --long=31` writes such files."""
 
 DAMAGED: tuple[type[Exception], ...] = (OSError, EOFError, zlib.error, lzma.LZMAError)
-"""Errors of reading a compressed file, without zstandard's own error; see `_zstandard_errors`."""
+"""Errors that reading a compressed file may raise, except the one of zstandard, which `_zstandard_errors` returns."""
 
 
 class _Decompressor(Protocol):
@@ -78,7 +78,7 @@ class _ZstandardFrame:
 
 
 class _FrameReader(io.RawIOBase):
-    """The uncompressed bytes of a file that holds compressed frames, with NUL bytes after a frame or not.
+    """Reads the uncompressed bytes of a file of compressed frames; NUL bytes after a frame are skipped.
 
     Args:
         file: the compressed file.

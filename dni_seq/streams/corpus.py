@@ -72,15 +72,16 @@ def open_corpus(
     Args:
         dataset: one of `known_datasets()`, or "owner/name" for any data set on the Hub. None for `data_file`, or for the
             embedded corpus if `data_file` is None too.
-        data_dir: directory that is searched before the Hub, for `DIR/NAME/NAME.{train,valid,test}.txt` (text8 and enwik8:
-            also `DIR/NAME/NAME`), also compressed. It is skipped if `config` or `revision` is given. None for
-            `default_data_dir()`.
+        data_dir: directory DIR that is searched before the Hub, for files `DIR/NAME/NAME.{train,valid,test}.txt`; for text8
+            and enwik8 also for one file `DIR/NAME/NAME`. The files may be compressed. DIR is not searched if `config` or
+            `revision` is given. None for `default_data_dir()`.
         data_file: a local file, or a pattern for several files, instead of `dataset`: lines of UTF-8, JSON lines (.jsonl,
             .ndjson, .json) or Parquet (.parquet). Text and JSON may be compressed (.gz, .xz, .bz2, .zst).
         valid_file: validation text for `data_file`. None to hold out a part of `data_file`, see `load_own_files`.
-        test_file: test text for `data_file`. None to hold out a part of `data_file`.
-        text_column: column (Parquet, Hub) or field (JSON) that holds the text. None for "text"; for a data set on the Hub,
-            None is the known column of a named data set, else "text" or the only column of strings.
+        test_file: test text for `data_file`. None to hold out a part of `data_file` too.
+        text_column: column (Parquet, Hub) or field (JSON) that holds the text. None for the default. For local files it is
+            "text". For a data set of `known_datasets()` it is known. For another data set it is "text", or the only column
+            of strings.
         config: configuration of the data set on the Hub; None for the default.
         revision: branch of the data set on the Hub; None for the default.
         invalid_utf8: "error" to raise at bytes that are not UTF-8, "replace" to read them as U+FFFD.

@@ -1,7 +1,8 @@
 """B lanes of whole documents: a lane ends with its document and then gets the next unread document.
 
-Windows are padded under their mask and never cross a document's end. A document of one token has nothing to predict and is
-skipped. Memory holds B documents of at most `LONGEST_DOCUMENT` tokens, and the documents that are prefetched.
+In a lane a window never crosses the end of a document: the steps after the end are padding, where the mask is False. A
+document of one token has nothing to predict and is skipped. Memory holds B documents of at most `LONGEST_DOCUMENT` tokens,
+and the documents that are prefetched.
 
 Legend: T = window length in steps, B = lanes, m = lookahead in steps.
 """
@@ -39,7 +40,8 @@ class _DocumentQueue:
 
     Attributes:
         document: tokens of the document.
-        number: number of documents that were assigned to lanes before this one since the start of the epoch.
+        number: place of the document in the order of assignment to lanes. Document 0 is the first one of the epoch or, after
+            `seek`, the oldest document that was in a lane at the restored position.
         at: number of tokens already read.
     """
 
@@ -119,7 +121,7 @@ class DocumentLanes(Lanes):
         self._begin(self._reading(reader, self._stats))
 
     def position(self) -> Position:
-        """Returns the start of the oldest document in a lane, the number assigned since, and each lane's place."""
+        """Returns where the oldest document in a lane starts, how many were assigned from it on, and each lane's place."""
         live = [dealt for dealt in self._lanes if dealt is not None]
         oldest = min(live, key=lambda dealt: dealt.number, default=None)
         if oldest is not None:
@@ -188,7 +190,7 @@ class DocumentLanes(Lanes):
 
 
 def _window(tokens: np.ndarray, seen: np.ndarray, ends: np.ndarray, steps: int, m: int) -> Window:
-    """Returns the window of tokens [steps + m + 1, B], in which each lane has `seen` steps to predict."""
+    """Returns the window of tokens [steps + m + 1, B]; `seen` [B] is the number of steps to predict in each lane."""
     ids = torch.from_numpy(tokens)
     counted = torch.arange(steps + m)[:, None] < torch.from_numpy(seen)
     inputs, targets = ids[:-1], ids[1:]

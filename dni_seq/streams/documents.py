@@ -1,7 +1,7 @@
 """Text as documents that are read in order, from any position.
 
-A document is a piece of text that ends with a newline, so joining documents never joins two words. A long document is read
-in several pieces, so memory stays small.
+A document is a text that ends with a newline, so joining documents never joins two words. A long document is read in
+several pieces, so memory stays small.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Reader(ABC):
 
     @property
     def skipped(self) -> int:
-        """Number of rows with a null that this reader has skipped."""
+        """Number of rows that this reader has skipped because their text is null."""
         return 0
 
     def __iter__(self) -> Iterator[Piece]:
@@ -84,7 +84,7 @@ class Documents(ABC):
     def read(self, position: Position | None = None) -> Reader:
         """Returns a reader that starts at `position`, or at the first document if it is None.
 
-        A reader yields pieces of text. Its `position()` is what `read` accepts to resume there.
+        A reader yields pieces of text. `read(reader.position())` resumes at the next piece of `reader`.
         """
 
     def in_epoch(self, epoch: int) -> Documents:
@@ -103,7 +103,7 @@ class WholeReader(Reader):
 
     @property
     def skipped(self) -> int:
-        """Number of rows with a null that this reader has skipped."""
+        """Number of rows that this reader has skipped because their text is null."""
         return self._skipped
 
     @abstractmethod
@@ -177,7 +177,7 @@ class PartOfDocuments(Documents):
         whole: the documents to take the part from.
         start: position in `whole` at which counting starts; None for the first document.
         skip: number of documents to skip after `start`.
-        count: number of documents in the part; None for all that follow.
+        count: number of documents in the part; None for all documents that follow.
         small: as in `Documents`.
     """
 
@@ -262,7 +262,7 @@ Content = TypeVar("Content", str, bytes)
 
 
 class _RangeReader(Reader, Generic[Content]):
-    """Counts the units of pieces, such as characters, and returns those in a range."""
+    """Counts the units of pieces, such as characters, and returns the pieces, or parts of them, in a range of units."""
 
     def __init__(self, reader: Reader, passed: int, start: int, stop: int) -> None:
         self._reader, self._passed, self._start, self._stop = reader, passed, start, stop
@@ -313,7 +313,7 @@ class _ByteReader(_RangeReader[bytes]):
 
 
 def check_visible(documents: Documents, advice: str) -> None:
-    """Checks that a text has a visible character. Reads the text up to its first one.
+    """Checks that a text has a visible character. Reads the text up to the first visible character.
 
     Raises:
         DataError: the text is empty, blank or of control characters, or cannot be read.
@@ -328,7 +328,7 @@ def is_visible(text: str) -> bool:
 
 
 def as_it_is(text: str) -> str:
-    """Returns the text, with a newline at its end."""
+    """Returns the text, and adds a newline at its end if there is none."""
     return text if text.endswith("\n") else text + "\n"
 
 

@@ -1,9 +1,9 @@
 """The embedded corpus: the English text of Python's own documentation, which CPython ships.
 
-`pydoc_data.topics` holds about 0.5 MB in some 80 topics. Many topics repeat passages of longer topics. Such topics are
-skipped, so that no held-out text is in the training text. The remaining topics are ordered by length. Of every ten topics,
-the eighth is validation text and the ninth is test text; each split is about a twentieth of the corpus. The text differs
-between Python versions.
+`pydoc_data.topics` holds about 0.5 MB in some 80 topics. Many topics repeat passages of longer topics. A topic is skipped
+if more than half of it repeats longer topics, so that little held-out text is in the training text. The remaining topics
+are ordered by length. Of every ten topics, the eighth is validation text and the ninth is test text; validation and test
+text are each about a twentieth of the corpus. The text differs between Python versions.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dni_seq.streams.documents import DataError, ListedDocuments
 
 SHORT = 40
-"""Shorter paragraphs, in characters, are too common to show that one topic repeats another."""
+"""Paragraphs of fewer characters are ignored: they are too common to show that one topic repeats another."""
 
 
 def load_pydoc() -> dict[str, ListedDocuments]:
@@ -33,7 +33,7 @@ def load_pydoc() -> dict[str, ListedDocuments]:
 
 
 def distinct_topics(topics: Mapping[str, str]) -> list[str]:
-    """Returns the topics, longest first, without those that mostly repeat longer topics."""
+    """Returns the topics, longest first, without topics of which more than half repeats longer topics."""
     seen: set[str] = set()
     kept = []
     for name in sorted(topics, key=lambda name: (-len(topics[name]), name)):

@@ -15,7 +15,7 @@ JSON_LINES = (".jsonl", ".ndjson", ".jsonlines", ".json")
 PARQUET = ".parquet"
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-"""The byte-order mark of UTF-8, which is no text at the start of a file."""
+"""The byte-order mark of UTF-8, which does not belong to the text if a file starts with it."""
 
 START = 4096
 """Number of first bytes that are examined."""
@@ -37,7 +37,7 @@ NOT_TEXT: Mapping[str, str] = MappingProxyType(
         ".zstd": "named unlike a compressed file: rename it to .zst",
     }
 )
-"""What a file with an ending is and what to do with it, for endings of files that are not text."""
+"""For each ending of files that are not text: what such a file is, and what to do with it."""
 
 _UTF_16 = "UTF-16, not UTF-8: convert it, for example with iconv -f UTF-16 -t UTF-8"
 _UTF_32 = "UTF-32, not UTF-8: convert it, for example with iconv -f UTF-32 -t UTF-8"
@@ -62,17 +62,17 @@ FIRST_BYTES: tuple[tuple[bytes, str], ...] = (
     (b"%PDF-", "a PDF document: extract its text"),
     (b"SQLite format 3\0", "a database: export its text as .parquet or .jsonl"),
 )
-"""First bytes of files that are not text in UTF-8, and what such a file is and what to do with it."""
+"""First bytes of files that are not text in UTF-8, each with a text: what such a file is, and what to do with it."""
 
 TAR_MARK, TAR_MARK_AT = b"ustar", 257
-"""A tar archive has these bytes at this place."""
+"""A tar archive has the bytes `TAR_MARK` at byte `TAR_MARK_AT`, counted from 0."""
 
 
 def check_ending(path: Path) -> None:
-    """Checks that a file's name does not end as that of an archive, a table, or another file that is not text.
+    """Checks that a file's name does not have the ending of an archive, a table, or another file that is not text.
 
     Raises:
-        DataError: the name ends so.
+        DataError: the name has such an ending.
     """
     for ending in (path.suffix.lower(), unpacked_ending(path)):
         if ending in NOT_TEXT:
@@ -82,7 +82,7 @@ def check_ending(path: Path) -> None:
 
 
 def has_columns(path: Path) -> bool:
-    """Returns whether the name is that of a file with columns or fields, from which --text-column chooses."""
+    """Returns whether the name has the ending of a file with columns or fields; --text-column chooses one of them."""
     return unpacked_ending(path) in (*JSON_LINES, PARQUET)
 
 
@@ -90,7 +90,7 @@ def check_start(path: Path, data: bytes) -> None:
     """Checks that the first uncompressed bytes of a file may be text in UTF-8.
 
     Raises:
-        DataError: they are those of a file in another format, or more than a quarter of the first 4,096 are NUL.
+        DataError: the bytes are those of a file in another format, or more than a quarter of the first 4,096 bytes are NUL.
     """
     for first, kind in FIRST_BYTES:
         if data.startswith(first):

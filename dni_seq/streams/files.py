@@ -28,7 +28,8 @@ class FileDocuments(Documents):
         paths: the files.
 
     Raises:
-        DataError: a file is missing, empty, unreadable, not a regular file, or has a name that is not one of text.
+        DataError: a file is missing, empty, unreadable or not a regular file, or its name has the ending of a file that is
+            not text.
     """
 
     def __init__(self, name: str, paths: Sequence[Path], form: FileFormat) -> None:
@@ -46,7 +47,8 @@ class FileDocuments(Documents):
         """Returns a reader; a position is a file's index, the position in it, and a checksum of the sizes of all files.
 
         Raises:
-            DataError: the sizes or the number of the files differ from those of the position, so the splits would differ.
+            DataError: the sizes or the number of the files have changed since the position was saved; the splits would
+                differ.
         """
         position = position or {"sizes": self._checksum, "file": 0, "inner": None}
         if position["sizes"] != self._checksum:

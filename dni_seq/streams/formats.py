@@ -21,7 +21,7 @@ from dni_seq.streams.documents import DataError, Piece, Position, Reader, WholeR
 from dni_seq.streams.file_types import BYTE_ORDER_MARK, JSON_LINES, PARQUET, check_start
 
 CHUNK = 1 << 20
-"""Bytes of text read at once; a longer line is cut, before a space if there is one."""
+"""Bytes of text read at once; a longer line is cut, before a space if the line has one."""
 
 ROWS = 64
 """Rows of Parquet read at once."""
@@ -50,7 +50,8 @@ def read_file(path: Path, size: int, form: FileFormat, position: Position | None
     Args:
         path: the file.
         size: its size in bytes when it was opened first. An uncompressed text or JSON file that has grown since is read up
-            to this size. If it has shrunk, or if another file has changed its size, reading raises a DataError.
+            to this size. If such a file has shrunk, or if the size of a file of another kind has changed, reading raises a
+            DataError.
         form: settings for reading.
         position: where to start; None for the start of the file.
     """
@@ -66,8 +67,8 @@ class _LineReader(Reader):
     r"""Reads the lines of a text file, ended by \n, \r\n or \r, as documents.
 
     A chunk has at most `CHUNK` bytes and ends after its last line end. Without a line end it ends before its last space, and
-    without a space it has `CHUNK` bytes. So a position, which is the start of a chunk and a number of lines in it, always
-    leads to the same pieces.
+    without a space it has `CHUNK` bytes. A position is the start of a chunk and a number of lines in the chunk. Reading from
+    a position therefore always gives the same pieces.
     """
 
     def __init__(self, path: Path, size: int, errors: str, render: Callable[[str], str], byte: int, line: int) -> None:

@@ -42,7 +42,7 @@ HELD_OUT_OF = 2000
 """If a data set on the Hub lacks splits, they are held out of at most this many of its first documents."""
 
 HELD_OUT = 20
-"""One in this many of those documents is held out for each missing split."""
+"""One in this many of the first `HELD_OUT_OF` documents is held out for each missing split."""
 
 INSTEAD = "put the files in --data-dir, give --data-file, or remove --dataset to use the embedded corpus"
 
@@ -79,7 +79,7 @@ class HubCorpus:
 
 CORPORA: Mapping[str, HubCorpus] = MappingProxyType(
     {
-        # PTB's files have a space around each line, its Hub rows have none. Stripped lines are the same in both.
+        # Lines in the files of PTB have a space at both ends, rows on the Hub have none. Stripped lines are the same.
         "ptb": HubCorpus(
             "ptb-text-only/ptb_text_only",
             revision="refs/convert/parquet",
@@ -168,12 +168,12 @@ def _split_by_bytes(names: Mapping[str, str], whole: Documents) -> dict[str, Doc
 def hub_corpus(name: str, corpus: HubCorpus, nulls: str = "error") -> dict[str, Documents]:
     """Returns the splits of a corpus on the Hub, streamed.
 
-    If the corpus lacks "valid" or "test", each is one twentieth of the first `HELD_OUT_OF` documents of "train", and "train"
-    then starts after them.
+    If the corpus lacks "valid" or "test", each missing split is one twentieth of the first `HELD_OUT_OF` documents of
+    "train", and "train" then starts after the held-out documents.
 
     Args:
         name: name of the corpus.
-        corpus: where it is.
+        corpus: the repository of the corpus, and how it is read.
         nulls: "error" to raise at a row without text, "skip" to skip it.
 
     Raises:

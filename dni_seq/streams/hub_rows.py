@@ -21,10 +21,10 @@ PAUSES = (1.0, 2.0, 4.0, 8.0, 16.0)
 """Seconds to wait before each retry of a row; `huggingface_hub` makes about as many retries of its own in each attempt."""
 
 ROWS_TO_SKIP = 64
-"""Rows between two calls of the data set's `state_dict`, which is slow; a position counts rows from the last call."""
+"""Rows between two calls of the data set's `state_dict`, which is slow; a position counts the rows since the last call."""
 
 CHARACTERS_TO_SKIP = 1 << 20
-"""Characters of rows after which `state_dict` is called too, so that resuming never skips much text."""
+"""`state_dict` is also called after this many characters of rows, so that resuming never reads much text again."""
 
 NOT_WORTH_RETRYING = frozenset({400, 401, 403, 404, 410, 416})
 """HTTP statuses that a retry will not change."""
@@ -49,8 +49,9 @@ class RowDocuments(Documents):
     ) -> None:
         super().__init__(name, small=small)
         self.column, self.render, self.nulls = column, render, nulls
-        # A data set keeps the state of its last iteration, so each reader has its own copy. A later copy could race with a
-        # thread that changes objects that the copies share, such as the cache of a file system.
+        # A data set keeps the state of its last iteration, so each reader has its own copy. All copies come from a pickle
+        # made here: pickling later could race with a thread that changes objects that the copies share, such as the cache
+        # of a file system.
         self._copy = _copies(dataset)
 
     def read(self, position: Position | None = None) -> Reader:

@@ -1,9 +1,9 @@
 """B continuous lanes of token ids, in memory or streamed.
 
 A text of N tokens is cut into B lanes of n = N // B tokens: lane b holds tokens [b n, (b + 1) n). `HeldLanes` cuts the
-whole text this way. `StreamedLanes` reads the text in blocks of B runs of tokens, cuts each block this way, and joins the
-lanes of the blocks end to end. Every lane is then a sequence of runs of text, and memory holds four blocks. Both drop the
-fewer than B tokens that remain at the end.
+whole text this way. `StreamedLanes` reads the text in blocks of B equal passages, gives one passage to each lane, and joins
+the passages of a lane end to end. Every lane is then a sequence of passages of the text, and memory holds four blocks. At
+the end of the text both classes drop the tokens that do not fill all lanes equally, fewer than B.
 
 Legend: T = window length in steps, B = lanes, n = tokens in a lane, m = lookahead in steps.
 """
@@ -26,7 +26,7 @@ from dni_seq.streams.token_streams import Ids, TextStats, TokenRun, check_same, 
 from dni_seq.streams.tokenization import Tokenizer
 
 RUN = 1 << 14
-"""Tokens of contiguous text that a lane takes from each streamed block; fewer if there are more than BLOCK / RUN lanes."""
+"""Tokens of contiguous text that a lane takes from each streamed block; with more than BLOCK / RUN lanes, BLOCK // B."""
 
 BLOCK = 1 << 22
 """Largest number of tokens in a streamed block; with more lanes than this, a block has one token per lane."""
@@ -37,7 +37,7 @@ WINDOW = 1 << 26
 
 
 def longest_window(lanes: int) -> int:
-    """Returns the largest number of steps in a window of so many lanes of a text that is not held in memory."""
+    """Returns the largest number of steps in a window of `lanes` lanes of a text that is not held in memory."""
     return max(1, WINDOW // lanes)
 
 
@@ -56,13 +56,13 @@ class Lanes(ABC):
         """Counts over the text read so far; a streamed text is counted again in each epoch."""
 
     def count_anew(self) -> None:  # noqa: B027 - text that is held in memory is counted once
-        """Forgets the counts of text that is not held in memory; a rewind must follow."""
+        """Forgets the counts of text that is not held in memory; call `rewind` afterwards."""
 
     @abstractmethod
     def window(self, steps: int, lookahead: int) -> tuple[Window, bool]:
         """Returns the next window of at most `steps` steps, and whether the epoch ends with it.
 
-        The window has a lookahead of `lookahead` steps if that is above 0.
+        The window has a lookahead of `lookahead` steps if `lookahead` is above 0.
 
         Raises:
             DataError: the text cannot be read; the position does not change.
@@ -86,7 +86,7 @@ class Lanes(ABC):
 
     @abstractmethod
     def seek(self, position: Position, epoch: int) -> None:
-        """Moves to a position in an epoch; text, tokenizer and B must be those of the position.
+        """Moves to a saved position in an epoch; text, tokenizer and B must be those with which it was saved.
 
         Raises:
             DataError: the text or the tokenizer differs; the lanes do not move.
@@ -101,12 +101,12 @@ class RunningLanes(Lanes):
         """Returns the next `tokens` (2 or more) tokens of every lane, or the rest of the epoch; [at most tokens, B].
 
         Raises:
-            DataError: fewer than 2 are left, which happens only if the whole text has fewer.
+            DataError: fewer than 2 tokens are left in a lane. This happens only if the whole text has fewer than 2 per lane.
         """
 
     @abstractmethod
     def advance(self, tokens: int) -> None:
-        """Moves forward by `tokens`, at most as many as `peek` has returned."""
+        """Moves forward by `tokens` tokens in every lane, at most as many as `peek` has returned."""
 
     def steps(self, limit: int) -> int:
         """Returns the number of steps left in a lane, at most `limit`."""
@@ -201,7 +201,7 @@ class _TokenBlock(NamedTuple):
     Attributes:
         ids: [tokens per lane, B].
         checksum: checksum of the tokens read for the block.
-        mark: position at which its text starts.
+        mark: position at which the block's text starts.
         stats: counts after the block.
     """
 
@@ -253,7 +253,7 @@ class StreamedLanes(RunningLanes):
         return shown
 
     def steps(self, limit: int) -> int:
-        """Returns the number of steps left in a lane, at most `limit` and what `WINDOW` allows; reads blocks up to there."""
+        """Returns the number of steps left in a lane, at most `limit` and `longest_window`; reads blocks that hold them."""
         return super().steps(min(limit, longest_window(self._count)))
 
     def advance(self, tokens: int) -> None:
@@ -289,7 +289,7 @@ class StreamedLanes(RunningLanes):
         self._at = at
 
     def _reading(self, reader: Reader, stats: TextStats, skip: int) -> tuple[Prefetcher[_TokenBlock], Position]:
-        """Returns a thread's blocks after `skip` tokens, and the position at which they start."""
+        """Returns the blocks that a thread reads after skipping `skip` tokens, and the position at which they start."""
         source = StoppableReader(reader)
         run = TokenRun(source, self._tokenizer, stats)
         run.take(skip)
@@ -330,7 +330,7 @@ def _blocks(run: TokenRun, count: int) -> Iterator[_TokenBlock]:
 
 
 def _look(ids: Tensor, m: int) -> Lookahead:
-    """Returns the lookahead of m steps, made from the tokens [at most m + 1, B] after a window."""
+    """Returns the lookahead of m steps from tokens [at most m + 1, B], beginning with its first input."""
     seen, lanes = len(ids) - 1, ids.shape[1]
     if seen >= m:
         return Lookahead(ids[:m], ids[1 : m + 1], torch.ones(m, lanes, dtype=torch.bool))

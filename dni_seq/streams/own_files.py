@@ -44,11 +44,12 @@ def load_own_files(
     A split without a file is held out of `data_file`. The last twentieth of its documents is the test text, and the
     twentieth before it is the validation text. If only the validation text is missing, it is the last twentieth. Each
     split gets at least one document. If there are too few documents, such as one long line, characters are held out in the
-    same way. Holding out needs one pass through the files to count the documents.
+    same way. Holding out needs one pass through the files to count the documents. If characters are held out, a second pass
+    counts them.
 
     Raises:
         DataError: a file cannot be used, a split has no visible character, or there is too little text to hold some out.
-            With `needs_columns` also if no file has columns.
+            With `needs_columns` also raised if no file has columns.
     """
     names = {"train": data_file, "valid": valid_file, "test": test_file}
     given = {split: FileDocuments(str(name), matching(name), form) for split, name in names.items() if name is not None}
@@ -82,7 +83,7 @@ def _notes_on_overlap(given: Mapping[str, FileDocuments]) -> Iterator[str]:
 
 
 def _notes_on_content(given: Mapping[str, FileDocuments], form: FileFormat) -> Iterator[str]:
-    """Yields notes for text that may not be what the user expects; reads the start of each split, with `skip` all of it."""
+    """Yields notes on text that the user may not expect; reads the start of each split, or all to count nulls."""
     for documents in given.values():
         first = [*islice(documents, PIECES)]
         if not has_columns(documents.paths[0]) and _is_json_line(first[0]):
@@ -98,7 +99,7 @@ def _notes_on_content(given: Mapping[str, FileDocuments], form: FileFormat) -> I
 
 
 def _is_json_line(text: str) -> bool:
-    """Returns whether a line is a JSON object with a text in a field."""
+    """Returns whether a line is a JSON object with a string in a field."""
     if not text.startswith("{"):
         return False
     try:
@@ -109,7 +110,7 @@ def _is_json_line(text: str) -> bool:
 
 
 def _skipped_rows(documents: Documents) -> int:
-    """Returns the number of rows with a null, after one pass through the text."""
+    """Returns the number of rows that are skipped because their text is null; reads the whole text."""
     reader = documents.read()
     for _ in reader:
         pass

@@ -40,8 +40,8 @@ class StoppableReader(Reader):
 class Prefetcher(Generic[Item]):
     """Iterates over the items of an iterator that runs in a thread, one item in advance.
 
-    An error of the iterator is raised after the items before it, and again at each further call. The thread ends with the
-    iterator, at `close`, or when this object is garbage collected.
+    An error of the iterator is raised after the items that precede it, and again at each further call. The thread ends with
+    the iterator, at `close`, or when this object is garbage collected.
 
     Args:
         items: the iterator.

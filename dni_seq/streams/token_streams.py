@@ -1,4 +1,4 @@
-"""Documents as token ids: one run of tokens, or document by document, with positions and counts."""
+"""Documents as token ids: one continuous sequence of tokens, or document by document, with positions and counts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PIECE = 1 << 16
 """Characters of joined documents that are tokenized at once; one call for many short lines is much faster."""
 
 LONGEST_DOCUMENT = 1 << 20
-"""If documents are kept separate, a document with more tokens is cut into several, so that it fits in memory."""
+"""Largest number of tokens in a document if lanes end with documents; a longer one is cut, so that it fits in memory."""
 
 Ids = npt.NDArray[Any]
 
@@ -81,12 +81,12 @@ def tokenize(text: str, tokenizer: Tokenizer, stats: TextStats) -> tuple[Ids, Te
 
 
 class TokenRun:
-    """Reads the tokens of documents as one run, part by part.
+    """Reads the tokens of documents as one continuous sequence, part by part.
 
     Args:
         reader: reads the documents.
-        tokenizer: converts their text to ids.
-        stats: counts over the text before them.
+        tokenizer: converts the text of the documents to ids.
+        stats: counts over the text before the reader's position.
     """
 
     def __init__(self, reader: Reader, tokenizer: Tokenizer, stats: TextStats) -> None:
@@ -107,7 +107,7 @@ class TokenRun:
         return np.concatenate(parts)
 
     def mark(self) -> Position:
-        """Returns the position of the next token: a position of the documents, its counts, and the tokens to skip."""
+        """Returns the position of the next token: a position in the documents, the counts there, and the tokens to skip."""
         if self._taken == len(self._piece):
             return {**self._here(), "skip": 0}
         return {**self._piece_start, "skip": self._taken}

@@ -1,7 +1,7 @@
 """Converts text to token ids and back, by words or characters; for SentencePiece see `sentencepiece_tokenizer`.
 
-Ids are int32. The unknown token has id 0. Words or characters follow by descending frequency, those of equal frequency in
-order of their code points, so the same text always gives the same ids.
+Ids are int32. The unknown token has id 0. Words or characters follow by descending frequency. Entries of equal frequency
+are in the order of their code points, so the same text always gives the same ids.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ SAMPLE_CHARACTERS = 1 << 26
 
 
 JOINED = 1 << 16
-"""Texts of a sample are joined until they have this many characters, so that they are not counted one by one."""
+"""Texts of a sample are joined until they have this many characters, since counting many short texts is slow."""
 
 
 FORMAT = "dni_seq tokenizer 1"
@@ -132,7 +132,7 @@ class ListTokenizer(Tokenizer):
         """Returns the tokenizer made from the content of a tokenizer file.
 
         Raises:
-            DataError: the content is not that of such a tokenizer.
+            DataError: the content has no list of strings as vocabulary, or the vocabulary is rejected.
         """
         vocabulary = content.get("vocabulary")
         if not isinstance(vocabulary, list) or not all(isinstance(entry, str) for entry in vocabulary):
@@ -158,7 +158,7 @@ class WordTokenizer(ListTokenizer):
         vocabulary: distinct words; the first two are "<unk>" and "<eos>".
 
     Raises:
-        DataError: the vocabulary has duplicate entries, or does not start with the entries it must start with.
+        DataError: the vocabulary has duplicate entries, or does not start with "<unk>" and "<eos>".
     """
 
     kind = "word"
@@ -207,8 +207,8 @@ class CharTokenizer(ListTokenizer):
         vocabulary: distinct characters; the first one is U+FFFD.
 
     Raises:
-        DataError: the vocabulary has duplicate entries, does not start with the entry it must start with, or has an entry
-            that is not one character.
+        DataError: the vocabulary has duplicate entries, does not start with U+FFFD, or has an entry that is not one
+            character.
     """
 
     kind = "char"

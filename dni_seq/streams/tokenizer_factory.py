@@ -53,7 +53,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 
 def _class_of(kind: str) -> Any:
-    """Returns the tokenizer class of a kind; imports the one that needs the package sentencepiece only on use."""
+    """Returns the tokenizer class of a kind; imports the class that needs the package sentencepiece only for its kind."""
     if kind == "sentencepiece":
         from dni_seq.streams.sentencepiece_tokenizer import SentencePieceTokenizer
 

@@ -34,13 +34,13 @@ class WindowStream:
         tokenizer: converts the text to token ids.
         lanes: B, the batch size.
         bptt: T, the window length.
-        lookahead: m, the number of steps after each window that are attached to it; 0 for none.
+        lookahead: m, the number of steps after each window that are attached to the window; 0 for no lookahead.
         document_reset: whether lanes end with each document.
 
     Attributes:
         lanes: B, the batch size.
         bptt: T, the window length in steps.
-        lookahead: m, the steps after each window that are attached to it; 0 for none.
+        lookahead: m, the number of steps after each window that are attached to the window.
         document_reset: whether lanes end with each document.
         epoch: number of finished epochs. It is incremented before the last window of an epoch is yielded.
 
@@ -79,15 +79,16 @@ class WindowStream:
             yield window
 
     def restart(self) -> None:
-        """Moves to the start of the current epoch. Text that is not held in memory is counted anew from there."""
+        """Moves to the start of the current epoch. The counts of text that is not held in memory start again from zero."""
         self._lanes.count_anew()
         self._lanes.rewind(self.epoch)
 
     def lane_steps(self, limit: int) -> int:
         """Returns the number of steps left in a lane of the current epoch, `limit` if there are more.
 
-        A streamed text is read as far as needed. For a streamed text, and with `document_reset`, the number is the longest
-        window that fits in memory if that is shorter.
+        A streamed text is read as far as needed; the result is at most the longest window that fits in memory. With
+        `document_reset` the text is not read: the result is `limit`, or the longest window of documents that fits in memory
+        if that window is shorter.
 
         Raises:
             DataError: the text cannot be read.
@@ -127,19 +128,19 @@ class WindowStream:
 
     @property
     def unknown_tokens(self) -> int:
-        """Number of tokens outside the vocabulary, in the whole split or, for streamed text, in what was read so far."""
+        """Number of tokens outside the vocabulary, in the same text as `characters_per_token`."""
         return self._lanes.stats.unknown
 
     @property
     def unknown_share(self) -> float:
-        """Fraction of tokens outside the vocabulary, 0 to 1, counted as in `unknown_tokens`."""
+        """Fraction of tokens outside the vocabulary, from 0 to 1, in the same text as `characters_per_token`."""
         stats = self._lanes.stats
         return stats.unknown / stats.tokens
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the position of the next window as a dict of numbers, strings, lists and dicts.
 
-        It is the position of the next window to be yielded, even if a background thread has read further.
+        The next window is the next one to be yielded, even if a background thread has read further.
         """
         return {
             "epoch": self.epoch,
@@ -149,7 +150,7 @@ class WindowStream:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Moves to a position from `state_dict`; T and m may differ from those at saving.
+        """Moves to a position from `state_dict`; T and m may differ from those of the stream that saved it.
 
         Raises:
             DataError: B, `document_reset`, the text or the tokenizer differs, or `state` is not a position.
