@@ -66,13 +66,14 @@ def check_model(
         state: the state in which the first run starts. Default: `model.initial_state(B)` if it exists, else None. Runs that
             compare values and gradients start from the state that the first run returns.
         batch_dim: the dimension of the lanes in `inputs`.
-        strict: whether the first problem raises a ValueError.
+        strict: True to raise a ValueError with the first problem that the checks found.
 
     Returns:
-        The report: `ok` says whether no check found a problem.
+        The report; its attribute `ok` is True if no check found a problem.
 
     Raises:
-        ValueError: `inputs` do not have the form above, or with `strict` a check found a problem.
+        ValueError: `inputs` do not have the form above, gradients are disabled by `torch.inference_mode()`, a parameter has
+            no shape yet, or `strict` is set and a check found a problem.
 
     Example::
 
@@ -136,7 +137,7 @@ class _Examination:
         self._dims: list[int | None] = []
 
     def report(self) -> ModelReport:
-        """Returns what was found; checks that were not reached are skipped."""
+        """Returns the report; a check that was not reached has the verdict "skipped"."""
         done = {check.name: check for check in self._checks}
         skipped = "not reached, because of the problem above"
         checks = tuple(done.get(name, Check(name, "skipped", skipped)) for name in NAMES)
