@@ -4,8 +4,8 @@ Truncated BPTT ignores the effect of a window's last state on all later losses. 
 losses with respect to that state, and the trainer injects the prediction.
 
 Source: Jaderberg et al. 2017, arXiv 1608.05343, sections 2.1 and 3.1. We differ in three points. The injected share c
-(`synthetic_scale`) and the discount γ (`discount`) are two numbers. Most synthesizers divide their targets by the targets'
-running root mean square. The sequences of different lanes may end at different windows.
+(`synthetic_scale`) and the discount γ (`discount`) are two numbers. Most regressed synthesizers divide targets by the
+targets' running root mean square. The sequences of different lanes may end at different windows.
 
 Legend: T = window length in steps, B = lanes (batch), H = hidden units, N = horizons.
 """

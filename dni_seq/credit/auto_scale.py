@@ -51,8 +51,8 @@ class AutoScale(Restorable):
     def update(self, found: Tensor) -> None:
         """Adds one comparison; a comparison that is not finite is ignored.
 
-        The share is the ratio of two running means, not the mean of ratios. A state whose exact gradient is zero, such as
-        a state long before the first scored step of a task, therefore does not enter with a ratio of 0.
+        The running means of overlap and power are divided, not averages of ratios. A comparison at which message and exact
+        gradient are near zero, as before the first scored step of a task, therefore has little weight.
 
         Args:
             found: [N, 3] float64, for each horizon: overlap, power of the message, power of the exact gradient.

@@ -59,8 +59,8 @@ class SyntheticGradientConfig:
     plus the message at the end of these windows."""
 
     replay_windows: int = 8
-    """K, the number of windows that are replayed for λ-targets. When a bootstrapped message is compared with exact gradients,
-    K windows stand for all later windows."""
+    """K, the number of windows that are replayed for λ-targets. K windows also stand for all later windows in comparisons of
+    a bootstrapped message with exact gradients."""
 
     regress_every: int | None = None
     """n: targets are computed at one window in n, chosen at random. A regressed synthesizer trains only at these windows.
