@@ -66,13 +66,14 @@ def check_model(
         state: the state in which the first run starts. Default: `model.initial_state(B)` if it exists, else None. Runs that
             compare values and gradients start from the state that the first run returns.
         batch_dim: the dimension of the lanes in `inputs`.
-        strict: whether to raise a ValueError with the first problem, after all checks.
+        strict: True to raise a ValueError with the first problem that the checks found.
 
     Returns:
-        The report. Its `ok` is True if no check found a problem.
+        The report; its attribute `ok` is True if no check found a problem.
 
     Raises:
-        ValueError: `inputs` do not have the form described under Args, or with `strict` a check found a problem.
+        ValueError: `inputs` do not have the form above, gradients are disabled by `torch.inference_mode()`, a parameter has
+            no shape yet, or `strict` is set and a check found a problem.
 
     Example::
 
@@ -136,7 +137,7 @@ class _Examination:
         self._dims: list[int | None] = []
 
     def report(self) -> ModelReport:
-        """Returns what was found; checks that were not reached are skipped."""
+        """Returns the report; a check that was not reached has the verdict "skipped"."""
         done = {check.name: check for check in self._checks}
         skipped = "not reached, because of the problem above"
         checks = tuple(done.get(name, Check(name, "skipped", skipped)) for name in NAMES)
@@ -174,7 +175,7 @@ class _Examination:
         self._values(probe, sample, base, repeat, training=training, random=random)
 
     def _continue(self, probe: Probe, inputs: Any, found: Run) -> Run | None:
-        """Runs a second window from the state after the first window; returns None if the model cannot run it."""
+        """Runs a second window from the state after the first; returns None if the model cannot."""
         try:
             after = probe.run(inputs, found.last)
         except ModelError as error:
@@ -185,7 +186,7 @@ class _Examination:
         return after
 
     def _shapes(self, probe: Probe, found: Run, sample: Sample, steps: int) -> Run | None:
-        """Checks the outputs; returns the run of the short window `sample`, or None if the model cannot run it."""
+        """Checks the outputs; returns the run of the short window, or None if the model cannot run it."""
         try:
             base = probe.run(sample.inputs, sample.state)
         except ModelError as error:
@@ -226,7 +227,7 @@ class _Examination:
 
 
 def _first_state(model: nn.Module, state: State | None, lanes: int) -> State | None:
-    """Returns the state in which the first window starts; None if the model gets no state and chooses its own.
+    """Returns the state in which the first window starts; None if the model chooses it.
 
     Raises:
         ModelError: `model.initial_state` raised an exception.

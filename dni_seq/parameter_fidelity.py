@@ -1,4 +1,4 @@
-"""gradient_fidelity: how well an estimator's gradient of the parameters matches the gradient of full BPTT.
+"""gradient_fidelity: compares the parameter gradients of a trainer with those of full BPTT.
 
 Legend: T = window length in steps, B = lanes.
 """
@@ -23,11 +23,11 @@ from dni_seq.trainer import SequenceTrainer
 
 
 class ParameterFidelity(NamedTuple):
-    """How well an estimated gradient matches the exact gradient.
+    """Comparison of the estimated gradient of a parameter with the exact gradient.
 
     Attributes:
-        cosine: cosine of the angle between the two gradients; 0 if one of them is zero.
-        norm_ratio: norm of the estimate divided by the norm of the exact gradient; NaN if the exact gradient is zero.
+        cosine: the cosine between the two gradients, from -1 to 1; 0 if either gradient is zero.
+        norm_ratio: norm of the estimated gradient / norm of the exact gradient; NaN if the exact gradient is zero.
     """
 
     cosine: float
@@ -38,9 +38,9 @@ class GradientFidelity(NamedTuple):
     """How well the gradient that a trainer accumulates over a sequence matches that of full BPTT.
 
     Attributes:
-        cosine: over all parameters together, from -1 to 1; see `ParameterFidelity`.
-        norm_ratio: norm of the trainer's gradient divided by the norm of the exact one, over all parameters together.
-        parameters: cosine and norm ratio of each parameter, by name.
+        cosine: the cosine between the two gradients of all parameters together, from -1 to 1; see `ParameterFidelity`.
+        norm_ratio: norm of the trainer's gradient / norm of the gradient of full BPTT, over all parameters together.
+        parameters: cosine and norm ratio of each parameter that requires a gradient, by name.
     """
 
     cosine: float
@@ -53,20 +53,21 @@ def gradient_fidelity(
 ) -> GradientFidelity:
     """Compares the gradient that a trainer accumulates over a sequence with that of full BPTT, for frozen parameters.
 
-    The trainer estimates the gradient as it does in training: by truncated BPTT, through earlier windows, with traces, with
-    messages of a synthesizer, or with all of these. The model runs in `eval()`. The trainer and the random state do not
-    change. Full BPTT needs memory for one graph over all windows.
+    The trainer steps through the windows with its own method: truncated BPTT, `backward_windows`, traces or the messages of
+    a synthesizer. The gradients of its steps are summed. Full BPTT computes the gradient of the sum of all windows' losses
+    through one graph, which holds all windows in memory. The model runs in `eval()`. Afterwards the trainer and the random
+    state are as they were before the call.
 
     Source: ours.
 
     Args:
-        trainer: a trainer without `parallel`, in a single process.
+        trainer: a trainer of a single process, without `parallel`.
         windows: consecutive windows, with the lookahead that the synthesizer needs.
-        start: the state before the first window. It counts as a constant, so its traces are set to zero. Default: the
-            initial state.
+        start: the state before the first window. No gradient flows into this state, and its traces are set to zero.
+            Default: the initial state.
 
     Returns:
-        Cosine and norm ratio, over all parameters together and for each parameter.
+        Cosine and norm ratio, of all parameters together and of each parameter.
 
     Raises:
         ValueError: there are no windows, or the trainer shares its lanes with other ranks.
@@ -96,7 +97,7 @@ def gradient_fidelity(
 
 @contextmanager
 def _frozen(trainer: SequenceTrainer) -> Iterator[None]:
-    """Lets the trainer step without changing a parameter, and restores all of its state afterwards."""
+    """Lets the trainer step without changing a parameter in the block, and restores the trainer's state after the block."""
     saved, state = copy.deepcopy(trainer.state_dict()), trainer.state
     clip, accumulate = trainer.clip, trainer.accumulate
     credit = trainer.credit

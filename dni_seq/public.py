@@ -1,4 +1,4 @@
-"""The public names of `dni_seq`, which imports this module at their first use."""
+"""The public names of the package. `dni_seq` imports this module when a public name is first used."""
 
 from dni_seq.check import check_model
 from dni_seq.core.burn_in import burn_in

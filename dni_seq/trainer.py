@@ -4,8 +4,8 @@ Truncated BPTT ignores the effect of a window's last state on all later losses. 
 losses with respect to that state, and the trainer injects the prediction.
 
 Source: Jaderberg et al. 2017, arXiv 1608.05343, sections 2.1 and 3.1. We differ in three points. The injected share c
-(`synthetic_scale`) and the discount γ (`discount`) are two numbers. The regression is normalised. The sequences of the lanes
-may end at different windows.
+(`synthetic_scale`) and the discount γ (`discount`) are two numbers. Most regressed synthesizers divide targets by the
+targets' running root mean square. The sequences of different lanes may end at different windows.
 
 Legend: T = window length in steps, B = lanes (batch), H = hidden units, N = horizons.
 """
@@ -42,7 +42,7 @@ from dni_seq.credit.window_runner import WindowRunner
 from dni_seq.distributed.data_parallel import DataParallel, SingleProcess
 
 SKIP_LIMIT = 10
-"""Skipped windows in a row after which a trainer gives up, unless `skip_limit` is set."""
+"""Number of windows skipped in a row at which `step` raises a NonFiniteError, unless `skip_limit` is set."""
 
 
 class SequenceTrainer(TrainerSettings):
@@ -53,26 +53,28 @@ class SequenceTrainer(TrainerSettings):
 
     Args:
         model: `model(inputs, state) -> (outputs, state)`. A state is a tensor or any nest of tuples, lists and dicts of
-            tensors; dicts are matched by key. It is None at the start of a stream without an initial state.
+            tensors; dicts are matched by key. If there is no initial state, the first window gets the state None.
         optimizer: the optimizer of the model's parameters.
-        loss_fn: `loss_fn(outputs, targets)`, a scalar or unreduced losses [T, B].
+        loss_fn: `loss_fn(outputs, targets)` returns a scalar, or unreduced losses [T, B].
         synthesizer: predicts the gradient of all later losses with respect to a window's last state. None for plain
             truncated BPTT.
         synthesizer_optimizer: the optimizer of the synthesizer's parameters. Default: Adam with learning rate 1e-3.
         synthetic_scale: short for `config=SyntheticGradientConfig(synthetic_scale=...)`.
-        config: the settings of the synthetic gradient. Default: what the synthesizer recommends.
+        config: the settings of the synthetic gradient. Default: `SyntheticGradientConfig()`, in which the synthesizer's
+            recommendations fill the open settings.
         clip: largest norm of the model's gradient, None for no limit.
-        batch_dim: dimension of the lanes in `inputs` and `targets`; windows are time-major, so 1.
+        batch_dim: dimension of the lanes in `inputs` and `targets`. The default 1 is for time-major windows [T, B, ...].
         state_batch_dim: dimension of the lanes in the state's leaves, an int or a nest like the state (nn.LSTM: 1,
-            nn.LSTMCell: 0). Default: the dimension of size B.
+            nn.LSTMCell: 0). Default: in each leaf, the dimension of size B.
         initial_state: the state in which sequences start: a nest, or a function of the number of lanes. Default:
-            `model.initial_state(B)` if it exists, else None for the first window and zeros for lanes that end.
-        reduction: how losses [T, B] become one number: "mean" over the steps that count, "lane-mean" (the sum over time,
-            averaged over lanes) or "sum".
+            `model.initial_state(B)` if it exists. Without such a method the first window gets the state None, and a lane
+            whose sequence has ended continues from zeros.
+        reduction: how losses [T, B] become one number: "mean" over the steps that count, "lane-mean" (sum over time,
+            mean over lanes) or "sum".
         autocast: dtype of `torch.autocast` for the model and the loss, None for full precision.
         parallel: the `DataParallel` of this rank if the lanes are split over processes. Each rank steps with its own lanes.
-            Gradients are summed over the ranks. A scalar `loss_fn` must average over lanes. `state_dict` is then a
-            collective call and holds all lanes.
+            Gradients are summed over the ranks. A `loss_fn` that returns a scalar must average over lanes. `state_dict` is
+            a collective call, and its result holds the lanes of all ranks.
 
     Attributes:
         steps, credit, and the settings that may be changed between two steps: see `TrainerSettings`.
@@ -125,7 +127,7 @@ class SequenceTrainer(TrainerSettings):
 
     @property
     def state(self) -> State | None:
-        """The hidden state that the next window starts from, None before the first window."""
+        """The hidden state that the next window starts from; None before the first window and after `reset`."""
         return self._stream.state
 
     @state.setter
@@ -144,20 +146,24 @@ class SequenceTrainer(TrainerSettings):
         """Trains on one window and carries the hidden state to the next window.
 
         A step is atomic. If it raises an exception, parameters, optimizers, buffers, hidden state, random state and counters
-        are restored, and gradients are cleared. If the loss or the gradient holds a NaN or an infinity, the step is skipped:
-        model, optimizer and hidden state stay, lanes in `ends` and lanes with a NaN are reset, and `steps` goes up.
+        are restored, and gradients are cleared.
+
+        If the loss or the model's gradient holds a NaN or an infinity, the step is skipped. Model and optimizer then do not
+        change. The hidden state stays that of the window's start, with lanes reset that are in `ends` or hold a NaN or an
+        infinity. `steps` counts the window.
 
         Args:
             inputs: [T, B, ...], the model's inputs: a tensor, or a nest of tuples, lists and dicts of such tensors.
             targets: [T, B, ...], passed to `loss_fn`: a tensor or a nest.
-            ends: [B] bool, True for lanes whose sequence ends with this window. Nothing is injected there, and the next
-                window of the lane starts from the initial state.
+            ends: [B] bool, True for lanes whose sequence ends with this window. Nothing is injected in these lanes, and
+                they start the next window from the initial state.
             mask: [T, B] bool, True for steps that count in the loss; `loss_fn` must then return unreduced losses.
             lookahead: the steps after the window, for a synthesizer that needs them (`dni_seq.with_lookahead`).
 
         Raises:
             ValueError, TypeError: shapes do not agree, or a nest holds something else than tensors. Nothing has changed.
-            NonFiniteError: this is the `skip_limit`-th skipped window in a row. The message names the first bad tensor.
+            NonFiniteError: this is the `skip_limit`-th skipped window in a row. The message names the first tensor that
+                holds a NaN or an infinity.
             RuntimeError: another step of this trainer is running.
         """
         window = Window(inputs, targets, mask, ends, lookahead)
@@ -174,7 +180,8 @@ class SequenceTrainer(TrainerSettings):
     def _transaction(self, device: torch.device) -> StepTransaction:
         full = None
         if not self._stepped:
-            # An optimizer that cannot step (LBFGS, sparse gradients, no memory) fails at its first step: copy everything.
+            # An optimizer that cannot step (LBFGS needs a closure, Adam rejects sparse gradients, memory for moments is
+            # missing) fails at its first step. A copy of everything undoes what this step has changed.
             modules = [self.model, *(self.credit.modules if self.credit is not None else ())]
             full = TrainingSnapshot(modules, self._optimizers())
         return StepTransaction(device, self._buffers, self.credit, self._skip_policy, self._gradients, full)
@@ -196,12 +203,13 @@ class SequenceTrainer(TrainerSettings):
         norm = gradient_norm(self.optimizer)
         good = both_finite(measured, norm)
         result = StepResult(measured, states.detach(outputs), norm, None, ~good)
-        # The host reads `good` if reading is free, if there is no state to keep, or if the device cannot skip the step.
+        # The host reads `good` if it need not wait for a device. It must read `good` if the device cannot skip the step,
+        # for which the device needs a first state to keep and an optimizer with `found_inf`.
         on_host = nonfinite.readable_without_sync(good) or start is None or not supports_found_inf(self.optimizer)
         last = states.detach_clone(last)
         if on_host and not good:
             return self._skip_step(around, result, transaction, last)
-        # Everything that may fail runs before the steps of the optimizers, which cannot be undone.
+        # Everything that may fail runs before the optimizers' steps, which cannot be undone.
         passed = good if on_host else good | nothing_counts(measured, window.targets)
         next_state = self.runner.reset(last if on_host else select_where(passed, last, start), window.ends)
         synthetic = None
@@ -223,7 +231,8 @@ class SequenceTrainer(TrainerSettings):
     ) -> StepResult:
         """Skips the step, and resets lanes whose state holds a NaN or an infinity.
 
-        If no step of the window counts, this is no failure: the state becomes `last`, and no skip is counted.
+        If no step of the window counts in the loss, the window is not counted as a failure: the next window starts from
+        `last`, and the parameters do not change.
 
         Raises:
             NonFiniteError: `skip_limit` windows in a row were skipped.
@@ -278,13 +287,13 @@ class SequenceTrainer(TrainerSettings):
         """Restores what `state_dict` returned; the nesting of the hidden state comes from the initial state.
 
         Args:
-            saved: what `state_dict` returned. Skip counts and `state_paths` may be missing: older versions saved none.
-            lanes: B over all ranks. If given, the hidden state is restored and checked now; the trainer must then know its
-                initial state. None to restore it at the next `step`.
+            saved: what `state_dict` returned. Entries that older versions did not save, such as skip counts, may be missing.
+            lanes: B, the lanes of all ranks together. If given, the hidden state is restored and checked in this call, for
+                which the trainer needs an initial state. If None, the hidden state is restored at the next `step`.
 
         Raises:
-            ValueError: the saved trainer has other parts than this one (a synthesizer, for example). With `lanes` also: the
-                saved hidden state does not fit the initial state.
+            ValueError: the saved trainer has other parts than this one, such as a synthesizer; or `lanes` is given and the
+                saved hidden state has other keys or shapes than the initial state.
         """
         parts = self._parts()
         expected = {*parts, "state", "credit", "steps"}
@@ -310,5 +319,8 @@ class SequenceTrainer(TrainerSettings):
         return {name: part for name, part in parts.items() if part is not None}
 
     def describe(self, window: Window | None = None) -> TrainerDescription:
-        """Returns which optimizer trains each parameter, and which gradients reach it on `window`; `print` shows a table."""
+        """Returns which optimizer trains each parameter, and which gradients reach the parameter on `window`.
+
+        `print` shows the result as a table. Without a window the gradients of the model's parameters are unknown.
+        """
         return describe(self.runner, self.optimizer, self.credit, window)

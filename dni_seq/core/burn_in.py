@@ -1,8 +1,8 @@
 """Burn-in: the first steps of a sequence update the state and count in no loss.
 
 Source: Kapturowski et al. 2019, "Recurrent Experience Replay in Distributed Reinforcement Learning" (R2D2), section 3. There
-the stored state may be out of date, and the first steps of a replayed sequence update it. In a forecast they warm up a state
-of zeros.
+the stored state of a replayed sequence may be out of date, and the first steps of the sequence update the state. In a
+forecast the first steps fill a state that starts at zero.
 
 Legend: T = window length in steps, B = lanes, m = lookahead in steps.
 """
@@ -26,8 +26,8 @@ def burn_in(windows: Iterable[Window | tuple[Any, ...]], steps: int) -> Iterator
     or after `burn_in`.
 
     The model runs through the burn-in as through all other steps. Losses of later steps in the same window send gradients
-    back through it. Make `steps` a multiple of T to cut the gradient at the end of the burn-in, as R2D2 does. A window in
-    which no step counts has loss 0.
+    back through the burn-in. If `steps` is a multiple of T, the burn-in ends at the end of a window. Truncated BPTT then
+    cuts the gradient at the end of the burn-in, as R2D2 does. A window in which no step counts has loss 0.
 
     A stream's saved position does not include the count of steps: every call of `burn_in` starts at 0. After a resume
     within a sequence the burn-in runs once more.
@@ -70,5 +70,11 @@ def _masked(windows: Iterator[Window], steps: int) -> Iterator[Window]:
 
 
 def _after(passed: torch.Tensor, length: int, steps: int) -> torch.Tensor:
-    """Returns which of the `length` steps after `passed` [B] follow the burn-in of `steps`, [length, B] bool."""
+    """Returns which of a window's `length` steps come after the burn-in, [length, B] bool.
+
+    Args:
+        passed: [B], the number of steps of each lane's sequence before the window.
+        length: number of steps in the window.
+        steps: length of the burn-in.
+    """
     return passed + torch.arange(length, device=passed.device)[:, None] >= steps

@@ -1,10 +1,11 @@
 """Deferred backpropagation: collects tensors and their gradients, then runs one backward pass.
 
 The loss of a window and the synthetic gradient of its last state flow through the same graph. PyTorch frees a graph after
-its backward pass, so both must be backpropagated together. A scope collects them and backpropagates them at its end.
+its backward pass, so both must be backpropagated together. A scope is a block of `with defer_backward():`. It collects
+both and backpropagates them at the end of the block.
 
-Scopes nest. Each scope backpropagates what it has collected when it ends, and belongs to the thread (or asyncio task) that
-opened it. If an exception leaves the scope, nothing is backpropagated and the collected tensors are dropped.
+Scopes may be nested. A tensor belongs to the innermost scope of its thread (or asyncio task). If an exception leaves a
+scope, nothing is backpropagated and the collected tensors are dropped.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ class Deferred(NamedTuple):
 class GradientAccumulator:
     """Collects tensors with their gradients, and backpropagates all of them in one backward pass.
 
-    `defer_backward` makes one for its block. Gradients have the shape and dtype of their tensors.
+    `defer_backward` makes an accumulator for its block. Gradients have the shape and dtype of their tensors.
 
     Source: the deferred backward pass of dni-pytorch, as an object instead of the state of a class.
     """
@@ -99,7 +100,10 @@ FunctionT = TypeVar("FunctionT", bound=Callable[..., Any])
 
 
 def uncompiled(function: FunctionT) -> FunctionT:
-    """Excludes `function` from `torch.compile`, which breaks the graph there: its autograd calls cannot be traced."""
+    """Excludes `function` from `torch.compile`, because its autograd calls cannot be traced.
+
+    The compiled graph breaks at a call of `function`.
+    """
     # The private function does the same as the public one, but imports the compiler at the first call instead of here.
     disable: Callable[[FunctionT], FunctionT] = getattr(torch, "_disable_dynamo", torch.compiler.disable)
     return disable(function)
@@ -115,7 +119,8 @@ def current_scope() -> GradientAccumulator | None:
 def defer_backward() -> Iterator[GradientAccumulator]:
     """Context manager: defers every `dni_seq.backward(...)` and injection in the block to one pass at the block's end.
 
-    `tensor.backward()` of PyTorch is not deferred. The block gets the `GradientAccumulator` that collects.
+    `tensor.backward()` of PyTorch is not deferred. `with defer_backward() as scope:` gives the block the
+    `GradientAccumulator` that collects the tensors.
 
     If the block raises an exception, nothing is backpropagated. Blocks may be nested: the innermost one collects. Each
     thread has its own blocks.
@@ -170,7 +175,7 @@ def _check(tensor: Tensor, gradient: Tensor | None) -> None:
 
 @contextmanager
 def _explained() -> Iterator[None]:
-    """Adds what to do to PyTorch's error about a graph that is already freed."""
+    """Replaces PyTorch's error about a graph that is already freed by an error that also says what to change."""
     try:
         yield
     except RuntimeError as error:

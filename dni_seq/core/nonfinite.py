@@ -17,21 +17,22 @@ from dni_seq.core.states import State
 
 
 class NonFiniteError(ArithmeticError):
-    """Raised by `SequenceTrainer.step` if too many windows in a row were skipped; names the first tensor that held a NaN.
+    """Raised by `SequenceTrainer.step` if too many windows in a row were skipped.
 
-    The parameters are then those before the first of these windows. `SequenceTrainer.skip_limit` is the number of windows.
+    The message names the first tensor that held a NaN or an infinity. The parameters have the values from before the first
+    of these windows. `SequenceTrainer.skip_limit` sets how many windows are too many.
     """
 
 
 def readable_without_sync(flag: Tensor) -> bool:
-    """Returns whether `flag` can be read without waiting for a device."""
+    """Returns whether the host can read `flag` without waiting for a device; True for a tensor on the CPU."""
     return flag.device.type == "cpu"
 
 
 def both_finite(one: Tensor, other: Tensor) -> Tensor:
-    """Returns whether two 0-d numbers are finite, a 0-d bool.
+    """Returns whether both of two 0-d numbers are finite, a 0-d bool.
 
-    This runs three operations; `torch.isfinite` runs four for one number.
+    This runs three operations for the two numbers; `torch.isfinite` runs four operations for one number.
     """
     total = one + other
     return total - total == 0
@@ -50,7 +51,7 @@ def module_is_finite(module: nn.Module) -> bool:
 def select_where(good: Tensor, new: State, old: State) -> State:
     """Returns `new` if `good` (0-d bool) is true, else `old`; selects leaf by leaf on the device.
 
-    A leaf that is None in `old` and a tensor in `new` counts as zeros.
+    If a leaf is a tensor in `new` and None in `old`, the old leaf counts as zeros.
     """
     old = states.match_keys(old, new, "the old state", "the new state")
     pairs = zip(states.flatten(new), states.flatten(old), strict=True)
@@ -125,8 +126,9 @@ def first_nonfinite(named: Iterable[tuple[str, Any]]) -> tuple[int, str]:
         named: (name, nest of tensors) in the order of computation.
 
     Returns:
-        The place in that order, and a text with the name, and the value and index of the first such element. If all are
-        finite, the gradient's norm has overflowed.
+        The nest's position in `named`, and a text with its name and the value and index of its first element that is not
+        finite. If all elements are finite, the position after the last nest, and a text that says that the gradient norm has
+        overflowed.
     """
     place = 0
     for place, (name, nest) in enumerate(named):

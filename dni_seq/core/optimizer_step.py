@@ -17,9 +17,9 @@ from dni_seq.core import nonfinite
 class JoinedOptimizer(torch.optim.Optimizer):
     """Steps several optimizers, each with its own parameters, as one optimizer.
 
-    `param_groups` holds the groups of all parts, so that learning rates can be set there. It serves
-    `nn.Embedding(sparse=True)`: `torch.optim.SparseAdam` updates only the rows that were read, and a fused Adam steps all
-    other parameters.
+    `param_groups` holds the groups of all parts, so that learning rates can be set there. Models with
+    `nn.Embedding(sparse=True)` need two parts: `torch.optim.SparseAdam` updates only the rows of the embedding that were
+    read, and a fused Adam steps all other parameters.
 
     Args:
         parts: the optimizers.
@@ -51,7 +51,7 @@ class JoinedOptimizer(torch.optim.Optimizer):
         """Restores what `state_dict` returned.
 
         Raises:
-            ValueError: the number of parts differs, or a part's parameter groups do.
+            ValueError: the saved optimizer has another number of parts, or a part of it has other parameter groups.
         """
         saved = state_dict.get("parts", [])
         if len(saved) != len(self.parts):
@@ -100,7 +100,7 @@ def _clipped_step(optimizer: torch.optim.Optimizer, limit: float | None, norm: T
     Args:
         optimizer: the optimizer.
         limit: largest norm of the gradients, None for no limit.
-        norm: their norm, 0-d.
+        norm: the norm of the gradients, 0-d.
         good: 0-d bool, whether to step.
     """
     handed: dict[str, Tensor] = {}
@@ -109,7 +109,8 @@ def _clipped_step(optimizer: torch.optim.Optimizer, limit: float | None, norm: T
             return
     else:
         handed["found_inf"] = (~good).to(torch.float32)
-    # Dividing by 1 changes nothing, but the kernel would write all gradients again, which costs a fifth of its time.
+    # A division by 1 changes nothing, but the kernel would write all gradients again, which costs a fifth of the kernel's
+    # time.
     if limit is not None and not (nonfinite.readable_without_sync(norm) and norm + 1e-6 <= limit):
         if norm.dtype == torch.float32 and supports_found_inf(optimizer):  # the kernels read a float32 factor
             handed["grad_scale"] = ((norm + 1e-6) / limit).clamp_min(1.0)
@@ -132,10 +133,13 @@ def clear_optimizer_state(optimizer: torch.optim.Optimizer) -> None:
 
 
 def check_moments(optimizer: torch.optim.Optimizer) -> None:
-    """Checks what an Adam has loaded: its fused kernel would write beyond moments that are smaller than their parameter.
+    """Checks the moments that an Adam optimizer has loaded.
+
+    The fused kernel of Adam would write beyond the memory of a moment that is smaller than its parameter.
 
     Raises:
-        ValueError: a moment does not have its parameter's shape, or a count of steps is not one number.
+        ValueError: a moment does not have its parameter's shape, a count of steps is not one number, or one of these is not
+            a floating-point or complex tensor.
     """
     for part in parts_of(optimizer):
         if not isinstance(part, torch.optim.Adam):
@@ -154,7 +158,7 @@ def supports_found_inf(optimizer: torch.optim.Optimizer) -> bool:
 
 
 def _numbers(parameter: Tensor, gradient: Tensor) -> Tensor:
-    """Returns the values of a parameter's gradient. A row-sparse gradient is coalesced: it may hold a row twice."""
+    """Returns the values of a parameter's gradient. A row-sparse gradient may hold a row twice, so it is coalesced first."""
     if not gradient.is_sparse:
         return gradient
     parameter.grad = gradient.coalesce()

@@ -1,4 +1,4 @@
-"""Paths as people write them."""
+"""Expands `~` in paths that users give."""
 
 from __future__ import annotations
 

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 
 LARGE = 1 << 16
-"""Number of elements above which a tensor is copied only if its version has changed. Writes through `.data` are missed."""
+"""A tensor with more elements is copied again only if its version counter has changed since the last copy.
+
+Writes through `.data` do not change the version counter, so they are missed in such a tensor."""
 
 
 class _Entry(NamedTuple):
@@ -159,14 +161,15 @@ class TrainingSnapshot:
 class Restorable:
     """Base class of objects that a training step changes, so that the step can be undone.
 
-    A snapshot covers every attribute: nobody lists names, so a new attribute cannot be forgotten. Attributes that are
-    `Restorable` are covered with their own attributes. Lists, deques, dicts and sets are copied, one level deep. Numbers,
-    texts, tuples and tensors are kept by reference: a subclass replaces them, and never writes into a tensor.
-    `check_attributes` rejects everything else, unless the class names its type in `UNCHANGING`.
+    A snapshot covers every attribute. There is no list of names in which a new attribute could be forgotten. For an
+    attribute that is `Restorable`, the snapshot covers that object's attributes too. Lists, deques, dicts and sets are
+    copied, one level deep. Numbers, texts, tuples and tensors are kept by reference, so a subclass must assign a new tensor
+    and never write into the old one. `check_attributes` rejects attributes of all other types, except those that the class
+    lists in `UNCHANGING`.
     """
 
     UNCHANGING: ClassVar[tuple[type, ...]] = ()
-    """Further types of attributes that a step does not change, or that have a snapshot of their own."""
+    """Further types of attributes that a step does not change, or that other code copies and restores."""
 
     def snapshot(self) -> dict[str, Any]:
         """Returns the values of all attributes, for `restore`."""
@@ -199,7 +202,7 @@ class Restorable:
 _CONTAINERS = (list, deque, dict, set)
 
 _BY_REFERENCE = (bool, int, float, str, type(None), tuple, Tensor, nn.Module, torch.optim.Optimizer)
-"""Modules and optimizers have snapshots of their own, `TensorSnapshot` and `TrainingSnapshot`."""
+"""Types of attributes that are kept by reference. `TensorSnapshot` and `TrainingSnapshot` copy modules and optimizers."""
 
 
 class _Nested(NamedTuple):

@@ -1,7 +1,8 @@
 """Nested recurrent states: a tensor, or any nest of tuples, NamedTuples, lists, dicts and other mappings of tensors.
 
 Leaves that are not floating-point tensors, such as step counters, are kept as they are and never receive gradients. Entries
-of a mapping belong together by their keys: where two nests meet, `match_keys` gives them one order.
+of two mappings belong together if they have the same key. `match_keys` brings the entries of two nests into one order before
+their leaves are paired.
 
 Legend: B = lanes, H = hidden units, L = layers.
 """
@@ -19,13 +20,13 @@ from torch import Tensor
 from dni_seq.core.traces import Trace
 
 State = Any
-"""A nest of tensors, which Python's type system cannot describe more exactly."""
+"""A nest of tensors. Python's type system has no more exact type for such a nest."""
 
 SEE_CHECK = "dni_seq.check_model(model, inputs) shows what the model does"
-"""The end of messages about states that do not fit."""
+"""The end of error messages about a state whose shapes or structure do not fit."""
 
 PLAIN = (type(None), bool, int, float, complex, str, bytes)
-"""Types of leaves beside tensors, which a state carries from window to window as they are."""
+"""Types of leaves, besides tensors, that a state may hold. They are carried from window to window unchanged."""
 
 
 def flatten(state: State) -> list[Any]:
@@ -47,7 +48,7 @@ def unflatten(like: State, leaves: Sequence[Any]) -> State:
     """Returns a nest shaped like `like` that holds `leaves`, given in the order of `flatten(like)`.
 
     Raises:
-        ValueError: `like` has another number of leaves.
+        ValueError: `like` and `leaves` differ in the number of leaves.
     """
     expected = len(flatten(like))
     if len(leaves) != expected:
@@ -118,7 +119,7 @@ def match_keys(nest: State, like: State, name: str, other: str) -> State:
         other: what errors call `like`.
 
     Raises:
-        ValueError: the keys differ, or there is a mapping in one nest only.
+        ValueError: the keys differ, or one nest has a mapping where the other has none.
     """
     if isinstance(nest, Tensor) and isinstance(like, Tensor):
         return nest
@@ -167,7 +168,10 @@ def paths(state: State, start: str = "") -> list[str]:
 
 
 def order_by_paths(state: State, places: Sequence[str], start: str = "") -> State:
-    """Returns `state`, whose own path is `start`, with its entries in the order in which `places` lists their `paths`."""
+    """Returns `state` with the entries of its mappings in the order in which their paths appear in `places`.
+
+    `start` is the path of `state` itself, with which the paths of its entries begin; see `paths`.
+    """
     if isinstance(state, Tensor):
         return state
     if isinstance(state, Mapping):
@@ -193,12 +197,12 @@ def structure(state: State) -> State:
 
 
 def key_paths(state: State) -> list[str] | None:
-    """Returns the `paths` of a state with keys, for a checkpoint beside its leaves; None for a state without keys."""
+    """Returns the `paths` of a state that holds a mapping, for a checkpoint to save with the leaves; else None."""
     return paths(state) if has_keys(state) else None
 
 
 def saved_leaves(state: State) -> list[Any]:
-    """Returns the leaves of `state` as a checkpoint can hold them: `flatten`, with traces as plain tensors."""
+    """Returns the leaves of `state` in the order of `flatten`, with traces as plain tensors, which a checkpoint can hold."""
     return [leaf.as_subclass(Tensor) if isinstance(leaf, Trace) else leaf for leaf in flatten(state)]
 
 
@@ -211,20 +215,20 @@ def from_saved(leaves: Sequence[Any], places: Sequence[str] | None, like: State)
         like: a state of the model.
 
     Raises:
-        ValueError: `like` has other keys, or another number of leaves.
+        ValueError: `like` has other keys than the saved state, or another number of leaves.
     """
     if places is not None:
         expected = paths(like)
         check_keys(places, expected, "the saved state", "the model's state")
         by_place = dict(zip(places, leaves, strict=True))
         leaves = [by_place[place] for place in expected]
-    pairs = zip(leaves, flatten(like), strict=False)  # `unflatten` counts them
+    pairs = zip(leaves, flatten(like), strict=False)  # `unflatten` checks the number of leaves
     wrapped = [leaf.as_subclass(Trace) if isinstance(own, Trace) else leaf for leaf, own in pairs]
     return unflatten(like, [*wrapped, *leaves[len(wrapped) :]])
 
 
 def check_leaves(state: State, name: str) -> None:
-    """Raises a TypeError if a leaf of `state` is neither a tensor nor plain, so that it could hold tensors unseen."""
+    """Raises a TypeError if a leaf of `state` is neither a tensor nor of a type in `PLAIN`: it could hide tensors."""
     for leaf in flatten(state):
         if not isinstance(leaf, Tensor) and not isinstance(leaf, PLAIN):
             kind = type(leaf).__name__
@@ -299,7 +303,7 @@ def map_tensors(function: Callable[[Tensor], Tensor], state: State) -> State:
 
 
 def map_together(function: Callable[[list[Any]], Any], nests: Sequence[State], name: str) -> State:
-    """Returns a nest like the first of `nests`, with `function` of the leaves that have the same place in all of them.
+    """Returns a nest shaped like the first of `nests`; each leaf is `function` of the leaves at this place in all nests.
 
     Args:
         function: maps a list with one leaf of each nest to the new leaf.

@@ -1,10 +1,12 @@
 """Traces: the derivative of a state with respect to parameters, carried with the state from window to window.
 
-For s_k = f(s_{k-1}, x_k; θ) the gradient of a later loss that arrives at s_k as a_k is worth a_kᵀ ds_k/dθ to the parameters.
-A window's own graph holds only the part of ds_k/dθ since its first state. The trace E_k = ds_k/dθ holds the part before it.
+Let s_k be the first state of window k and θ the parameters. A gradient a_k that arrives at s_k adds a_kᵀ ds_k/dθ to the
+gradient of θ. The window's graph begins at s_k, so backpropagation through the window does not compute this term. The trace
+E_k = ds_k/dθ, which is carried with the state, gives the term as a_kᵀ E_k.
 
 Source: Williams and Zipser 1989, "A Learning Algorithm for Continually Running Fully Recurrent Neural Networks", Neural
-Computation 1(2) (real-time recurrent learning). We contract E_k once a window, at its first state, and use autograd inside.
+Computation 1(2) (real-time recurrent learning). We contract the trace with a gradient only at the first state of each
+window. Inside a window autograd computes the gradient.
 
 Legend: B = lanes.
 """
@@ -19,14 +21,15 @@ from torch import Tensor, nn
 from torch._C import DisableTorchFunctionSubclass
 
 Contraction = Callable[[Sequence[Tensor], Sequence[Tensor]], Sequence[Tensor]]
-"""Maps the gradients a_k at the tensors of a state, and its traces, to one gradient for each parameter."""
+"""Maps the gradients a_k at the tensors of a state, and the traces of this state, to one gradient for each parameter."""
 
 
 class Trace(Tensor):
-    """A leaf of a state that is carried, reset and saved with it, and never receives a gradient.
+    """A leaf of a state that holds a derivative of the state. It never receives a gradient.
 
-    It requires a gradient, formally, while the state's own graph exists. `detach` ends that, and `attach` then knows that
-    the credit from before the state is not in the graph.
+    A trace is carried, reset and saved with the other leaves. Its `requires_grad` is True as long as the state belongs to a
+    graph, and False after `detach`. `attach` reads this flag: False means that a graph begins at the state, so that the
+    credit of earlier steps must come from the trace.
     """
 
 
@@ -54,7 +57,7 @@ class _Link(torch.autograd.Function):
 
 
 def plain(traces: Sequence[Tensor]) -> list[Tensor]:
-    """Returns traces as tensors without a graph, to compute with."""
+    """Returns traces as ordinary tensors without a graph."""
     with DisableTorchFunctionSubclass():  # ten times as fast as a subclass's own detach
         return [trace.detach() for trace in traces]
 
@@ -62,14 +65,14 @@ def plain(traces: Sequence[Tensor]) -> list[Tensor]:
 def attach(
     state: Sequence[Tensor], traces: Sequence[Tensor], parameters: Sequence[Tensor], contract: Contraction
 ) -> tuple[Tensor, ...]:
-    """Returns `state`; the gradients that arrive at it are also contracted with its traces, into the parameters' gradients.
+    """Returns `state`; gradients that arrive at it are also contracted with its traces, into the parameters' gradients.
 
-    Nothing is contracted if the state's own graph reaches back over this call, as for the second part of one window: the
-    graph's first state does it then.
+    If the state belongs to a graph that began at an earlier state, as at the second part of a window, nothing is contracted
+    here. The traces were attached at the first state of that graph.
 
     Args:
         state: the tensors of a state before a window, each [.., B, ..].
-        traces: its traces.
+        traces: the traces of that state.
         parameters: the parameters, in the order in which `contract` returns gradients.
         contract: computes a_kᵀ E_k.
     """
@@ -80,20 +83,20 @@ def attach(
 
 
 def start_a_graph(traces: Sequence[Tensor], parameters: Sequence[Tensor]) -> bool:
-    """Returns whether the state that carries these traces begins a graph, so that they are contracted there."""
+    """Returns whether a graph begins at the state that carries these traces, so that the traces are contracted there."""
     return is_active(parameters) and not any(trace.requires_grad for trace in traces)
 
 
 def carry(traces: Sequence[Tensor], state: Tensor) -> list[Trace]:
-    """Returns new traces as leaves of a state. They belong to its graph, if it has one, until they are detached."""
+    """Returns new traces as leaves of a state; if the state requires a gradient, so do they, until they are detached."""
     if not state.requires_grad:
         return [trace.as_subclass(Trace) for trace in traces]
-    with torch.enable_grad():  # new traces are computed without
+    with torch.enable_grad():  # new traces are computed without gradients, and here get the flag of the state
         return [_Link.apply(trace, state).as_subclass(Trace) for trace in traces]
 
 
 def traced_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """Returns the parameters of a model whose credit from before a window comes by traces, by its modules' own account."""
+    """Returns the parameters that the modules of a model list in `traced_parameters`; traces bring them earlier credit."""
     return [parameter for module in model.modules() for parameter in getattr(module, "traced_parameters", ())]
 
 

@@ -1,4 +1,4 @@
-"""Windows of T steps of B lanes, which a stream passes to the trainer, and the lookahead at the steps after them.
+"""Windows of T steps of B lanes, which a stream passes to the trainer, and lookaheads, which hold the steps after a window.
 
 A window is time-major: `inputs` [T, B, ...], `targets` [T, B, ...]. Its lookahead holds the m steps after the window in each
 lane. The lookahead is context for the synthesizer at the window's last state; the model never reads it.
@@ -21,7 +21,7 @@ from torch.nn.utils.rnn import PackedSequence
 from dni_seq.core import states
 
 Nest = Any
-"""A tensor, or a nest of tuples, lists and dicts of tensors, which Python's type system cannot describe more exactly."""
+"""A tensor, or a nest of tuples, lists and dicts of tensors. Python's type system has no more exact type for such a nest."""
 
 
 Reduction = Literal["mean", "lane-mean", "sum"]
@@ -37,7 +37,7 @@ class Lookahead(NamedTuple):
         inputs: [m, B, ...], the model's inputs, a tensor or a nest of tensors.
         targets: [m, B, ...], the targets of the loss, a tensor or a nest of tensors.
         valid: [m, B] bool, False after the end of the lane's sequence or of the stream. The values of `inputs` and
-            `targets` are undefined there.
+            `targets` are undefined at steps that are not valid.
         mask: [m, B] bool, True for steps that count in the loss; None if all valid steps count.
     """
 
@@ -66,8 +66,9 @@ class Past(NamedTuple):
     """For each lane, the m inputs before a state, the latest first.
 
     Attributes:
-        inputs: [m, B, ...], the model's inputs, a tensor or a nest of tensors.
-        valid: [m, B] bool, False before the start of the lane's sequence. The values of `inputs` are undefined there.
+        inputs: [m, B, ...], the model's inputs, a tensor or a nest of tensors. Entry 0 is the input that led to the state.
+        valid: [m, B] bool, False before the start of the lane's sequence. The values of `inputs` are undefined at steps that
+            are not valid.
     """
 
     inputs: Nest
@@ -96,7 +97,7 @@ Context = Lookahead | Surroundings | None
 
 
 def named_tensors(nest: Nest, name: str) -> list[tuple[str, Tensor]]:
-    """Returns the tensors of inputs or targets, each after its name in errors, such as "inputs['tokens']".
+    """Returns the tensors of inputs or targets, each with its name for error messages, such as "inputs['tokens']".
 
     Raises:
         TypeError: a leaf is not a tensor.
@@ -144,10 +145,10 @@ def next_steps(context: Any, steps: int) -> Lookahead:
 
 
 def previous_steps(context: Any, steps: int) -> Past:
-    """Returns the last `steps` steps before a state, from a synthesizer's context.
+    """Returns the last `steps` inputs before a state, from a synthesizer's context.
 
     Raises:
-        ValueError: the context does not hold that many.
+        ValueError: the context is not `Surroundings` with at least that many inputs.
     """
     if not isinstance(context, Surroundings) or len(context.past.valid) < steps:
         seen = f"{len(context.past.valid)} steps" if isinstance(context, Surroundings) else type(context).__name__
@@ -199,7 +200,7 @@ class Window(NamedTuple):
 def finite_targets(targets: Any, counts: Tensor) -> Any:
     """Returns targets with zeros in place of NaNs and infinities at steps that do not count.
 
-    The loss of such a target has no part in the sum, but its gradient would be 0 times NaN.
+    The loss at such a step has the weight 0, but its gradient would be 0 times NaN, which is NaN.
 
     Args:
         targets: [T, B, ...], a tensor or a nest of tensors.
@@ -211,7 +212,7 @@ def finite_targets(targets: Any, counts: Tensor) -> Any:
 def finite_inputs(inputs: Any, counts: Tensor, ends: Tensor | None) -> Any:
     """Returns inputs with zeros in place of NaNs and infinities after the last step that counts, in lanes that end.
 
-    Nothing that counts depends on these steps. Elsewhere a NaN stays, since later steps would depend on what replaces it.
+    No loss that counts depends on these steps. At all other steps a NaN stays, because later steps depend on the input.
 
     Args:
         inputs: [T, B, ...], a tensor or a nest of tensors.
@@ -244,10 +245,10 @@ def on_device(window: Window, device: torch.device) -> Window:
 
 
 def with_lookahead(windows: Iterable[Window | tuple[Any, ...]], steps: int) -> Iterator[Window]:
-    """Yields each window with a lookahead at the `steps` steps after it, read from the next windows.
+    """Yields each window with a lookahead, the `steps` steps after the window, read from the next windows.
 
-    After the end of a lane's sequence the lookahead is not valid. The iterator reads only as many windows in advance as the
-    lookahead spans. All windows must have the same B.
+    Steps of the lookahead after the end of a lane's sequence, or after the end of the stream, are marked as not valid. The
+    iterator reads only as many windows in advance as the lookahead spans. All windows must have the same B.
 
     Args:
         windows: consecutive windows of a stream, as `Window` or as tuples of its first fields, such as (inputs, targets).
@@ -297,7 +298,10 @@ def _attach(pending: deque[Window], steps: int) -> Window:
 
 
 def _first_steps(nests: list[Nest], steps: int, name: str) -> Nest:
-    """Returns the first `steps` steps after the first of `nests`, [steps, B, ...]: those of the others, then zeros."""
+    """Returns the first `steps` steps of all nests but the first, [steps, B, ...]; steps that are missing are zeros.
+
+    The first nest gives the structure and the shapes.
+    """
     return states.map_together(lambda leaves: _joined(leaves[0], leaves[1:], steps), nests, name)
 
 

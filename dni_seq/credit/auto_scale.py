@@ -13,19 +13,19 @@ from torch import Tensor
 from dni_seq.core.snapshot import Restorable
 
 DECAY = 0.9
-"""Weight of the earlier comparisons in the running mean at each new one."""
+"""Factor of the old value in a running mean at each new comparison."""
 
 CONFIDENCE_STD_ERRORS = 2.0
 """Number of standard errors that are subtracted from the estimated share."""
 
 LEAST_COMPARISONS = 3
-"""Number of comparisons before the first share above zero; fewer give no estimate of the standard error."""
+"""Smallest number of comparisons at which a share may be above zero; fewer give no estimate of the standard error."""
 
 LEAST_EXPLAINED = 0.01
 """Smallest squared cosine between messages and exact gradients at which messages are injected.
 
-A message below it gains nothing, even if the standard error is small. The output of an uninformative synthesizer is similar
-in all lanes and windows, so that an optimizer would amplify it."""
+Below this value messages gain nothing, even if the standard error is small. The output of an uninformative synthesizer is
+similar in all lanes and windows, so that an optimizer would amplify this output."""
 
 COLUMNS = 6
 """Number of running means for each horizon."""
@@ -34,13 +34,13 @@ COLUMNS = 6
 class AutoScale(Restorable):
     """Estimates the share of each horizon's message to inject, from 0 to 1, by comparisons with exact gradients.
 
-    The estimate is overlap / power, the share with which the messages come closest to the exact gradients.
+    The estimate is overlap / power, see `Fidelity`: the share with which the messages come closest to the exact gradients.
     `CONFIDENCE_STD_ERRORS` standard errors are subtracted, because messages without information have an estimate above zero
     as often as below. The share is 0 before `LEAST_COMPARISONS` comparisons, and if the squared cosine is below
-    `LEAST_EXPLAINED`. It is multiplied by 1 - DECAY ** comparisons, which grows from 0 to 1.
+    `LEAST_EXPLAINED`. All other shares are multiplied by 1 - DECAY ** comparisons, which grows from 0 to 1.
 
     Attributes:
-        shares: one number for each horizon, None before the first comparison.
+        shares: the share of each horizon, a list of N numbers; None before the first comparison.
     """
 
     def __init__(self) -> None:
@@ -51,8 +51,8 @@ class AutoScale(Restorable):
     def update(self, found: Tensor) -> None:
         """Adds one comparison; a comparison that is not finite is ignored.
 
-        Sums are pooled before the division. States whose exact gradient is zero, such as those before the first scored step
-        of a task, therefore do not count against the synthesizer.
+        The running means of overlap and power are divided, not averages of ratios. A comparison at which message and exact
+        gradient are near zero, as before the first scored step of a task, therefore has little weight.
 
         Args:
             found: [N, 3] float64, for each horizon: overlap, power of the message, power of the exact gradient.
@@ -107,7 +107,7 @@ class RunningFidelity(Restorable):
         self._power: Tensor | None = None
 
     def update(self, error: Tensor, power: Tensor) -> None:
-        """Adds the mean squared error and target of each horizon, [N] each; ignores horizons that are not finite."""
+        """Adds the mean squared error and the mean squared target of each horizon, [N] each; ignores values not finite."""
         if self._error is None or self._power is None:
             self._error, self._power = torch.zeros_like(error), torch.zeros_like(power)
         known = error.isfinite() & power.isfinite()

@@ -1,4 +1,4 @@
-"""SyntheticGradientConfig: how a trainer uses a synthesizer; CreditSettings: the same with every default filled in."""
+"""SyntheticGradientConfig: how a trainer uses a synthesizer; CreditSettings: these settings with all defaults resolved."""
 
 from __future__ import annotations
 
@@ -29,56 +29,64 @@ class CreditSettings(NamedTuple):
 
 @dataclass(frozen=True)
 class SyntheticGradientConfig:
-    """Settings of synthetic gradients for `SequenceTrainer`. None stands for what the synthesizer recommends.
+    """Settings of synthetic gradients for `SequenceTrainer`.
+
+    If `synthetic_scale`, `discount`, `synthesizer_clip` or `regress_every` is None, the trainer uses the value that the
+    synthesizer recommends.
 
     Raises:
-        ValueError: a setting is out of its range, or needs another one.
+        ValueError: a setting is out of its range, or needs another setting that is missing.
     """
 
     synthetic_scale: float | Literal["auto"] | None = None
-    """c, the share of the message that is injected. "auto" starts at 0 and adjusts it for each horizon by comparisons
-    with exact gradients; it needs `fidelity_every`."""
+    """c, the share of the message that is injected. "auto" starts with the share 0 and sets the share of each horizon by
+    comparisons with exact gradients; it needs `fidelity_every`."""
 
     discount: float | None = None
-    """γ: a window's target is the gradient of its own loss plus γ times the message at its last state, backpropagated to
-    its first state. Horizon n is injected with γ^(n-1)."""
+    """γ. A synthesizer with one bootstrapped message has this target at a window's first state: the gradient of the window's
+    loss, plus γ times the message at the window's last state, backpropagated through the window. With several horizons, the
+    message of horizon n = 1, 2, ... is injected with the factor γ^(n-1)."""
 
     synthesizer_clip: float | None = None
     """Largest norm of the synthesizer's gradient; `math.inf` for no limit."""
 
     targets: Literal["bootstrap", "lambda"] = "bootstrap"
-    """"bootstrap": targets hold the synthesizer's own next message. "lambda": λ-targets every `replay_windows` windows,
-    computed by replaying them."""
+    """"bootstrap": targets hold the synthesizer's own next message. "lambda": every `replay_windows` windows these windows
+    are replayed to compute λ-targets."""
 
     lam: float = 0.9
-    """λ of "lambda": 0 is the bootstrapped target, 1 that of exact BPTT over the replayed windows."""
+    """λ of λ-targets. With 0 they are bootstrapped targets. With 1 they are gradients of BPTT over the replayed windows,
+    plus the message at the end of these windows."""
 
     replay_windows: int = 8
-    """Number of windows in a replay."""
+    """K, the number of windows that are replayed for λ-targets. K windows also stand for all later windows in comparisons of
+    a bootstrapped message with exact gradients."""
 
     regress_every: int | None = None
-    """n: targets are computed at one window in n, chosen at random. A synthesizer that fits targets trains only there;
+    """n: targets are computed at one window in n, chosen at random. A regressed synthesizer trains only at these windows.
     `FutureGradient` needs no targets and trains at every window."""
 
     target_network: int = 0
-    """Number of windows between updates of a frozen copy that supplies the messages in targets; 0 for none."""
+    """Number of windows between updates of a frozen copy of the synthesizer, whose messages are used in targets; 0 for no
+    copy."""
 
     fidelity_every: int = 0
     """Number of windows between comparisons of messages with exact gradients; 0 for none."""
 
     message_every: int | None = None
-    """n: messages are also sent to the states every n steps inside a window, as an auxiliary objective. None: to the last
-    state alone. For `FutureGradient` with a lookahead; costs one more call of the model for n steps."""
+    """n: messages are also injected at the states after n, 2n, ... steps inside a window, as an auxiliary objective. None:
+    messages are injected at the last state only. A number needs a self-supervised synthesizer such as `FutureGradient`. The
+    model is then called once for every n steps, unless it has a method `run_in_parts`."""
 
     message_at_end: bool = True
-    """Whether the last state gets its message, which is credit from later steps; False only with `message_every`."""
+    """Whether the message at the last state, which is credit from later steps, is injected. False needs `message_every`."""
 
     auxiliary: nn.Module | None = None
-    """An `AuxiliaryTask`: its loss is added to the window's, and the synthesizer's optimizer trains it. The model's outputs
-    must be one time-major tensor."""
+    """An `AuxiliaryTask`: the task's loss is added to the window's loss, and the synthesizer's optimizer trains the task's
+    parameters. The model's outputs must be one time-major tensor."""
 
     auxiliary_weight: float = 0.1
-    """Weight of that loss."""
+    """Weight of the auxiliary task's loss."""
 
     def __post_init__(self) -> None:
         """Checks every field."""

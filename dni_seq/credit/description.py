@@ -33,10 +33,10 @@ class ParameterDescription:
     Attributes:
         part: "model", "loss_fn", "synthesizer", "auxiliary task", or "other" for a parameter that only an optimizer holds.
         name: the parameter's name within its part.
-        size: its number of elements.
-        optimizer: the optimizer that holds it, "model's" or "synthesizer's"; None if none does.
-        gradients: which gradients reach it; None if unknown, because no window was given.
-        idle: why it is not trained; None if nothing speaks against it.
+        size: the parameter's number of elements.
+        optimizer: the optimizer that holds the parameter, "model's" or "synthesizer's"; None if no optimizer holds it.
+        gradients: which gradients reach the parameter; None if this is unknown, because no window was given.
+        idle: the reason why the parameter is not trained; None if no such reason was found.
     """
 
     part: str
@@ -100,10 +100,11 @@ def describe(
 
     Args:
         runner: runs the model.
-        optimizer: the model's.
+        optimizer: the model's optimizer.
         credit: the trainer's synthetic credit, or None.
-        window: runs twice with a graph, to find the gradients of the model's parameters; None to leave them unknown. On
-            several ranks this may be a collective call.
+        window: the model runs on this window once for each source of gradients, and a backward pass from the source finds
+            the parameters that it reaches. With None the gradients of the model's parameters are unknown. On several ranks
+            this may be a collective call.
 
     Raises:
         ValueError: the shapes in the window do not agree.
@@ -140,7 +141,7 @@ def _idle(parameter: Tensor, holder: str | None, gradients: tuple[Source, ...] |
 def _named_parameters(
     runner: WindowRunner, credit: SyntheticCredit | None, held: list[Tensor]
 ) -> list[tuple[str, str, Tensor]]:
-    """Returns part, name and parameter of all parameters, each parameter once; `held` are those of the optimizers."""
+    """Returns part, name and parameter of all parameters, each once; `held` are the parameters of the optimizers."""
     parts: dict[str, object] = {"model": runner.model, "loss_fn": runner.loss_fn}
     if credit is not None:
         parts |= {"synthesizer": credit.synthesizer, "auxiliary task": credit.auxiliary}
@@ -177,7 +178,7 @@ def _gradients(
 
 
 def _reached(tensors: list[Tensor], parameters: list[Tensor]) -> list[Tensor]:
-    """Returns the parameters that a backward pass from `tensors` brings a gradient to."""
+    """Returns the parameters that get a gradient in a backward pass from `tensors`."""
     ends = [tensor for tensor in tensors if tensor.requires_grad]
     if not ends or not parameters:
         return []
@@ -186,9 +187,9 @@ def _reached(tensors: list[Tensor], parameters: list[Tensor]) -> list[Tensor]:
 
 
 def _sources(runner: WindowRunner, credit: SyntheticCredit | None, window: Window) -> Iterator[tuple[Source, list[Tensor]]]:
-    """Yields the tensors that gradients start from, each with the graph of a run of its own.
+    """Yields each source of gradients, with the tensors from which its gradients start.
 
-    A compiled model cannot keep its graph for a second backward pass.
+    The model runs again for each source, because a compiled model cannot keep its graph for a second backward pass.
     """
     auxiliary = credit is not None and credit.auxiliary is not None
     run = runner.run_in_two_parts if auxiliary else runner.run_whole
@@ -205,7 +206,7 @@ def _parameters(optimizer: torch.optim.Optimizer | None) -> list[Tensor]:
 
 
 def _without_gradient_so_far(optimizer: torch.optim.Optimizer | None) -> set[int]:
-    """Returns the ids of the parameters that had no gradient in any step; empty before the first step."""
+    """Returns the ids of the parameters that have had no gradient in any step; an empty set before the first step."""
     if optimizer is None:
         return set()
     parts = parts_of(optimizer)

@@ -25,7 +25,7 @@ class DivergenceMonitor(Restorable):
 
     Attributes:
         resets: number of times that the synthesizer has diverged and was reset.
-        disabled: whether it has diverged once more, so that nothing is injected or trained any longer.
+        disabled: True after one more divergence than `RESETS`; nothing is then injected or trained any longer.
     """
 
     def __init__(self) -> None:
@@ -40,7 +40,9 @@ class DivergenceMonitor(Restorable):
         return self._rejected.total
 
     def diverged(self, valid: Tensor, steps: int) -> bool:
-        """Counts a window; returns whether `BAD_WINDOWS` in a row were rejected. A GPU's counts are read now and then.
+        """Counts a window; returns whether `BAD_WINDOWS` windows in a row were rejected.
+
+        On a GPU the counts are read only every `READ_EVERY` windows; in between the result is False.
 
         Args:
             valid: 0-d bool, whether the window's message and regression were valid.

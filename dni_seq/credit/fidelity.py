@@ -1,7 +1,8 @@
-"""Compares synthetic gradients with the exact gradients of the next windows, and updates with those of long BPTT.
+"""Compares synthetic gradients with exact gradients of the next windows, and parameter gradients with those of long BPTT.
 
-A synthesizer's regression compares messages with bootstrapped targets, which may be wrong themselves: R² = 0.5 there does
-not exclude a wrong direction. The functions here replay the windows after the state and compute exact gradients.
+A synthesizer's regression compares messages with bootstrapped targets, which may be wrong themselves. An R² of 0.5 against
+such targets does not exclude that a message points in a wrong direction. The functions of this module replay the windows
+after a state and compute exact gradients.
 
 Legend: B = lanes, N = horizons, H = hidden units.
 """
@@ -23,18 +24,18 @@ from dni_seq.synthesizers.base import match_message
 
 
 class Fidelity(NamedTuple):
-    """Comparison of a prediction with the exact gradient; 0-d tensors.
+    """Comparison of a prediction with the exact gradient. All values are 0-d tensors.
 
     `r2`, `norm_ratio` and `bias` are not finite if the exact gradient is zero.
 
     Attributes:
-        cosine: cosine between the two over all elements; 0 if either is zero.
+        cosine: cosine between prediction and exact gradient over all elements; 0 if either is zero.
         r2: 1 - squared error / squared exact gradient; 0 for a zero prediction.
         norm_ratio: norm of the prediction / norm of the exact gradient.
         bias: norm of the mean error over lanes / root mean square over lanes of the norm of the exact gradient.
-        overlap: <exact, prediction>.
-        power: <prediction, prediction>.
-        exact_power: <exact, exact>.
+        overlap: inner product of the exact gradient and the prediction.
+        power: squared norm of the prediction.
+        exact_power: squared norm of the exact gradient.
         slope: overlap / power, the factor that minimises the squared error of the prediction; 0 for a zero prediction.
     """
 
@@ -78,7 +79,7 @@ class StateFidelity(NamedTuple):
     Attributes:
         horizons: [N], each message against the exact gradient that it predicts.
         total: the discounted sum of the messages against the discounted sum of the exact gradients.
-        parts: fidelity of the total by (leaf index, layer index). A leaf without a dimension of layers has layer 0.
+        parts: fidelity of the total by (leaf index, layer index). A leaf without a dimension of layers has the index 0.
     """
 
     horizons: list[Fidelity]
@@ -168,10 +169,10 @@ def cosine(first: Sequence[Tensor], second: Sequence[Tensor]) -> Tensor:
 
 
 def bptt_gradients(runner: WindowRunner, windows: Sequence[RecordedWindow]) -> list[Tensor]:
-    """Returns the parameter gradients of the first window's loss plus, through its last state, all later windows' losses.
+    """Returns the parameter gradients that the first window contributes to BPTT over all of `windows`.
 
-    This is the first window's update under BPTT over all of `windows`, the reference to compare the trainer's gradients with
-    (`cosine`). Parameters' `.grad` does not change.
+    They are the gradient of the first window's loss, plus the gradient that the later losses send through the first window's
+    last state. `cosine` compares them with the trainer's gradients. Parameters' `.grad` does not change.
     """
     parameters = [parameter for parameter in runner.model.parameters() if parameter.requires_grad]
     with torch.random.fork_rng(), buffers_apart(runner.model), torch.enable_grad():

@@ -1,4 +1,4 @@
-"""FidelityProbe: compares the messages at a state with exact gradients, once the windows after it have run.
+"""FidelityProbe: compares the messages at a state with exact gradients, after the windows that follow the state have run.
 
 Legend: N = horizons.
 """
@@ -19,7 +19,7 @@ from dni_seq.synthesizers.base import match_message
 
 
 class FidelityProbe(Restorable):
-    """Every `fidelity_every` windows, predicts messages at a state and records the windows after it for a comparison.
+    """Every `fidelity_every` windows, predicts messages at a state and records the windows after the state to compare them.
 
     Args:
         runner: replays the windows.
@@ -42,14 +42,14 @@ class FidelityProbe(Restorable):
     def measure(
         self, window: RecordedWindow, steps: int, predict: Callable[[], list[State]], *, bootstrapped: bool
     ) -> StateFidelity | None:
-        """Records a window if a comparison is due; returns the comparison once it has enough windows, else None.
+        """Records a window if a comparison is due; returns the comparison when enough windows are recorded, else None.
 
         Args:
             window: the latest window.
-            steps: its number, counted from 1.
+            steps: the window's number, counted from 1.
             predict: returns the messages at the window's first state, by horizon.
-            bootstrapped: whether the last message predicts all later windows, as a tail does. `replay_windows` windows
-                then stand for them.
+            bootstrapped: whether the last message predicts the gradient of all later windows, as a tail does.
+                `replay_windows` windows then stand for all later windows.
 
         Raises:
             ValueError: a checkpoint could not hold the window's inputs or targets.
@@ -80,7 +80,7 @@ class FidelityProbe(Restorable):
         gather, dims = self._runner.parallel.all, self._runner.state_batch_dim
         messages = None
         if self._messages is not None:
-            start = self._windows[0].start  # gives the leaves of all messages one order
+            start = self._windows[0].start  # all messages get the order of its leaves
             matched = [match_message(message, start) for message in self._messages]
             messages = [states.saved_leaves(states.map_lanes(gather, message, dims)) for message in matched]
         windows = [pack(gather_lanes(window, self._runner)) for window in self._windows]

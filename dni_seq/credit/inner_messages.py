@@ -1,11 +1,12 @@
-"""Messages at states inside a window: the gradient of a predictor's loss at the states every n steps, besides the last one.
+"""Messages at states inside a window: the gradients of a predictor's loss at the states after n, 2n, ... steps.
 
-The message at the end of a window is credit from later steps. A message inside it is the gradient of an auxiliary objective,
-since the window's own graph already carries the credit of its steps: it moves the state there towards one from which the
-next m steps are better predicted. The states are joined along the lanes, so that the predictor runs once a window.
+The message at the end of a window is credit from later steps. A message inside the window is the gradient of an auxiliary
+objective, because the window's own graph already carries the credit of its steps. This message moves a state towards states
+from which the predictor predicts the next m steps better. All these states are joined along the lanes, so that the predictor
+runs once for each window.
 
-Source: ours; Trinh et al. 2018, arXiv 1803.00144, add the losses of predictors at random places of a sequence. We differ in
-that the gradient is injected at a state, with the same weight as that of the message at the end.
+Source: ours; Trinh et al. 2018, arXiv 1803.00144, add the losses of predictors at random places of a sequence. Here the
+gradient is injected at a state, with the same weight as the message at the end of the window.
 
 Legend: T = window length in steps, B = lanes, m = lookahead in steps, q = states with a message in a window.
 """
@@ -24,11 +25,11 @@ from dni_seq.core.windows import Context, Lookahead, Past, Surroundings
 
 
 class InnerStates(NamedTuple):
-    """States inside a window and what follows them.
+    """States inside a window, with the synthesizer's context at each of them.
 
     Attributes:
-        states: the states after n, 2n, ... steps, with their graph; not the last one.
-        contexts: what surrounds each of them.
+        states: the states after n, 2n, ... steps, with their graph, without the window's last state.
+        contexts: the context at each of these states.
     """
 
     states: list[State]
@@ -36,7 +37,10 @@ class InnerStates(NamedTuple):
 
 
 def join(nests: Sequence[State], batch_dim: Any) -> State:
-    """Returns states side by side along the lanes, without a graph; leaves without gradients are those of the last one."""
+    """Returns one state that holds the lanes of all `nests`, without a graph.
+
+    Leaves that are not floating-point tensors are those of the last nest.
+    """
     last = nests[-1]
     dims = _dims(last, batch_dim)
     columns = zip(*(states.floating(nest) for nest in nests), strict=True)
@@ -45,14 +49,14 @@ def join(nests: Sequence[State], batch_dim: Any) -> State:
 
 
 def split(message: State, like: State, count: int, batch_dim: Any) -> list[State]:
-    """Returns the messages of `count` joined states, each nested like `like`."""
+    """Splits the message at `count` joined states; returns one message for each state, nested like `like`."""
     dims = _dims(like, batch_dim)
     parts = [leaf.chunk(count, dim) for leaf, dim in zip(states.floating(message), dims, strict=True)]
     return [states.with_floating(states.detach(like), list(leaves)) for leaves in zip(*parts, strict=True)]
 
 
 def join_contexts(contexts: Sequence[Context]) -> Context:
-    """Returns contexts of the same kind side by side along the lanes."""
+    """Returns one context that holds the lanes of all `contexts`, which must be of one kind."""
     around = [context for context in contexts if isinstance(context, Surroundings)]
     if not around:
         return _join_lookaheads([context for context in contexts if isinstance(context, Lookahead)])

@@ -27,10 +27,13 @@ from dni_seq.synthesizers.binding import several_states
 from dni_seq.synthesizers.target_rule import TargetRule
 
 LARGEST_MESSAGE = 100.0
-"""Limit on the norm of an injected gradient, in units of the largest gradient of a window's own loss at its first state."""
+"""Limit on the norm of an injected gradient. The unit is the largest observed norm of the gradient of a window's own loss
+with respect to the window's first state."""
 
 OBSERVED_FIRST, OBSERVED_EVERY = 100, 200
-"""The first windows and then every n-th are observed. Each costs one vector-Jacobian product to the state."""
+"""The gradients of the first `OBSERVED_FIRST` windows, and of every `OBSERVED_EVERY`-th window after them, are observed.
+
+Each observation costs one vector-Jacobian product to the state."""
 
 
 class MessageFilter(Restorable):
@@ -40,10 +43,10 @@ class MessageFilter(Restorable):
     observed gradient there is no limit.
 
     Args:
-        parallel: this rank's part. All ranks accept a message, or none does.
+        parallel: the `DataParallel` of this rank. Either all ranks accept a message or no rank does.
 
     Attributes:
-        largest: the largest gradient observed; 0 before the first one.
+        largest: the largest norm of an observed gradient; 0 before the first observation.
     """
 
     UNCHANGING = (DataParallel,)
@@ -61,7 +64,7 @@ class MessageFilter(Restorable):
         return norm < torch.where(limit > 0, limit, math.inf)
 
     def observe(self, norm: Tensor) -> None:
-        """Raises `largest` to `norm` (0-d, over this rank's lanes), if that is finite and larger."""
+        """Raises `largest` to `norm` (0-d, over this rank's lanes) if `norm` is finite and larger."""
         norm = self._parallel.norm(norm)
         if nonfinite.readable_without_sync(norm):
             if norm.isfinite():
@@ -74,7 +77,7 @@ class MessageFilter(Restorable):
 class FilteredInterface(BackwardInterface):
     """Injects zeros in place of a message that its filter rejects because it is not finite or is too large.
 
-    Messages of a synthesizer without trainable parameters, such as exact ones, have no limit.
+    Messages of a synthesizer without trainable parameters, such as exact gradients, have no limit.
 
     Args:
         synthesizer: the module that predicts.
@@ -100,21 +103,21 @@ class FilteredInterface(BackwardInterface):
         rule: TargetRule,
         batch_dim: Any,
     ) -> tuple[list[State], Tensor]:
-        """Injects messages at states inside a window; those at its last state are predicted in the same call.
+        """Injects messages at states inside a window, and predicts the messages at its last state in the same call.
 
         The messages at all states are accepted or rejected together.
 
         Args:
-            scope: of the window.
-            inner: the states, and what surrounds each.
+            scope: the scope of the window.
+            inner: the states inside the window, with the context at each of them.
             last: the window's last state.
-            context: what surrounds it.
+            context: the context at the last state.
             rule: the coefficients of injection; the synthesizer must be self-supervised.
             batch_dim: the dimension of the lanes in the state's leaves, an int or a nest.
 
         Returns:
-            The messages at the last state by horizon, for `backward`, zeros if they are rejected; and whether they are
-            accepted, 0-d bool.
+            The messages at the last state, one for each horizon, which are zeros if the messages are rejected; and a 0-d
+            bool, whether the messages are accepted.
         """
         count = len(inner.states) + 1
         joined = join([*inner.states, last], batch_dim)
@@ -141,7 +144,7 @@ class FilteredInterface(BackwardInterface):
         return injected if self.valid else [torch.zeros_like(leaf) for leaf in injected]
 
     def observes(self, windows: int) -> bool:
-        """Returns whether to observe the gradient of the window after `windows` others."""
+        """Returns whether to observe the gradient of the window that follows `windows` earlier windows."""
         return (windows < OBSERVED_FIRST or windows % OBSERVED_EVERY == 0) and self.learns
 
     def observe(self, loss: Tensor, scope: GradientAccumulator, windows: int) -> None:

@@ -1,4 +1,4 @@
-"""NonFinitePolicy: counts the windows that were skipped for a NaN or an infinity, and stops a run that skips too many."""
+"""NonFinitePolicy: counts windows that were skipped because of a NaN or an infinity; too many in a row are an error."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class NonFinitePolicy(Restorable):
     """Counts skipped windows, and raises a NonFiniteError after too many in a row.
 
     Args:
-        limit: windows in a row that may be skipped before an error.
+        limit: number of windows skipped in a row at which a NonFiniteError is raised.
 
     Raises:
         ValueError: the limit is below 1.
@@ -30,7 +30,7 @@ class NonFinitePolicy(Restorable):
 
     @property
     def limit(self) -> int:
-        """Windows in a row that may be skipped before an error."""
+        """Number of windows skipped in a row at which a NonFiniteError is raised."""
         return self._limit
 
     @limit.setter
@@ -54,7 +54,7 @@ class NonFinitePolicy(Restorable):
         Args:
             skipped: 0-d bool.
             steps: number of windows so far, this one included.
-            where: the diagnosis.
+            where: the text that `diagnose` has returned.
 
         Raises:
             NonFiniteError: `limit` windows in a row were skipped.
@@ -104,7 +104,7 @@ def diagnose(
     loss: Tensor,
     parallel: DataParallel,
 ) -> str:
-    """Returns a text that names the first NaN or infinity of a window, in the order of computation, and its rank."""
+    """Returns a text that names the first NaN or infinity of a window, in the order of computation, and the rank with it."""
     parts = [(name, module) for name, module in (("", model), ("auxiliary.", auxiliary)) if module is not None]
     named: list[tuple[str, Any]] = [
         ("the inputs", window.inputs),

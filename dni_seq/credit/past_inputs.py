@@ -1,4 +1,4 @@
-"""PastInputs: the last m inputs of each lane, for a synthesizer that predicts the past; WindowContexts: all around a state.
+"""PastInputs: the last m inputs of each lane, for a synthesizer of the past; WindowContexts: contexts at a window's states.
 
 Legend: T = window length in steps, B = lanes, m = steps kept.
 """
@@ -35,7 +35,7 @@ class PastInputs(Restorable):
         self._past: Past | None = None
 
     def around(self, window: RecordedWindow, lookahead: Lookahead | None) -> WindowContexts:
-        """Returns what surrounds the states of the next window.
+        """Returns the contexts at the states of `window`, the next window.
 
         Raises:
             ValueError: a checkpoint could not hold the window's inputs.
@@ -49,13 +49,13 @@ class PastInputs(Restorable):
         return WindowContexts(window, lookahead, past, past_after(window, len(first_tensor(window.inputs)), past))
 
     def advance(self, around: WindowContexts, passed: Tensor) -> None:
-        """Adds the inputs of a window, unless `passed` (0-d bool) is false, and forgets those of lanes that end with it."""
+        """Adds a window's inputs if `passed` (0-d bool) is true; forgets all inputs of lanes that end with the window."""
         if around.past is not None:
             self._past = select_where(passed, around.past_at_end, around.past)
             self.forget(around.window.ends)
 
     def forget(self, lanes: Tensor | None) -> None:
-        """Forgets the inputs of some lanes, [B] bool; of none if it is None."""
+        """Forgets the inputs of the lanes that `lanes`, [B] bool, marks; does nothing if `lanes` is None."""
         if lanes is not None and self._past is not None:
             self._past = self._past._replace(valid=self._past.valid & ~lanes)
 
@@ -78,13 +78,13 @@ class PastInputs(Restorable):
 
 
 class WindowContexts(NamedTuple):
-    """What surrounds the states of a window: the synthesizer's context at each of them.
+    """The steps before and after a window, from which the synthesizer's context at each state of the window is made.
 
     Attributes:
         window: the window.
-        lookahead: the steps after its last state; None if the synthesizer does not read them.
-        past: the m inputs before its first state; None if the synthesizer does not read the past.
-        past_at_end: the m inputs before its last state; None likewise.
+        lookahead: the steps after the window; None if the window came without a lookahead.
+        past: the m inputs before the window's first state; None if the synthesizer does not read the past.
+        past_at_end: the m inputs before the window's last state; None if the synthesizer does not read the past.
     """
 
     window: RecordedWindow
@@ -94,7 +94,7 @@ class WindowContexts(NamedTuple):
 
     @property
     def known(self) -> bool:
-        """Whether there is anything around the states."""
+        """Whether there is a lookahead or a past."""
         return self.past is not None or self.lookahead is not None
 
     @property
@@ -103,13 +103,13 @@ class WindowContexts(NamedTuple):
         return self.lookahead if self.past_at_end is None else Surroundings(self.past_at_end, self.lookahead)
 
     def after(self, steps: int) -> Context:
-        """Returns the context at the state after the first `steps` steps of the window, fewer than all."""
+        """Returns the context at the state after the first `steps` steps of the window; `steps` is less than T."""
         ahead = None if self.lookahead is None else lookahead_after(self.window, steps, self.lookahead)
         return ahead if self.past is None else Surroundings(past_after(self.window, steps, self.past), ahead)
 
 
 def lookahead_after(window: RecordedWindow, steps: int, lookahead: Lookahead) -> Lookahead:
-    """Returns the m steps after the first `steps` of a window: the rest of it, then those after it."""
+    """Returns the m steps after the first `steps` of a window: the rest of the window, then steps of `lookahead`."""
     rest = partial(cut, slice(steps, None))
     mask = None if window.mask is None else rest(window.mask)
     inputs, targets = (states.map_tensors(rest, nest) for nest in (window.inputs, window.targets))
@@ -117,9 +117,10 @@ def lookahead_after(window: RecordedWindow, steps: int, lookahead: Lookahead) ->
 
 
 def past_after(window: RecordedWindow, steps: int, past: Past) -> Past:
-    """Returns the m inputs before the state after the first `steps` of a window: those of the window, then earlier ones.
+    """Returns the m inputs before the state after `steps` steps of a window: inputs of the window, then those of `past`.
 
-    In a lane that ends with the window, a state after the last step that counts is no state of the sequence: it has no past.
+    In a lane whose sequence ends with the window, steps after the last step that counts are padding. A state after padding
+    does not belong to the sequence, so its past is marked as not valid.
     """
     if steps == 0:
         return past
@@ -136,7 +137,7 @@ def past_after(window: RecordedWindow, steps: int, past: Past) -> Past:
 
 
 def nothing_before(inputs: Nest, steps: int) -> Past:
-    """Returns the past of lanes that start a sequence, m = `steps` steps of which none is valid."""
+    """Returns the past of lanes that start a sequence: m = `steps` inputs, all marked as not valid."""
     first = first_tensor(inputs)
     zeros = states.map_tensors(lambda tensor: tensor.new_zeros(steps, *tensor.shape[1:]), inputs)
     return Past(zeros, torch.zeros(steps, first.shape[1], dtype=torch.bool, device=first.device))

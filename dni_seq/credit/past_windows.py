@@ -5,8 +5,9 @@ cannot be kept over an update, since the update overwrites parameters that its b
 newest one run again, with the current parameters, from the state k2 steps ago.
 
 Source: Williams and Peng 1990, "An Efficient Gradient-Based Algorithm for On-Line Training of Recurrent Network
-Trajectories", Neural Computation 2(4), BPTT(h; h'). They keep the activations of old parameters. We compute them again, so
-that the gradient is that of a loss as a function of the current parameters; it costs one more forward pass.
+Trajectories", Neural Computation 2(4), BPTT(h; h'). They keep activations that were computed with old parameters. We compute
+the activations again with the current parameters, which costs one more forward pass. The gradient is then that of the loss
+as a function of the current parameters.
 
 Legend: n = windows of a backward pass.
 """
@@ -68,7 +69,7 @@ class PastWindows(Restorable):
             return start
         state = self._windows[0].start
         run = self._runner.run if self._runner.checkpoint_every is None else partial(recomputed, self._runner.run)
-        with buffers_apart(self._runner.model):  # a buffer counts each window once
+        with buffers_apart(self._runner.model):  # each window has changed the model's buffers once already
             for window, accepted in zip(self._windows, self._accepted, strict=True):
                 _, last = run(window.inputs, state)
                 # A window that was skipped on the device has left the state as it was.
@@ -81,7 +82,7 @@ class PastWindows(Restorable):
 
         Args:
             window: the window; its first state must be known.
-            accepted: 0-d bool, False if it was skipped.
+            accepted: 0-d bool, False if the window was skipped.
 
         Raises:
             ValueError: a checkpoint could not hold the window's inputs.

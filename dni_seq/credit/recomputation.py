@@ -2,7 +2,7 @@
 
 Source: Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost", arXiv 1604.06174, section 3, and Gruslys et al.
 2016, "Memory-Efficient Backpropagation Through Time", arXiv 1606.03401, section 3.1. Chunks have a fixed length here. Losses
-are computed inside them, so that the activations of a large vocabulary exist for one chunk at a time.
+are computed inside the chunks, so that the activations of a large vocabulary exist for one chunk at a time.
 
 Legend: T = window length in steps, B = lanes.
 """
@@ -33,8 +33,8 @@ def run_in_chunks(
 ) -> tuple[Any, State, Tensor]:
     """Runs a window chunk by chunk; returns the outputs without a graph, the last state and the loss, 0-d.
 
-    A chunk keeps only its first state. The backward pass runs it again, with the same random numbers. Buffers that the model
-    writes to are written again then; the caller restores them.
+    A chunk keeps only its first state. The backward pass runs the chunk again, with the same random numbers. The model then
+    writes its buffers a second time, so the caller must restore them.
 
     Args:
         runner: runs the model.
@@ -42,10 +42,10 @@ def run_in_chunks(
         targets: [T, B, ...].
         mask: [T, B] bool, or None.
         state: the state before the window.
-        steps: length of a chunk; the last one may be shorter.
+        steps: length of a chunk; the last chunk may be shorter.
 
     Raises:
-        ValueError: `loss_fn` returns a scalar, from which the chunks' losses cannot be joined.
+        ValueError: `loss_fn` returns a scalar. The window's loss can be computed only from unreduced losses of the chunks.
     """
 
     def run_chunk(chunk: tuple[Nest, Nest, Tensor | None], start: State | None) -> tuple[Any, State, Tensor]:
@@ -74,7 +74,7 @@ def recomputed(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def _written(whole: Any, part: Any, begin: int, total: int) -> Any:
-    """Writes a chunk's outputs into those of the window, which the first chunk creates; returns them."""
+    """Writes a chunk's outputs into the window's outputs, which are created at the first chunk; returns the latter."""
     if whole is None:
         whole = states.map_tensors(lambda leaf: leaf.new_empty((total, *leaf.shape[1:])), part)
     for target, source in zip(states.flatten(whole), states.flatten(part), strict=True):

@@ -1,12 +1,13 @@
 """Replays recorded windows: computes exact gradients over several windows, and λ-targets.
 
-A recorded window holds inputs and its first state, never a graph. A replay runs the model with its current parameters, and
-does not change their gradients, the model's buffers or the random state. λ-targets keep the graph of one window at a time,
-exact gradients keep one graph over all their windows.
+A recorded window holds the inputs and the first state of a window, never a graph. A replay runs the model with its current
+parameters. A replay does not change the parameters' gradients, the model's buffers or the random state. λ-targets keep the
+graph of one window at a time; exact gradients keep one graph over all replayed windows.
 
 Source of λ-targets: Pemberton and Costa 2024, "BP(λ): Online Learning via Synthetic Gradients", arXiv 2401.07044. We
 compute the forward view, which equals their eligibility traces for frozen parameters, by one backward sweep over the
-recorded windows. A trace would hold B times D times the number of the synthesizer's parameters, D the size of a state.
+recorded windows. Eligibility traces would hold B · D · P numbers, where D is the number of elements of one lane's state and
+P the number of the synthesizer's parameters.
 
 Legend: B = lanes, N = horizons, K = windows.
 """
@@ -61,12 +62,12 @@ def exact_gradients(
     Args:
         runner: runs the model, whose parameters are excluded from the graph.
         windows: consecutive windows.
-        horizons: number of gradients, or None for one gradient for each window. The last gradient is that of all remaining
-            windows, whose losses have the weights 1, γ, γ², ...
+        horizons: number of gradients. The last of them is that of all remaining windows, whose losses have the weights 1, γ,
+            γ², ... None for one gradient for each window.
         discount: γ, used with `horizons`.
 
     Returns:
-        One list for each gradient: raw gradients of the state's floating-point leaves.
+        One list for each gradient, with the raw gradients of the state's floating-point leaves.
     """
     separate = len(windows) if horizons is None else horizons - 1
     with _unrolled(runner, windows) as (leaves, losses):
@@ -106,8 +107,10 @@ def lambda_targets(
 ) -> list[list[State]]:
     """Returns the λ-targets at the first state of every window, computed by one backward sweep.
 
-    G_i(s_k) = local_i a_k + J_kᵀ Σ_j bootstrap_ij [(1 - λ) M_j(s_{k+1}) + λ G_j(s_{k+1})], where G = M after the last
-    window.
+    G_i(s_k) = local_i a_k + J_kᵀ Σ_j bootstrap_ij [(1 - λ) M_j(s_{k+1}) + λ G_j(s_{k+1})]
+
+    G_i is the target of horizon i; the other symbols are those of `TargetRule`. At the last state of the last window, G_j is
+    the message M_j.
 
     Args:
         runner: runs the model.
@@ -116,7 +119,8 @@ def lambda_targets(
             ended they count as zero.
         rule: the coefficients of targets.
         predict: returns the messages at a window's first state.
-        lam: λ: 0 is the bootstrapped target, 1 that of BPTT over the K windows.
+        lam: λ. With 0 the result is the bootstrapped target, with 1 that of BPTT over the K windows plus the messages after
+            them.
 
     Returns:
         For each window, oldest first, one target for each of the N horizons.

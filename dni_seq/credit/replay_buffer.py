@@ -18,7 +18,7 @@ class ReplayBuffer(Restorable):
     """Holds up to K - 1 consecutive windows; the K-th completes them.
 
     Args:
-        runner: says where the lanes are, for the state dict.
+        runner: knows the dimensions and the ranks of the lanes, for the state dict.
         size: K.
     """
 
@@ -35,9 +35,9 @@ class ReplayBuffer(Restorable):
         return len(self._windows) + 1 >= self._size
 
     def add(self, window: RecordedWindow) -> list[RecordedWindow]:
-        """Records a copy of a window; returns K windows, oldest first, and clears the buffer if the window completes it.
+        """Records a copy of a window; returns the K windows, oldest first, if this is the K-th, else an empty list.
 
-        Otherwise the list is empty.
+        The buffer is empty after it has returned K windows.
 
         Raises:
             ValueError: a checkpoint could not hold the window's inputs or targets.

@@ -18,16 +18,17 @@ class Synthetic(NamedTuple):
     N is the number of horizons. At a window without a regression, `loss` is NaN and `cosine` is a single NaN.
 
     Attributes:
-        loss: 0-d, the loss that trains the synthesizer. For a self-supervised one it is the loss of its own model. For all
-            others it is the loss of the regression, in normalised units if the synthesizer is `Normalized`.
+        loss: 0-d, the loss that trains the synthesizer. For a self-supervised synthesizer this is the loss of its predictor.
+            For all others it is the loss of the regression; see `Regression.loss` for the unit.
         gradient_norm: 0-d, norm of the synthesizer's gradient before clipping.
         injected_ratio: 0-d, norm of the injected gradient at the last state / norm of the first horizon's target at the
             first state. 0 if the message was rejected because it was not finite or far too large. NaN if the first horizon
-            has no target at this window. At a window that skips injection, it has the norm that would have been injected.
+            has no target at this window. At a window that skips injection, the numerator is the norm that would have been
+            injected.
         cosine: [N], cosine between message and target; NaN for a horizon without a target.
         r2: [N], 1 - squared error / squared target, from running means over the latest windows.
         scale: [N], the factor of each message in the injected gradient: the trainer's `synthetic_scale` times the
-            discount, the weight of the horizon and the automatic scale.
+            power of the discount for the horizon, the weight of the horizon and the automatic scale.
         fidelity: the comparison with exact gradients that this step made, or None.
     """
 
@@ -51,11 +52,12 @@ class StepResult(NamedTuple):
         loss: 0-d, the window's loss in the unit of `loss_fn` (nats for cross-entropy).
         outputs: the model's outputs.
         gradient_norm: 0-d, norm of the model's gradient before clipping, the synthetic part included.
-        synthetic: measurements of the synthesizer; None without a synthesizer, and at a skipped step on the CPU. On CUDA the
-            device decides to skip, so a skipped step still has them.
+        synthetic: measurements of the synthesizer; None without a synthesizer, and at a skipped step on the CPU. If the step
+            is skipped by the device, as on CUDA with a fused optimizer, the measurements are present.
         skipped: 0-d bool, True if the step was skipped because the loss or the gradient held a NaN or an infinity.
         events: messages for the user: that the step was skipped, with the place of the first NaN, or that the synthesizer
-            diverged and was reset. On CUDA they arrive at a later step: counts are read every few steps only.
+            diverged and was reset. On CUDA these messages come at a later step, because counts are read only every few
+            steps.
     """
 
     loss: Tensor

@@ -1,4 +1,4 @@
-"""StepGradients: clears the gradients of a step, sums them over windows, and refuses gradients of others."""
+"""StepGradients: clears gradients before a step, sums them over windows, and rejects gradients that no step computed."""
 
 from __future__ import annotations
 
@@ -14,17 +14,20 @@ from dni_seq.core.optimizer_step import gradient_norm
 from dni_seq.core.snapshot import Restorable
 
 MARK = "left_by_step_at_version"
-"""Attribute of a gradient tensor that a step has left in `.grad`: its version counter then. Every write increases it."""
+"""Name of an attribute that a step sets on the gradient tensors in `.grad`: the tensor's version counter after the step.
+
+Every later write to the tensor increases the version counter, so that it differs from the attribute."""
 
 
 class StepGradients(Restorable):
-    """Clears gradients before a window, sums those of several windows for one update, and refuses others.
+    """Clears gradients before a window, sums the gradients of several windows for one update, and rejects foreign gradients.
 
-    A step clears all gradients when it begins. Gradients that the user's own backward pass has put there would be lost.
+    A step clears all gradients when it begins. A gradient that a backward pass outside of the trainer has computed would be
+    lost, so `check` rejects it.
 
     Args:
         model: names the parameters in messages.
-        optimizers: returns the optimizers of the parameters, that of the model first.
+        optimizers: a function that returns the optimizers of the parameters, the model's optimizer first.
 
     Attributes:
         updates: number of updates of the model so far.
@@ -57,14 +60,15 @@ class StepGradients(Restorable):
             optimizer.zero_grad()
 
     def collect(self, norm: Tensor, good: Tensor) -> tuple[bool, Tensor, Tensor]:
-        """Adds a window's gradients to the update under way; puts the sums in place of the gradients if it is complete.
+        """Adds a window's gradients to the sums of the current update; if the sums are complete, they replace the gradients.
 
         Args:
             norm: 0-d, norm of the window's gradients.
             good: 0-d bool, whether the window counts.
 
         Returns:
-            Whether the model is to be updated now, the norm of the gradients that are there, and whether they are finite.
+            Whether the model is to be updated now; the norm of the gradients in `.grad`; and a 0-d bool, whether they may be
+            used.
         """
         if self._windows_per_update == 1 and not self._collected:
             self.updates += 1
@@ -84,13 +88,13 @@ class StepGradients(Restorable):
         return True, norm, both_finite(norm, norm)
 
     def mark(self) -> None:
-        """Marks all gradients that are there as those of a step."""
+        """Marks all gradients in `.grad` as gradients of a step."""
         for parameter in self._parameters():
             if parameter.grad is not None:
                 setattr(parameter.grad, MARK, parameter.grad._version)
 
     def check(self) -> None:
-        """Raises a ValueError if a parameter has a gradient other than zero that no step left there."""
+        """Raises a ValueError if a parameter has a gradient that is not zero and that no step has computed."""
         for parameter in self._parameters():
             gradient = parameter.grad
             if gradient is None or getattr(gradient, MARK, None) == gradient._version:
@@ -104,7 +108,7 @@ class StepGradients(Restorable):
                 )
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the sums of the update under way and the number of updates."""
+        """Returns the sums of the current update and the number of updates."""
         return {"collected": self._collected, "sums": list(self._sums), "updates": self.updates}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
@@ -122,9 +126,9 @@ class StepGradients(Restorable):
 
 
 def _added(total: Tensor | None, gradient: Tensor | None, good: Tensor) -> Tensor | None:
-    """Returns total + gradient, in which None counts as zero; a gradient that is not good counts as zero too."""
+    """Returns total + gradient; None counts as zero, and so does the gradient if `good` is false."""
     if gradient is None:
         return total
-    if not gradient.is_sparse:  # a sparse gradient comes with an optimizer that decides on the host
+    if not gradient.is_sparse:  # with a sparse gradient the host has skipped the step if it is not good
         gradient = torch.where(good, gradient, 0)
     return gradient if total is None else total + gradient

@@ -17,17 +17,17 @@ from dni_seq.credit.synthetic_gradient import SyntheticCredit
 class StepTransaction:
     """A context manager that undoes a training step if it raises an exception.
 
-    Buffers, synthetic credit, counters and the random state are restored, and gradients are cleared. A `NonFiniteError`
-    passes without rollback: it ends a step that was skipped as a whole.
+    Buffers, synthetic credit, counters and the random state are restored, and gradients are cleared. After a
+    `NonFiniteError` nothing is restored: it ends a step that was skipped, whose changes are undone already.
 
     Args:
-        device: of the inputs, whose random state is restored.
-        buffers: of the model.
+        device: the device of the inputs, whose random state is restored besides the CPU's.
+        buffers: the snapshot of the model's buffers.
         credit: the trainer's synthetic credit, or None.
         policy: the trainer's counters of skipped steps.
-        gradients: clears all gradients, or marks them as those of a step.
-        full: a copy of all parameters, buffers and optimizer states, or None. It is needed while nobody knows whether the
-            optimizers can step at all.
+        gradients: clears all gradients, or marks them as gradients of a step.
+        full: a copy of all parameters, buffers and optimizer states for the trainer's first step, at which an optimizer may
+            turn out to be unable to step. None for later steps.
     """
 
     def __init__(

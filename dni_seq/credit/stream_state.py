@@ -21,13 +21,13 @@ from dni_seq.credit.window_runner import WindowRunner
 
 
 class StreamState:
-    """Holds the hidden state that the next window starts from, and what a checkpoint holds of it.
+    """Holds the hidden state that the next window starts from, and saves and restores it.
 
-    A checkpoint has flat leaves, and their paths if the state has keys. Their nesting is that of the model's initial state,
-    which may be known only at the next window; until then the loaded leaves wait.
+    A checkpoint holds a flat list of the state's leaves, and their paths if the state has keys. The nesting is that of the
+    model's initial state, which may be known only at the next window. Loaded leaves are kept until the nesting is known.
 
-    An initial state that needs a gradient is learned: in the first window of a sequence the gradient at the lane's first
-    state flows on to it.
+    An initial state that requires a gradient is learned: in the first window of a sequence, the gradient at the lane's first
+    state flows on to the initial state.
 
     Args:
         runner: knows the initial state and the lanes.
@@ -35,8 +35,8 @@ class StreamState:
 
     Attributes:
         state: the hidden state with this rank's lanes, None before the first window.
-        past: the windows before the next one through which its loss is propagated back.
-        inputs: the inputs that led to the state, for a synthesizer that reads them.
+        past: the earlier windows through which the loss of the next window is propagated back.
+        inputs: the inputs that led to the state, for a synthesizer that reads the past.
     """
 
     def __init__(self, runner: WindowRunner, credit: SyntheticCredit | None) -> None:
@@ -53,7 +53,7 @@ class StreamState:
         """Returns the state that a window starts from, without a graph; restores a loaded state first.
 
         Raises:
-            ValueError: the state has other lanes than the inputs.
+            ValueError: the state has another number of lanes than the inputs.
             TypeError: the state holds something else than tensors.
         """
         first = first_tensor(inputs)
@@ -79,13 +79,14 @@ class StreamState:
         return state
 
     def attach(self, start: State | None) -> State | None:
-        """Returns a window's first state, from which the gradient of lanes that start a sequence flows on to a learned one.
+        """Returns a window's first state with a graph to a learned initial state, or over earlier windows.
 
-        Values do not change. Without a learned initial state it returns `start`. If the loss of a window is propagated back
-        through earlier windows, it returns the state after these.
+        With a learned initial state, the gradient of lanes that start a sequence flows on to the initial state; the values
+        are those of `start`. With `backward_windows` above 1, the earlier windows run again, and the result is the state
+        after them. Otherwise the result is `start`.
 
         Raises:
-            ValueError: a learned initial state, and earlier windows.
+            ValueError: the initial state is learned and `backward_windows` is above 1.
         """
         if self.past.count > 1:
             if self._learned is not None:
@@ -113,7 +114,7 @@ class StreamState:
 
         Args:
             state: the state.
-            *reset: masks [B] of lanes that start a sequence there; None for none.
+            *reset: masks [B] of lanes that start a sequence with the next window. A mask may be None, for no lane.
         """
         self.state = state
         masks = [mask for mask in reset if mask is not None]
@@ -129,7 +130,7 @@ class StreamState:
         self.advance(state)
 
     def stay(self, start: State | None, ends: Tensor | None) -> None:
-        """Sets the state after a window that is skipped: its first state, with broken lanes and lanes in `ends` reset."""
+        """Sets the state after a skipped window: its first state, with lanes reset that are not finite or are in `ends`."""
         broken = None
         if start is not None:
             broken = broken_lanes(start, self._runner.state_batch_dim)
@@ -151,7 +152,7 @@ class StreamState:
             self._credit.break_chain()
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the state's leaves and the synthetic credit, with the lanes of all ranks; a collective call."""
+        """Returns the hidden state, the synthetic credit and the recorded windows, of all ranks; a collective call."""
         if self._waiting is not None:
             return self._waiting
         gather, dims = self._runner.parallel.all, self._runner.state_batch_dim

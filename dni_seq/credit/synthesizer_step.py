@@ -20,9 +20,10 @@ class SynthesizerStep:
 
     Args:
         modules: the synthesizer, and the auxiliary task if there is one.
-        optimizer: of their parameters. Default: Adam with learning rate 1e-3, none if nothing can be trained.
-        clip: largest norm of its gradient, None for no limit.
-        parallel: this rank's part.
+        optimizer: the optimizer of the modules' parameters. Default: Adam with learning rate 1e-3, or no optimizer if no
+            parameter can be trained.
+        clip: largest norm of the gradient, None for no limit.
+        parallel: the `DataParallel` of this rank.
     """
 
     def __init__(
@@ -51,13 +52,13 @@ class SynthesizerStep:
             clear_optimizer_state(self.optimizer)
 
     def share(self, regression: Regression) -> Regression:
-        """Divides a regression and, in place, its gradients by the number of ranks, for the sum over ranks."""
+        """Divides a regression and, in place, the synthesizer's gradients by the number of ranks, for a sum over ranks."""
         self._parallel.divide_gradients(self._synthesizer.parameters())
         size = self._parallel.size
         return regression if size == 1 else Regression(*(number / size for number in regression))
 
     def sum_gradients(self, regression: Regression) -> Regression:
-        """Returns the regression of all ranks, and sums its gradients over them; a collective call."""
+        """Returns the mean regression of all ranks, and averages its gradients over the ranks; a collective call."""
         regression = self.share(regression)
         self._parallel.sum_gradients(self._synthesizer.parameters(), regression)
         return regression

@@ -1,8 +1,9 @@
-"""SyntheticCredit: injects, trains and measures a synthesizer beside the RNN.
+"""SyntheticCredit: injects the messages of a synthesizer, trains the synthesizer and measures its messages.
 
-`SequenceTrainer` steps the RNN. `SyntheticCredit` predicts the gradient after each window and trains the synthesizer towards
-its targets: bootstrapped ones at every window, or λ-targets by replay. Every `fidelity_every` windows it replays a few
-windows to compare messages with exact gradients; with `scale="auto"` these comparisons set the share of each horizon.
+`SequenceTrainer` steps the RNN. `SyntheticCredit` predicts a gradient at the end of each window and trains the synthesizer.
+A regressed synthesizer is trained towards bootstrapped targets, at windows drawn by `regress_every`, or towards λ-targets
+from replays. Every `fidelity_every` windows a few windows are replayed to compare messages with exact gradients. With
+`synthetic_scale="auto"` these comparisons set the injected share of each horizon.
 
 Legend: B = lanes, N = horizons, K = windows in the replay buffer.
 """
@@ -45,13 +46,13 @@ from dni_seq.synthesizers.target_rule import TargetRule, drawn, rule_of
 class SyntheticCredit(Restorable):
     """Manages the synthetic gradients of one trainer.
 
-    Its parts hold everything that a step changes beside the tensors of modules: each part is `Restorable`.
+    Attributes that a step changes are `Restorable`, so that the step can be undone; modules have other snapshots.
 
     Args:
         synthesizer: the module that predicts.
-        optimizer: of the parameters of synthesizer and auxiliary task. Default: Adam with learning rate 1e-3.
-        runner: replays windows. On several ranks, running statistics, comparisons and validity cover the lanes of all ranks;
-            `Synthetic.injected_ratio` and `fidelity` cover this rank's lanes.
+        optimizer: of the parameters of the synthesizer and the auxiliary task. Default: Adam with learning rate 1e-3.
+        runner: runs the model. On several ranks, the running statistics, the automatic scale and the check of messages use
+            the lanes of all ranks; `Synthetic.injected_ratio` and `Synthetic.fidelity` use this rank's lanes.
         config: the settings of injection and targets.
 
     Raises:
@@ -115,7 +116,7 @@ class SyntheticCredit(Restorable):
 
     @property
     def optimizer(self) -> torch.optim.Optimizer | None:
-        """The optimizer of the synthesizer's parameters, None if it has none to train."""
+        """The optimizer of the synthesizer's and the auxiliary task's parameters; None if no parameter can be trained."""
         return self.step_optimizer.optimizer
 
     @property
@@ -125,11 +126,11 @@ class SyntheticCredit(Restorable):
 
     @property
     def looks_back(self) -> bool:
-        """Whether the synthesizer may be evaluated at the next window's first state after the window has run."""
+        """Whether the synthesizer may be evaluated at a window's first state again, after the window has run."""
         return any(self.rule.active) or self.settings.targets == "lambda" or self.settings.fidelity_every > 0
 
     def bind(self, window: int, state: State) -> None:
-        """Tells the synthesizer and its copies how they are trained; see `bind_first`. Their T is the attribute `window`."""
+        """Tells the modules the trainer's settings, see `bind_first`; `window` is then the T that they use."""
         how: dict[str, Any] = {"reduction": self.runner.reduction if self.runner.reduces else None}
         how |= {"window": window, "state_batch_dim": self.runner.state_batch_dim, "state": state}
         self.window = bind_first(self.modules, self.window, **how)
@@ -149,7 +150,7 @@ class SyntheticCredit(Restorable):
         context: Context,
         inner: InnerStates | None,
     ) -> ScopeExchange:
-        """Injects the synthetic gradient of the future losses into the window's last state, and messages inside it."""
+        """Injects messages into the window's last state and into the states `inner`; returns the exchange of the scope."""
         if not self.monitor.disabled:
             self.interface.observe(loss, scope, self._steps)
         rule, dims = self.rule, self.runner.state_batch_dim
@@ -166,7 +167,7 @@ class SyntheticCredit(Restorable):
         return self.interface.exchange(scope)
 
     def auxiliary_loss(self, early: State, exchange: ScopeExchange) -> Tensor | None:
-        """Returns this rank's share of the auxiliary task's weighted loss, 0-d, or None if there is none.
+        """Returns this rank's share of the auxiliary task's weighted loss, 0-d; None without a task or after divergence.
 
         Args:
             early: the state after the window's first step, with its graph.
@@ -178,7 +179,7 @@ class SyntheticCredit(Restorable):
         return self._auxiliary_weight / self.runner.parallel.size * loss
 
     def share_regressions(self, exchange: ScopeExchange) -> list[Tensor]:
-        """Turns the exchange's regressions into this rank's shares; returns their numbers, which are summed over ranks."""
+        """Divides the exchange's regressions by the number of ranks; returns their numbers, for a sum over the ranks."""
         exchange.regressions = [self.step_optimizer.share(regression) for regression in exchange.regressions]
         return [number for regression in exchange.regressions for number in regression]
 
@@ -187,9 +188,9 @@ class SyntheticCredit(Restorable):
 
         Args:
             exchange: the exchange of the window's scope, after the backward pass.
-            window: the window with its first state; None if the model chose that state itself.
+            window: the window with its first state; None if the model chose the first state itself.
             last: the window's last state, without a graph.
-            last_context: the synthesizer's context at that state.
+            last_context: the synthesizer's context at the last state.
         """
         self._steps += 1
         if self.monitor.disabled:
@@ -207,7 +208,7 @@ class SyntheticCredit(Restorable):
         if self.settings.targets == "lambda" and window is not None:
             regression, norm, valid = self._replay(window, last, last_context, valid)
         measured = None if window is None else self._measure(window)
-        # After everything that may fail and be undone.
+        # These changes come last, after everything that may fail.
         if self.target_network is not None:
             self.target_network.update(self._steps)
         if self.monitor.diverged(valid, self._steps) and self.interface.learns:
@@ -243,11 +244,11 @@ class SyntheticCredit(Restorable):
     def _replay(
         self, window: RecordedWindow, last: State, last_context: Context, valid: Tensor
     ) -> tuple[Regression | None, Tensor, Tensor]:
-        """Every K windows, computes λ-targets by one backward sweep and steps the synthesizer for each window.
+        """Records a window; every K windows, computes λ-targets by one backward sweep and trains on each of the K windows.
 
-        Returns the last regression, the norm of its gradient, and whether all regressions and `valid` are valid, 0-d bool.
+        Returns the last regression (or None), the norm of its gradient, and a 0-d bool: `valid` and all regressions valid.
         """
-        if not self.interface.learns:  # frozen meanwhile: the buffer would only grow
+        if not self.interface.learns:  # frozen since construction: recorded windows would be of no use
             self._replay_buffer.clear()
             return None, torch.zeros(()), valid
         windows = self._replay_buffer.add(window)
@@ -263,7 +264,7 @@ class SyntheticCredit(Restorable):
 
     def _measure(self, window: RecordedWindow) -> StateFidelity | None:
         """Compares messages with exact gradients if a comparison is due, and updates the automatic scale."""
-        # A last message that bootstraps on itself (a tail, or the only one) predicts all later windows.
+        # A message that bootstraps on itself (of a tail, or the only message) predicts the gradient of all later windows.
         bootstrapped = bool(self.rule.bootstrap[-1][-1])
         messages = partial(self.interface.messages, window.start, window.context)
         found = self._probe.measure(window, self._steps, messages, bootstrapped=bootstrapped)
@@ -273,7 +274,7 @@ class SyntheticCredit(Restorable):
         return found
 
     def _reset_synthesizer(self) -> None:
-        """Restores the synthesizer's initial parameters; its monitor disables it after too many resets."""
+        """Restores the synthesizer's initial parameters; after too many resets the monitor disables the synthesizer."""
         self.monitor.count_reset()
         self._fresh.restore()
         reread_counts(self._learners)
@@ -297,7 +298,7 @@ class SyntheticCredit(Restorable):
         return self.snapshot()
 
     def undo(self, before: dict[str, Any]) -> None:
-        """Restores everything that has changed since `begin_step`, except one optimizer step outside of replays."""
+        """Restores everything changed since `begin_step`, except an optimizer step after which nothing more could fail."""
         if self._before_replay is not None:
             self._before_replay.restore()
         self._buffers.restore()
@@ -305,9 +306,9 @@ class SyntheticCredit(Restorable):
         self.restore(before)
 
     def skip_step(self, *, loss_is_finite: bool) -> None:
-        """Counts a skipped window, after `undo`, and clears the recorded windows, which the next one does not follow.
+        """Counts a skipped window and clears the recorded windows, because the next window does not follow them.
 
-        If the loss was finite, but the auxiliary task holds a NaN or an infinity, the synthesizer is reset with it.
+        Call it after `undo`. If the loss was finite and the auxiliary task holds a NaN, synthesizer and task are reset.
         """
         self._steps += 1
         self.break_chain()
@@ -315,7 +316,7 @@ class SyntheticCredit(Restorable):
             self._reset_synthesizer()
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns all state but the synthesizer's and its optimizer's; a collective call on several ranks."""
+        """Returns all state except that of modules in training and their optimizer; a collective call on several ranks."""
         return {
             "running": self._running.state_dict(),
             **self._auto_scale.state_dict(),
@@ -338,7 +339,7 @@ class SyntheticCredit(Restorable):
             self.target_network.load_state_dict(saved["target_network"])
         self._steps = saved["steps"]
         self.window = saved.get("window")
-        if "bad" in saved:  # these two are missing in what older versions saved
+        if "bad" in saved:  # older versions did not save these two entries
             self.monitor.load_state_dict(saved)
             self._filter.largest = saved["largest"]
 
@@ -352,7 +353,7 @@ def targets_of(
     last: State,
     last_context: Context,
 ) -> list[list[State]]:
-    """Returns the λ-targets at the first states of K windows by the messages of `teacher`, an empty list for no windows."""
+    """Returns the λ-targets at the first states of `windows`, computed with messages of `teacher`; [] for no windows."""
     if not windows:
         return []
     scale = 1.0 if settings.scale == "auto" else settings.scale
@@ -375,7 +376,7 @@ def step_rule(
         settings: the settings in force.
         steps: the number of windows before this one; it seeds the draw of windows with targets.
         shares: the automatic scale of each horizon; None before the first comparison, or if the scale is a number.
-        can_skip: whether injection may be skipped at a window with targets, if a target then needs no extra product.
+        can_skip: whether a window with targets may skip injection, if its target then needs no vector-Jacobian product.
     """
     rule = rule_of(synthesizer, 1.0 if settings.scale == "auto" else settings.scale, settings.discount)
     # Drawn at random: with a fixed period, short sequences would train at the same windows each time.
@@ -396,7 +397,7 @@ def check_settings(synthesizer: nn.Module, settings: CreditSettings, rule: Targe
         synthesizer: the module that predicts.
         settings: the settings in force.
         rule: the synthesizer's rule.
-        learns: whether it has a trainable parameter.
+        learns: whether the synthesizer has a trainable parameter.
     """
     if settings.scale == "auto" and not supports_auto_scale(synthesizer):
         raise ValueError(f'{type(synthesizer).__name__} rejects synthetic_scale="auto": give a number')

@@ -40,7 +40,7 @@ class TargetNetwork(Restorable):
 
     def copy(self) -> None:
         """Copies the synthesizer."""
-        if self._before is None:  # copied only where it changes: most steps leave it alone
+        if self._before is None:  # only for a step that changes the copy; most steps do not
             self._before = TrainingSnapshot([self.module], [])
         self.module.load_state_dict(self._synthesizer.state_dict())
 

@@ -22,9 +22,9 @@ def check_kinds(
     autocast: Any,
     clip: float | None,
 ) -> None:
-    """Raises a TypeError if an argument of a trainer is of another kind than it must be, such as two in the wrong order.
+    """Raises a TypeError if an argument of a trainer has a wrong type, for example after two arguments were swapped.
 
-    A `clip` that is not positive is a ValueError.
+    Raises a ValueError if `clip` is not positive.
     """
     kinds: list[tuple[str, Any, Any, str]] = [
         ("model", model, nn.Module, "an nn.Module"),
@@ -51,7 +51,7 @@ def chosen_config(
     """Returns the config that the arguments of a trainer describe.
 
     Raises:
-        ValueError: they contradict each other.
+        ValueError: two arguments do not fit together.
     """
     if config is not None and synthetic_scale is not None:
         raise ValueError("synthetic_scale is a field of config: give it in one of the two places")

@@ -29,7 +29,7 @@ class TrainerSettings:
 
     @property
     def skip_limit(self) -> int:
-        """Number of windows skipped in a row, for a NaN or an infinity, at which `step` raises a NonFiniteError; 10."""
+        """Number of windows skipped in a row at which `step` raises a NonFiniteError. Default: 10."""
         return self._skip_policy.limit
 
     @skip_limit.setter
@@ -38,7 +38,7 @@ class TrainerSettings:
 
     @property
     def accumulate(self) -> int:
-        """n: the gradients of n windows are summed for one update of the model; 1."""
+        """n: the gradients of n windows are summed for one update of the model. Default: 1."""
         return self._gradients.windows_per_update
 
     @accumulate.setter
@@ -47,9 +47,10 @@ class TrainerSettings:
 
     @property
     def checkpoint_every(self) -> int | None:
-        """Steps of a chunk whose activations are computed again in the backward pass; None to keep all of them.
+        """Length in steps of the chunks whose activations are computed again in the backward pass; None to keep them all.
 
-        It saves memory in long windows for one more forward pass. `loss_fn` must return unreduced losses [T, B].
+        Chunks save memory in long windows and cost one more forward pass. `loss_fn` must return unreduced losses [T, B].
+        Default: None.
         """
         return self.runner.checkpoint_every
 
@@ -65,10 +66,10 @@ class TrainerSettings:
 
     @property
     def backward_windows(self) -> int:
-        """n: the loss of a window is propagated back through the last n windows; 1.
+        """n: the loss of a window is propagated back through the last n windows. Default: 1.
 
         With windows of T steps this is truncated BPTT with k1 = T and k2 = n T, see `PastWindows`. Each step then runs the
-        n - 1 windows before the newest one again. A trainer with a synthesizer has n = 1.
+        n - 1 windows before the newest one again. A trainer with a synthesizer accepts only n = 1.
         """
         return self._stream.past.count
 
@@ -82,9 +83,10 @@ class TrainerSettings:
 
     @property
     def synthetic_scale(self) -> float | str | None:
-        """c, the share of the message that is injected, or "auto"; None without a synthesizer. It may fall with the rate.
+        """c, the share of the message that is injected, or "auto"; None without a synthesizer.
 
-        A number may be set between two steps; a checkpoint does not hold it.
+        A number may be set between two steps, for example to lower c together with the learning rate. A checkpoint does not
+        hold the number.
         """
         return None if self.credit is None else self.credit.settings.scale
 
@@ -98,7 +100,10 @@ class TrainerSettings:
 
     @property
     def updates(self) -> int:
-        """Number of updates of the model so far; without accumulation that of windows that were not skipped on the host."""
+        """Number of updates of the model so far.
+
+        If the device skips a step, as on CUDA with a fused optimizer, the host does not know it, and the window counts too.
+        """
         return self._gradients.updates
 
     @property
@@ -107,7 +112,10 @@ class TrainerSettings:
         return self._skip_policy.total
 
     def skip_counts(self) -> dict[str, float]:
-        """Returns, by TensorBoard key, the numbers of windows skipped and of windows whose message or regression was."""
+        """Returns two counts by TensorBoard key: skipped windows, and windows with a rejected message or regression.
+
+        The second count needs a synthesizer.
+        """
         counts: dict[str, float] = {"train/skipped": self.skipped}
         if self.credit is not None:
             counts["synthetic/skipped"] = self.credit.monitor.total

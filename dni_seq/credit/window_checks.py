@@ -63,7 +63,7 @@ def lanes_of(nest: Nest, name: str, batch_dim: int) -> int:
 
 
 def finite_window(window: Window) -> Window:
-    """Returns the window with zeros in place of values that are not finite and on which nothing that counts depends."""
+    """Returns the window with zeros in place of NaNs and infinities at places on which no loss that counts depends."""
     inputs, targets, mask, ends, lookahead = window
     if mask is not None and all(
         leaf.shape[:2] == mask.shape for leaf in (*states.floating(inputs), *states.floating(targets))
@@ -82,7 +82,8 @@ def lane_dims(state: State, lanes: int, larger: State | None) -> Any:
     Args:
         state: a state of `lanes` lanes.
         lanes: B.
-        larger: the same state with B + 1 lanes, None if there is none; it decides where several dimensions equal B.
+        larger: a state of the model with B + 1 lanes, or None. If several dimensions of a leaf have size B, the lanes are
+            the dimension that has another size in `larger`.
 
     Raises:
         ValueError: no dimension of a leaf, or more than one, can be that of the lanes.
@@ -123,8 +124,8 @@ def check_lanes(state: State, lanes: int, state_batch_dim: Any) -> None:
 def check_ignored(losses: Tensor, targets: Any, mask: Tensor | None) -> None:
     """Raises a ValueError if unreduced losses of ignored targets would be averaged as steps of loss 0.
 
-    `ignore_index` of PyTorch's losses takes such steps out of the mean; unreduced losses do not show them. On a GPU this is
-    not checked, because reading the targets would wait for it.
+    A mean loss of PyTorch excludes steps whose target is `ignore_index`. Unreduced losses are 0 at these steps, and their
+    mean would include the zeros. On a GPU nothing is checked, because the host would wait for the targets.
     """
     if mask is not None or not isinstance(targets, Tensor) or targets.is_floating_point() or losses.shape != targets.shape:
         return
@@ -135,9 +136,9 @@ def check_ignored(losses: Tensor, targets: Any, mask: Tensor | None) -> None:
 
 
 def nothing_counts(loss: Tensor, targets: Any) -> Tensor:
-    """Returns whether a mean over the steps of a window was one over no step, 0-d bool.
+    """Returns whether no step of a window counts in its loss: the loss is NaN and all targets are negative ids, 0-d bool.
 
-    With PyTorch's `ignore_index`, -100, at every step such a mean is NaN.
+    A mean loss of PyTorch is NaN if all targets are `ignore_index`, which is -100 by default.
 
     Args:
         loss: 0-d, the window's loss.

@@ -37,11 +37,11 @@ def run_and_backpropagate(
     Args:
         runner: runs the model.
         credit: injects a message, or None.
-        stream: knows where sequences start.
+        stream: the hidden state of the stream, with a learned initial state and earlier windows.
         window: the window.
         context: the synthesizer's context at the first state.
-        around: what surrounds the window's states.
-        bound: whether the synthesizer knows how it is trained; it is told at the first window.
+        around: the contexts at the window's states.
+        bound: whether `credit.bind` was called at an earlier window; if not, it is called now.
     """
     exchange, buffers, without_message = None, None, None
     with defer_backward() as scope:
@@ -63,7 +63,8 @@ def run_and_backpropagate(
                 total = loss if own is None else loss + own
                 without_message = torch.autograd.grad(total, runner.traced, retain_graph=True, allow_unused=True)
     if without_message is not None:
-        # The trace of the next window brings a later loss to these parameters; a message would bring it twice.
+        # The traces at the next window bring the gradient of later losses to these parameters. A message would bring it a
+        # second time.
         for parameter, gradient in zip(runner.traced, without_message, strict=True):
             parameter.grad = gradient
     if buffers is not None:  # the backward pass has run the model again
@@ -76,10 +77,10 @@ class _Pass(NamedTuple):
 
     Attributes:
         outputs: of the model.
-        early: the state after the first step, for an auxiliary task.
+        early: the state after the first step, for an auxiliary task; the last state if there is no such task.
         last: the last state.
         loss: 0-d.
-        inner: states inside the window that get messages, None for none.
+        inner: states inside the window that get messages; None if no state does.
     """
 
     outputs: Any
@@ -96,7 +97,7 @@ def _run(
     state: State | None,
     around: WindowContexts,
 ) -> _Pass:
-    """Runs a window from `state`, in one of four ways that exclude each other."""
+    """Runs a window from `state`: in chunks, in parts between messages, in two parts for an auxiliary task, or whole."""
     steps = None if credit is None else credit.settings.message_every
     if runner.checkpoint_every is not None:
         parts = (window.inputs, window.targets, window.mask, state)

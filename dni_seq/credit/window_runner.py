@@ -24,7 +24,7 @@ from dni_seq.distributed.data_parallel import DataParallel, SingleProcess
 
 @dataclass
 class WindowRunner:
-    """Runs a model on windows and reduces its losses to a scalar, in training and in replays of recorded windows.
+    """Runs a model on windows and reduces the losses of a window to a scalar, in training and in replays.
 
     Attributes:
         model: `model(inputs, state) -> (outputs, state)`.
@@ -38,8 +38,9 @@ class WindowRunner:
         start: the initial state with all lanes, a function that makes it from the number of lanes, or None for
             `model.initial_state`.
         parallel: the `DataParallel` of this rank, or a `SingleProcess`.
-        traced: the parameters whose credit from before a window comes by traces, and that get no message.
-        checkpoint_every: steps of a chunk whose activations are computed again in the backward pass, None to keep them.
+        traced: the parameters to which traces bring the gradients of later losses. Messages do not reach these parameters.
+        checkpoint_every: length in steps of the chunks whose activations are computed again in the backward pass; None to
+            keep all activations.
         reduces: whether `loss_fn` returned unreduced losses at the last window; `reduction` has no effect on a scalar.
 
     Raises:
@@ -78,7 +79,7 @@ class WindowRunner:
         return None if of_model is None else of_model(lanes)
 
     def run(self, inputs: Nest, state: State | None) -> tuple[Any, State]:
-        """Runs the model; returns outputs and last state. The model gets a copy of `state`, so it may write to it.
+        """Runs the model on a copy of `state`, into which the model may write; returns outputs and last state.
 
         The keys of the last state are in the order of `state`, whatever their order in the model.
 
@@ -104,7 +105,8 @@ class WindowRunner:
         """Runs step 0 and then steps 1 to T - 1, so that the state after step 0 is available for an `AuxiliaryTask`.
 
         Returns:
-            The outputs, concatenated along time, the state after step 0, and the last state. With T = 1 both are the same.
+            The outputs, concatenated along time, the state after step 0, and the last state. With T = 1 both states are the
+            same.
         """
         outputs, found = self._run_parts(inputs, state, [1, len(first_tensor(inputs))])
         return outputs, found[0], found[-1]
@@ -113,7 +115,7 @@ class WindowRunner:
         """Runs a window `steps` steps at a time; returns the outputs of the window and the state after each part.
 
         If the model has a method `run_in_parts(inputs, state, steps)`, that method runs the window, which may cost less than
-        several calls of the model. For a compiled model it is not used.
+        several calls of the model. A compiled model is called once for each part instead.
         """
         own = getattr(self.model, "run_in_parts", None)
         total = len(first_tensor(inputs))
@@ -167,10 +169,10 @@ class WindowRunner:
         return states.reset_lanes(state, ends, initial, self.state_batch_dim)
 
     def check_lanes(self, state: State, lanes: int) -> None:
-        """Raises a ValueError if state and inputs differ in their number of lanes. Finds the state's lane dimensions.
+        """Raises a ValueError if state and inputs differ in their number of lanes. Sets `state_batch_dim` if it is None.
 
-        If the user has not given the lane dimension of a leaf, it is the dimension of size B. If several dimensions have
-        this size, it is the one whose size changes in the initial state of B + 1 lanes.
+        In each leaf the lanes are then the dimension of size B. If several dimensions have this size, the lanes are the
+        dimension whose size differs in the initial state of B + 1 lanes.
         """
         if self.state_batch_dim is None:
             try:
@@ -233,7 +235,8 @@ def cut(span: slice, tensor: Tensor) -> Tensor:
 def finite_gradients(outputs: Any, mask: Tensor) -> Any:
     """Returns outputs whose gradients are 0, not NaN or infinite, at steps that do not count.
 
-    Such a step has the weight 0 in the loss, but the derivative of its own loss may be infinite.
+    Such a step has the weight 0 in the window's loss, but the derivative of the step's loss may be infinite, and 0 times
+    infinity is NaN.
 
     Args:
         outputs: [T, B, ...], a tensor or a nest of tensors.
@@ -276,7 +279,7 @@ def window_loss(losses: Tensor, mask: Tensor | None, reduction: Reduction) -> Te
 
 
 def lookahead_at_start(inputs: Nest, targets: Nest, mask: Tensor | None, lookahead: Lookahead) -> Lookahead:
-    """Returns the lookahead at the window's first state: the next m steps, in the window and in its own lookahead."""
+    """Returns the lookahead at a window's first state: m steps, first those of the window, then those of `lookahead`."""
     steps = len(first_tensor(lookahead.inputs))
     counts = torch.ones_like(lookahead.valid[:1]).expand(len(first_tensor(inputs)), -1) if mask is None else mask
     after = lookahead.valid if lookahead.mask is None else lookahead.mask

@@ -1,4 +1,4 @@
-"""AuxiliaryTask: trains the RNN to predict the synthetic gradient at the end of its window.
+"""AuxiliaryTask: trains the RNN to predict the synthetic gradient at the end of a window.
 
 Source: Jaderberg et al. 2017, arXiv 1608.05343, section 3.1.
 """
@@ -23,7 +23,7 @@ class AuxiliaryTask(nn.Module):
     """Predicts the synthetic gradient at a window's last state from the state after the window's first step.
 
     The prediction's loss is backpropagated into the RNN, which learns early in a window how its last state affects later
-    losses. The task gets no lookahead, because the RNN has none.
+    losses. The task reads no lookahead, because the RNN does not either.
 
     Source: the auxiliary task of Jaderberg et al. 2017, section 3.1 ("DNI + Aux"). We differ in one point: the target is
     divided by its running root mean square, so that the weight of the task does not depend on the gradient's scale.

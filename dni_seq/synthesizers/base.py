@@ -57,7 +57,9 @@ class Regression(NamedTuple):
 
 
 class Recommended(NamedTuple):
-    """What a synthesizer recommends to the trainer where the user leaves a setting open; the defaults are the general ones.
+    """The settings that a synthesizer recommends to the trainer, which uses them for settings that the user leaves open.
+
+    The defaults hold for synthesizers without recommendations.
 
     Attributes:
         synthetic_scale: c, the share of the message that is injected.
@@ -73,7 +75,7 @@ class Recommended(NamedTuple):
 
 
 def recommended(synthesizer: nn.Module) -> Recommended:
-    """Returns the attribute `recommended` of a synthesizer, or of the one that it wraps, else the general defaults."""
+    """Returns the attribute `recommended` of a synthesizer or of the module that it wraps, else the defaults."""
     own: Recommended | None = getattr(synthesizer, "recommended", None)
     if own is not None:
         return own
@@ -82,12 +84,12 @@ def recommended(synthesizer: nn.Module) -> Recommended:
 
 
 def past_steps(synthesizer: nn.Module) -> int:
-    """Returns how many inputs before a state a synthesizer reads, or the one that it wraps; 0 for none."""
+    """Returns how many inputs before a state a synthesizer and its submodules read at most; 0 if they read none."""
     return max((int(getattr(part, "past_steps", 0)) for part in synthesizer.modules()), default=0)
 
 
 def supports_auto_scale(synthesizer: nn.Module) -> bool:
-    """Returns whether comparisons with exact gradients may set the injected share; not for messages that are exact."""
+    """Returns whether comparisons with exact gradients may set the injected share; False for exact messages."""
     return bool(getattr(synthesizer, "supports_auto_scale", True))
 
 
@@ -101,7 +103,7 @@ def regress(synthesizer: nn.Module, trigger: State, context: Any, targets: list[
     """Computes one regression of `synthesizer` towards `targets`, without its backward pass.
 
     Args:
-        synthesizer: a module whose own `regress` is used if it has one, else `mean_squared`.
+        synthesizer: the module. If it has a method `regress`, that method is used, else `mean_squared`.
         trigger: the state at which the targets were computed, detached.
         context: the context that belongs to the trigger.
         targets: one for each horizon. A horizon whose target is None is not trained.
@@ -116,7 +118,7 @@ def regress(synthesizer: nn.Module, trigger: State, context: Any, targets: list[
 
 
 def self_supervised(synthesizer: nn.Module) -> bool:
-    """Returns whether the synthesizer trains on its context when it predicts, so that targets only evaluate it."""
+    """Returns whether the synthesizer trains on its context when it predicts; targets then only evaluate its messages."""
     return bool(getattr(synthesizer, "self_supervised", False))
 
 
@@ -134,7 +136,7 @@ def match_message(message: State, trigger: State) -> State:
     """Returns `message`, or a target, with its keys in the order of `trigger`.
 
     Raises:
-        ValueError: the keys differ, or there is a mapping in one of them only.
+        ValueError: the keys differ, or one of the two has a mapping where the other has none.
     """
     return states.match_keys(message, trigger, "the message", "the trigger")
 

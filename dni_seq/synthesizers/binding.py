@@ -1,4 +1,4 @@
-"""bind and StepWeight: a synthesizer learns from the trainer, at its first window, how it is trained.
+"""bind and StepWeight: at its first window, a trainer tells its synthesizer the window length, the reduction and the lanes.
 
 Legend: T = window length in steps, B = lanes.
 """
@@ -17,10 +17,10 @@ from dni_seq.core.windows import REDUCTIONS, Reduction, step_weight
 
 
 def bind(synthesizer: nn.Module, *, window: int, reduction: Reduction | None, state_batch_dim: Any, state: State) -> None:
-    """Tells a synthesizer's parts how it is trained; the trainer calls it at its first window.
+    """Tells a synthesizer the settings of its trainer; the trainer calls this at its first window.
 
     Args:
-        synthesizer: the module; it and its submodules are told if they have a method `bind` with these arguments.
+        synthesizer: the module. The method `bind` of this module and of each submodule is called, if the module has one.
         window: T, the length of the trainer's windows.
         reduction: the trainer's reduction; None if its loss_fn returns a scalar, so that the trainer reduces nothing.
         state_batch_dim: dimension of the lanes in the state's leaves, an int or a nest.
@@ -44,13 +44,14 @@ def bind_first(
     state_batch_dim: Any,
     state: State,
 ) -> int:
-    """Tells synthesizers at a trainer's first window, of `window` steps, how they are trained; returns T.
+    """Calls `bind` for all synthesizers at a trainer's first window, of `window` steps; returns the T that they got.
 
-    A resumed run may begin with the short last window of a sequence. T is then the `saved` one, unless a synthesizer was
-    built for the length of this window.
+    A resumed run may begin with the last window of a sequence, which may be shorter than T. If there is a T in the
+    checkpoint, `saved`, it is therefore passed on. If a synthesizer rejects `saved`, because it was built for another
+    length, `window` is passed on.
 
     Raises:
-        ValueError: one was built for something else.
+        ValueError: a synthesizer was built for another window length, reduction, dimension or state.
     """
     everything = list(synthesizers)
 
@@ -68,7 +69,10 @@ def bind_first(
 
 
 def check_dtype(synthesizer: nn.Module, state: State) -> None:
-    """Raises a ValueError if a synthesizer's parameters have another dtype than a state, whose half precision is float32."""
+    """Raises a ValueError if a synthesizer's parameters have another dtype than a state.
+
+    A state in half precision counts as float32, because interfaces convert it to float32.
+    """
     wanted = {states.to_float32(leaf).dtype for leaf in states.floating(state)}
     found = {parameter.dtype for parameter in synthesizer.parameters() if parameter.is_floating_point()}
     if len(wanted) == 1 and not found <= wanted:
@@ -80,7 +84,10 @@ def check_dtype(synthesizer: nn.Module, state: State) -> None:
 
 @contextmanager
 def several_states(synthesizer: nn.Module, count: int) -> Iterator[None]:
-    """In the block, the lanes that a synthesizer gets are those of `count` states of each of the trainer's lanes."""
+    """In the block, a synthesizer gets `count` joined states of each of the trainer's lanes, as `count` lanes.
+
+    `StepWeight` then divides the number of lanes by `count`.
+    """
     found: list[Any] = [getattr(part, "step_weight", None) for part in synthesizer.modules()]
     weights = [weight for weight in found if isinstance(weight, StepWeight)]
     for weight in weights:
@@ -124,7 +131,7 @@ class StepWeight:
         """Takes over the trainer's window length, and its reduction unless that is None.
 
         Raises:
-            ValueError: another one was given at construction. Only "mean" depends on the window length.
+            ValueError: another reduction, or with "mean" another window length, was given at construction.
         """
         own_window, own_reduction = self._given
         if reduction is not None:
@@ -142,7 +149,7 @@ class StepWeight:
             )
 
     def __call__(self, lanes: int) -> float:
-        """Returns the weight for `lanes` lanes.
+        """Returns the weight of one step of one lane, if there are `lanes` lanes.
 
         Raises:
             ValueError: the window length is needed, and neither given nor known from a trainer.

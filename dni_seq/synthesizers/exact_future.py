@@ -38,37 +38,37 @@ from dni_seq.synthesizers.target_rule import TargetRule
 class ExactFuture(nn.Module):
     """Computes the gradient of the next n steps' loss with respect to a state by running the model over these steps.
 
-    Its context is a `Lookahead` of n steps, or of n + m if the tail needs m. The model's parameters get no gradients. Its
-    buffers and the random state are restored, so dropout draws the same numbers as in the next window. The gradient is not
-    discounted: the trainer's `discount` is used in the tail's target only.
+    The context is a `Lookahead` of n steps, or of n + m steps if the tail needs m steps. The model's parameters get no
+    gradients. The model's buffers and the random state are restored, so dropout draws the same numbers as in the next
+    window. The gradient is not discounted: the trainer's `discount` is used in the tail's target only.
 
-    The trainer's `fidelity_every` compares the message with the gradient of one window, so its numbers are meaningful only
-    if n = T and there is no tail.
+    The trainer's `fidelity_every` compares the message with the gradient of one window. The comparison is meaningful only if
+    n = T and there is no tail.
 
     The lookahead's inputs and targets may be nests of tensors, as those of the trainer's windows. Messages have the state's
     shapes and dtypes and the unit of the trainer's loss.
 
-    Source: the gradient that Jaderberg et al. 2017, arXiv 1608.05343, section 2.1, approximate; to compute it is ours.
+    Source: Jaderberg et al. 2017, arXiv 1608.05343, section 2.1, approximate this gradient; computing it is ours.
 
     Args:
         model: `model(inputs, state) -> (outputs, state)`. It is not registered as a submodule.
         loss_fn: `loss_fn(outputs, targets)`, unreduced losses [n, B].
         steps: n, the number of steps run.
         window: T, the length of the trainer's windows. With the reduction "mean" each step weighs 1 / (T · B). Default: the
-            trainer's, at its first window.
+            length of the trainer's first window.
         reduction: the trainer's reduction, "mean", "lane-mean" or "sum". With "mean", each step weighs 1 / (T · B),
-            in masked windows too. Default: the trainer's; "mean" without a trainer.
+            in masked windows too. Default: the reduction of the trainer; "mean" without a trainer.
         tail: a synthesizer with one horizon, for all steps after the n-th. None for no tail. In lanes whose sequence ends
-            within the n steps its message is zero. A sequence that ends with the n-th step is recognised only if the
+            within the n steps the tail's message is zero. A sequence that ends with the n-th step is recognised only if the
             lookahead has at least n + 1 steps.
         batch_dim: dimension of the lanes in the state's leaves, an int or a nest. Used with a tail only. Default:
-            the trainer's; 1 without a trainer.
+            the trainer's `state_batch_dim`; 1 without a trainer.
 
     Attributes:
         steps: the number of steps run.
         tail: the tail, or None.
         self_supervised: True if the tail learns from the lookahead's inputs and targets. The trainer's targets then serve
-            only to evaluate its messages.
+            only to evaluate the tail's messages.
 
     Raises:
         ValueError: `steps` or `window` is not positive, the reduction is unknown, or the tail predicts the past.
@@ -119,7 +119,7 @@ class ExactFuture(nn.Module):
 
     @property
     def recommended(self) -> Recommended:
-        """The settings that it recommends to the trainer: c = 1; for the training of the tail, what the tail recommends."""
+        """The recommended settings: c = 1, γ = 0.9, and clipping and `regress_every` as the tail recommends them."""
         of_tail = Recommended() if self.tail is None else recommended(self.tail)
         return Recommended(1.0, 0.9, of_tail.synthesizer_clip, of_tail.regress_every)
 
@@ -153,9 +153,9 @@ class ExactFuture(nn.Module):
         return [exact, *messages], loss
 
     def forward(self, trigger: State, context: Any = None) -> State:
-        """Returns the exact gradient at `trigger`: that of the next n steps' loss.
+        """Returns the gradient of the next n steps' loss with respect to `trigger`.
 
-        If there is a tail, its message at the state after the n-th step is backpropagated to `trigger` and added.
+        If there is a tail, the tail's message at the state after the n-th step is backpropagated to `trigger` and added.
 
         Args:
             trigger: the state.
@@ -172,10 +172,11 @@ class ExactFuture(nn.Module):
         Args:
             trigger: the state.
             context: the context at that state.
-            targets: two entries, for the exact gradient and for the tail; the first is ignored.
+            targets: two entries, the first for the exact gradient, the second for the tail. The first is ignored.
 
         Returns:
-            The tail's regression. The diagnostics have two entries; the first, of the exact gradient, is NaN.
+            The tail's regression. Its diagnostics have two entries, the first for the exact gradient, the second for the
+            tail. The first is NaN.
 
         Raises:
             RuntimeError: there is no tail.
@@ -187,10 +188,11 @@ class ExactFuture(nn.Module):
         return Regression(of_tail.loss, *rows)
 
     def target_rule(self, scale: float, discount: float) -> TargetRule:
-        """Returns the rule that injects `scale` times the exact gradient, which itself has no target.
+        """Returns the rule that injects `scale` times the exact gradient; only the tail has a target.
 
-        The tail's target is the window's own gradient plus `discount` times its next message, backpropagated through the
-        window. The tail's message enters the injection only through the exact gradient.
+        The tail's target is the gradient of the window's own loss, plus `discount` times the tail's message at the window's
+        last state, backpropagated through the window. The target of a self-supervised tail, which only evaluates it, has no
+        such second term. The tail's message enters the injection only through the exact gradient.
 
         The trainer calls this once for each window.
 
@@ -200,7 +202,7 @@ class ExactFuture(nn.Module):
         """
         if self.tail is None:
             return TargetRule(local=[1.0], bootstrap=[[0.0]], injection=[scale], active=[False])
-        # A self-supervised tail is measured by the window's own gradient, without bootstrap.
+        # The messages of a self-supervised tail are compared with the gradient of the window's own loss, without bootstrap.
         bootstrap = 0.0 if self.self_supervised else discount
         return TargetRule(
             local=[0.0, 1.0],

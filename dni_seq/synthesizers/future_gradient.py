@@ -1,14 +1,14 @@
 """FutureGradient: messages that are the gradient of a small learned future model's loss.
 
-A message that is regressed towards real gradients can be right on average and still have an error that is the same in all
+A message that is regressed towards exact gradients can be right on average and still have an error that is the same in all
 lanes for many windows; the RNN accumulates such an error. R² of a message therefore tells little about its benefit. Here the
 message is the true gradient of a learned loss, so it moves the RNN towards states from which the future model predicts
 better. The future model learns from the targets of the next m steps, at every window, without vector-Jacobian products.
 
-Source: ours; Jaderberg et al. 2017, arXiv 1608.05343, regress. Trinh et al. 2018, "Learning Longer-term Dependencies in RNNs
-with Auxiliary Losses", arXiv 1803.00144, train an RNN by the loss of a second network that predicts from its states. Their
-network is unrolled from single past states; ours is evaluated at the end of every window. docs/results/characters.md
-measures it.
+Source: ours. Jaderberg et al. 2017, arXiv 1608.05343, regress messages towards gradients. Trinh et al. 2018, "Learning
+Longer-term Dependencies in RNNs with Auxiliary Losses", arXiv 1803.00144, train an RNN by the loss of a second network that
+predicts from the RNN's states. Their network is unrolled from single past states; ours is evaluated at the end of every
+window. docs/results/characters.md has measurements.
 
 Legend: B = lanes, S = numbers in one lane's packed state, m = lookahead in steps, K = horizons.
 """
@@ -39,11 +39,11 @@ MESSAGE_LIMIT = 10.0
 
 
 class ClampCache(NamedTuple):
-    """The range to which messages are clamped, and the values it was computed from.
+    """The range to which messages are clamped, and the values from which the range was computed.
 
     Attributes:
-        of: the mean squares.
-        version: their version counter.
+        of: the mean squares of the targets.
+        version: the version counter of the tensor `of` when the range was computed.
         limit: the limit.
         range: the least and the largest allowed value, [K, S] each.
     """
@@ -63,13 +63,13 @@ class StatePredictor(nn.Module):
 
     Args:
         example: a state of the model.
-        future: function `S -> Predictor`.
+        future: function `S -> Predictor`, where S is the width of a lane's packed state.
         batch_dim: dimension of the lanes in the state's leaves, an int or a nest. Default: see `Packing`.
 
     Attributes:
         packing: the `Packing` of the state.
         future: the predictor.
-        horizons: K, the number of its parts.
+        horizons: K, the number of the predictor's parts.
     """
 
     def __init__(self, example: State, future: Callable[[int], Predictor], batch_dim: Any) -> None:
@@ -80,7 +80,7 @@ class StatePredictor(nn.Module):
 
 
 class FutureGradient(PackedSynthesizer):
-    """Predicts one message for each horizon: the gradient of a predictor's loss over one of K parts of its steps.
+    """Predicts one message for each of K horizons: the gradient of a predictor's loss over one of K parts of its steps.
 
         M_n(s) = w g ⊙ ∂(Σ_{steps j of part n} ℓ_j)/∂u        n = 1..K
 
@@ -88,10 +88,10 @@ class FutureGradient(PackedSynthesizer):
     predictor's loss at step j, and w is the weight of one step in the trainer's loss. With a `FutureModel` of m = K T steps
     the parts are the next K windows. `GatedFuture`, `GatedPast` and `JointPredictor` have one part.
 
-    The predictor trains at every window on the steps that it predicts. The targets of the trainer do not train it;
-    they give R² and cosine, and the unit of `limit`. Messages have the unit of the trainer's loss from the first window on
-    and are not zero at the start: zero-initialised last layers gave worse results (docs/results/pilots.jsonl). They have
-    the state's shapes and dtypes.
+    The predictor trains at every window on the steps that it predicts. The targets of the trainer do not train the
+    predictor. They serve for R² and cosine, and their running root mean square is the unit of `limit`. Messages have the
+    unit of the trainer's loss from the first window on. They are not zero at the start, because zero-initialised last layers
+    gave worse results (docs/results/pilots.jsonl). Messages have the state's shapes and dtypes.
 
     Source: ours; Trinh et al. 2018, arXiv 1803.00144, is related.
 
@@ -99,21 +99,21 @@ class FutureGradient(PackedSynthesizer):
         example: a state of the model, such as `model.initial_state(1)`. Its values and its number of lanes do not matter.
         future: function `S -> Predictor`, such as a `FutureModel` of K parts; S is the width of a lane's packed
             state.
-        window: T, the length of the trainer's windows. With the reduction "mean" w = 1 / (T · B). Default: the trainer's, at
-            its first window.
+        window: T, the length of the trainer's windows. With the reduction "mean" w = 1 / (T · B). Default: the length of the
+            trainer's first window.
         reduction: the trainer's reduction, "mean", "lane-mean" or "sum". With "mean", each step weighs 1 / (T · B),
-            in masked windows too. Default: the trainer's; "mean" without a trainer.
+            in masked windows too. Default: the reduction of the trainer; "mean" without a trainer.
         cells: which leaves are LSTM cell states, such as `LSTM_CELLS`. False for none.
         decay: factor of the old value in the running mean of squared targets. The first 1 / (1 - decay) updates form a
             plain mean instead.
         limit: the largest absolute value in a message, in units of the running root mean square of its targets. None for
-            no limit; before the first target there is no limit either.
+            no limit. Before the first target there is no limit either.
         batch_dim: dimension of the lanes in the state's leaves, an int or a nest. Default: see `Packing`.
 
     Attributes:
         limit: the argument; it may be set at any time.
-        self_supervised: always True: it learns from the lookahead's inputs and targets. The trainer's targets serve only to
-            evaluate its messages.
+        self_supervised: always True: the predictor learns from the steps in the context. The trainer's targets serve only
+            to evaluate the messages.
 
     Raises:
         ValueError: `window` or `limit` is not positive, or the reduction is unknown.
@@ -211,7 +211,7 @@ class FutureGradient(PackedSynthesizer):
         """The settings that this synthesizer recommends to the trainer.
 
         c is 1 for up to 2 horizons and 2 / K for more, so that further horizons do not enlarge the sum. Targets serve
-        only to evaluate messages, so they are computed at one window in 100. Gradients of a loss need no limit.
+        only to evaluate messages, so they are computed at one window in 100. The predictor's gradient is not clipped.
         """
         return Recommended(default_scale(self.network.horizons), 1.0, math.inf, MEASURE_EVERY)
 
@@ -224,8 +224,8 @@ class FutureGradient(PackedSynthesizer):
     def target_rule(self, scale: float, discount: float) -> TargetRule:
         """Returns the `TargetRule` of the next window: the coefficients of the injection and of the targets.
 
-        The targets serve only to report how good the messages are. The future model trains on the next m steps instead. The
-        trainer calls this once for each window.
+        The targets serve only to evaluate the messages; the predictor trains on the steps that it predicts. The trainer
+        calls this method once for each window.
 
         Args:
             scale: c, the trainer's `synthetic_scale`.
@@ -262,7 +262,7 @@ class FutureGradient(PackedSynthesizer):
         return self._unpacked(self._outputs(*self._bounded(trigger), context), trigger)
 
     def predict_and_train(self, trigger: State, context: Any) -> tuple[list[State], Tensor]:
-        """Predicts, and adds the gradients of the future model's mean loss to its parameters, in one backward pass.
+        """Predicts, and adds the gradients of the predictor's mean loss to its parameters' `.grad`, in one backward pass.
 
         Returns:
             The messages as `predict` returns them, and the mean loss, 0-d.
@@ -272,7 +272,7 @@ class FutureGradient(PackedSynthesizer):
         return self._unpacked(self._weighted(found, gate, self.model.predicted * len(gate)), trigger), loss
 
     def _weighted(self, found: Tensor, gate: Tensor, of: int) -> Outputs:
-        """Returns messages, given the gradients [K, B, S] of (summed losses) / `of` with respect to bounded states."""
+        """Returns messages, given the gradients [K, B, S] of (summed losses / `of`) with respect to the bounded states."""
         ranks = 1 if self.across_ranks is None or self.step_weight.reduction == "sum" else self.across_ranks.size
         weight = of * self.step_weight(len(gate) * ranks)
         return Outputs((found * (weight * gate)).transpose(0, 1), None, None)
@@ -284,7 +284,7 @@ class FutureGradient(PackedSynthesizer):
         return [self.packing.unpack(message, trigger) for message in found.unbind(1)]
 
     def __getstate__(self) -> dict[str, Any]:
-        """Returns the attributes that a copy takes over: all but the limits, which follow a tensor's version."""
+        """Returns the attributes for a copy, without the cached range, which belongs to a tensor of the original."""
         return {**self.__dict__, "_clamp_cache": None}
 
     def _clamp_range(self, limit: float) -> tuple[Tensor, Tensor]:
@@ -297,9 +297,9 @@ class FutureGradient(PackedSynthesizer):
         return self._clamp_cache.range
 
     def regress(self, trigger: State, context: Any, targets: list[State | None]) -> Regression:
-        """Returns the loss that trains the future model, its mean loss on the next m steps, for the caller to backpropagate.
+        """Returns the predictor's mean loss on the steps that it predicts, for the caller to backpropagate.
 
-        The targets are only compared with the messages.
+        This loss trains the predictor. The targets are only compared with the messages.
 
         Args:
             trigger: the state.
@@ -307,7 +307,7 @@ class FutureGradient(PackedSynthesizer):
             targets: one for each horizon, None for a horizon that is not compared.
 
         Returns:
-            The model's loss, and the diagnostics of the messages against the targets.
+            The predictor's loss, and the diagnostics of the messages against the targets.
 
         Raises:
             ValueError: a target and its message differ in shape or dtype, or the context is invalid (see `predict`).
@@ -319,7 +319,7 @@ class FutureGradient(PackedSynthesizer):
             wanted = self._wanted(trigger, targets, trained)
             found = self._outputs(bounded, gate, context).messages[:, trained]
             scales = self._scales()[trained]
-            # If all targets so far were zero, there is no unit to express a message in; it counts as zero.
+            # If all targets so far were zero, messages have no unit and count as zero.
             found = torch.where(scales > 0, found / scales, 0)
             error = (found - wanted).square().mean((0, 2))
             return Regression(loss, *self._measured(error, found, wanted, trained, len(targets)))

@@ -7,7 +7,7 @@ through its hidden layer has the form of the gradient itself. `FutureGradient` i
 passes the product to regressed heads as features.
 
 Source: ours. Czarnecki et al. 2017, "Sobolev Training for Neural Networks", arXiv 1706.04859, train a synthetic gradient as
-the gradient of a predicted loss. Here the model predicts outputs and learns from their targets alone.
+the gradient of a predicted loss. Here the model predicts the outputs of steps and learns from the steps' targets alone.
 
 Legend: B = lanes, S = numbers in one lane's packed state, m = lookahead in steps, K = parts of the lookahead, E = width of
 an encoded input, F = hidden units, Q = width of the outputs that `loss_fn` takes.
@@ -26,7 +26,7 @@ from dni_seq.core.windows import Lookahead, check_unreduced, next_steps
 from dni_seq.synthesizers.predictor import Predictor, StepLosses
 
 SEEN = 4
-"""Number of inputs, the step's own and the latest ones before it, from which a step's outputs are predicted."""
+"""Number of inputs from which the outputs of a step are predicted: the input of the step and the latest ones before it."""
 
 
 class FutureModel(Predictor):
@@ -37,11 +37,11 @@ class FutureModel(Predictor):
         z_j = tanh(W_p s + Σ_{i < SEEN} U_i x_{j-i} + b_j),   q_j = D z_j + C_p s + d_p,   step j in part p
         features of p = Σ_{j in p} (Dᵀ ∂ℓ_j/∂q_j) ⊙ (1 - z_j²) = ∂(Σ_{j in p} ℓ_j) / ∂(W_p s)
 
-    SEEN is 4: each step sees its own input and the 3 inputs before it, never a later one, which in a language model would be
-    its target. Inputs before the first of the m steps count as zero. The m steps are cut into K equal parts. Each part p
-    reads the state with its own weights W_p, C_p, because a state holds different information about near and far steps.
-    W_p, U_i, b_j, D, C_p and d_p are learned. The features are the gradient at W_p s alone; `gradients` returns the whole
-    gradient with respect to s, which is a message.
+    SEEN is 4: the prediction of a step uses the step's input and the 3 inputs before it, never a later input, which in a
+    language model would be the step's target. Inputs before the first of the m steps count as zero. The m steps are cut into
+    K equal parts. Each part p reads the state with separate weights W_p, C_p, because a state holds different information
+    about near and far steps. W_p, U_i, b_j, D, C_p and d_p are learned. The features are the gradient with respect to W_p s
+    alone; `gradients` returns the whole gradient with respect to s, which is a message.
 
     Source: ours; Czarnecki et al. 2017, arXiv 1706.04859, is related.
 
@@ -97,8 +97,9 @@ class FutureModel(Predictor):
     def forward(self, flat: Tensor, context: Any) -> tuple[Tensor, Tensor]:
         """Computes features from the gradient of the loss, and the mean loss.
 
-        Steps after the end of a sequence, and steps that do not count in the loss, contribute zero to both. Both have a
-        graph, so a regression on the features trains this model too; in the features ∂ℓ_j/∂q_j is detached.
+        Steps after the end of a sequence, and steps that do not count in the loss, contribute zero to the features and the
+        loss. Both have a graph, so a regression on the features trains this model too. In the features ∂ℓ_j/∂q_j is
+        detached.
 
         Args:
             flat: packed states [B, S].
@@ -165,7 +166,10 @@ class FutureModel(Predictor):
         return (error @ self.output.weight) * (1 - hidden.square()), total
 
     def _recent(self, lookahead: Lookahead) -> Tensor:
-        """Returns the encoded inputs of each step and of the steps before it, [m, B, seen E]; missing ones are zeros."""
+        """Returns the encoded inputs of each step and of the `seen` - 1 steps before it, [m, B, `seen` · E].
+
+        Inputs before the first of the m steps are zeros.
+        """
         encoded = self.inputs(lookahead.inputs)
         if self.seen == 1:
             return encoded

@@ -1,12 +1,12 @@
-"""Predictors that reach far: one reading of the state, and a learned gate for each step before or after it.
+"""Predictors of many steps before or after a state: one product with the state for all steps, and a gate for each step.
 
-`FutureModel` gives every part of its steps weights of its own, which far steps are too many for. Here all steps share one
-product with the state, and a gate selects what a step needs of it. A predictor of the past needs no future, so it is the one
-that serves a live stream.
+`FutureModel` has separate weights for each part of its steps, and many steps would need too many weights. Here all steps
+share one product with the state, and a gate selects what each step needs of this product. A predictor of the past needs no
+future steps, so it can be used on a live stream.
 
 Source: ours. Trinh et al. 2018, arXiv 1803.00144, unroll a second network from a state to predict or reconstruct; here no
-network is unrolled. Predicting states of the world from a memory: Sun et al. 2017, "Predictive-State Decoders", arXiv
-1709.08520.
+network is unrolled. Sun et al. 2017, "Predictive-State Decoders", arXiv 1709.08520, train states to predict future
+observations.
 
 Legend: B = lanes, S = numbers in one lane's packed state, m = reach in steps, n = steps in the loss, E = width of an encoded
 input, F = units, Q = width of the outputs that `loss_fn` takes.
@@ -26,18 +26,18 @@ from dni_seq.core.windows import check_unreduced, next_steps, previous_steps
 from dni_seq.synthesizers.predictor import Predictor, StepLosses
 
 CONTEXT_UNITS = 64
-"""Default units of the GRU that reads the inputs ahead."""
+"""Hidden units of the GRU that reads the inputs of the next steps."""
 
 LARGEST_WEIGHT = 8.0
-"""Limit on the weight of a drawn step, which stands for all steps of its stretch."""
+"""Limit on the weight of a drawn step. A drawn step stands for all steps of its stretch."""
 
 
 class Offsets(nn.Module):
     """Chooses which of m steps one call predicts: all of them, or one from each of n stretches.
 
-    The stretches grow with the distance: their bounds are spaced evenly on a logarithmic scale. A step that stands for a
-    stretch of w steps has the weight w, at most `LARGEST_WEIGHT`, so that up to this limit the expected loss is that of all
-    steps.
+    The stretches grow with the distance from the state: their bounds are spaced evenly on a logarithmic scale. A step that
+    is drawn from a stretch of w steps has the weight w, or `LARGEST_WEIGHT` if w is larger. If no w is larger, the expected
+    loss is the loss of all m steps.
 
     Args:
         steps: m, the number of steps to choose from.
@@ -64,7 +64,7 @@ class Offsets(nn.Module):
         self.register_buffer("lengths", torch.tensor(bounds).diff(), persistent=False)
 
     def forward(self) -> tuple[Any, Tensor | None]:
-        """Returns the chosen steps, [n] or a slice of all, and their weights [n, 1], None for 1."""
+        """Returns the indices of the chosen steps, [n] or a slice of all, and their weights [n, 1], or None if all are 1."""
         if self.draws is None:
             return slice(None), None
         drawn = (torch.rand(self.count, device=self.first.device) * self.lengths).long()
@@ -72,21 +72,24 @@ class Offsets(nn.Module):
 
 
 def stretches(steps: int, count: int) -> list[int]:
-    """Returns the bounds of `count` stretches of 0..steps that grow evenly on a logarithmic scale, one step or more each."""
+    """Returns the count + 1 bounds of `count` stretches that divide `steps` steps, evenly spaced on a logarithmic scale.
+
+    Each stretch has at least one step.
+    """
     bounds = [0]
     for left in range(count, 0, -1):
-        # The ratio that the stretches still to come would have, counted from one step before the first.
+        # The factor from one of the remaining bounds to the next. A bound counts plus 1, because the first one is 0.
         ratio = ((steps + 1) / (bounds[-1] + 1)) ** (1 / left)
         bounds.append(min(max(bounds[-1] + 1, round((bounds[-1] + 1) * ratio) - 1), steps - left + 1))
     return bounds
 
 
 class GatedPredictor(Predictor):
-    """What `GatedFuture` and `GatedPast` share: one reading tanh(W s) of the state, and the steps that a call predicts.
+    """Base class of `GatedFuture` and `GatedPast`: reads the state as tanh(W s), and chooses the steps that a call predicts.
 
     Args:
-        size: S.
-        steps: m, the number of inputs before the state that it can predict.
+        size: S, the width of a lane's packed state.
+        steps: m, the number of steps before or after the state that can be predicted.
         outputs: Q, the width of the predicted outputs.
         loss_fn: unreduced losses [n, B] of predicted steps.
         units: F, the number of hidden units.
@@ -111,17 +114,18 @@ class GatedPredictor(Predictor):
 
 
 class GatedFuture(GatedPredictor):
-    """Predicts the outputs of the next m steps from a state and the inputs up to each of them.
+    """Predicts the outputs of the next m steps, each from a state and the inputs after the state up to this step.
 
         z_j = tanh(W s) ⊙ tanh(V c_j + b_j),   q_j = D z_j,   c_j = GRU(x_1 .. x_j)        j = 1..m
 
-    x_j is the encoded input of step j after the state, q_j its predicted output. W, V, b_j, D and the GRU are learned.
+    x_j is the encoded input of step j after the state, c_j is the GRU's output at this step, and q_j is the predicted output
+    of this step. W, V, b_j, D and the GRU are learned.
 
     Source: ours; Trinh et al. 2018, arXiv 1803.00144, unroll a second network from the state.
 
     Args:
         size: S, the width of a lane's packed state.
-        steps: m, the number of steps after the state that it can predict.
+        steps: m, the number of steps after the state that can be predicted.
         inputs: module from `Lookahead.inputs` [m, B, ...] to [m, B, E]. It is registered as a submodule.
         inputs_width: E, the width of an encoded input.
         outputs: Q, the width of the predicted outputs.
@@ -176,13 +180,14 @@ class GatedPast(GatedPredictor):
 
         z_j = tanh(W s) ⊙ g_j,   q_j = D z_j        j = 0..m-1
 
-    q_j predicts the input j steps before the one that led to the state. W, g_j and D are learned.
+    q_0 predicts the input that led to the state, and q_j the input j steps earlier. g_j is a gate of F numbers for step j.
+    W, g_j and D are learned.
 
     Source: ours; Trinh et al. 2018, arXiv 1803.00144, reconstruct earlier inputs with a second network.
 
     Args:
         size: S, the width of a lane's packed state.
-        steps: m, the number of inputs before the state that it can predict.
+        steps: m, the number of inputs before the state that can be predicted.
         outputs: Q, the width of the predicted outputs.
         loss_fn: `loss_fn(outputs [n, B, Q], inputs [n, B, ...])`, unreduced losses [n, B].
         units: F, the number of hidden units.
@@ -224,7 +229,7 @@ class GatedPast(GatedPredictor):
         return StepLosses(losses, valid, weights)
 
     def _outputs(self, read: Tensor, gates: Tensor) -> Tensor:
-        """Returns D (tanh(W s) ⊙ g_j) [n, B, Q] from tanh(W s) [B, F] and gates [n, 1, F], by the smaller product."""
+        """Returns D (tanh(W s) ⊙ g_j) [n, B, Q] from tanh(W s) [B, F] and gates [n, 1, F], in the cheaper of two ways."""
         if self.output.out_features >= len(read):
             return self.output(read * gates)
         weights = (self.output.weight * gates).flatten(0, 1)  # [n Q, F]
@@ -238,10 +243,10 @@ class JointPredictor(Predictor):
     Source: ours.
 
     Args:
-        predictors: predictors of one part each.
+        predictors: the predictors, each with one part (`parts` = 1).
 
     Raises:
-        ValueError: there is no predictor, or one has several parts.
+        ValueError: there is no predictor, or a predictor has several parts.
     """
 
     def __init__(self, predictors: Sequence[Predictor]) -> None:
@@ -269,7 +274,7 @@ class JointPredictor(Predictor):
 
 
 def _joined_weights(found: Sequence[StepLosses]) -> Tensor | None:
-    """Returns the weights of several losses, [n, 1], None if all are 1."""
+    """Returns the weights of all steps of several losses, [n, 1]; None if all weights are 1."""
     if all(each.weights is None for each in found):
         return None
     rows = [each.losses.new_ones(len(each.losses), 1) if each.weights is None else each.weights for each in found]

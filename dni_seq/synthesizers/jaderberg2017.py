@@ -1,9 +1,9 @@
 """Jaderberg2017Synthesizer: the published synthesizer for recurrent networks, as a baseline.
 
 Source: Jaderberg et al. 2017, arXiv 1608.05343, section 3.1: one hidden layer, a last layer that starts at zero, raw
-targets, and no bound for LSTM cells. The paper unrolls one more core, so that a boundary's gradient is predicted after the
-next input has been seen; here that input is the synthesizer's context. With `synthetic_scale` and `discount` both 0.1,
-messages are used as in the paper. More than one horizon is ours, to add only horizons to the published recipe.
+targets, and no bound for LSTM cells. The paper runs the RNN one step further, so that the gradient at the end of a window is
+predicted after the RNN has read the next input. Here the next input is the synthesizer's context. With `synthetic_scale` and
+`discount` both 0.1, messages are used as in the paper. More than one horizon is ours: it changes nothing else in the recipe.
 
 Legend: B = lanes, H = hidden units, L = layers, E = width of the context.
 """
@@ -52,7 +52,7 @@ class NextInput(nn.Module):
 
 
 class Jaderberg2017Synthesizer(nn.Module):
-    """Predicts the gradient of a layer's state with one perceptron per horizon, each with one hidden layer.
+    """Predicts the gradient of a layer's state; each horizon has a perceptron with one hidden layer.
 
     Leaves are concatenated along their last dimension, so the gradients of h and c of an LSTM layer are predicted together
     from both. All layers of a stacked state share the perceptron.
@@ -65,7 +65,7 @@ class Jaderberg2017Synthesizer(nn.Module):
     """
 
     recommended = Recommended(synthetic_scale=0.1, discount=0.1)
-    """What the paper uses."""
+    """The scale and the discount of the paper."""
 
     def __init__(self, width: int, *, hidden: int, encoder: nn.Module | None = None, horizons: int = 1) -> None:
         super().__init__()

@@ -14,9 +14,9 @@ from dni_seq.core.states import State
 class KeyOrder(nn.Module):
     """Brings the entries of triggers into one order, so that a parameter always belongs to the same entry.
 
-    The order is that of `like`, or else that of the first trigger with keys. If there are keys, their order is saved in the
-    state dict as the text "keys", a tensor of bytes. Older versions saved none; what they saved gets the order of the first
-    trigger.
+    The order is that of `like`, or without `like` that of the first trigger with keys. If there are keys, the state dict
+    holds their order as an entry "keys", a text in a tensor of bytes. A state dict of an older version has no such entry.
+    The order is then found as for a new module.
 
     Args:
         like: a nest whose order never changes, such as an example of the state. None for the order of the first trigger.
@@ -29,7 +29,7 @@ class KeyOrder(nn.Module):
         self._places = states.paths(like)
 
     def arrange(self, trigger: State) -> State:
-        """Returns `trigger` with its entries in this order.
+        """Returns `trigger` with its entries in the order of this module.
 
         Raises:
             ValueError: the keys are not those of the first trigger, or of the example.

@@ -1,8 +1,8 @@
 """LeastSquaresHeads: a synthesizer whose last layer is a least-squares fit, so that it follows a fast-learning RNN.
 
 The map from a state to its gradient changes with every update of the RNN. Gradient descent needs hundreds of windows to
-learn this map, and by then the map has changed. Given the features of a trunk, the best linear head has a closed form,
-computed from exponentially decaying sums over the latest windows.
+learn this map, and after these windows the map has changed. Given the features of a trunk, the best linear head has a closed
+form, which is computed from exponentially decaying sums over the latest windows.
 
 Source: recursive least squares with forgetting, known from adaptive filters (Haykin, Adaptive Filter Theory). Its use for
 synthetic gradients is ours.
@@ -36,7 +36,8 @@ class LeastSquaresHeads(PackedSynthesizer, CountsOnHost):
     Args:
         example: a state of the model, such as `model.initial_state(1)`. Its values and its number of lanes do not matter.
         horizons: N, number of messages.
-        memory: lanes per feature that the sums remember: a target's weight falls to 1/e after memory · F lanes.
+        memory: how slowly old targets decay in the sums. Each regression adds one target for each lane, and the weight of a
+            target falls to 1/e after memory · F further targets.
         ridge: share of the mean of the covariance's diagonal that is added to the diagonal.
         solve_every: regressions between two solutions.
         cells: which leaves are LSTM cell states, such as `LSTM_CELLS`. False for none.
@@ -44,7 +45,8 @@ class LeastSquaresHeads(PackedSynthesizer, CountsOnHost):
             plain mean instead.
         limit: the largest absolute value in a message, in units of the running root mean square of its targets. None for
             no limit.
-        hidden: sizes of the trunk's hidden layers. Default: (256,). Empty for none; F then grows with the lookahead.
+        hidden: sizes of the trunk's hidden layers. Default: (256,). If empty, the features are the state and the encoded
+            context themselves, so F grows with the lookahead.
         batch_dim: dimension of the lanes in the state's leaves, an int or a nest. Default: see `Packing`.
         encoder: module that encodes the context, such as `LookaheadEncoder`. Default: None, for no context.
         future: function `S -> FutureModel`, where S is the width of a lane's packed state; its features are added to the

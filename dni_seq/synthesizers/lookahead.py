@@ -27,11 +27,11 @@ class LookaheadEncoder(nn.Module):
             `nn.Linear` for vectors. It is registered as a submodule and trains with the synthesizer.
         targets: module from `Lookahead.targets` [m, B, ...] to [m, B, E_targets], in the same way.
         features: E_inputs + E_targets, the width of one encoded step without its flags. If None, both widths are read from
-            an `nn.Embedding` or `nn.Linear`.
+            `inputs` and `targets`, each an `nn.Embedding` or `nn.Linear`.
 
     Attributes:
         steps: the number of steps encoded.
-        features: width of the whole code, m (E_inputs + E_targets + 2).
+        features: width of the code of all m steps, m · (E_inputs + E_targets + 2).
 
     Raises:
         ValueError: `steps` is not positive, or a width is unknown.

@@ -2,7 +2,7 @@
 
 Source: Jaderberg et al. 2017, arXiv 1608.05343, section 3.1. We differ in four points: each horizon has its own head, so
 that only the tail bootstraps on itself; the lookahead may have more than one step; LSTM cells are bounded; targets are
-normalised. docs/concepts/equations.md has the equations, docs/results/regressed.md measurements.
+normalised. docs/concepts/equations.md has the equations, and docs/results/regressed.md has measurements.
 
 Legend: B = lanes, H = hidden units, L = layers, S = numbers in one lane's state, N, K = horizons, m = lookahead in steps.
 """
@@ -39,15 +39,16 @@ class Horizons(CountsOnHost):
         target of the tail = J_kᵀ (E_K + γ tail)(s_{k+1})   if `tail` is set
         injected           = c (Σ_n γ^{n-1} w_n E_n + γ^K w_tail tail)
 
-    a_k is the gradient of window k's loss with respect to its first state s_k, J_k = ∂s_{k+1}/∂s_k, c is the trainer's
-    `synthetic_scale` and γ its `discount`. Only the tail bootstraps on itself. γ, c and the weights may change at any time
-    without retraining the heads E_1..E_K; only the tail's target depends on γ.
+    E_n(s) is the message of horizon n at state s. a_k is the gradient of window k's loss with respect to the window's first
+    state s_k, J_k = ∂s_{k+1}/∂s_k, c is the trainer's `synthetic_scale`, γ is the trainer's `discount`, and w are the
+    `weights`. Only the tail bootstraps on itself. γ, c and the weights may change at any time without retraining the heads
+    E_1..E_K; only the tail's target depends on γ.
 
     Source: Jaderberg et al. 2017, arXiv 1608.05343, section 3.1, with one head for each horizon.
 
     Args:
         heads: `StateHeads`, `LeastSquaresHeads`, `FutureGradient`, or a module whose `predict(trigger, context)` returns the
-            messages E_1..E_K, then the tail.
+            messages E_1..E_K and then, with `tail`, the message of the tail.
         horizons: K, the number of windows that get a message of their own.
         tail: whether a last head predicts the gradient of all windows after the K-th.
         draw: train only one head per window, drawn at random. This costs one vector-Jacobian product instead of K.
@@ -55,8 +56,8 @@ class Horizons(CountsOnHost):
 
     Attributes:
         horizons: K, the number of windows that get a message of their own.
-        weights: w, a list with one number for each head, the tail's last. All start at 1 and may be set at any
-            time; 0 skips a head's injection. They are not part of the state dict.
+        weights: w, a list with one number for each head; the last is that of the tail. All start at 1 and may be set at any
+            time. A head with the weight 0 is not injected. The state dict does not hold the weights.
         self_supervised: True if the heads learn from the lookahead's inputs and targets. The trainer's targets then serve
             only to evaluate their messages.
         draws: int64 buffer, 0-d, number of regressions so far; it seeds the next draw.
@@ -83,11 +84,11 @@ class Horizons(CountsOnHost):
 
     @property
     def recommended(self) -> Recommended:
-        """The settings that the heads recommend to the trainer: scale, discount, clipping and windows per target."""
+        """The settings that the heads recommend to the trainer: c, γ, the clipping limit and `regress_every`."""
         return recommended(self.heads)
 
     def predict(self, trigger: State, context: Any) -> list[State]:
-        """Returns the messages for horizons 1 to K, then the tail's if there is one, each with the trigger's structure.
+        """Returns the messages of horizons 1 to K, then that of the tail if there is a tail, in the trigger's structure.
 
         Messages are gradients of the trainer's loss, before scale, discount and `weights`.
         """
@@ -127,7 +128,7 @@ class Horizons(CountsOnHost):
     def target_rule(self, scale: float, discount: float) -> TargetRule:
         """Returns the `TargetRule` of the next window: the coefficients of injection and targets in the equations above.
 
-        The trainer calls it once for each window; it changes nothing.
+        The trainer calls this method once for each window. The method changes nothing.
 
         Args:
             scale: c, the trainer's `synthetic_scale`.

@@ -20,7 +20,7 @@ LSTM_CELLS = (False, True)
 
 
 class GatedCells(nn.Module):
-    """Wraps a synthesizer for LSTM states: it sees tanh(c), and its message for c is multiplied by 1 - tanh²(c).
+    """Wraps a synthesizer for LSTM states: the synthesizer sees tanh(c), and its message for c is times 1 - tanh²(c).
 
     The true gradient of a saturated cell vanishes, but a predicted one does not, and an RNN that follows the prediction lets
     its cell state grow without bound.
@@ -42,7 +42,7 @@ class GatedCells(nn.Module):
         self.cells = cells
 
     def predict(self, trigger: State, context: Any) -> list[State]:
-        """Returns one message for each horizon of the wrapped synthesizer, bounded at the cells as in `forward`.
+        """Returns one message for each horizon of the wrapped synthesizer, with cells bounded as in `forward`.
 
         Raises:
             ValueError: `cells` is a nest whose keys or number of leaves differ from the trigger's.
@@ -88,7 +88,7 @@ class RunningRMS(nn.Module):
 
         Args:
             like: one tensor of the target's shape for each leaf of each horizon.
-            targets: one tensor for each leaf of each horizon, None if it has no target.
+            targets: one tensor for each leaf of each horizon; None for a leaf without a target.
         """
         with torch.no_grad():
             fresh = [None if target is None else _mean_square(target) for target in targets]
@@ -131,10 +131,10 @@ class Normalized(nn.Module):
     """Wraps a synthesizer so that it regresses in units of its targets' running root mean square.
 
     Targets are divided by the running root mean square and messages are multiplied by it, so messages and targets are raw
-    gradients outside of this module. Raw gradients of a state are 1e-5 to 1e-2 per unit and drift tenfold in a run. They are
-    too small for an optimizer's epsilon, and they depend on the number of lanes.
+    gradients outside of this module. The raw gradient at one hidden unit is between 1e-5 and 1e-2, and changes tenfold
+    during a training run. Such gradients are too small for an optimizer's epsilon, and they depend on the number of lanes.
 
-    Source: ours; docs/results/characters.md measures it beside the published recipe.
+    Source: ours; docs/results/characters.md compares it with the published recipe.
 
     Args:
         synthesizer: the module to wrap. Its messages are in normalised units.
@@ -181,7 +181,7 @@ class Normalized(nn.Module):
         Args:
             trigger: the state.
             context: the context at that state, as `forward` takes it.
-            targets: one for each horizon, a gradient of the trainer's loss, or None for a horizon without a target.
+            targets: one for each horizon: a gradient of the trainer's loss, or None for a horizon without a target.
 
         Raises:
             ValueError: a target and its message differ in their keys, the number of tensors, a shape or a dtype.

@@ -24,11 +24,11 @@ from dni_seq.synthesizers.packing import Packing
 
 
 class Outputs(NamedTuple):
-    """The result of `PackedSynthesizer.outputs`.
+    """The result of `PackedSynthesizer._outputs`.
 
     Attributes:
-        messages: [B, N, S], gated. Normalised, except for `FutureGradient`, whose messages are raw.
-        features: the features that `learn` needs, or None.
+        messages: [B, N, S], multiplied by the gate. The messages of `FutureGradient` are raw, all others are normalised.
+        features: the features that `_learn` needs, or None.
         loss: 0-d, the loss of a future model that provides features, or None.
     """
 
@@ -44,7 +44,7 @@ class PackedSynthesizer(nn.Module):
     third of the small operations, which dominate the time of a short window's step.
 
     Args:
-        network: the trunk with or without heads, or a `StatePredictor`; it has `packing` and `horizons`.
+        network: a `StateTrunk`, a `StateNetwork` or a `StatePredictor`, which have the attributes `packing` and `horizons`.
         example: a state of the model, such as `model.initial_state(1)`. Its values and its number of lanes do not matter.
         cells: which leaves are LSTM cell states, such as `LSTM_CELLS`. False for none.
         decay: factor of the old value in the running mean of squared targets. The first 1 / (1 - decay) updates form a
@@ -126,7 +126,7 @@ class PackedSynthesizer(nn.Module):
     def regress(self, trigger: State, context: Any, targets: list[State | None]) -> Regression:
         """Computes the mean squared error in normalised units, plus the loss of a future model if there is one.
 
-        The targets are added to the statistics first.
+        The targets are added to the running mean squares first.
 
         Args:
             trigger: the state at which the targets were computed.
@@ -149,7 +149,7 @@ class PackedSynthesizer(nn.Module):
         return Regression(loss, *rows)
 
     def _wanted(self, trigger: State, targets: list[State | None], trained: list[int]) -> Tensor:
-        """Returns the n targets that are not None, [B, n, S], normalised; adds them to the running mean square first."""
+        """Adds the n targets that are not None to the running mean squares; returns these targets normalised, [B, n, S]."""
         like = self.packing.leaves(trigger)
         rows = [self.packing.leaves(target) for target in targets if target is not None]
         for row in rows:
@@ -182,7 +182,7 @@ class PackedSynthesizer(nn.Module):
         return bounded, gate
 
     def _scales(self) -> Tensor:
-        """Returns the root mean square of each number's segment, [N, S]; zero before the first update."""
+        """Returns the root mean square of the segment of each number in a packed state, [N, S]; 0 before an update."""
         return self.mean_square.sqrt()[:, self.packing.segment]
 
     @torch.no_grad()

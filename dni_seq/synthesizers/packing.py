@@ -21,7 +21,7 @@ class Packing(nn.Module):
     """Converts a state's floating-point leaves to one vector per lane, and back.
 
     A segment is a part of the vector that shares one scale: a layer of a leaf [L, B, H], or a whole leaf of any other rank.
-    The entries of a dict are in the order of `example`, whatever their order in a state.
+    In the vector, the entries of a dict have the order of `example`, whatever their order in a state.
 
     Args:
         example: a state with leaves [L, B, H] or [B, H]; only structure and shapes are used, except B.
@@ -66,7 +66,7 @@ class Packing(nn.Module):
         """Checks the lanes' dimensions and the sizes against the trainer's; see `dni_seq.synthesizers.binding.bind`.
 
         Raises:
-            ValueError: the trainer's states have their lanes elsewhere, or have other sizes.
+            ValueError: the trainer's states have their lanes in another dimension than `example`, or have other sizes.
         """
         dims = states.broadcast_to_leaves(state_batch_dim, self._structure, "state_batch_dim")
         shapes = iter(self._shapes)
@@ -98,7 +98,7 @@ class Packing(nn.Module):
         return found
 
     def pack(self, leaves: Sequence[Tensor]) -> Tensor:
-        """Returns a state's floating-point leaves, given in the order of the example, concatenated, [B, S]."""
+        """Concatenates a state's floating-point leaves, given in the order of the example, to [B, S]."""
         moved = [leaf.movedim(d, 0) for leaf, d in zip(leaves, self._dims, strict=True)]
         flat = [leaf.flatten(1) if leaf.dim() > 1 else leaf[:, None] for leaf in moved]
         return torch.cat(flat, dim=1)
@@ -110,7 +110,7 @@ class Packing(nn.Module):
         return states.with_floating(self.order.arrange(like), leaves)
 
     def spans(self, setting: Any, example: State, name: str) -> list[slice]:
-        """Returns the slices of the packed vector of the leaves that `setting`, one bool or a nest of bools, marks."""
+        """Returns the slices of the packed vector that hold the leaves which `setting`, a bool or a nest of bools, marks."""
         values = states.broadcast_to_leaves(setting, example, name)
         chosen = [bool(v) for v, leaf in zip(values, states.flatten(example), strict=True) if states.is_floating(leaf)]
         ends = list(itertools.accumulate(self._sizes))

@@ -16,8 +16,8 @@ class StepLosses(NamedTuple):
 
     Attributes:
         losses: [n, B], the loss of each predicted step.
-        counts: [n, B] bool, True for steps that exist and count.
-        weights: [n, 1], the weight of each step; None for 1.
+        counts: [n, B] bool, True for steps that exist in the sequence and count in the loss.
+        weights: [n, 1], the weight of each step; None if all weights are 1.
     """
 
     losses: Tensor
@@ -38,15 +38,16 @@ class StepLosses(NamedTuple):
 
 
 class Predictor(nn.Module):
-    """Predicts n steps before or after a state; `FutureGradient` sends the gradient of its loss to that state.
+    """Predicts n steps before or after a state; `FutureGradient` sends the gradient of the predictor's loss to the state.
 
-    A subclass sets the attributes and implements `losses`. Its parameters train on the same loss, at every window.
+    A subclass sets the attributes and implements `losses`. The predictor's parameters train on the same loss, at every
+    window.
 
     Source: ours; see `FutureGradient`.
 
     Attributes:
-        steps: number of steps after the state that it reads from a `Lookahead`; 0 for none.
-        past_steps: number of steps before the state that it reads from a `Past`; 0 for none.
+        steps: number of steps after the state that the predictor reads from a `Lookahead`; 0 for none.
+        past_steps: number of inputs before the state that the predictor reads from a `Past`; 0 for none.
         parts: K, the number of parts into which the steps are divided. Each part gives one message.
         predicted: n, the number of predicted steps, each with one loss for each lane.
     """
@@ -118,6 +119,6 @@ class Predictor(nn.Module):
 
     @torch.enable_grad()
     def _at(self, flat: Tensor, context: Any) -> tuple[Tensor, StepLosses]:
-        """Returns one copy of the state for each part [K, B, S], and the losses as a function of it."""
+        """Returns one copy of the state for each part, [K, B, S], and the losses, with a graph to these copies."""
         flats = flat.detach().expand(self.parts, -1, -1).requires_grad_()
         return flats, self.losses(flats, context)

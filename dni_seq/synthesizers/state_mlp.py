@@ -25,7 +25,7 @@ class StateTrunk(nn.Module):
     Args:
         example: a state with leaves [L, B, H] or [B, H]; only structure and shapes are used, except B.
         horizons: N, number of messages.
-        hidden: sizes of the hidden layers, with GELU after each. Empty for none.
+        hidden: sizes of the hidden layers, with GELU after each. Empty for no hidden layer.
         batch_dim: dimension of the lanes in the state's leaves, an int or a nest. Default: see `Packing`.
         encoder: module from a context to [B, E] with an attribute `features` = E. None for no encoded context.
         future: function that makes a `FutureModel` from S; its features are concatenated to those of the hidden layers.
@@ -98,7 +98,7 @@ class StateNetwork(StateTrunk):
         zero_(self.heads)
 
     def packed(self, flat: Tensor, context: Any) -> tuple[Tensor, Tensor | None]:
-        """Returns the messages [B, N, S] for packed states [B, S] in the unit of training, and the loss of `features`."""
+        """Returns messages [B, N, S] for packed states [B, S] in the unit of training, and the loss as `features` does."""
         features, loss = self.features(flat, context)
         return self.heads(features).unflatten(1, (self.horizons, self.packing.size)), loss
 

@@ -40,8 +40,8 @@ class TargetRule(NamedTuple):
         bootstrap: [N, N]; `bootstrap[i][j]` is the coefficient of the message of horizon j in the target of horizon i.
         injection: [N], the coefficient of each message in the injected gradient.
         active: [N], whether each horizon is trained at this window. Targets of the others are not computed.
-        skip_injection: True to inject nothing at s_{k+1} in this window. The ordinary backward pass then leaves a_k at s_k,
-            which is the target of the first horizon, without a vector-Jacobian product.
+        skip_injection: True to inject nothing at s_{k+1} in this window. The gradient that the backward pass brings to s_k
+            is then a_k, the target of the first horizon, so this target needs no further vector-Jacobian product.
         self_supervised: True if the synthesizer learns from the lookahead's inputs and targets. The targets above then
             serve only to evaluate its messages.
     """
@@ -60,14 +60,14 @@ def bootstrapped(scale: float, discount: float) -> TargetRule:
 
 
 def increments(scale: float, discount: float, shares: Sequence[float], tail: bool) -> TargetRule:
-    """Returns the rule of one horizon for each of the next windows, with a last one for all later windows if `tail` is set.
+    """Returns the rule of one horizon for each of the next windows; with `tail`, the last is for all later windows.
 
     The sum of the first n exact messages is the exact gradient of the next n windows' losses.
 
     Args:
         scale: c, the share of the messages that is injected.
         discount: γ; horizon n is injected with γ^(n-1), and the tail's target holds γ times its own next message.
-        shares: [N], a further weight of each horizon in the injected gradient.
+        shares: [N], a factor for each horizon in the injected gradient, besides c and the power of γ.
         tail: whether the last horizon is a tail.
     """
     count = len(shares)

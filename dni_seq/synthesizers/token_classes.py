@@ -1,4 +1,4 @@
-"""Limits a vocabulary to its first ids, which are the most frequent words, so that a predictor stays small."""
+"""Limits a vocabulary to its first ids, so that a predictor stays small. The first ids should be the most frequent ones."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ class FirstTokens(nn.Embedding):
 
 
 def token_embedding(vocabulary: int, classes: int, width: int) -> nn.Embedding:
-    """Returns an embedding of a vocabulary's ids, or of its first `classes` ids if it has more."""
+    """Returns an embedding of a vocabulary's ids with at most `classes` rows.
+
+    If the vocabulary is larger, ids from classes - 1 on share the last row.
+    """
     return FirstTokens(classes, width) if vocabulary > classes else nn.Embedding(vocabulary, width)
 
 
