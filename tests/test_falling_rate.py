@@ -49,5 +49,7 @@ def test_a_changed_trial_runs_by_the_command(study, monkeypatch, tmp_path):
     found = study.run(trial, tmp_path / "trial.pt", tmp_path)
     assert found["steps"] == 10
     assert 1 < found["valid"] < 4
-    assert found["command"].endswith("--bptt 8 --synthesizer multi-horizon --horizons 2 --lr 0.008 --seed 1 --synthetic-scale 0.3")
+    assert found["command"].endswith(
+        "--bptt 8 --synthesizer multi-horizon --horizons 2 --lr 0.008 --seed 1 --synthetic-scale 0.3"
+    )
     assert not (tmp_path / "trial").exists()
