@@ -211,7 +211,11 @@ class SequenceTrainer(TrainerSettings):
             return self._skip_step(around, result, transaction, last)
         # Everything that may fail runs before the optimizers' steps, which cannot be undone.
         passed = good if on_host else good | nothing_counts(measured, window.targets)
-        next_state = self.runner.reset(last if on_host else select_where(passed, last, start), window.ends)
+        reached, again = last, None
+        if not on_host:
+            kept, again = self._stream.if_skipped(start, passed)
+            reached = select_where(passed, last, kept)
+        next_state = self.runner.reset(reached, window.ends)
         synthetic = None
         if credit is not None and exchange is not None:
             past = None if start is None else window._replace(context=context)
@@ -222,7 +226,7 @@ class SequenceTrainer(TrainerSettings):
         if not on_host:
             self._buffers.restore_unless(good)
         self._skip_policy.count(passed)
-        self._stream.follow(around, next_state, passed)
+        self._stream.follow(around, next_state, passed, again)
         self.steps += 1
         return result._replace(synthetic=synthetic, events=self._events(window, result))
 

@@ -103,17 +103,29 @@ class SkipCounter(Restorable):
 
 def has_nonfinite(leaf: Any) -> bool:
     """Returns whether `leaf` is a tensor, real or complex, that holds a NaN or an infinity."""
-    numeric = isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex())
-    return numeric and not bool(leaf.isfinite().all())
+    return is_numeric(leaf) and not bool(leaf.isfinite().all())
+
+
+def is_numeric(leaf: Any) -> bool:
+    """Returns whether `leaf` is a tensor of real or complex numbers, which may be NaN or infinite."""
+    return isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex())
 
 
 def broken_lanes(state: State, batch_dim: Any) -> Tensor | None:
     """Returns the lanes whose state holds a NaN or an infinity, [B] bool, or None if no lane does."""
+    broken = nonfinite_lanes(state, batch_dim)
+    return None if broken is None or not bool(broken.any()) else broken
+
+
+def nonfinite_lanes(state: State, batch_dim: Any) -> Tensor | None:
+    """Returns for each lane whether its state holds a NaN or an infinity, [B] bool, on the device.
+
+    None if no leaf of the state is a tensor of numbers, real or complex, with a dimension of lanes.
+    """
     broken = None
-    for leaf, dim in zip(
-        states.flatten(state), states.broadcast_to_leaves(batch_dim, state, "state_batch_dim"), strict=True
-    ):
-        if has_nonfinite(leaf) and leaf.dim():
+    dims = states.broadcast_to_leaves(batch_dim, state, "state_batch_dim")
+    for leaf, dim in zip(states.flatten(state), dims, strict=True):
+        if is_numeric(leaf) and leaf.dim():
             bad = ~leaf.isfinite().movedim(dim, 0).reshape(leaf.shape[dim], -1).all(dim=1)
             broken = bad if broken is None else broken | bad
     return broken

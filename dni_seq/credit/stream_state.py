@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dni_seq.core import states
-from dni_seq.core.nonfinite import broken_lanes
+from dni_seq.core.nonfinite import broken_lanes, nonfinite_lanes
 from dni_seq.core.states import State
 from dni_seq.core.windows import Nest, first_tensor
 from dni_seq.credit.past_inputs import PastInputs, WindowContexts
@@ -103,11 +103,35 @@ class StreamState:
             leaves.append(leaf)
         return states.unflatten(start, leaves)
 
-    def follow(self, around: WindowContexts, state: State | None, passed: Tensor) -> None:
-        """Sets the state after a window; `passed` (0-d bool) is false if the window was skipped on the device."""
-        self.advance(state, around.window.ends)
+    def if_skipped(self, start: State, passed: Tensor) -> tuple[State, Tensor | None]:
+        """Returns what the next window starts from if the device skips this window, as `stay` sets it on the host.
+
+        Args:
+            start: this window's first state.
+            passed: 0-d bool, false if the window is skipped.
+
+        Returns:
+            The state, in which lanes with a NaN or an infinity are reset, and the lanes that start a sequence with the next
+            window because this one was skipped, [B] bool or None.
+        """
+        broken = nonfinite_lanes(start, self._runner.state_batch_dim)
+        masks = [mask for mask in (broken, self._fresh) if mask is not None]
+        again = torch.stack(masks).any(0) & ~passed if masks else None
+        return self._runner.reset(start, broken), again
+
+    def follow(self, around: WindowContexts, state: State | None, passed: Tensor, again: Tensor | None = None) -> None:
+        """Sets the state after a window.
+
+        Args:
+            around: the window and what is known around it.
+            state: the state.
+            passed: 0-d bool, false if the window was skipped on the device.
+            again: lanes that start a sequence because the window was skipped, from `if_skipped`.
+        """
+        self.advance(state, around.window.ends, again)
         self.past.add(around.window, passed)
         self.inputs.advance(around, passed)
+        self.inputs.forget(again)
 
     def advance(self, state: State | None, *reset: Tensor | None) -> None:
         """Sets the state that the next window starts from.
