@@ -1,13 +1,14 @@
 """Characters with a rate that falls to zero: what do messages and exact gradients bring over truncated BPTT at its best?
 
 python benchmarks/falling_rate.py run --data DIR --max-minutes 60
-    The trials that are missing; several processes may run side by side, and a trial that was stopped resumes.
+    Run the missing trials. Several processes may run side by side, and a trial that was stopped resumes.
 python benchmarks/falling_rate.py table
-    What is on record, as Markdown.
+    Print the recorded results as a table of Markdown.
 
-DIR holds ptb/ptb.train.txt, ptb/ptb.valid.txt and ptb/ptb.test.txt. Penn Treebank by characters, LSTM of 256 units, 64
-lanes, a million characters a run. Each method is tuned over the rate at each T, seed 1, and then runs with seeds 2 and 3.
-At T = 8 the messages are also changed in one respect each. All trials: about 4 process-hours.
+DIR holds ptb/ptb.train.txt, ptb/ptb.valid.txt and ptb/ptb.test.txt. The runs train on Penn Treebank by characters: LSTM of
+256 units, 64 lanes, a million characters in each run. At each T, the learning rate of each method is tuned with seed 1, and
+the best rate then runs with seeds 2 and 3. At T = 8 there are also runs with one change of a method. All trials need about
+4 process-hours.
 
 Legend: T = window length in steps, c = share of the message that is injected.
 """
@@ -37,7 +38,7 @@ METHODS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "exact": {"synthesizer": "exact", "exact-steps": 4},
     }
 )
-"""Options of the command by method. `multi-horizon` predicts K windows at each T, max(2, 4 / T) rounded up."""
+"""The options of the training command by method. `multi-horizon` predicts K windows at each T, max(2, 4 / T) rounded up."""
 
 CHANGED: Mapping[str, tuple[str, Mapping[str, Any]]] = MappingProxyType(
     {
@@ -47,10 +48,10 @@ CHANGED: Mapping[str, tuple[str, Mapping[str, Any]]] = MappingProxyType(
         "by SGD, rate 20": ("none", {"optimizer": "sgd", "lr": 20.0}),
     }
 )
-"""Changes at T = 8 and the first seed: of which method, and the options."""
+"""The changes that are tried at T = 8 with the first seed: by name, the changed method and the options that change it."""
 
 WINDOWS, RATES, SEEDS = (1, 8, 2, 4), (4e-3, 8e-3, 1.6e-2), (1, 2, 3)
-"""Window lengths in order of value, first rates, and seeds."""
+"""Window lengths, the most important first; the learning rates that are tried first; and the seeds."""
 
 CHANGED_WINDOW, CHANGED_RATE = 8, 8e-3
 
@@ -58,26 +59,26 @@ COMMON: Mapping[str, Any] = MappingProxyType(
     {"dataset": "ptb", "tokenizer": "char", "hidden": 256, "embed": 64, "layers": 1, "dropout": 0, "batch-size": 64}
     | {"clip": 1, "schedule": "linear", "max-tokens": 1_000_000}
 )
-"""Options of each run."""
+"""The options that all runs have."""
 
 
 def trial_of(bptt: int, method: str, rate: float, seed: int = 1) -> Trial:
-    """A trial's settings."""
+    """Returns the settings of a trial."""
     return {"T": bptt, "method": method, "lr": rate, "seed": seed}
 
 
 def bits(line: Line) -> float:
-    """Validation bits a character, by which rates are chosen."""
+    """Returns the validation bits a character of a line, by which learning rates are chosen."""
     return float(line["valid"])
 
 
 def tuning(bptt: int, method: str, known: dict[str, Line]) -> tuple[list[Trial], float | None]:
-    """The trials of a method at T with the first seed, and its best rate once it is bracketed."""
+    """Returns the trials that tune a method at T with the first seed, and the best rate; see `bracket_rate`."""
     return bracket_rate(known, lambda rate: trial_of(bptt, method, rate), RATES, bits)
 
 
 def plan(known: dict[str, Line]) -> Iterator[Trial]:
-    """Every trial that can be run now: window by window the rates of each method, then the other seeds, then the changes."""
+    """Yields every trial that can be run now: at each T the rates of each method, then the other seeds; last the changes."""
     for bptt in WINDOWS:
         found = {method: tuning(bptt, method, known) for method in METHODS}
         for trials, _ in found.values():
@@ -89,7 +90,7 @@ def plan(known: dict[str, Line]) -> Iterator[Trial]:
 
 
 def options_of(trial: Trial) -> dict[str, Any]:
-    """The options of a trial's command."""
+    """Returns the options of the training command for a trial."""
     changed: Mapping[str, Any] = CHANGED[trial["changed"]][1] if "changed" in trial else {}
     ahead = {"horizons": default_horizons(trial["T"])} if trial["method"] == "multi-horizon" else {}
     own = {"bptt": trial["T"], **METHODS[trial["method"]], **ahead, "lr": trial["lr"], "seed": trial["seed"]}
@@ -97,7 +98,7 @@ def options_of(trial: Trial) -> dict[str, Any]:
 
 
 def run(trial: Trial, checkpoint: Path, data: Path) -> Line:
-    """Trains by the command, as a user would; returns bits of the best checkpoint."""
+    """Trains with the command that a user would type, and returns the bits of the best checkpoint."""
     folder = checkpoint.with_suffix("")
     summary = train(options_of(trial), data, folder)
     shutil.rmtree(folder)
@@ -107,14 +108,17 @@ def run(trial: Trial, checkpoint: Path, data: Path) -> Line:
 
 
 def cell(values: list[float]) -> str:
-    """A number, or mean and standard deviation of several."""
+    """Returns the text of one number, or mean and standard deviation of several."""
     if len(values) < 2:
         return "".join(f"{value:.3f}" for value in values)
     return plus_minus(values, 3)
 
 
 def best_runs(known: dict[str, Line], bptt: int, method: str) -> list[Line]:
-    """The runs of a method at T with the best rate on record, one a seed; none without one."""
+    """Returns the runs of a method at T with the rate that is best for the first seed, one run for each seed.
+
+    The list is empty if the method has no run at T with the first seed.
+    """
     wanted = {"T": bptt, "method": method}
     own = [line for line in known.values() if "changed" not in line["trial"] and line["trial"].items() >= wanted.items()]
     first = [line for line in own if line["trial"]["seed"] == SEEDS[0]]
@@ -125,7 +129,7 @@ def best_runs(known: dict[str, Line], bptt: int, method: str) -> list[Line]:
 
 
 def table(lines: Iterable[Line]) -> str:
-    """The best runs of each method at each T, and the changes at one T, as a table of Markdown."""
+    """Returns a table of Markdown: the runs of each method at each T with its best rate, and the changes at T = 8."""
     known = {key_of(line["trial"]): line for line in lines if "trial" in line}
     rows = []
     for bptt in sorted(WINDOWS):
@@ -144,7 +148,7 @@ def table(lines: Iterable[Line]) -> str:
 
 
 def row(bptt: str, name: str, runs: list[Line], base: list[Line]) -> list[str]:
-    """A row of the table."""
+    """Returns a row of the table for runs that differ only in the seed. `base` has the runs of truncated BPTT at this T."""
     gain = f"{mean(map(bits, base)) - mean(map(bits, runs)):+.3f}" if base and base != runs else NOTHING
     options = options_of(runs[0]["trial"])
     scores = [cell([line[split] for line in runs]) for split in ("valid", "test")]
@@ -153,7 +157,7 @@ def row(bptt: str, name: str, runs: list[Line], base: list[Line]) -> list[str]:
 
 
 def main() -> None:
-    """The command."""
+    """Runs the command."""
     parser = study_parser(__doc__ or "", parts=("run", "table", "plan"))
     parser.set_defaults(results=Path("docs/results/falling_rate.jsonl"), scratch=Path("runs/falling_rate"))
     parser.add_argument("--data", type=Path, default=Path("data"), metavar="DIR")

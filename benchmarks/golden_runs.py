@@ -1,18 +1,18 @@
-"""Do two checkouts of this project train the same numbers? Short runs of the commands, compared bit by bit.
+"""Compares two checkouts of this project: do short runs of the commands give bit-identical numbers?
 
 python benchmarks/golden_runs.py compare --base ../before --data-dir data
-    Records the runs below in this checkout and in the one at ../before, in turns on this machine, and lists every
-    difference. Exit status 1 if there is one.
+    Record the runs in this checkout and in the one at ../before, side by side on this machine, and list every difference.
+    The exit status is 1 if there is a difference.
 python benchmarks/golden_runs.py record --output mine.jsonl
-    One checkout alone. Numbers differ between machines: compare files from one machine only.
+    Record the runs of this checkout only. Numbers differ between machines, so compare only files from one machine.
 
-A checkout to compare with: `git worktree add ../before COMMIT`. The runs are 200 windows of `train_lm.py` on the embedded
-corpus by characters, the same on Penn Treebank by words (with --data-dir), and 200 windows of `train_tasks.py` on copying:
-every kind of synthesizer and target, with LSTM and GRU, one thread. Of each run it compares every loss, every loss of the
-synthesizer, the parameters at the end, and the final scores. Two runs that end with the same parameters count as an error:
-the options of one of them had no effect, so that it would show nothing.
+`git worktree add ../before COMMIT` makes a checkout to compare with. The runs cover every kind of synthesizer and target,
+with LSTM and GRU, on one thread. A kind and cell have three runs of 200 windows: `train_lm.py` on the embedded corpus by
+characters, with --data-dir also on Penn Treebank by words, and `train_tasks.py` on copying. The comparison covers all losses
+of the model, all losses of the synthesizer, the parameters at the end, and the final scores. If two runs of one checkout end
+with the same parameters, this is an error too: the options of one run then had no effect, and the run would test nothing.
 
-The file uses the commands' options and modules, `SequenceTrainer.step` and `summary.json`.
+The file depends on these parts of a checkout: the commands' options and modules, `SequenceTrainer.step`, `summary.json`.
 """
 
 from __future__ import annotations
@@ -56,17 +56,17 @@ KINDS: Mapping[str, str] = {
     "exact, tail": "exact --tail --bptt 4",
     "exact, fitted tail": "exact --tail --bptt 4 --fit least-squares",
 }
-"""Every kind of synthesizer and target, by its options. Scales are given where "auto" would inject nothing so early."""
+"""The options of every kind of synthesizer and target. Many give a scale, because "auto" injects nothing in a short run."""
 
 SMALL = ["--hidden", "48", "--batch-size", "8", "--threads", "1", "--seed", "3"]
 TEXT = ["--embed", "24", "--max-steps", str(WINDOWS), "--eval-every", "100", "--eval-tokens", "2000"]
 PENN_TREEBANK = ["--dataset", "ptb", "--tokenizer", "word", "--dropout", "0.2"]
 COPY = ["--task", "copy", "--updates", str(WINDOWS), "--start", "6"]
-"""Sequences of 14 steps, in windows of 4: in a single window there would be no message."""
+"""The options of copying. Sequences have 14 steps, in windows of 4, because a sequence of one window gets no message."""
 
 
 def runs(data_dir: Path | None) -> Iterator[tuple[str, str, list[str]]]:
-    """Name, script and options of every run."""
+    """Yields the name, the script and the options of every run."""
     for cell in ("lstm", "gru"):
         for kind, options in KINDS.items():
             more = ["--synthesizer", *options.split(), "--model", cell, *SMALL]
@@ -77,7 +77,7 @@ def runs(data_dir: Path | None) -> Iterator[tuple[str, str, list[str]]]:
 
 
 def record(script: Path, options: list[str]) -> dict[str, Any]:
-    """Runs one command in this process; digests of its losses and parameters, and its final scores."""
+    """Runs one command in this process and returns digests of its losses and parameters, and its final scores."""
     import torch
 
     import dni_seq as dni
@@ -90,7 +90,7 @@ def record(script: Path, options: list[str]) -> dict[str, Any]:
     def watched(self: dni.SequenceTrainer, *args: Any, **more: Any) -> Any:
         result = step(self, *args, **more)
         trainers[:] = [self]
-        if self.model.training:  # a comparison of gradients steps the model in evaluation mode
+        if self.model.training:  # not a step of a comparison of gradients, which has the model in evaluation mode
             losses.append(float(result.loss))
             if result.synthetic is not None:
                 synthetic.append(float(result.synthetic.loss))
@@ -98,7 +98,7 @@ def record(script: Path, options: list[str]) -> dict[str, Any]:
 
     dni.SequenceTrainer.step = watched  # type: ignore[method-assign]
     if script.name == "train_lm.py" and has_schedules():
-        options = [*options, "--schedule", "constant"]  # what older checkouts do, whatever the default is
+        options = [*options, "--schedule", "constant"]  # older checkouts have no other schedule
     with tempfile.TemporaryDirectory() as folder:
         status = main_of(script)([*options, "--run-dir", f"{folder}/run"])
         summary = json.loads(Path(folder, "run", "summary.json").read_text())
@@ -127,23 +127,26 @@ def has_schedules() -> bool:
 
 
 def main_of(script: Path) -> Any:
-    """The function `main` of a command: of the module that its script names, or of the script in an older checkout."""
+    """Returns the function `main` of a command from the module that its script names, or from the script if that has it."""
     named = re.search(r"The code is `(dni_seq[\w.]+)`", script.read_text(encoding="utf-8"))
     return runpy.run_path(str(script))["main"] if named is None else importlib.import_module(named[1]).main
 
 
 def digest(numbers: list[float]) -> str:
-    """A short digest of numbers, equal if and only if every bit is."""
+    """Returns a short digest of numbers. Two digests are equal only if all bits of the numbers are equal."""
     return hashlib.sha256(" ".join(number.hex() for number in numbers).encode()).hexdigest()[:16]
 
 
 def record_all(tree: Path, output: Path, data_dir: Path | None, only: str) -> int:
-    """Records the runs of a checkout, each in a child of one process that has imported everything; the exit status."""
+    """Records the runs of a checkout and returns the exit status.
+
+    Each run has a child process of its own; the parent has already imported everything.
+    """
     sys.path.insert(0, str(tree))
     import dni_seq
 
     assert Path(dni_seq.__file__).is_relative_to(tree), f"{dni_seq.__file__} is not in {tree}"
-    # Imports, so that the children need not. The commands themselves may import torch only when they are called.
+    # Import everything before the child processes start. A command may import torch only when it is called.
     main_of(tree / "scripts" / "train_lm.py")
     for module in ("dni_seq.app.lm.build_trainer", "dni_seq.app.lm.training"):
         with contextlib.suppress(ImportError):  # modules of other checkouts have other names
@@ -169,13 +172,13 @@ def record_all(tree: Path, output: Path, data_dir: Path | None, only: str) -> in
 
 
 def read(path: Path) -> dict[str, dict[str, Any]]:
-    """The runs on record, by name."""
+    """Returns the recorded runs by name."""
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     return {line.pop("run"): line for line in lines}
 
 
 def compare(base: Path, data_dir: Path | None, only: str) -> int:
-    """Records both checkouts side by side, and lists what differs; the exit status."""
+    """Records both checkouts side by side, prints every difference, and returns the exit status."""
     trees = [base.resolve(), Path(__file__).resolve().parents[1]]
     with tempfile.TemporaryDirectory() as folder:
         outputs = [Path(folder, f"{i}.jsonl") for i in range(len(trees))]
@@ -202,7 +205,7 @@ def compare(base: Path, data_dir: Path | None, only: str) -> int:
 
 
 def without_effect(runs: dict[str, dict[str, Any]]) -> Iterator[tuple[str, str]]:
-    """Pairs of runs that end with the same parameters."""
+    """Yields the pairs of runs that end with the same parameters."""
     first: dict[str, str] = {}
     for name, line in runs.items():
         other = first.setdefault(line["parameters"], name)
@@ -211,7 +214,7 @@ def without_effect(runs: dict[str, dict[str, Any]]) -> Iterator[tuple[str, str]]
 
 
 def main() -> int:
-    """The command; returns its exit status."""
+    """Runs the command and returns its exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parts = parser.add_subparsers(dest="part", required=True)
     for name in ("compare", "record"):

@@ -1,16 +1,17 @@
-"""How the cost of a step grows, one quantity at a time, and what credit of a given reach takes in memory; drawn.
+"""Measures how the time of a step grows with one quantity at a time, and the memory that credit over many steps needs.
 
 python benchmarks/growth.py --output docs/results/growth.jsonl --pictures docs/images
-    Every point in a process of its own, five minutes on two cores; pictures need matplotlib. Then record the settings:
-    python -m docs.images.settings growth.png memory.png
+    Measure all points, each in a process of its own, in five minutes on two cores, and draw growth.png and memory.png. The
+    pictures need matplotlib. Then record their settings: python -m docs.images.settings growth.png memory.png
 python benchmarks/growth.py --only lanes horizons
-    Some of it.
+    Measure the points of some quantities only.
 python benchmarks/growth.py --draw --output docs/results/growth.jsonl --pictures docs/images
-    Only draw what is on record.
+    Measure nothing, and draw the recorded points.
 
-Points start from an LSTM of 256 units on 50 tokens, 32 lanes, windows of 5 steps, and one horizon that sees as far as it
-reaches.
-Time is the median CPU time of a step; memory is the peak of resident memory above an interpreter that has imported all.
+All points but one quantity have these sizes: an LSTM of 256 units on 50 token ids, 32 lanes, windows of 5 steps, and one
+horizon with a lookahead of 5 steps, its whole window.
+A line has the median and the mean CPU time of a step, of which growth.png shows the mean, and the peak of resident memory
+above that of an interpreter that has imported all modules.
 """
 
 from __future__ import annotations
@@ -35,11 +36,11 @@ from dni_seq.app.studies.records import read_lines
 WAYS = ("none", "multi-horizon")
 
 WARM, MEASURED = warm_up("multi-horizon"), 60
-"""Steps of a point; those of a stream's length are its own."""
+"""Number of steps of a point before the timed ones, and number of timed steps. The points of "windows" have more steps."""
 
 
 class Point(NamedTuple):
-    """What one process measures."""
+    """The sizes with which one process trains. `windows` is the number of steps."""
 
     bptt: int = 5
     lanes: int = 32
@@ -61,7 +62,7 @@ GROWTH: Mapping[str, Sequence[int]] = MappingProxyType(
         "windows": (500, 2_000, 8_000),
     }
 )
-"""The quantities that are varied, by the name of their field."""
+"""The values of each quantity that is varied, by the name of its field in `Point`."""
 
 NAMES: Mapping[str, str] = MappingProxyType(
     {
@@ -76,11 +77,11 @@ NAMES: Mapping[str, str] = MappingProxyType(
 )
 
 REACH = (5, 10, 20, 40, 80)
-"""Steps that credit reaches over, in windows of 5 and horizons, and in one long window of exact BPTT."""
+"""The numbers of steps over which credit reaches: with horizons of 5 steps each, and with one window of full BPTT."""
 
 
 def points(only: Sequence[str]) -> list[tuple[str, int, str, Point]]:
-    """What is varied, its value, the way of training, and the point."""
+    """Returns the points of the quantities `only`: the varied quantity, its value, the way of training, and the sizes."""
     found = [
         (name, value, way, Point()._replace(**{name: value}))
         for name, values in GROWTH.items()
@@ -94,7 +95,7 @@ def points(only: Sequence[str]) -> list[tuple[str, int, str, Point]]:
 
 
 def measure(way: str, point: Point) -> dict[str, float]:
-    """Median CPU milliseconds of a step, and peak memory; in a process of its own."""
+    """Returns median and mean CPU milliseconds of a step, and the peak memory in MiB. Call it in a fresh process."""
     torch.set_num_threads(1)
     keep_freed_memory()
     bare = peak_mb()
@@ -111,14 +112,14 @@ def measure(way: str, point: Point) -> dict[str, float]:
 
 
 def in_process(way: str, point: Point) -> dict[str, float]:
-    """`measure` in a fresh process."""
+    """Calls `measure` in a fresh process and returns its result."""
     command = [sys.executable, __file__, "--one", way, json.dumps(point._asdict())]
     found: dict[str, float] = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     return found
 
 
 def draw(lines: Sequence[Mapping[str, Any]], folder: Path) -> None:
-    """Two pictures: growth.png, and memory.png of the reach of credit."""
+    """Draws two pictures: growth.png with a panel for each quantity, and memory.png with memory over the reach of credit."""
     from matplotlib.figure import Figure
 
     names = [name for name in GROWTH if any(line["varied"] == name for line in lines)]
@@ -142,7 +143,7 @@ def draw(lines: Sequence[Mapping[str, Any]], folder: Path) -> None:
 def draw_panel(
     panel: Any, lines: Sequence[Mapping[str, Any]], value: str, labels: Mapping[str, str] = MappingProxyType({})
 ) -> None:
-    """A line for each way of training."""
+    """Draws a line for each way of training."""
     for way, color in zip(WAYS, ("#4c4c4c", "#1b9e77"), strict=True):
         of_way = [line for line in lines if line["way"] == way]
         panel.plot(
@@ -153,12 +154,12 @@ def draw_panel(
 
 
 def save(figure: Any, path: Path) -> None:
-    """Without the date and the version, the same lines give the same file."""
+    """Saves a picture without the date and the version of matplotlib, so that the same lines give the same file."""
     figure.savefig(path, dpi=110, metadata={"Software": None})
 
 
 def main() -> None:
-    """The command."""
+    """Runs the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=(*GROWTH, "reach"), default=[*GROWTH, "reach"])
     parser.add_argument("--output", type=Path, help="JSON lines; printed too")

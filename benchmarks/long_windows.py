@@ -1,15 +1,16 @@
-"""What recomputed activations cost and save in a window of 200 steps, and what a gradient over earlier windows costs.
+"""Measures recomputed activations in a window of 200 steps, in time and memory, and gradients over earlier windows.
 
 python benchmarks/long_windows.py
-    Median CPU time of a step over 9 rounds in which all settings take turns, and the memory that a step needs beside
-    parameters, gradients and the optimizer's state, each in a process of its own (Linux). JSON lines.
+    Print JSON lines with the CPU time and the memory of a step. The time is the median over 9 rounds in which all settings
+    take turns. The memory is what a step needs in addition to parameters, gradients and the optimizer's state; it is
+    measured in a separate process for each setting (Linux).
 python benchmarks/long_windows.py --output docs/results/long_windows.jsonl
-    Appends the lines to a file.
+    Also append the lines to a file.
 python benchmarks/long_windows.py --table docs/results/long_windows.jsonl
-    Measure nothing; print the lines on record as a table of Markdown.
+    Measure nothing; print the recorded lines as a table of Markdown.
 
-Characters: LSTM 256, embedding 64, 64 lanes, 50 characters. Words: LSTM 2x200, 20 lanes, 10,000 words. Fused Adam, one
-thread.
+Characters: LSTM of 256 units, embedding 64, 64 lanes, 50 characters. Words: LSTM of 2 layers of 200 units, 20 lanes, 10,000
+words. Fused Adam, one thread.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from dni_seq.app.studies.records import NOTHING, markdown
 from dni_seq.models.language_model import LanguageModel, token_losses
 
 SIZES = {"characters": (50, 64, 256, 1, 64), "words": (10_000, 200, 200, 2, 20)}
-"""Vocabulary, embedding, units, layers, lanes."""
+"""Vocabulary size, embedding size, units, layers and lanes of each size."""
 
 SETTINGS = {
     "T = 200": (200, None, 1),
@@ -40,10 +41,10 @@ SETTINGS = {
     "T = 4": (4, None, 1),
     "T = 4 over the last 20 steps": (4, None, 5),
 }
-"""T, steps of a chunk, windows of a backward pass."""
+"""T, steps of a chunk whose activations are recomputed (None for no recomputation), and windows of a backward pass."""
 
 BASES = {"T = 200, recomputed every 20": "T = 200", "T = 4 over the last 20 steps": "T = 4"}
-"""The settings that others are compared with: the same T without chunks or earlier windows."""
+"""The setting with which a setting is compared: the same T, without chunks and without earlier windows."""
 
 
 class Learner:
@@ -64,15 +65,15 @@ class Learner:
         self.text = torch.randint(vocabulary, (self.length + 1, self.lanes))
 
     def step(self, length: int | None = None) -> None:
-        """Trains on one window of the full length, or of another one."""
+        """Trains on one window of `length` steps, None for the setting's T."""
         length = self.length if length is None else length
         self.trainer.step(self.text[:length], self.text[1 : length + 1])
 
 
 def memory_of(size: str, setting: str) -> float:
-    """Returns the MiB that a step adds at its peak."""
+    """Returns the memory in MiB that a step adds at its peak."""
     learner = Learner(size, setting)
-    learner.step(1)  # gradients and moments
+    learner.step(1)  # a step of one token allocates the gradients and Adam's moments
     Path("/proc/self/clear_refs").write_text("5")
     before = _mib("VmRSS")
     learner.step()
@@ -85,7 +86,7 @@ def _mib(name: str) -> float:
 
 
 def times_of(size: str, rounds: int) -> dict[str, list[float]]:
-    """Returns the CPU seconds of a step, one for each round, by setting."""
+    """Returns the CPU seconds of a step by setting, one number for each round."""
     learners = {setting: Learner(size, setting) for setting in SETTINGS}
     found: dict[str, list[float]] = {setting: [] for setting in SETTINGS}
     for turn in range(rounds + 1):
@@ -100,15 +101,15 @@ def times_of(size: str, rounds: int) -> dict[str, list[float]]:
 
 
 def memory_in_process(size: str, setting: str) -> float:
-    """Returns `memory_of` as a fresh process measures it."""
+    """Calls `memory_of` in a fresh process and returns its result."""
     command = [sys.executable, __file__, "--memory-of", size, setting]
-    # Freed blocks go back to the system, so that the peak is that of the tensors and not of the heap's gaps.
+    # Freed blocks return to the system at once. So the peak contains the tensors but no gaps in the heap.
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "1000000"}
     return float(subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout)
 
 
 def table(lines: Sequence[Line]) -> str:
-    """Returns a row for each size and setting. A setting's base has the same T and neither chunks nor earlier windows."""
+    """Returns a table with a row for each size and setting, compared with its setting in `BASES`."""
     lines = newest(lines, "size", "setting")
     known = {(line["size"], line["setting"]): line for line in lines}
     rows = []
@@ -120,7 +121,7 @@ def table(lines: Sequence[Line]) -> str:
 
 
 def main() -> None:
-    """The command."""
+    """Runs the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=SIZES, default=list(SIZES))
     parser.add_argument("--rounds", type=int, default=9, help="of each setting (default: 9)")

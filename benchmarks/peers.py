@@ -1,16 +1,17 @@
-"""A training step beside compiled rivals: plain truncated BPTT in JAX, and braintrace's online learning.
+"""Compares a training step with compiled programs: plain truncated BPTT in JAX, and braintrace's online learning.
 
 python benchmarks/peers.py --output docs/results/peers.jsonl
-    Three minutes on an idle machine. One JSON line a window length and way. Needs `pip install 'dni-seq[peers]'`.
+    Measure all ways of training at all window lengths, in three minutes on an idle machine, and write one JSON line for each
+    pair. Needs `pip install 'dni-seq[peers]'`.
 python benchmarks/peers.py --bptt 1 --way none jax --seconds 10
-    Part of it.
+    Measure some ways at one window length.
 python benchmarks/peers.py --table docs/results/peers.jsonl
-    Measure nothing; print the lines on record as a table of Markdown.
+    Measure nothing; print the recorded lines as a table of Markdown.
 
-Each way has a process of its own, all on the same core, with one thread, and they take turns. All train an LSTM of 256
-units on 64 lanes and 50 characters with Adam and a clipped norm. The time of a step is the median over the turns of the
-process's CPU time. The start-up lasts until the first step is done: imports, compilation, first step. braintrace's traces
-replace BPTT, so it is measured at T = 1.
+Each way has a process of its own with one thread. The processes take turns on the same core. All ways train an LSTM of 256
+units on 64 lanes and 50 characters with Adam and a clipped gradient norm. The time of a step is the CPU time of its process,
+the median over the turns. The start-up lasts until the first step is done: imports, compilation, first step. braintrace uses
+traces in place of BPTT, so it is measured at T = 1 only.
 """
 
 from __future__ import annotations
@@ -29,15 +30,22 @@ from pathlib import Path
 from typing import Any
 
 WAYS = ("none", "default", "plain loop", "jax", "braintrace pp_prop", "braintrace d_rtrl")
-"""`SequenceTrainer` without and with the default synthesizer, a plain PyTorch loop with the fused Adam, and the rivals."""
+"""The ways of training.
+
+They are `SequenceTrainer` without a synthesizer ("none") and with the default one, a plain PyTorch loop with the fused Adam,
+JAX, and two algorithms of braintrace.
+"""
 
 BPTT = (1, 8)
 
 TURN_SECONDS, ROUNDS = 0.3, 5
-"""CPU seconds of a turn, about, and turns of each way at least."""
+"""Approximate CPU seconds of a turn, and the smallest number of turns of each way."""
 
 WARM_UP = 110
-"""Steps before those that are measured: a synthesizer's first 100 windows are observed closely. Slow ways make fewer."""
+"""Number of steps before the measured ones. A synthesizer's first 100 windows are checked more often and cost more.
+
+Ways that would need more than 3 CPU seconds for these steps make fewer.
+"""
 
 ONE_THREAD = {
     "OMP_NUM_THREADS": "1",
@@ -47,7 +55,7 @@ ONE_THREAD = {
 
 
 def step_of(way: str, bptt: int) -> Callable[[], Any]:
-    """Returns one way's step; imports what it needs and nothing else."""
+    """Returns a function that makes one step by a way of training. Imports only the modules that this way needs."""
     from step_ways import OURS, Setting, our_step, plain_step
 
     setting = Setting(vocabulary=50, cell="lstm", embed=64, hidden=256, layers=1, dropout=0.0, lanes=64, bptt=BPTT)
@@ -68,7 +76,10 @@ def step_of(way: str, bptt: int) -> Callable[[], Any]:
 
 
 def work(way: str, bptt: int, core: int, begun: float) -> None:
-    """A worker: makes steps at every line on stdin, and prints JSON."""
+    """The program of a worker process. For every line on stdin, makes a turn of steps and prints its time as JSON.
+
+    At the line "stop", prints the peak memory and ends.
+    """
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {core})
     step = step_of(way, bptt)
@@ -91,14 +102,14 @@ def work(way: str, bptt: int, core: int, begun: float) -> None:
 
 
 def finish(result: Any) -> None:
-    """Waits for what JAX computes in the background."""
+    """Waits until a result of JAX, which computes in the background, is ready."""
     wait = getattr(result, "block_until_ready", None)
     if wait is not None:
         wait()
 
 
 class Worker:
-    """A process that trains by one way whenever it is told to."""
+    """A process that trains in one way, a turn of steps for each call of `turn`."""
 
     def __init__(self, way: str, bptt: int, core: int) -> None:
         command = [sys.executable, __file__, "--worker", way, str(bptt), str(core), str(time.time())]
@@ -133,8 +144,8 @@ class Worker:
 
 
 def measure(bptt: int, ways: Sequence[str], core: int, seconds: float) -> list[dict[str, Any]]:
-    """Returns one line a way, of `seconds` seconds of turns at least."""
-    workers = {way: Worker(way, bptt, core) for way in ways}  # one after another, each until its first step is done
+    """Lets the ways take turns for at least `seconds` seconds and returns one line for each way."""
+    workers = {way: Worker(way, bptt, core) for way in ways}  # one after the other: each waits for its first step
     turns: dict[str, list[dict[str, Any]]] = {way: [] for way in ways}
     end = time.monotonic() + seconds
     while time.monotonic() < end or len(turns[ways[0]]) < ROUNDS:
@@ -152,7 +163,7 @@ def measure(bptt: int, ways: Sequence[str], core: int, seconds: float) -> list[d
 
 
 def versions(way: str) -> dict[str, str]:
-    """Returns the versions of what a way runs on."""
+    """Returns the versions of the packages that a way runs on."""
     from importlib.metadata import version
 
     packages = ("jax", "braintrace") if way.startswith("braintrace") else ("jax",) if way == "jax" else ("torch",)
@@ -160,7 +171,7 @@ def versions(way: str) -> dict[str, str]:
 
 
 def chosen(ways: Sequence[str], bptt: int) -> list[str]:
-    """Returns the ways that can run at a window length; says on stderr which are skipped."""
+    """Returns the ways that can run at a window length. Prints a line on stderr if braintrace is not installed."""
     found = [way for way in ways if bptt == 1 or not way.startswith("braintrace")]
     if not installed("braintrace") and any(way.startswith("braintrace") for way in found):
         print("skipped braintrace, which is not installed: pip install braintrace", file=sys.stderr)
@@ -194,7 +205,7 @@ def table(lines: Sequence[Mapping[str, Any]]) -> str:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command's options."""
+    """Returns the parser of the command line."""
     found = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     found.add_argument("--bptt", nargs="+", type=int, default=list(BPTT), help="window lengths (default: 1 8)")
     found.add_argument("--way", nargs="+", choices=WAYS, default=list(WAYS))
@@ -207,7 +218,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main() -> None:
-    """The command."""
+    """Runs the command."""
     command = parser()
     options = command.parse_args()
     if options.worker:

@@ -1,4 +1,4 @@
-"""The same training in JAX: truncated BPTT, compiled, and braintrace's online learning. Only workers of peers.py import it.
+"""The training of peers.py in JAX: compiled truncated BPTT, and braintrace's online learning. Only its workers import this.
 
 Legend: T = window length, B = lanes, V = vocabulary size, E = embedding size, H = hidden units.
 """
@@ -15,18 +15,18 @@ import torch
 from step_ways import CLIP, Setting, model_of
 
 LR, DECAYS, TINY = 1e-3, (0.9, 0.999), 1e-8
-"""Adam's settings, those of torch.optim.Adam."""
+"""The settings of Adam: those of `torch.optim.Adam` by default."""
 
 
 def weights_of(setting: Setting) -> dict[str, Any]:
-    """Returns the weights with which the PyTorch ways begin, as arrays of JAX."""
+    """Returns the initial weights of the PyTorch ways as arrays of JAX."""
     model = model_of(setting)
     names = {
         "embedding": model.embedding.weight,
         "inputs": model.rnn.weight_ih_l0.T,
         "state": model.rnn.weight_hh_l0.T,
         "bias": model.rnn.bias_ih_l0,
-        "state_bias": model.rnn.bias_hh_l0,  # apart, because Adam moves both
+        "state_bias": model.rnn.bias_hh_l0,  # separate from the other bias, as in PyTorch, because Adam updates each
         "projection": model.projection.weight.T,
         "projection_bias": model.projection.bias,
     }
@@ -34,7 +34,7 @@ def weights_of(setting: Setting) -> dict[str, Any]:
 
 
 def losses(weights: dict[str, Any], state: Any, tokens: Any) -> tuple[Any, Any]:
-    """Returns the mean cross-entropy of a window [T, B] that predicts its own tokens, and the state after it."""
+    """Returns the mean cross-entropy of a window [T, B] whose targets are its inputs, and the state after the window."""
 
     def step(state: Any, gates: Any) -> tuple[Any, Any]:
         hidden, cell = state
@@ -50,7 +50,7 @@ def losses(weights: dict[str, Any], state: Any, tokens: Any) -> tuple[Any, Any]:
 
 
 def adam(weights: Any, moments: Any, gradients: Any, count: Any) -> tuple[Any, Any]:
-    """Returns weights and moments after a step of Adam with the gradients' norm clipped."""
+    """Clips the norm of the gradients, makes a step of Adam, and returns the new weights and moments."""
     norm = jnp.sqrt(sum(jnp.sum(each**2) for each in jax.tree.leaves(gradients)))
     scale = jnp.minimum(1.0, CLIP / (norm + 1e-6))
     (one, two), (first, second) = DECAYS, moments
@@ -62,7 +62,10 @@ def adam(weights: Any, moments: Any, gradients: Any, count: Any) -> tuple[Any, A
 
 
 def truncated_bptt(setting: Setting, bptt: int) -> Callable[[], Any]:
-    """Returns a step of truncated BPTT, compiled as a whole; it returns the loss, which may not be computed yet."""
+    """Returns a function that makes one step of truncated BPTT, compiled as a whole, and returns the loss.
+
+    JAX computes in the background, so the loss may not be ready yet; see `peers.finish`.
+    """
     tokens = jnp.array(torch.randint(setting.vocabulary, (bptt, setting.lanes)).numpy())
 
     def update(carried: Any) -> tuple[Any, Any]:
@@ -85,7 +88,10 @@ def truncated_bptt(setting: Setting, bptt: int) -> Callable[[], Any]:
 
 
 def braintrace(setting: Setting, bptt: int, algorithm: str) -> Callable[[], Any]:
-    """Returns a step of braintrace's online learning on the same layers, with weights of its own."""
+    """Returns a function that makes one step of braintrace's online learning.
+
+    The layers have the sizes of the other ways. The embedding also has their initial weights; the library draws the others.
+    """
     import brainstate
     import braintools
     import braintrace as library
@@ -107,7 +113,7 @@ def braintrace(setting: Setting, bptt: int, algorithm: str) -> Callable[[], Any]
     tokens = jnp.array(torch.randint(setting.vocabulary, (bptt, setting.lanes)).numpy())
     options = {"decay_or_rank": 0.9} if algorithm == "pp_prop" else {}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that the projection does not reach the state
+        warnings.simplefilter("ignore")  # braintrace warns that the projection does not influence the state
         learner = library.compile(network, algorithm, tokens[0], batch_size=setting.lanes, **options)
     optimizer = braintools.optim.Adam(lr=LR)
     optimizer.register_trainable_weights(network.states(brainstate.ParamState))

@@ -1,15 +1,17 @@
-"""The floor of what a `FutureModel` adds to a step: its products with the state, the gradients' norm, and its optimizer.
+"""Measures the least time that a `FutureModel` adds to a step: its matrix products, its gradient norm, and its optimizer.
 
 python benchmarks/predictor_floor.py
-    Median CPU milliseconds of each, for one horizon and for four, as JSON lines. Half a minute on an idle core.
+    Print the median CPU milliseconds of each operation as JSON lines, for one horizon and for four. Half a minute on an idle
+    core.
 python benchmarks/predictor_floor.py --output docs/results/predictor_floor.jsonl
-    Appends the lines to a file.
+    Also append the lines to a file.
 python benchmarks/predictor_floor.py --table docs/results/predictor_floor.jsonl
-    Measure nothing; print the lines on record as a table of Markdown.
+    Measure nothing; print the recorded lines as a table of Markdown.
 
 LSTM of 512 units on 50 characters, 32 lanes, T = 1, one thread. Before each operation a plain step of the RNN runs, so that
-the operation finds the caches as it does in training. "Adam, ..." steps the RNN's optimizer and the predictor's: two
-optimizers, one with two parameter groups, and one with one group, which no trainer can use, because their clipping differs.
+the processor's caches have the content that they have in training. The operations "Adam, ..." update the parameters of the
+RNN and of the future model: with two optimizers, with one optimizer of two parameter groups, and with one optimizer of one
+group. A trainer cannot use one group, because the two gradients are clipped apart.
 """
 
 from __future__ import annotations
@@ -39,7 +41,7 @@ FLOOR = (
     "norm",
     "Adam of the predictor",
 )
-"""The operations whose sum is the floor; the others compare ways of running the optimizers."""
+"""The operations whose times add up to the floor. The other operations compare ways of running the optimizers."""
 
 
 def plain_step() -> Callable[[], Any]:
@@ -52,7 +54,7 @@ def plain_step() -> Callable[[], Any]:
 
 
 def fused_adam(*modules: nn.Module, groups: bool = False) -> torch.optim.Adam:
-    """Returns Adam over copies of the modules' parameters with gradients, one group for each module if `groups` is set."""
+    """Returns Adam on random parameters and gradients of the modules' shapes. With `groups`, each module has one group."""
     found = [[nn.Parameter(torch.randn_like(parameter)) for parameter in module.parameters()] for module in modules]
     everything = [parameter for each in found for parameter in each]
     for parameter in everything:
@@ -61,7 +63,7 @@ def fused_adam(*modules: nn.Module, groups: bool = False) -> torch.optim.Adam:
 
 
 def operations(horizons: int) -> Mapping[str, Callable[[], Any]]:
-    """Returns what is timed, for a future model of `horizons` parts."""
+    """Returns the operations to time by name, for a future model of `horizons` parts."""
     torch.manual_seed(0)
     model = LanguageModel(CHARACTERS, embed=EMBED, hidden=UNITS, layers=1)
     inputs = torch.zeros(1, LANES, dtype=torch.int64)
@@ -104,7 +106,7 @@ def measure(timed: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, fl
 
 
 def table(lines: Sequence[Line]) -> str:
-    """Returns a row for each operation and one for the floor, their sum, with a column for each number of horizons."""
+    """Returns a table: a row for each operation, and a row for the floor, the sum of the operations in `FLOOR`."""
     ms = {(line["operation"], line["horizons"]): line["ms"] for line in newest(lines, "operation", "horizons")}
     rows = [[name, *(f"{ms[name, k]:.2f}" for k in HORIZONS)] for name in dict.fromkeys(name for name, _ in ms)]
     rows.insert(len(FLOOR), ["the floor, together", *(f"{sum(ms[name, k] for name in FLOOR):.2f}" for k in HORIZONS)])
@@ -112,7 +114,7 @@ def table(lines: Sequence[Line]) -> str:
 
 
 def main() -> None:
-    """The command."""
+    """Runs the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=101, help="of each operation (default: 101)")
     add_options(parser)

@@ -1,17 +1,18 @@
-"""The published figure: Penn Treebank by words at the preset `small`, by truncated BPTT and by the default method.
+"""Repeats a published result: Penn Treebank by words with the preset `small`, by truncated BPTT and by the default method.
 
 python benchmarks/published.py time --data DIR
-    A step's CPU time of both methods, in turns on an idle machine.
+    Measure the CPU time of a step of both methods, which take turns, on an idle machine.
 python benchmarks/published.py run --data DIR --max-minutes 60
-    The trials that are missing; several processes may run side by side, and a trial that was stopped resumes.
+    Run the missing trials. Several processes may run side by side, and a trial that was stopped resumes.
 python benchmarks/published.py table
-    What is on record, as Markdown.
+    Print the recorded results as a table of Markdown.
 
 DIR holds ptb/ptb.train.txt, ptb/ptb.valid.txt and ptb/ptb.test.txt. The preset is that of Zaremba et al. 2014, arXiv
-1409.2329: LSTM 2x200, T = 20, 20 lanes, SGD whose rate is halved after each epoch from the fifth on, 13 epochs. TensorFlow's
-tutorial has a test perplexity of 115.9 with it. Both methods are tuned over the rate at 3 epochs, seed 1, and then run for
-13, seeds 1 and 2. Each run with a synthesizer is also scored at the CPU time of the 13 epochs without one: steps x a step's
-time measured idle.
+1409.2329: LSTM of 2 layers of 200 units, T = 20, 20 lanes, 13 epochs of SGD, whose rate is halved after each epoch from the
+fifth on. The tutorial of TensorFlow reports a test perplexity of 115.9 with these settings. The learning rate of both
+methods is tuned with 3 epochs and seed 1. The best rate then runs for 13 epochs with seeds 1 and 2. A run with a synthesizer
+is also scored earlier: at the CPU time that truncated BPTT needs for the 13 epochs. A CPU time is the number of steps times
+the time of a step on an idle machine.
 
 Legend: T = window length in steps.
 """
@@ -57,26 +58,26 @@ RATES = (10.0, 20.0, 40.0)
 TUNING_EPOCHS, EPOCHS = 3, PRESETS["small"]["epochs"]
 SEEDS = (1, 2)
 TURN = 15
-"""Steps of a method in a turn, when step times are measured."""
+"""Number of steps of a method in a turn, for the measurement of step times."""
 
 
 def trial_of(method: str, lr: float, epochs: int, seed: int = 1) -> Trial:
-    """A trial's settings."""
+    """Returns the settings of a trial."""
     return {"method": method, "lr": lr, "epochs": epochs, "seed": seed}
 
 
 def validation(line: Line) -> float:
-    """What rates are chosen by."""
+    """Returns the validation perplexity of a line, by which learning rates are chosen."""
     return float(line["valid"])
 
 
 def tuning(method: str, known: dict[str, Line]) -> tuple[list[Trial], float | None]:
-    """The trials of a method at few epochs, and its best rate once it is bracketed by a lower and a higher one."""
+    """Returns the trials that tune a method with few epochs, and the best rate; see `bracket_rate`."""
     return bracket_rate(known, lambda rate: trial_of(method, rate, TUNING_EPOCHS), RATES, validation)
 
 
 def plan(known: dict[str, Line]) -> Iterator[Trial]:
-    """Every trial that can be run now: the rates of each method, the rival's first, then the best at all epochs."""
+    """Yields every trial that can be run now: the rates of truncated BPTT, those of the default, then the long runs."""
     found = {method: tuning(method, known) for method in METHODS}
     for trials, _ in found.values():
         yield from trials
@@ -89,7 +90,7 @@ class Runner:
 
     Args:
         data: the folder that holds ptb/.
-        results: the JSON lines; step times are read from there.
+        results: the file of results, which has the step times.
     """
 
     def __init__(self, data: Path, results: Path) -> None:
@@ -97,7 +98,10 @@ class Runner:
         self.seconds = latest_times(results, "published", "step_seconds")
 
     def __call__(self, trial: Trial, checkpoint: Path) -> Line:
-        """Trains to the end, with a stop at the CPU time of truncated BPTT where a synthesizer runs for all epochs."""
+        """Trains to the end and returns the scores.
+
+        A run with a synthesizer over all epochs first stops at the CPU time of truncated BPTT, to be scored there too.
+        """
         folder = checkpoint.with_suffix("")
         line: Line = {}
         if trial["method"] != "none" and trial["epochs"] == EPOCHS:
@@ -114,12 +118,12 @@ class Runner:
         }
 
     def train(self, trial: Trial, folder: Path, steps: int | None) -> dict[str, Any]:
-        """Trains to a number of steps, or to the last epoch, from where the folder's run stands; its summary."""
+        """Continues the run in `folder` up to `steps` steps, None for all epochs, and returns its summary."""
         given = {**self.options(trial), "max-steps": steps or self.windows * trial["epochs"]}
         return train(given, self.data, folder)
 
     def options(self, trial: Trial) -> dict[str, Any]:
-        """The options of the command that decide the result."""
+        """Returns the options of the training command for a trial."""
         known = trial["method"] in METHODS
         own = {"synthesizer": trial["method"]} if known else {"synthesizer": "multi-horizon", "lookahead": 20}
         given = {"dataset": "ptb", "preset": "small", **own, "lr": trial["lr"]}
@@ -127,20 +131,20 @@ class Runner:
 
 
 def scores(summary: dict[str, Any]) -> Line:
-    """Perplexities of the best checkpoint, and the steps so far."""
+    """Returns the perplexities of the best checkpoint, and the number of steps so far."""
     perplexities = {split: round(summary[split]["ppl"], 2) for split in ("valid", "test")}
     return {**perplexities, "steps": summary["steps"]}
 
 
 def options_of(data: Path, method: str) -> LanguageModelOptions:
-    """The options of a run at the preset."""
+    """Returns the options of a run with the preset."""
     given = {**PRESETS["small"], "dataset": "ptb", "data_dir": str(data), "synthesizer": method, "seed": 1}
     options = build(LanguageModelOptions, given)
     return resolve_options(options, lm.open_text(options))
 
 
 def windows_of_epoch(data: Path) -> int:
-    """Windows in an epoch of the training text."""
+    """Returns the number of windows in an epoch of the training text."""
     options = options_of(data, "none")
     corpus = lm.open_text(options)
     windows = lm.open_training(corpus, lm.build_tokenizer(options, corpus), options).windows_per_epoch
@@ -149,7 +153,7 @@ def windows_of_epoch(data: Path) -> int:
 
 
 def serve(data: Path, method: str, pipe: Any) -> None:
-    """In a process of its own: makes as many steps as it is told, and returns CPU seconds a step."""
+    """The program of a process that times the steps of one method; see `measure_in_turns`."""
     torch.set_num_threads(1)
     keep_freed_memory()
     options = options_of(data, method)
@@ -164,26 +168,26 @@ def serve(data: Path, method: str, pipe: Any) -> None:
         window = next(windows)
         trainer.step(window.inputs, window.targets, lookahead=window.lookahead)
 
-    for _ in range(OBSERVED_FIRST + TURN):  # a synthesizer's first windows are observed closely, which costs more
+    for _ in range(OBSERVED_FIRST + TURN):  # a synthesizer's first windows are checked more often and cost more
         step()
     serve_steps(step, pipe)
 
 
 def measure_steps(data: Path, results: Path) -> None:
-    """Puts the CPU seconds of a step of each method on record, measured in turns on an idle machine."""
+    """Measures the CPU seconds of a step of each method, which take turns, and records them. Needs an idle machine."""
     timed = {method: (data.resolve(), method) for method in METHODS}
     medians = measure_in_turns(serve, timed, dict.fromkeys(METHODS, TURN), "none")
     append_line(results, {"study": "published", "step_seconds": medians, "date": time.strftime("%Y-%m-%d")})
 
 
 def order(line: Line) -> tuple[int, int, str]:
-    """Where a line stands in the table."""
+    """Returns the sort key of a line in the table."""
     trial = line["trial"]
     return trial["epochs"], [*METHODS, FARTHER].index(trial["method"]), key_of(trial)
 
 
 def table(lines: Iterable[Line]) -> str:
-    """The trials among some lines as a table of Markdown."""
+    """Returns a table of Markdown of the lines that are trials."""
     header = ["method", "rate", "epochs", "seed", "steps", "validation", "test", "CPU seconds"]
     rows = []
     for line in sorted((line for line in lines if "trial" in line), key=order):
@@ -198,7 +202,7 @@ def table(lines: Iterable[Line]) -> str:
 
 
 def main() -> None:
-    """The command."""
+    """Runs the command."""
     parser = study_parser(__doc__ or "")
     parser.set_defaults(results=Path("docs/results/published.jsonl"), scratch=Path("runs/published"))
     parser.add_argument("--data", type=Path, default=Path("data"), metavar="DIR")

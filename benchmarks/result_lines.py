@@ -1,6 +1,6 @@
 """The options `--output` and `--table` of benchmarks: results as JSON lines in a file, and as a table of Markdown.
 
-Nothing here imports torch before a line is written or read, so that a start-up can be measured beside it.
+The module imports torch only when a line is written or read, so that start_up.py can use it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def measuring(parser: argparse.ArgumentParser, options: argparse.Namespace, table: Callable[[Sequence[Line]], str]) -> bool:
-    """Prints the table for `--table` and returns False; else checks `--output` and returns True: there is work to do."""
+    """Returns whether to measure. With `--table`, prints the table and returns False. Otherwise checks `--output` first."""
     if options.table is not None:
         print_table(parser, options.table, table)
         return False
@@ -38,7 +38,7 @@ def measuring(parser: argparse.ArgumentParser, options: argparse.Namespace, tabl
 
 
 def machine() -> dict[str, Any]:
-    """Returns what every line says beside its settings and its medians: the date, versions, and the number of CPUs."""
+    """Returns the entries that every line has besides settings and results: the date, versions, and the number of CPUs."""
     return {
         "date": time.strftime("%Y-%m-%d"),
         "torch": version("torch"),
@@ -48,7 +48,7 @@ def machine() -> dict[str, Any]:
 
 
 def check_output(parser: argparse.ArgumentParser, path: Path | None) -> None:
-    """Ends the command with status 2 if the file cannot be written, before anything is measured for it."""
+    """Ends the command with status 2 if the file cannot be written. Call this before measuring."""
     if path is None:
         return
     try:
@@ -59,7 +59,7 @@ def check_output(parser: argparse.ArgumentParser, path: Path | None) -> None:
 
 
 def record(line: Line, path: Path | None) -> None:
-    """Prints one line, and appends it to the file if there is one."""
+    """Prints one line, and appends it to the file `path`; None for no file."""
     from dni_seq.app.studies.records import append_line
 
     print(json.dumps(line, ensure_ascii=False), flush=True)
@@ -85,5 +85,5 @@ def print_table(parser: argparse.ArgumentParser, path: Path, table: Callable[[Se
 
 
 def newest(lines: Sequence[Line], *settings: str) -> list[Line]:
-    """Returns the last line of each setting: a file to which a repeated measurement was appended has several."""
+    """Returns the last line for each combination of `settings`. A file has several after a repeated measurement."""
     return list({tuple(line[name] for name in settings): line for line in lines}.values())

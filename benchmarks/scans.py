@@ -1,14 +1,15 @@
 """When is a window of a diagonal cell faster as a scan than as a loop over its steps?
 
 python benchmarks/scans.py
-    Median CPU milliseconds of one layer forward and backward, over 9 rounds in which both take turns, as JSON lines.
+    Print JSON lines with the median CPU milliseconds of one layer, forward and backward. The median is over 9 rounds in
+    which scan and loop take turns.
 python benchmarks/scans.py --output docs/results/scans.jsonl
-    Appends the lines to a file.
+    Also append the lines to a file.
 python benchmarks/scans.py --table docs/results/scans.jsonl
-    Measure nothing; print the lines on record as a table of Markdown.
+    Measure nothing; print the recorded lines as a table of Markdown.
 
-LRU and minGRU, windows of 1, 4, 20, 100 and 200 steps, one thread. "recurrence": without the matrix products and norms of
-the layer. The library scans long windows of small LRU states; the scan of a minGRU is here alone.
+LRU and minGRU, windows of 1, 4, 20, 100 and 200 steps, one thread. "layer" is the whole layer; "recurrence" is the layer
+without its matrix products and norms. The library scans long windows of small LRU states. Only this file scans a minGRU.
 """
 
 from __future__ import annotations
@@ -36,12 +37,18 @@ NEVER = 2**40
 
 
 def gated_scan(a: Tensor, b: Tensor, start: Tensor) -> Tensor:
-    """h_t = a_t h_{t-1} + b_t [T, B, N] as a scan in two levels, like `recurrences.rotation_scan`."""
+    """Returns all h_t = a_t h_{t-1} + b_t [T, B, N] by a scan in two levels, as `recurrences.rotation_scan` does.
+
+    Args:
+        a: factors [T, B, N].
+        b: inputs [T, B, N].
+        start: h before the first step, [B, N].
+    """
     size = math.isqrt(len(b))
     rest = len(b) // size * size
     states = b.clone()
     within = states[:rest].unflatten(0, (-1, size))
-    decay = a[:rest].reshape(within.shape).clone()  # from before a chunk to each of its steps
+    decay = a[:rest].reshape(within.shape).clone()  # product of the factors from a chunk's start to each of its steps
     for j in range(1, size):
         within[:, j].addcmul_(decay[:, j], within[:, j - 1])
         decay[:, j].mul_(decay[:, j - 1])
@@ -57,7 +64,7 @@ def gated_scan(a: Tensor, b: Tensor, start: Tensor) -> Tensor:
 
 
 class _GatedScan(torch.autograd.Function):
-    """`recurrences.gated` with scans in both directions."""
+    """`recurrences.gated` with a scan in the forward pass and a scan in the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, a: Tensor, b: Tensor, start: Tensor) -> Tensor:
@@ -79,7 +86,7 @@ class _GatedScan(torch.autograd.Function):
 
 @contextmanager
 def all_windows(*, scan: bool) -> Iterator[None]:
-    """Makes both cells run every window of more than one step as a scan, or as a loop, in the context."""
+    """Inside the context, LRU and minGRU run every window of more than one step as a scan, or without `scan` as a loop."""
     before = recurrences.SCAN_STEPS, recurrences.SCAN_NUMBERS, diagonal_cells.gated
     gated: Any = _GatedScan.apply
     try:
@@ -91,7 +98,7 @@ def all_windows(*, scan: bool) -> Iterator[None]:
 
 
 def steppers(kind: str, lanes: int, units: int, length: int) -> dict[str, Callable[[], None]]:
-    """Returns functions that run forward and backward: a whole layer, and its recurrence alone."""
+    """Returns two functions that run forward and backward: "layer" a whole layer, "recurrence" its recurrence alone."""
     layer = DiagonalRNN(kind, units, units)
     inputs = torch.randn(length, lanes, units)
     width = layer.cells[0].width
@@ -128,7 +135,7 @@ def measure(kind: str, lanes: int, units: int, length: int, rounds: int) -> dict
 
 
 def table(lines: Sequence[Line]) -> str:
-    """Returns a row for each cell, size and window length."""
+    """Returns a table with a row for each cell, size and window length."""
     parts = ("layer: loop", "layer: scan", "recurrence: loop", "recurrence: scan")
     rows = [
         [
@@ -142,7 +149,7 @@ def table(lines: Sequence[Line]) -> str:
 
 
 def main() -> None:
-    """The command."""
+    """Runs the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--bptt", nargs="+", type=int, default=list(LENGTHS), help="window lengths (default: 1 4 20 100 200)"

@@ -1,13 +1,15 @@
-"""Do default synthetic gradients ever do harm? Short runs over seeds, learning rates and windows, beside truncated BPTT.
+"""Do default synthetic gradients ever do harm? Compares short runs with truncated BPTT over seeds, rates and windows.
 
 python benchmarks/stability.py --dataset ptb --output docs/results/stability.jsonl
-    20 pairs of runs, ten minutes of one core. One JSON line a pair.
+    Make 20 pairs of runs, in ten minutes on one core, and write one JSON line for each pair.
 python benchmarks/stability.py --tables docs/results/stability.jsonl
-    Measure nothing; print the lines on record as a table of Markdown.
+    Measure nothing; print the recorded lines as a table of Markdown.
 
-Each pair draws its learning rate from the next of 20 equal parts, in the logarithm, of 1e-4 to 1e-2, and takes the next
-window length of 1 to 32 steps; both runs have the same weights, text and settings, characters and an LSTM of 256 units.
-Compared are the mean loss of the last quarter of the windows, and the largest absolute value that a cell has had.
+A pair is a run with the default synthesizer and a run of truncated BPTT, with the same initial weights, text and settings:
+by characters, LSTM of 256 units. The range of learning rates from 1e-4 to 1e-2 is cut into 20 parts of equal length on a
+logarithmic scale, and each pair draws its rate from another part. The pairs take the window lengths 1, 2, 4, 8, 16 and 32 in
+turn. The results of a run are the mean loss of the last quarter of the windows, and the largest absolute value of a cell in
+the whole run.
 """
 
 from __future__ import annotations
@@ -30,14 +32,20 @@ from dni_seq.app.studies.records import append_line, markdown, read_lines
 BPTT = (1, 2, 4, 8, 16, 32)
 RATES, STRATA = (1e-4, 1e-2), 20
 STRIDE = 7
-"""From one pair's part of the rates to the next one's, prime to 20: each window length meets low and high rates."""
+"""The distance, in parts of the rates, from a pair to the next. Each window length thus gets low and high rates.
+
+The number is prime to 20, so 20 pairs use all 20 parts.
+"""
 
 WAYS = ("none", "multi-horizon")
 SIZES: Mapping[str, Any] = {"tokenizer": "char", "embed": 64, "hidden": 256, "layers": 1, "dropout": 0.0, "batch_size": 32}
 
 
 def one_run(text: Mapping[str, Any], way: str, bptt: int, lr: float, seed: int, windows: int) -> tuple[float, float]:
-    """Mean loss of the last quarter of the windows, nats a token, and the largest absolute value of a cell."""
+    """Trains one run. Returns the mean loss of the last quarter of the windows, nats a token, and the largest cell.
+
+    The largest cell is the largest absolute value of an LSTM cell in the run.
+    """
     options = build(
         LanguageModelOptions, {**SIZES, "clip": 1.0, "bptt": bptt, "lr": lr, "seed": seed, **text}, {"synthesizer": way}
     )
@@ -63,7 +71,7 @@ def one_run(text: Mapping[str, Any], way: str, bptt: int, lr: float, seed: int, 
 
 
 def pair(text: Mapping[str, Any], number: int, windows: int) -> dict[str, Any]:
-    """Both runs of one draw."""
+    """Trains both runs of a pair and returns its line."""
     drawn = float(torch.rand((), generator=torch.Generator().manual_seed(number)))
     low, high = (math.log(rate) for rate in RATES)
     lr = math.exp(low + (high - low) * (number * STRIDE % STRATA + drawn) / STRATA)
@@ -76,7 +84,7 @@ def pair(text: Mapping[str, Any], number: int, windows: int) -> dict[str, Any]:
 
 
 def table(lines: Sequence[Mapping[str, Any]]) -> str:
-    """A row a pair, in the order of T and the learning rate; the largest ratio last."""
+    """Returns a table with a row for each pair, ordered by T and learning rate, and a line with the largest ratio."""
     rows = [
         [
             str(line["bptt"]),
@@ -92,7 +100,7 @@ def table(lines: Sequence[Mapping[str, Any]]) -> str:
 
 
 def main() -> None:
-    """The command."""
+    """Runs the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", help="as for scripts/train_lm.py")
     parser.add_argument("--data-dir", help="as for scripts/train_lm.py")

@@ -1,14 +1,16 @@
-"""How long a training command takes to its first line, its three lines on the run, and its first training figure.
+"""Measures the time from the start of a training command to its first line, its introduction, and its first progress line.
 
 python benchmarks/start_up.py
-    The embedded corpus, medians of 5 starts; two minutes on two cores. One JSON line a case. Needs an idle machine.
+    Measure cases on the embedded corpus, as medians of 5 starts, in two minutes on two cores. Prints one JSON line for each
+    case. Needs an idle machine.
 python benchmarks/start_up.py --data-dir data --output docs/results/start_up.jsonl
-    Penn Treebank too; appends the lines to a file.
+    Measure cases on Penn Treebank too, and append the lines to a file.
 python benchmarks/start_up.py --table docs/results/start_up.jsonl
-    Measure nothing; print the lines on record as a table of Markdown.
+    Measure nothing; print the recorded lines as a table of Markdown.
 
-Seconds from the start of the process, by wall time. Starts of the cases and of `import torch` alone take turns, so that all
-of them see the same machine. "help" and "import torch" end by themselves; the others are stopped after their first figure.
+Times are wall-clock seconds from the start of the process. The cases take turns, so that changes of the machine's load
+affect all of them. The case "import torch" is a process that only imports torch. The cases "help" and "import torch" end by
+themselves. The other cases are stopped after their first progress line.
 """
 
 from __future__ import annotations
@@ -30,16 +32,16 @@ ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = str(ROOT / "scripts" / "train_lm.py")
 
 ALONE = "import torch"
-"""The case that the others are compared with."""
+"""The case with which the others are compared: a process that only imports torch."""
 
 CASES = ("help", "embedded corpus", "dni-seq, embedded corpus", "Penn Treebank")
 
 MOMENTS: Mapping[str, str] = {"first line": "", "three lines": "method: ", "first figure": "step "}
-"""The start of the output line at which each moment is reached."""
+"""The moments that are measured, each with the beginning of the output line at which it is reached."""
 
 
 def main() -> None:
-    """The command."""
+    """Runs the command."""
     parser = command_line()
     given = parser.parse_args()
     if not measuring(parser, given, table):
@@ -56,7 +58,7 @@ def main() -> None:
 
 
 def command_line() -> argparse.ArgumentParser:
-    """The command's options."""
+    """Returns the parser of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=5, help="starts of each case (default: 5)")
     parser.add_argument("--only", nargs="+", choices=CASES, default=CASES, metavar="CASE", help=f"of {', '.join(CASES)}")
@@ -67,7 +69,7 @@ def command_line() -> argparse.ArgumentParser:
 
 
 def table(lines: Sequence[Line]) -> str:
-    """Returns a row for each case: seconds to each moment, and to the end of a process that ends by itself."""
+    """Returns a table with a row for each case: seconds to each moment, and to the end if the case ends by itself."""
     from dni_seq.app.studies.records import NOTHING, markdown
 
     moments = (*MOMENTS, "end")
@@ -79,7 +81,7 @@ def table(lines: Sequence[Line]) -> str:
 
 
 def cases(data_dir: Path | None, max_steps: int) -> dict[str, Sequence[str]]:
-    """The command line of each case."""
+    """Returns the command line of each case."""
     train = [SCRIPT, "--max-steps", str(max_steps)]
     found = {
         ALONE: ["-c", "import torch"],
@@ -93,7 +95,7 @@ def cases(data_dir: Path | None, max_steps: int) -> dict[str, Sequence[str]]:
 
 
 def measure(command: Sequence[str]) -> dict[str, float]:
-    """Seconds from the start of a command to each moment that it reaches, and to its end if it ends by itself."""
+    """Runs a command and returns the seconds to each moment that it reaches, and to its end if it ends by itself."""
     paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).strip(os.pathsep)
     environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
     seconds: dict[str, float] = {}
@@ -124,7 +126,7 @@ def measure(command: Sequence[str]) -> dict[str, float]:
 
 
 def median_of(values: Sequence[float]) -> float:
-    """The median, to a millisecond."""
+    """Returns the median, rounded to a millisecond."""
     return round(statistics.median(values), 3)
 
 

@@ -1,9 +1,10 @@
-"""The floor of a training step: its matrix products by the fastest kernel for each, and one pass of its optimizer.
+"""The floor of a training step, a time that no step can beat: its matrix products by the fastest kernels, and its optimizer.
 
-The recurrent network counts as a whole: the fastest of oneDNN's kernel, PyTorch's native kernel and its products alone,
-with inputs and states multiplied apart or joined. The other products are those with the vocabulary and, with a synthesizer,
-those that its prediction and training run. One step of the fused Adam reads and writes all parameters, gradients and
-moments once. Softmax, embedding, dropout, clipping and Python are left out, so no training step is faster.
+For the recurrent network, the floor takes the fastest of these: oneDNN's kernel, PyTorch's native kernel, and the matrix
+products of the network alone, which either multiply inputs and states apart or join them for one product. The other products
+are those of the projection to the vocabulary and, with a synthesizer, those of its prediction and its training. The
+optimizer is one step of the fused Adam, which reads and writes all parameters, gradients and moments once. Softmax,
+embedding, dropout, clipping and Python are left out.
 
 Legend: T = window length, B = lanes, E = input size, H = hidden units, G = gates of all units, 4 H or 3 H.
 """
@@ -24,11 +25,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dni_seq.models.lstm_kernels import run_rnn
 
 TRIALS = 7
-"""Measurements of each kernel before one is chosen; the quickest counts."""
+"""Number of measurements of each kernel. A kernel's time is that of its fastest measurement."""
 
 
 class Product(NamedTuple):
-    """A product of matrices, [rows, inner] times [inner, columns]; `crossed` says which operands are stored transposed."""
+    """A product of two matrices, [rows, inner] times [inner, columns]. `crossed` says which operands are transposed."""
 
     rows: int
     inner: int
@@ -37,7 +38,7 @@ class Product(NamedTuple):
 
     @property
     def operations(self) -> int:
-        """Multiplications and additions."""
+        """Number of multiplications and additions."""
         return 2 * self.rows * self.inner * self.columns
 
     def __str__(self) -> str:
@@ -45,32 +46,44 @@ class Product(NamedTuple):
 
 
 Products = Counter[Product]
-"""How often each product runs."""
+"""The number of times that each product runs."""
 
 
 def through_weight(rows: int, inner: int, columns: int, *, forward: int = 1, back: int = 1, weights: int = 1) -> Products:
-    """Returns the products of a linear layer [columns, inner] on `rows` rows: forward, to its input, to its weights."""
+    """Returns the products of a linear layer with weights [columns, inner] on `rows` rows.
+
+    Args:
+        rows: number of rows of the input.
+        inner: width of the input.
+        columns: width of the output.
+        forward: number of products that compute the output.
+        back: number of products that compute the gradient of the input.
+        weights: number of products that compute the gradient of the weights.
+    """
     times = {
         Product(rows, inner, columns, (False, True)): forward,
         Product(rows, columns, inner): back,
         Product(columns, rows, inner, (True, False)): weights,
     }
-    return +Counter(times)  # without those that do not run
+    return +Counter(times)  # without products that run 0 times
 
 
 def rnn_products(setting: Setting, bptt: int) -> dict[str, Products]:
-    """Returns the recurrent network's products of one window, forward and backward, by how they are arranged."""
+    """Returns the products of the recurrent network in one window, forward and backward, for each arrangement.
+
+    "products, apart" multiplies inputs and states separately. "products, joined", for an LSTM only, joins them.
+    """
     gates = {"lstm": 4, "gru": 3}[setting.cell] * setting.hidden
     apart, joined = Products(), Products()
     for size in [setting.embed] + [setting.hidden] * (setting.layers - 1):
         apart += through_weight(bptt * setting.lanes, size, gates)
-        # Nothing reads the gradient at the window's first state. The weights' gradient is one product of all steps.
+        # The gradient of the window's first state is not needed. One product over all steps is the gradient of the weights.
         apart += through_weight(setting.lanes, setting.hidden, gates, forward=bptt, back=bptt - 1, weights=0)
         apart += through_weight(bptt * setting.lanes, setting.hidden, gates, forward=0, back=0)
         joined += through_weight(setting.lanes, size + setting.hidden, gates, forward=bptt, back=bptt, weights=0)
         joined += through_weight(bptt * setting.lanes, size + setting.hidden, gates, forward=0, back=0)
     found = {"products, apart": apart}
-    if setting.cell == "lstm":  # a GRU multiplies the state's part by a gate before it adds the input's
+    if setting.cell == "lstm":  # a GRU multiplies the state's product by a gate before it adds the input's
         found["products, joined"] = joined
     return found
 
@@ -81,10 +94,10 @@ def vocabulary_products(setting: Setting, bptt: int) -> Products:
 
 
 class RecordedProducts(TorchDispatchMode):
-    """Records the products that run inside.
+    """Records the matrix products that run inside the context.
 
     Attributes:
-        products: how often each ran.
+        products: the number of times that each product ran.
     """
 
     def __init__(self) -> None:
@@ -92,7 +105,7 @@ class RecordedProducts(TorchDispatchMode):
         self.products: Products = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Runs the operation."""
+        """Runs an operation, and counts it if it is a matrix product."""
         if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm):
             left, right = args[-2:]
             crossed = (left.stride(0) < left.stride(1), right.stride(0) < right.stride(1))
@@ -101,7 +114,7 @@ class RecordedProducts(TorchDispatchMode):
 
 
 def synthesizer_products(setting: Setting, bptt: int, options: Mapping[str, Any]) -> tuple[nn.Module, Products]:
-    """Returns a synthesizer, and its products when it predicts and trains once, at the state after a window."""
+    """Returns a synthesizer, and the products that run when it predicts and trains once at the state after a window."""
     trainer, tokens, lookahead = our_trainer(setting, bptt, options)
     trainer.step(tokens, tokens, lookahead=lookahead)  # tells the synthesizer the window's length
     assert trainer.credit is not None
@@ -112,7 +125,7 @@ def synthesizer_products(setting: Setting, bptt: int, options: Mapping[str, Any]
 
 
 def kernels_of(product: Product) -> dict[str, Step]:
-    """Returns a product by each kernel, every one with its operands as it likes them best."""
+    """Returns functions that run a product, by kernel. Operands lie in memory in several ways, of which one is fastest."""
     left = _operand(product.rows, product.inner, product.crossed[0])
     right = _operand(product.inner, product.columns, product.crossed[1])
     out, across = torch.empty(product.rows, product.columns), torch.empty(product.columns, product.rows)
@@ -132,19 +145,19 @@ def _operand(rows: int, columns: int, crossed: bool) -> Tensor:
 
 
 def fastest(steps: Mapping[str, Step]) -> str:
-    """Returns the name of the step that needs the least CPU time; they take turns."""
+    """Runs functions in turns and returns the name of the one that needs the least CPU time."""
     best = dict.fromkeys(steps, float("inf"))
     for trial in range(TRIALS + 1):
         for name, step in steps.items():
             begin = time.process_time()
             step()
-            if trial:  # the first one allocates and plans
+            if trial:  # the first run, which allocates memory, does not count
                 best[name] = min(best[name], time.process_time() - begin)
     return min(best, key=lambda name: best[name])
 
 
 def whole_rnn(setting: Setting, bptt: int, native: int) -> Step:
-    """Returns the recurrent network forward and backward, by the native kernel if T is at most `native`."""
+    """Returns a function that runs the recurrent network forward and backward, by the native kernel if T <= `native`."""
     kind: Callable[..., nn.Module] = {"lstm": nn.LSTM, "gru": nn.GRU}[setting.cell]
     rnn = kind(setting.embed, setting.hidden, setting.layers)
     inputs = torch.rand(bptt, setting.lanes, setting.embed, requires_grad=True)
@@ -160,12 +173,12 @@ def whole_rnn(setting: Setting, bptt: int, native: int) -> Step:
 
 
 class Floor:
-    """The floor of one cell of the grid; a call runs it once.
+    """The floor of a step for one setting, T and synthesizer. A call runs the floor once.
 
     Args:
         setting: the model and its lanes.
         bptt: T.
-        options: of the synthesizer, as for `our_trainer`; None for the floor without one.
+        options: options of the synthesizer, as for `our_trainer`; None for the floor without a synthesizer.
 
     Attributes:
         kernels: the kernel chosen for the recurrent network and for each product.
@@ -185,12 +198,15 @@ class Floor:
         self.kernels = {"rnn": rnn, **{str(product): self._names[product] for product in products}}
 
     def __call__(self) -> None:
-        """Runs products and optimizer once."""
+        """Runs all products and the optimizer once."""
         for step in self._steps:
             step()
 
     def _rnn(self, setting: Setting, bptt: int) -> tuple[str, Products, list[Step]]:
-        """Returns the quickest way through the recurrent network: its name, and either its products or one step."""
+        """Returns the fastest way to run the recurrent network: its name, its products, and a list of functions.
+
+        A way of matrix products has no functions; a way of a whole kernel has no products and one function.
+        """
         products = rnn_products(setting, bptt)
         whole = {"native kernel": whole_rnn(setting, bptt, native=bptt)}
         if setting.cell == "lstm" and torch.backends.mkldnn.is_available():
@@ -200,7 +216,7 @@ class Floor:
         return name, products.get(name, Products()), [whole[name]] if name in whole else []
 
     def _by_kernel(self, products: Products) -> Iterator[Step]:
-        """Yields every product as often as it runs, by the fastest kernel for it."""
+        """Yields a function for each run of each product, by the fastest kernel for this product."""
         for product, times in products.items():
             if product not in self._chosen:
                 kernels = kernels_of(product)
@@ -215,7 +231,7 @@ def _run(steps: list[Step]) -> None:
 
 
 def optimizer_pass(modules: list[nn.Module]) -> Step:
-    """Returns one step of the fused Adam over all parameters of the modules, their gradients and moments."""
+    """Returns a function that makes one step of the fused Adam on all parameters of the modules, with random gradients."""
     parameters = [parameter for module in modules for parameter in module.parameters()]
     for parameter in parameters:
         parameter.grad = torch.rand_like(parameter)

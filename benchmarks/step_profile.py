@@ -1,4 +1,4 @@
-"""Where the time of a training step goes, by operator, as the profiler of PyTorch sees it: `steps.py --profile`."""
+"""Measures the share of each operator in the time of a training step, with PyTorch's profiler: `steps.py --profile`."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from dni_seq.app.studies.records import NOTHING, markdown
 
 STEPS = 30
 LEAST = 0.01
-"""The share from which on an operator has a row."""
+"""An operator has a row of the table if its share is at least this in some column."""
 
 
 def profile(step: Step) -> tuple[str, dict[str, float]]:
-    """Returns the profiler's table of the next steps, and each operator's share of their CPU time."""
+    """Profiles the next steps. Returns the profiler's table, and the share of each operator in the steps' CPU time."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
         for _ in range(STEPS):
             step()
@@ -29,7 +29,7 @@ def profile(step: Step) -> tuple[str, dict[str, float]]:
 
 
 def table(lines: Sequence[Line]) -> str:
-    """Returns a row for each operator with a share of 1 % or more anywhere, and a column for each setting, T and way."""
+    """Returns a table of shares: a column for each setting, T and way, a row for each operator with 1 % in some column."""
     lines = newest(lines, "setting", "bptt", "way")
     largest: dict[str, float] = {}
     for line in lines:

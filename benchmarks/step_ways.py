@@ -1,4 +1,4 @@
-"""Ways of training that benchmarks compare, on the same model and random tokens: plain, dni-pytorch's way and ours."""
+"""Ways of training that benchmarks compare on one model and random tokens: plain loops, dni-pytorch's, the library's."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Step = Callable[[], None]
 
 
 class Setting(NamedTuple):
-    """A model and its lanes, and the window lengths it is measured at."""
+    """The sizes of a model, its lanes, and the window lengths that are measured."""
 
     vocabulary: int
     cell: str
@@ -54,10 +54,14 @@ OURS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "exact, 4 steps": {"synthesizer": "exact", "exact_steps": 4},
     }
 )
-"""Our ways: options of scripts/train_lm.py, all others its defaults, but for two horizons by words too."""
+"""The ways of the library, as options of scripts/train_lm.py. The other options have the defaults for characters.
+
+So "multi-horizon" has the number of horizons of `default_horizons` for words too, for which the command's default is one
+horizon.
+"""
 
 ONE = "multi-horizon, K = 1"
-"""The way that the others are held to."""
+"""The way to which dni-pytorch's way is compared."""
 
 PLAIN, PLAIN_FUSED, SEED = "plain", "plain, fused Adam", "dni-pytorch's way"
 PLAIN_KEPT = "plain, fused Adam, freed memory kept"
@@ -68,10 +72,10 @@ FLOORS: Mapping[str, str] = MappingProxyType(
         **{way: f"{FLOOR} with {way}" for way in (ONE, "multi-horizon")},
     }
 )
-"""The floor of a way, see `step_floor`: without a synthesizer, or with its own."""
+"""The floor (see `step_floor`) with which a way is compared: that without a synthesizer, or with the way's synthesizer."""
 
 FLOOR_OPTIONS = MappingProxyType({floor: OURS[way] if floor != FLOOR else None for way, floor in FLOORS.items()})
-"""The options of the synthesizer in a floor, None for the floor without one."""
+"""The options of the synthesizer in a floor, None for the floor without a synthesizer."""
 
 AS_IT_COMES, KEPT = (PLAIN, PLAIN_FUSED, SEED), (PLAIN_KEPT, *FLOOR_OPTIONS, *OURS)
 WAYS = (*AS_IT_COMES, *KEPT)
@@ -80,14 +84,17 @@ CLIP = 0.25
 
 
 def model_of(setting: Setting) -> LanguageModel:
-    """The model, the same for every way but for its kernels: the plain ones run `nn.LSTM` as it comes."""
+    """Returns the model, with the same initial weights for every way.
+
+    The plain ways and dni-pytorch's way then set `native_steps` to 0, so that they run `nn.LSTM` as PyTorch does.
+    """
     torch.manual_seed(0)
     sizes = {name: getattr(setting, name) for name in ("cell", "embed", "hidden", "layers", "dropout")}
     return LanguageModel(setting.vocabulary, **sizes)
 
 
 def plain_step(setting: Setting, bptt: int, *, fused: bool) -> Step:
-    """Truncated BPTT as everyone writes it."""
+    """Returns a function that makes one step of truncated BPTT in a plain loop of PyTorch."""
     model = model_of(setting)
     model.native_steps = 0
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, fused=fused)
@@ -108,7 +115,10 @@ def plain_step(setting: Setting, bptt: int, *, fused: bool) -> Step:
 
 
 def seed_step(setting: Setting, bptt: int) -> Step:
-    """Synthetic gradients as dni-pytorch's README has them: one MLP on the joined state, one Adam for everything."""
+    """Returns a function that makes one step of synthetic gradients as in dni-pytorch's README.
+
+    One MLP reads the leaves of the state joined to one tensor, and one Adam updates the parameters of the model and the MLP.
+    """
     model = model_of(setting)
     model.native_steps = 0
     parts = 2 if setting.cell == "lstm" else 1
@@ -142,7 +152,10 @@ def seed_step(setting: Setting, bptt: int) -> Step:
 def our_trainer(
     setting: Setting, bptt: int, options: Mapping[str, Any]
 ) -> tuple[SequenceTrainer, torch.Tensor, Lookahead | None]:
-    """`SequenceTrainer` as scripts/train_lm.py builds it, a window of tokens, and the lookahead of its synthesizer."""
+    """Returns `SequenceTrainer` as scripts/train_lm.py builds it, a window of tokens [T, B], and a lookahead.
+
+    The lookahead is None if the synthesizer reads none.
+    """
     sizes = {name: getattr(setting, name) for name in ("embed", "hidden", "layers", "dropout")}
     common = {"model": setting.cell, "bptt": bptt, "lr": 1e-3, "clip": CLIP, "batch_size": setting.lanes, **sizes}
     settled = build(LanguageModelOptions, common, options)
@@ -155,7 +168,7 @@ def our_trainer(
 
 
 def our_step(setting: Setting, bptt: int, options: Mapping[str, Any]) -> Step:
-    """A step of `our_trainer`."""
+    """Returns a function that makes one step of `our_trainer`."""
     trainer, tokens, lookahead = our_trainer(setting, bptt, options)
 
     def step() -> None:

@@ -1,23 +1,25 @@
-"""Step time and memory of training, against plain PyTorch and against dni-pytorch's way, as ratios within one process.
+"""Measures step time and memory of training, and compares them with plain PyTorch, dni-pytorch's way and a floor.
 
 python benchmarks/steps.py --output docs/results/steps.jsonl
-    The grid: a quarter of an hour on two cores. One JSON line a cell and way.
+    Measure all settings, window lengths and ways of training, in a quarter of an hour on two cores. Writes one JSON line for
+    each combination.
 python benchmarks/steps.py --only char-lstm --bptt 1 4
-    Part of it.
+    Measure one setting at two window lengths.
 python benchmarks/steps.py --tables docs/results/steps.jsonl
-    Measure nothing; print the lines on record as a table of Markdown.
+    Measure nothing; print the recorded lines as a table of Markdown.
 python benchmarks/steps.py --profile word-lstm --bptt 5 --output docs/results/profile.jsonl
-    Where the time of a step goes, by operator; appends a line for each window length and way. `--tables` prints them too.
+    Measure the share of each operator in the time of a step, and append a line for each window length and way. `--tables`
+    prints these lines too.
 python benchmarks/steps.py --memory --output docs/results/memory.jsonl
-    Peak resident memory after 200 steps, each way in a process of its own, and its growth over 10,000 windows.
+    Measure the peak resident memory after 200 steps and after 10,000 windows, each way in a process of its own.
 
-Ways of training, on the same model and random tokens, take turns, so many steps each that their kinds are all among them, as
-a synthesizer's steps with a regression and without. Medians and quartiles over the turns are reported, of the process's CPU
-time for a step, which suffers less from other work on the machine than the clock does; with several threads (`--threads`),
-whose CPU times add up, of the clock's. Two processes take turns, round by round: in one, freed memory is kept for the
-next window, as our scripts have it (`dni_seq.app.runs.allocator`); in the other it is not, as a loop that nobody tuned
-has it. Beside them stands the floor of a step, without a synthesizer and with one (`step_floor.py`): its matrix products
-by the fastest kernels and one pass of its optimizer.
+The ways of training have the same model and random tokens. They take turns of 24 steps each. A line has the median and the
+quartiles over the turns. The time is the CPU time of the process, which other work on the machine changes less than wall
+time. With several threads (`--threads`) the time is wall time, because the CPU times of the threads would add up.
+Two processes take turns. In one process, freed memory is kept for the next window, as the commands do
+(`dni_seq.app.runs.allocator`); the library's ways run there. In the other process, memory is not kept, as in a plain loop;
+plain loops and dni-pytorch's way run there. One plain loop runs in the first process too.
+The floor of a step (`step_floor.py`) is the time of its matrix products by the fastest kernels and of its optimizer.
 """
 
 from __future__ import annotations
@@ -65,18 +67,21 @@ from dni_seq.app.studies.records import NOTHING, markdown
 from dni_seq.credit.message_filter import OBSERVED_FIRST
 
 Kernels = dict[str, dict[str, str]]
-"""The kernels of each floor, by way; see `Floor.kernels`."""
+"""The kernels that each floor has chosen, by the name of the floor; see `Floor.kernels`."""
 
 PRODUCTS = "products alone"
-"""A way of older lines: the products of a step by `torch.mm`, without an optimizer."""
+"""A way in older lines, which have no floor: the matrix products of a step by `torch.mm`, without an optimizer."""
 
 TURN, ROUNDS = 24, 5
-"""Steps of a turn, and turns of each way at least. Fitted messages are regressed at one window of 4, the model of what is
-ahead is measured at one of 100, a comparison comes at one of 47."""
+"""Number of steps of a turn, and the smallest number of turns of each way.
+
+Five turns have 120 steps, so they contain the rare costly steps of all ways. Regressed messages compute targets at one
+window in 4, and their automatic scale compares gradients at one in 47. A future model is measured at one in 100.
+"""
 
 
 def step_of(way: str, setting: Setting, bptt: int) -> Step:
-    """One way's step on one cell of the grid."""
+    """Returns a function that makes one step of a way for a setting and T."""
     if way == SEED:
         return seed_step(setting, bptt)
     if way in FLOOR_OPTIONS:
@@ -87,7 +92,7 @@ def step_of(way: str, setting: Setting, bptt: int) -> Step:
 
 
 def time_ways(name: str, bptt: int, ways: Sequence[str], seconds: float) -> tuple[dict[str, list[float]], Kernels]:
-    """Milliseconds of a step by way, one number a turn, and the kernels of the floors."""
+    """Lets the ways take turns. Returns the milliseconds of a step by way, one number per turn, and the floors' kernels."""
     found: dict[str, list[float]] = {way: [] for way in ways}
     workers = [Worker(name, bptt, [way for way in ways if way in each], kept=each is KEPT) for each in (AS_IT_COMES, KEPT)]
     with contextlib.ExitStack() as stack:
@@ -103,7 +108,7 @@ def time_ways(name: str, bptt: int, ways: Sequence[str], seconds: float) -> tupl
 
 
 class Worker:
-    """A process of as many threads as this one, that has some ways take turns whenever it is told to."""
+    """A process with as many threads as this one, in which some ways take one turn each for every call of `round`."""
 
     def __init__(self, name: str, bptt: int, ways: Sequence[str], *, kept: bool) -> None:
         context = multiprocessing.get_context("spawn")
@@ -114,29 +119,32 @@ class Worker:
         theirs.close()
 
     def kernels(self) -> Kernels:
-        """The kernels of the floors, once all ways are built and warm."""
+        """Waits until all ways are built and warmed up, and returns the kernels of the floors."""
         kernels: Kernels = self._pipe.recv()
         return kernels
 
     def round(self) -> dict[str, float]:
-        """Milliseconds of a step, by way, in one turn of each."""
+        """Lets each way make one turn and returns the milliseconds of a step by way."""
         self._pipe.send(True)
         times: dict[str, float] = self._pipe.recv()
         return times
 
     def close(self) -> None:
-        """End the process."""
+        """Ends the process."""
         self._pipe.send(False)
         self._process.join()
 
 
 def warm_up(way: str) -> int:
-    """Steps before the first that is measured: a synthesizer's first windows are observed more closely than later ones."""
+    """Returns the number of steps before the first measured one.
+
+    It is larger for a way with a synthesizer, because the first windows of a synthesizer are checked more often.
+    """
     return 3 if way in AS_IT_COMES or way in (PLAIN_KEPT, *FLOOR_OPTIONS, "none") else OBSERVED_FIRST + 1
 
 
 def take_turns(name: str, bptt: int, ways: Sequence[str], kept: bool, threads: int, pipe: Connection) -> None:
-    """The worker's side."""
+    """The program of a `Worker`'s process."""
     torch.set_num_threads(threads)
     now = time.process_time if threads == 1 else time.perf_counter
     if kept:
@@ -157,7 +165,7 @@ def take_turns(name: str, bptt: int, ways: Sequence[str], kept: bool, threads: i
 
 
 def lines_of(name: str, bptt: int, found: Mapping[str, list[float]], kernels: Kernels) -> list[dict[str, Any]]:
-    """One line a way: median, quartiles and mean of a step, the ratios of medians, and a floor's kernels."""
+    """Returns a line for each way: median, quartiles and mean time of a step, ratios of medians, and a floor's kernels."""
     lines = []
     medians = {way: statistics.median(times) for way, times in found.items()}
     for way, times in found.items():
@@ -188,7 +196,7 @@ def lines_of(name: str, bptt: int, found: Mapping[str, list[float]], kernels: Ke
 
 
 def table(lines: Sequence[Mapping[str, Any]]) -> str:
-    """Ratios of medians, a row for each cell of the grid; first those to the floor of a step."""
+    """Returns a table of ratios of medians with a row for each setting and T. The first ratios are those to the floor."""
     cells: dict[tuple[str, int], dict[str, float]] = {(line["setting"], line["bptt"]): {} for line in lines}
     for line in lines:
         cells[line["setting"], line["bptt"]][line["way"]] = line["ms"]
@@ -196,7 +204,7 @@ def table(lines: Sequence[Mapping[str, Any]]) -> str:
     def ratio(medians: Mapping[str, float], one: str, other: str) -> str:
         return f"{medians[one] / medians[other]:.2f}" if one in medians and other in medians else NOTHING
 
-    # Lines of before the floor hold a cruder one.
+    # Lines that are older than the floor have the way `PRODUCTS` in its place.
     products = [PRODUCTS] if any(PRODUCTS in medians for medians in cells.values()) else []
     costly = [*products, *(way for way in OURS if way != "none")]
     headline = ("none", ONE, "multi-horizon")
@@ -219,17 +227,17 @@ def table(lines: Sequence[Mapping[str, Any]]) -> str:
 
 
 def any_table(lines: Sequence[Mapping[str, Any]]) -> str:
-    """The table of lines of the grid, or of a profile."""
+    """Returns the table of lines of step times or of profiles."""
     return step_profile.table(lines) if "operators" in lines[0] else table(lines)
 
 
 def peak_mb() -> float:
-    """Peak resident memory of this process, MiB."""
+    """Returns the peak resident memory of this process in MiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def memory_of(name: str, bptt: int, way: str, windows: int) -> dict[str, Any]:
-    """Peak memory after 200 steps and after `windows`; run in a process of its own."""
+    """Returns a line with the peak memory after 200 steps and after `windows` steps. Call this in a fresh process."""
     if way in KEPT:
         keep_freed_memory()
     step = step_of(way, SETTINGS[name], bptt)
@@ -242,7 +250,7 @@ def memory_of(name: str, bptt: int, way: str, windows: int) -> dict[str, Any]:
 
 
 def profile_ways(name: str, bptt: int, ways: Sequence[str], output: Path | None) -> None:
-    """Prints where the time of each way's step goes, and appends its line to the file."""
+    """Profiles a step of each way, prints the profiler's table, and appends a line to the file."""
     for way in ways:
         if way in KEPT:
             keep_freed_memory()
@@ -256,7 +264,7 @@ def profile_ways(name: str, bptt: int, ways: Sequence[str], output: Path | None)
 
 
 def main() -> None:
-    """The command."""
+    """Runs the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=SETTINGS, default=list(SETTINGS))
     parser.add_argument("--bptt", nargs="+", type=int, help="window lengths, in the place of each setting's own")
@@ -298,7 +306,7 @@ def main() -> None:
 
 
 def in_process(name: str, bptt: int, way: str, windows: int) -> dict[str, Any]:
-    """`memory_of` in a fresh process."""
+    """Calls `memory_of` in a fresh process and returns its line."""
     command = [sys.executable, __file__, "--one", name, str(bptt), way, "--windows", str(windows)]
     command += ["--threads", str(torch.get_num_threads())]
     result = subprocess.run(command, capture_output=True, text=True, check=True)

@@ -1,13 +1,13 @@
-"""Measure reading, tokenizing and windowing of large local files: speed, memory, and what training waits for.
+"""Measures reading, tokenizing and windowing of large local files: speed, memory, and what streamed text costs training.
 
 python benchmarks/streams.py --output docs/results/streams.jsonl
-    All cases, a few minutes; each in an interpreter of its own, one at a time.
+    Measure all cases in a few minutes, one after the other, each in an interpreter of its own.
 python benchmarks/streams.py --only lines
-    One case.
+    Measure one case.
 
-Memory is the peak of resident memory above an interpreter that has imported torch. Speeds are in tokens a second of wall
-time, and of processor time, which other processes on the machine do not lower; each stands beside a plain Python loop over
-the same file in the same run.
+Memory is the peak of resident memory above that of an interpreter that has imported torch. A speed is given twice: in tokens
+per second of wall time, and in tokens per second of CPU time, which other processes on the machine lower less. For
+comparison, the case "plain python loop" reads the file of the case "lines" in plain Python.
 """
 
 from __future__ import annotations
@@ -33,12 +33,15 @@ WORDS = [f"{stem}{ending}" for stem in "abcdefghijklmnopqrstuvwxy" for ending in
 
 
 def peak_mb() -> float:
-    """Peak resident memory of this process, MiB."""
+    """Returns the peak resident memory of this process in MiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def write_lines(path: Path, size: int) -> None:
-    """Lines of 5 to 24 words, drawn like words of a language, frequent ones often; a megabyte of them, repeated."""
+    """Writes a file of lines of 5 to 24 random words; the text repeats after one MiB.
+
+    As in a language, a few words are very frequent.
+    """
     draw = torch.Generator().manual_seed(0)
     ranks = iter((len(WORDS) ** torch.rand(300_000, generator=draw)).long().sub(1).tolist())
     lengths = torch.randint(5, 25, (300_000,), generator=draw).tolist()
@@ -53,7 +56,7 @@ def write_lines(path: Path, size: int) -> None:
 
 
 def timed(action: Callable[[], int]) -> dict[str, float]:
-    """Tokens a second of an action that returns their number."""
+    """Runs an action that returns its number of tokens, and returns this number and the tokens per second."""
     wall, processor = time.perf_counter(), time.process_time()
     tokens = action()
     return {
@@ -64,12 +67,12 @@ def timed(action: Callable[[], int]) -> dict[str, float]:
 
 
 def count(windows: Iterable[Any]) -> int:
-    """The tokens that windows predict."""
+    """Returns the number of tokens that windows predict."""
     return sum(window.targets.numel() for window in windows)
 
 
 def stream_of(path: Path, kind: str, valid: Path) -> Any:
-    """A stream over a file, its tokenizer trained on it."""
+    """Returns a stream of windows of a file, with a tokenizer that was trained on the file."""
     from dni_seq.streams import WindowStream, open_corpus, train_tokenizer
 
     corpus = open_corpus(data_file=path, valid_file=valid, test_file=valid)
@@ -79,7 +82,11 @@ def stream_of(path: Path, kind: str, valid: Path) -> Any:
 
 
 def plain_loop(path: Path) -> int:
-    """What one would write without a library: a vocabulary, then ids line by line, in a list."""
+    """Reads a file in plain Python: counts words for a vocabulary, then appends the ids line by line to a list.
+
+    Returns:
+        The number of ids.
+    """
     counts: Counter[str] = Counter()
     with path.open(encoding="utf-8") as file:
         for number, line in enumerate(file):
@@ -96,38 +103,41 @@ def plain_loop(path: Path) -> int:
 
 
 def lines(folder: Path, kind: str) -> dict[str, Any]:
-    """A file of 100 MB of lines."""
+    """The case of a file of lines, 100 MB."""
     return pass_over(folder / "lines.txt", kind)
 
 
 def one_line(folder: Path, kind: str) -> dict[str, Any]:
-    """A file of one line of 500 MB."""
+    """The case of a file of one line, 500 MB."""
     return pass_over(folder / "one_line.txt", kind)
 
 
 def empty_lines(folder: Path, kind: str) -> dict[str, Any]:
-    """A file of 10 million empty lines."""
+    """The case of a file of 10 million empty lines."""
     return pass_over(folder / "empty.txt", kind)
 
 
 def pass_over(path: Path, kind: str) -> dict[str, Any]:
-    """One epoch of windows of a file."""
+    """Reads one epoch of windows of a file and returns the speed and the memory."""
     stream = stream_of(path, kind, path.with_name("valid.txt"))
     return timed(lambda: count(stream)) | {"peak_mb": peak_mb()}
 
 
 def python(folder: Path, kind: str) -> dict[str, Any]:
-    """The plain Python loop over the 100 MB of lines."""
+    """The case of the plain Python loop over the file of lines, 100 MB."""
     return timed(lambda: plain_loop(folder / "lines.txt")) | {"peak_mb": peak_mb()}
 
 
 def bare(folder: Path, kind: str) -> dict[str, Any]:
-    """An interpreter that has imported torch."""
+    """The case of an interpreter that has only imported torch."""
     return {"peak_mb": peak_mb()}
 
 
 def training(folder: Path, kind: str) -> dict[str, Any]:
-    """Steps of a small model on the same text, streamed and held in memory in turn; the median of their ratios."""
+    """The case of training a small model on a text that is streamed, and on the same text in memory, in turns.
+
+    The result has two ratios, medians over the rounds: time streamed over time in memory, by wall time and by CPU time.
+    """
     import dni_seq as dni
     from dni_seq.models.language_model import LanguageModel, token_losses
     from dni_seq.streams import files
@@ -169,7 +179,7 @@ CASES: dict[str, tuple[Callable[[Path, str], dict[str, Any]], str]] = {
 
 
 def prepare(folder: Path) -> None:
-    """Write the files."""
+    """Writes the files of all cases."""
     write_lines(folder / "lines.txt", 100 * MIB)
     write_lines(folder / "part.txt", 10 * MIB)
     write_lines(folder / "valid.txt", MIB // 10)
@@ -181,7 +191,7 @@ def prepare(folder: Path) -> None:
 
 
 def main() -> int:
-    """The command; returns its exit status."""
+    """Runs the command and returns its exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=CASES, help="one case")
     parser.add_argument("--folder", help="where the files are kept, 0.7 GB (default: a temporary one)")
@@ -202,7 +212,7 @@ def main() -> int:
 
 
 def keep(result: dict[str, Any], output: str | None) -> None:
-    """Put a result in the place of that of the same case."""
+    """Writes a result to the file `output`, in place of an older result of the same case."""
     print(json.dumps(result), flush=True)
     if output is None:
         return
@@ -216,7 +226,7 @@ PREPARE = "from pathlib import Path; from streams import *; "
 
 
 def measured(name: str, folder: Path) -> dict[str, Any]:
-    """The result of a case in an interpreter of its own."""
+    """Runs a case in an interpreter of its own and returns its result."""
     case, kind = CASES[name]
     code = f"{PREPARE}print(json.dumps({case.__name__}(Path({str(folder)!r}), {kind!r})))"
     done = subprocess.run(

@@ -1,4 +1,7 @@
-"""README's table of tasks and methods, at equal text and at equal CPU time, from the committed lines in docs/results."""
+"""Makes README's table of tasks and methods, and tables of the runs in pilots.jsonl, from the lines in docs/results.
+
+README's table compares the methods at equal text and at equal CPU time.
+"""
 
 from __future__ import annotations
 
@@ -26,18 +29,18 @@ NOTES: Mapping[str | None, str] = MappingProxyType(
         "no outputs straight from the state": "no path from state to outputs",
     }
 )
-"""What pilots.jsonl notes on the future model of a run, in plain words."""
+"""The notes in pilots.jsonl on a run's future model ("code"), each with its text in the tables."""
 
 Line = dict[str, Any]
 
 
 class Best(NamedTuple):
-    """The best trial of a method, or one that is to be compared with others.
+    """A trial of a method, as a cell of the table shows it.
 
     Attributes:
         score: perplexity, or length solved.
         window: T in steps.
-        note: what else a cell says of it.
+        note: text that the cell adds after T.
     """
 
     score: float
@@ -46,25 +49,28 @@ class Best(NamedTuple):
 
 
 def lines(name: str) -> list[Line]:
-    """The lines of a file of results."""
+    """Returns the lines of docs/results/`name`.jsonl."""
     return [json.loads(line) for line in (RESULTS / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def table_1(task: str, window: int, method: str) -> list[Line]:
-    """The runs of a cell of paper.jsonl's Table 1, seeds 0 to 2, one a seed."""
+    """Returns the runs of a cell of Table 1 in paper.jsonl, one for each of the seeds 0 to 2."""
     chosen = {"part": "table1", "task": task, "bptt": window, "column": method}
     found = {line["seed"]: line for line in lines("paper") if all(line.get(key) == value for key, value in chosen.items())}
     return [found[seed] for seed in SEEDS]
 
 
 def final(run: Line) -> float:
-    """A run's score: validation bits per character, or the length solved."""
+    """Returns a run's score: validation bits per character, or the length solved."""
     result: dict[str, float] = run["result"]
     return result["valid_bpc"] if "valid_bpc" in result else result["length"]
 
 
 def score_at(run: Line, seconds: float) -> float:
-    """A text run's validation bits per character, or a copying run's length, last recorded after `seconds`."""
+    """Returns the score that a run has reached within `seconds` CPU seconds, from its curve.
+
+    The score is validation bits per character for text, and the length solved for copying.
+    """
     if run["task"] == "ptb":
         return [point[3] for point in run["curve"] if point[2] <= seconds][-1]
     updates = seconds / run["process_seconds"] * run["updates"]
@@ -72,12 +78,15 @@ def score_at(run: Line, seconds: float) -> float:
 
 
 def training_seconds(runs: Iterable[Line]) -> float:
-    """Mean CPU seconds of text runs at their last validation."""
+    """Returns the CPU seconds of text runs at their last validation, as a mean over the runs."""
     return mean(run["curve"][-1][2] for run in runs)
 
 
 def pilots(method: str, **options: object) -> list[float]:
-    """Scores in pilots.jsonl of the newest code: validation perplexity, or the length solved."""
+    """Returns the scores of the runs in pilots.jsonl with these options: validation perplexity, or the length solved.
+
+    For each seed, only the last line counts, which is of the newest code.
+    """
     found = {}
     for line in lines("pilots"):
         wanted = {**options, "synthesizer": method}
@@ -87,11 +96,15 @@ def pilots(method: str, **options: object) -> list[float]:
 
 
 def study(task: str, method: str, **trial: object) -> Best | None:
-    """The best score of the studies at equal CPU time among all rates, windows and optimizers; None without a trial."""
+    """Returns the best trial of a method in the two studies at equal CPU time; None without a trial.
+
+    The best is taken over all learning rates, windows and optimizers. `trial` holds the settings that all of these trials
+    must have, such as the budget. The studies are those of predictive_messages.jsonl and frontier.jsonl.
+    """
     better: Callable[..., Best] = min if task == "words" else max
     score = "valid" if task == "words" else "solved"
     wanted = {**trial, "task": task, "method": method}
-    seed = 1 if task == "words" else 0  # that all methods have in the older study
+    seed = 1 if task == "words" else 0  # the seed that all methods have in predictive_messages.jsonl
     found = [
         Best(line.get("quality", line.get(score)), line["trial"]["T"], ", SGD" * ("optimizer" in line["trial"]))
         for name, first in (("predictive_messages", seed), ("frontier", 1))
@@ -102,17 +115,17 @@ def study(task: str, method: str, **trial: object) -> Best | None:
 
 
 def row(name: str, window: object, cells: Iterable[str]) -> str:
-    """A row of the table."""
+    """Returns a row of the table."""
     return f"| {name} | {window} | {' | '.join(cells)} |"
 
 
 def several(scores: Iterable[float], digits: int) -> str:
-    """Numbers of one cell."""
+    """Returns the text of a cell with several scores."""
     return "; ".join(f"{score:.{digits}f}" for score in scores)
 
 
 def equal_text() -> list[str]:
-    """Rows at equal text, the same windows for all methods."""
+    """Returns the rows at equal text, in which all methods have the same windows."""
     bits = ["; ".join(falling_rate(t, method) for t in (1, 8)) for method in METHODS]
     rows = [row("characters, bits ↓", "1; 8", [*bits, NO_RUN])]
     for name, task in (("copying, length ↑", "copy"), ("repeat copy, length ↑", "repeat-copy")):
@@ -129,7 +142,10 @@ def equal_text() -> list[str]:
 
 
 def falling_rate_lines(window: int, method: str) -> list[Line]:
-    """The lines of falling_rate.jsonl at the best rate of the first seed, one a seed."""
+    """Returns a method's lines of falling_rate.jsonl at T = `window`, one for each seed.
+
+    The learning rate is the one that is best for seed 1. The list is empty if the method has no line.
+    """
     wanted = {"T": window, "method": method}
     own = [one for one in lines("falling_rate") if "changed" not in one["trial"] and one["trial"].items() >= wanted.items()]
     if not own:
@@ -139,20 +155,26 @@ def falling_rate_lines(window: int, method: str) -> list[Line]:
 
 
 def falling_rate(window: int, method: str) -> str:
-    """Mean validation bits per character over the seeds of falling_rate.jsonl."""
+    """Returns the validation bits per character of `falling_rate_lines`, as a mean over the seeds."""
     bits = [one["valid"] for one in falling_rate_lines(window, method)]
     return f"{mean(bits):.3f}" if bits else NO_RUN
 
 
 def echo(column: str) -> list[float]:
-    """Bits of error on the delayed echo with an LRU, by seed, from estimators.jsonl's runs over the whole text."""
+    """Returns the bits of error on the delayed echo with an LRU, one for each seed, from estimators.jsonl.
+
+    Only runs over the whole text count, not the shorter ones that tune the learning rate.
+    """
     wanted = {"task": "echo", "column": f"lru: {column}", "share": 1.0}
     whole = [line for line in lines("estimators") if all(line.get("trial", {}).get(k) == v for k, v in wanted.items())]
     return [line["score"] for line in whole if line["trial"]["seed"] in SEEDS]
 
 
 def equal_time() -> list[str]:
-    """Rows at equal CPU time: that of truncated BPTT at equal text, and fixed budgets."""
+    """Returns the rows at equal CPU time.
+
+    By characters, the CPU time is that of truncated BPTT in its whole run. By words and at copying, it is a fixed budget.
+    """
     scores: dict[str, list[float]] = {method: [] for method in METHODS}
     for window in (1, 8):
         truncated = table_1("ptb", window, "none")
@@ -169,9 +191,10 @@ def equal_time() -> list[str]:
 
 
 def copying(seconds: int) -> str:
-    """The row of copying after some CPU seconds, the best window of each method.
+    """Returns the row of copying after `seconds` CPU seconds, with the best window of each method.
 
-    The default has its runs of Table 1. Dense messages are of the past here; the exact gradient is that of 16 steps.
+    The cell of the default is from its runs in Table 1 at T = 4. At copying, dense messages are gradients of a model of the
+    past, and the exact gradient covers 16 steps.
     """
     default = f"{mean(score_at(run, seconds) for run in table_1('copy', 4, 'multi-horizon')):.1f} (T = 4)"
     methods = {"none": "", "exact": ", 16 steps", "past inside": ""}
@@ -183,7 +206,7 @@ def copying(seconds: int) -> str:
 
 
 def benefits() -> list[str]:
-    """The table."""
+    """Returns README's table."""
     return [
         "| task | T | truncated BPTT | synthesizer | exact gradient of 4 steps | dense messages |",
         "|---|---|---|---|---|---|",
@@ -195,11 +218,15 @@ def benefits() -> list[str]:
 
 
 def runs(keep: Callable[[Line], bool], columns: tuple[str, ...]) -> list[str]:
-    """Rows of runs of pilots.jsonl by words or characters: options, seeds, perplexities and CPU seconds, in their order."""
+    """Returns rows of the text runs in pilots.jsonl whose options `keep` accepts, in the order of the file.
+
+    Runs with the same values of the options `columns` share a row, which has these options, and the seeds, perplexities and
+    CPU seconds of its runs.
+    """
     cells: dict[tuple[str, ...], list[Line]] = {}
     for line in lines("pilots"):
         if "valid" in line and keep(line["options"]):
-            options = {"schedule": "constant", **line["options"]}  # older lines have none
+            options = {"schedule": "constant", **line["options"]}  # older lines lack the option
             given = [str(options.get(name, "")) for name in columns]
             cells.setdefault((*given, note(line)), []).append(line)
     rows = []
@@ -212,17 +239,17 @@ def runs(keep: Callable[[Line], bool], columns: tuple[str, ...]) -> list[str]:
 
 
 def note(line: Line) -> str:
-    """What is on record of the future model of a run, if it has one."""
+    """Returns the note on a run's future model from `NOTES`; empty for a run without a future model."""
     return NOTES[line.get("code")] if line["options"]["synthesizer"] == "multi-horizon" else ""
 
 
 def decimals(line: Line) -> int:
-    """Digits of a perplexity: one of words, two of characters."""
+    """Returns the decimal places of a run's perplexity: one for words, two for characters, whose perplexity is below 10."""
     return 1 if line["valid"]["ppl"] > 10 else 2
 
 
 def words() -> list[str]:
-    """Whole epochs on Penn Treebank by words."""
+    """Returns the table of runs over whole epochs of Penn Treebank by words, with Adam."""
     return [
         "| synthesizer | epochs | rate | seeds | validation | test | CPU seconds | future model |",
         "|---|---|---|---|---|---|---|---|",
@@ -231,7 +258,7 @@ def words() -> list[str]:
 
 
 def words_by_sgd() -> list[str]:
-    """Whole epochs on Penn Treebank by words, by SGD."""
+    """Returns the table of runs over whole epochs of Penn Treebank by words, with SGD."""
     return [
         "| synthesizer | T | messages every | c | rate | epochs | seeds | validation | test | CPU seconds |",
         "|---|---|---|---|---|---|---|---|---|---|",
@@ -246,7 +273,7 @@ SGD_COLUMNS = ("synthesizer", "bptt", "message_every", "synthetic_scale", "lr", 
 
 
 def whole_words(given: Line) -> bool:
-    """Whether a run has options of whole epochs on Penn Treebank by words."""
+    """Returns whether a run's options are those of whole epochs on Penn Treebank by words."""
     return given.get("dataset") == "ptb" and "epochs" in given
 
 
@@ -254,7 +281,7 @@ EMBEDDED_COLUMNS = ("synthesizer", "horizons", "lookahead", "synthetic_scale", "
 
 
 def embedded_corpus() -> list[str]:
-    """The command without options."""
+    """Returns the table of runs on the embedded corpus, the text of the command without options."""
     return [
         "| synthesizer | K | lookahead | c | rate | schedule | epochs | seeds | validation | test | CPU s | future model |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|",

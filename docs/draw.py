@@ -1,7 +1,7 @@
 """Draws public docstrings at random, to be read without the code: python docs/draw.py --seed 1
 
-The reader counts those that need a second reading. Public are the names of `dni_seq.__all__` with their public methods and
-properties, and what `dni_seq.streams` exports.
+The reader counts the docstrings that need a second reading. The public names are those of `dni_seq.__all__` and of
+`dni_seq.streams.__all__`, with the public methods and properties of the classes among them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dni_seq import streams
 
 
 def public(module: ModuleType) -> dict[str, str]:
-    """Signature and docstring of every public name of a module, of its own public methods and properties too."""
+    """Returns signature and docstring by name, for a module's public names and the members that its classes define."""
     found = {}
     for name in module.__all__:
         thing = getattr(module, name)
@@ -34,7 +34,7 @@ def public(module: ModuleType) -> dict[str, str]:
 
 
 def described(name: str, thing: object) -> str:
-    """Signature and docstring."""
+    """Returns the signature and the docstring of a class or function as text."""
     try:
         signature = str(inspect.signature(thing))  # type: ignore[arg-type]
         signature = re.sub(r"ForwardRef\('([^']*)'\)", r"\1", signature).replace("'", "")
@@ -44,7 +44,7 @@ def described(name: str, thing: object) -> str:
 
 
 def main() -> None:
-    """The command."""
+    """Runs the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, required=True)
     parser.add_argument("--count", type=int, default=15)

@@ -1,7 +1,7 @@
 """Runs README's first example and writes what it prints into README: python -m docs.first_example
 
-It takes about two minutes. `python -m docs.first_example --text` only writes the sentence again, from
-docs/results/first_example.jsonl.
+The command needs about two minutes. `python -m docs.first_example --text` runs nothing, and writes the sentence again from
+the last results, docs/results/first_example.jsonl.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ REPLACED = re.compile(r"^for inputs, targets in windows:\n.*?^    state = state\
 
 
 def programs(text: str) -> tuple[str, str]:
-    """README's loop before and after: its first block, and the same with the second block in place of the loop."""
+    """Returns two programs: README's first block of Python, and this block with the second block in place of its loop."""
     before, lines, *_ = PYTHON.findall(text)
     after, count = REPLACED.subn(lambda _: lines, before)
     if count != 1:
@@ -35,7 +35,7 @@ def programs(text: str) -> tuple[str, str]:
 
 
 def run(program: str) -> tuple[str, float]:
-    """What a program prints, and its CPU seconds."""
+    """Runs a program and returns what it prints, and its CPU seconds."""
     shown, start = io.StringIO(), time.process_time()
     with contextlib.redirect_stdout(shown):
         exec(compile(program, "README.md", "exec"), {"__name__": "example"})
@@ -43,7 +43,7 @@ def run(program: str) -> tuple[str, float]:
 
 
 def sentence(lines: list[dict[str, Any]]) -> str:
-    """The text below README's first example."""
+    """Returns the text below README's first example."""
     plain, synthetic, longer = lines
     return (
         f"The plain loop prints `{plain['printed']}` after {plain['seconds']:.0f} CPU seconds, the second program "
@@ -54,7 +54,7 @@ def sentence(lines: list[dict[str, Any]]) -> str:
 
 
 def written(text: str) -> str:
-    """README's text with the sentence as it should be."""
+    """Returns README's text with the sentence replaced by that of the recorded results."""
     lines = [json.loads(line) for line in RECORD.read_text(encoding="utf-8").splitlines()]
     return MARK.sub(lambda found: f"{found[1]}{sentence(lines)}\n{found[2]}", text)
 
@@ -76,7 +76,7 @@ def measure() -> None:
 
 
 def main() -> None:
-    """The command."""
+    """Runs the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", action="store_true", help="run nothing")
     if not parser.parse_args().text:

@@ -1,6 +1,7 @@
-"""The tables of docs/results on characters, copying, regressed messages and a part of an epoch by words.
+"""Makes the tables of docs/results on characters, copying, regressed messages and a part of an epoch by words.
 
-Each comes from the committed lines in docs/results; `python -m docs.tables` writes them. docs/results/paper.md has others.
+The tables come from the committed lines in docs/results, and `python -m docs.tables` writes them into the pages. The tables
+of docs/results/paper.md are not among them.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ NAMES: Mapping[str, str] = MappingProxyType(
         "exact": "exact gradient",
     }
 )
-"""Columns of paper.jsonl's Table 1 in plain words."""
+"""The columns of Table 1 in paper.jsonl, each with its name in the tables."""
 
 WINDOWS = (1, 2, 4, 8, 20)
 TOKENS, UPDATES = 1_000_000, 10_000
-"""The length of an ablation's runs, by characters and at copying."""
+"""The length of the ablation's runs: characters of text, and updates at copying."""
 
 DEFAULT_PARTS: Mapping[str, str] = MappingProxyType(
     {
@@ -40,7 +41,10 @@ DEFAULT_PARTS: Mapping[str, str] = MappingProxyType(
         "K = 1, c = 1": "one horizon, c = 1",
     }
 )
-"""Changes of the default that keep the gradient of a future model, by their names in paper.jsonl; paper.md has more."""
+"""Variants of the default whose messages are still gradients of a future model, by their names in paper.jsonl.
+
+docs/results/paper.md has further variants.
+"""
 
 PUBLISHED_PARTS: Mapping[str, str] = MappingProxyType(
     {
@@ -52,7 +56,10 @@ PUBLISHED_PARTS: Mapping[str, str] = MappingProxyType(
         "automatic scale": "automatic scale",
     }
 )
-"""Additions to the published recipe, by their names in paper.jsonl; paper.md has more."""
+"""Variants of the published recipe with one addition, by their names in paper.jsonl.
+
+docs/results/paper.md has further variants.
+"""
 
 REGRESSED_PARTS: Mapping[str, str] = MappingProxyType(
     {
@@ -66,7 +73,10 @@ REGRESSED_PARTS: Mapping[str, str] = MappingProxyType(
         "one message, λ-targets": "one message, λ-targets",
     }
 )
-"""Changes of the default that regress messages, by their names in paper.jsonl; paper.md has more."""
+"""Variants of the default that regress messages, by their names in paper.jsonl.
+
+docs/results/paper.md has further variants.
+"""
 
 PILOTS: Mapping[str, Mapping[str, object]] = MappingProxyType(
     {
@@ -83,35 +93,35 @@ PILOTS: Mapping[str, Mapping[str, object]] = MappingProxyType(
         "exact, next 4 steps": {"synthesizer": "exact", "exact_steps": 4},
     }
 )
-"""Runs of pilots.jsonl by characters at T = 1, a million characters each."""
+"""Methods in pilots.jsonl by characters at T = 1, with the options of their runs of a million characters each."""
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """The lines of a table."""
+    """Returns the lines of a table of Markdown."""
     return markdown(header, rows).splitlines()
 
 
 def spread(values: Sequence[float]) -> str:
-    """Bits of several runs: mean and standard deviation of three or more, else one by one."""
+    """Returns the bits of several runs as text: mean and standard deviation of three or more runs, else every number."""
     if len(values) > 2:
         return plus_minus(values, 3)
     return ", ".join(f"{value:.3f}" for value in values)
 
 
 def between(values: Iterable[float], digits: int = 0) -> str:
-    """The least and the largest value, or one if they look alike."""
+    """Returns the range of values as text: the smallest and the largest, or one number if both round to the same text."""
     known = list(values)
     least, most = (f"{value:.{digits}f}" for value in (min(known), max(known)))
     return least if least == most else f"{least}–{most}"
 
 
 def percent(parts: Sequence[float], wholes: Sequence[float]) -> str:
-    """A mean as a share of another mean."""
+    """Returns the mean of `parts` in percent of the mean of `wholes`, as text."""
     return f"{100 * mean(parts) / mean(wholes):.0f} %"
 
 
 def characters() -> list[str]:
-    """Validation bits at each window, with the default's share of what the exact gradient gains."""
+    """Returns the table of validation bits of each method at each T, and of the default's share of the headroom."""
     rows = []
     for window in WINDOWS:
         bits = {name: [final(run) for run in table_1("ptb", window, name)] for name in NAMES if (window, name) in ptb()}
@@ -126,17 +136,21 @@ def characters() -> list[str]:
 
 
 def ptb() -> set[tuple[int, str]]:
-    """The cells of Table 1 by characters: window and column."""
+    """Returns the cells (T, column) of Table 1 by characters that have runs."""
     return {(line["bptt"], line["column"]) for line in lines("paper") if (line["part"], line["task"]) == ("table1", "ptb")}
 
 
 def differences(base: Iterable[float], other: Iterable[float]) -> list[float]:
-    """What others are below a base, seed by seed."""
+    """Returns `base` minus `other`, seed by seed: the gains if lower is better."""
     return [first - second for first, second in zip(base, other, strict=True)]
 
 
 def equal_time() -> list[str]:
-    """Validation bits when the CPU time is over that truncated BPTT needs, and the seconds of whole runs."""
+    """Returns the table of validation bits at equal CPU time, by characters.
+
+    Every method may use the CPU seconds that truncated BPTT needs for its whole run. The last column has the CPU seconds
+    that the other methods need for their whole runs.
+    """
     methods = ("paper", "multi-horizon", "exact")
     rows = []
     for window in WINDOWS[:-1]:
@@ -151,7 +165,7 @@ def equal_time() -> list[str]:
 
 
 def horizons() -> list[str]:
-    """Bits by the number of horizons and c, two million characters."""
+    """Returns the table of bits by the number of horizons and c, in runs of two million characters."""
     found: dict[tuple[int, int, float], list[Line]] = {}
     for line in lines("pilots"):
         given = line["options"]
@@ -165,7 +179,11 @@ def horizons() -> list[str]:
 
 
 def horizon_row(window: int, count: int, scale: float, runs: Sequence[Line]) -> list[str]:
-    """A row of `horizons`; its share is that of the same seeds, if both ends of the headroom are on record for them."""
+    """Returns a row of `horizons`.
+
+    The share of the headroom compares with truncated BPTT and the exact gradient of the same seeds. The row has no share if
+    one of these seeds has no such run on record.
+    """
     seeds = [run["seed"] for run in runs]
     bits = [run["valid_bpc"] if "valid_bpc" in run else final(run) for run in runs]
     ends = [[bits_of(window, name, seed) for seed in seeds] for name in ("none", "exact")]
@@ -179,38 +197,38 @@ def horizon_row(window: int, count: int, scale: float, runs: Sequence[Line]) -> 
 
 
 def bits_of(window: int, column: str, seed: int) -> float | None:
-    """Validation bits of a run of Table 1, None if there is none."""
+    """Returns the validation bits of a run of Table 1, None if the run is not on record."""
     wanted = {"part": "table1", "task": "ptb", "bptt": window, "column": column, "seed": seed}
     found = [final(line) for line in lines("paper") if wanted.items() <= line.items()]
     return found[-1] if found else None
 
 
 def variant(task: str, column: str, name: str) -> list[Line]:
-    """The runs of a row of the ablation, one a seed; an empty list if the task has none."""
+    """Returns the runs of a variant of the ablation, one for each seed; an empty list if the variant has no runs."""
     wanted = {"part": "ablation", "task": task, "column": column, "variant": name}
     found = {line["seed"]: line for line in lines("paper") if wanted.items() <= line.items()}
     return [found[seed] for seed in SEEDS if seed in found]
 
 
 def halfway(column: str) -> list[float]:
-    """Bits of Table 1's runs at T = 1 after as many characters as the ablation's runs have."""
+    """Returns the bits of the runs of Table 1 at T = 1 after a million characters, the length of the ablation's runs."""
     return [next(point[3] for point in run["curve"] if point[0] >= TOKENS) for run in table_1("ptb", 1, column)]
 
 
 def gained(runs: Sequence[Line]) -> list[str]:
-    """Two cells: what runs of the ablation gain over truncated BPTT, and as a share of the headroom."""
+    """Returns two cells: the gain of runs of the ablation over truncated BPTT in bits, and in percent of the headroom."""
     base = halfway("none")
     gains = differences(base, map(final, runs))
     return [signed(gains), percent(gains, differences(base, halfway("exact")))]
 
 
 def signed(gains: Sequence[float]) -> str:
-    """Mean and standard deviation of gains, with a sign."""
+    """Returns the mean, with its sign, and the standard deviation of gains as text."""
     return f"{mean(gains):+.3f} ± {stdev(gains):.3f}"
 
 
 def text_parts() -> list[str]:
-    """What each part of the default and of the published recipe is worth on text."""
+    """Returns the table of gains on text: the default with one change, and the published recipe with one addition."""
     base, exact = halfway("none"), halfway("exact")
     rows = [[NAMES["exact"], signed(differences(base, exact)), "100 %"]]
     for column, parts in (("multi-horizon", DEFAULT_PARTS), ("paper", PUBLISHED_PARTS)):
@@ -220,17 +238,17 @@ def text_parts() -> list[str]:
 
 
 def heading(column: str) -> str:
-    """The row above the rows of a method."""
+    """Returns the text of the row above the rows of a method's variants."""
     return {"multi-horizon": "**default, changed:**", "paper": "**published recipe, with:**"}[column]
 
 
 def length_at(run: Line, updates: int) -> int:
-    """The length that a run had solved after some updates."""
+    """Returns the length that a run had solved after `updates` updates, 0 if none."""
     return max((length for update, length in run["curve"] if update <= updates), default=0)
 
 
 def copy_parts() -> list[str]:
-    """What each part of the default and of the published recipe is worth at copying."""
+    """Returns the table of lengths at copying: the default with one change, and the published recipe with one addition."""
     rows = []
     for column in ("none", "exact"):
         lengths = [str(length_at(run, UPDATES)) for run in table_1("copy", 4, column)]
@@ -242,32 +260,32 @@ def copy_parts() -> list[str]:
 
 
 def solved(runs: Sequence[Line]) -> str:
-    """The lengths solved, by seed."""
+    """Returns the lengths that runs have solved, in the order of the runs, as text."""
     return ", ".join(str(run["result"]["length"]) for run in runs)
 
 
 def regressed() -> list[str]:
-    """Regressed messages in the ablation: gain on text, lengths at copying."""
+    """Returns the table of regressed messages in the ablation: gains on text and lengths at copying."""
     rows = [["the default", *parts_of("default")]]
     rows += [[shown, *parts_of(name)] for name, shown in REGRESSED_PARTS.items()]
     return table(["messages", "gain, bits", "share of the headroom", "vectors (by seed)"], rows)
 
 
 def parts_of(name: str) -> list[str]:
-    """The cells of a row of `regressed`."""
+    """Returns the cells of a variant in the table `regressed`."""
     text, copying = (variant(task, "multi-horizon", name) for task in ("ptb", "copy"))
     return [*gained(text), solved(copying)]
 
 
 def pilot(wanted: Mapping[str, object]) -> list[Line]:
-    """The runs of pilots.jsonl by characters at T = 1 with these options, a million characters, by seed."""
+    """Returns the runs in pilots.jsonl by characters at T = 1, of a million characters, that have the options `wanted`."""
     keep = {"bptt": 1, "max_tokens": TOKENS, **wanted}
     given = [(line, {**line["options"], "code": line.get("code")}) for line in lines("pilots") if "test_bpc" in line]
     return [line for line, options in given if keep.items() <= options.items()]
 
 
 def one_horizon() -> list[str]:
-    """Regressed messages beside a future model of one horizon and exact gradients."""
+    """Returns the table of the methods in `PILOTS`: regressed messages, a future model of one horizon, exact gradients."""
     base, best = ({run["options"]["seed"]: run["valid_bpc"] for run in pilot(PILOTS[end])} for end in ENDS)
     rows = []
     for name, wanted in PILOTS.items():
@@ -281,11 +299,14 @@ def one_horizon() -> list[str]:
 
 
 ENDS = ("truncated BPTT", "exact, next 4 steps")
-"""The rows of `PILOTS` between which the headroom is."""
+"""The two methods of `PILOTS` whose difference is the headroom."""
 
 
 def lengths(task: str) -> Callable[[], list[str]]:
-    """A function that returns the lengths that each seed solves, with the update that reached them."""
+    """Returns a function that makes a task's table: for T = 2 and 4, each method and each seed, the length solved.
+
+    The table also has the update at which a run solved its length.
+    """
 
     def rows() -> list[str]:
         found = []
@@ -300,14 +321,14 @@ def lengths(task: str) -> Callable[[], list[str]]:
 
 
 def reached(run: Line) -> str:
-    """The length solved, and the update at which it was."""
+    """Returns the length that a run has solved and, in parentheses, the update at which it solved this length."""
     return f"{run['curve'][-1][1]} ({run['curve'][-1][0]:,})" if run["curve"] else "0"
 
 
 def more_horizons() -> list[str]:
-    """Copying by the number of horizons, in runs that are not of Table 1.
+    """Returns the table of copying by the number of horizons, from the runs in pilots.jsonl.
 
-    Runs of still older future models are left out: `NOTES` does not have them.
+    Runs with an older future model that `NOTES` does not have are left out.
     """
     wanted = {"task": "copy", "synthesizer": "multi-horizon"}
     found: dict[tuple[int, float], list[Line]] = {}
@@ -324,7 +345,7 @@ def more_horizons() -> list[str]:
 
 
 def six_horizons() -> list[str]:
-    """When the run with six horizons has solved each length."""
+    """Returns the table of the run with six horizons: the update at which it solved each of some lengths."""
     (run,) = (line for line in lines("pilots") if line["options"].get("horizons") == 6)
     points = [point for point in run["curve"] if point[1] in (4, 6, 8, 10, 12, 13)]
     vectors, updates = [str(length) for _, length in points], [f"{update:,}" for update, _ in points]
@@ -332,7 +353,7 @@ def six_horizons() -> list[str]:
 
 
 def adding() -> list[str]:
-    """The adding problem."""
+    """Returns the table of the adding problem."""
     found: dict[str, list[Line]] = {}
     for line in lines("pilots"):
         if line["options"].get("task") == "adding":
@@ -346,7 +367,7 @@ def adding() -> list[str]:
 
 
 def part_of_an_epoch() -> list[str]:
-    """A third of an epoch on Penn Treebank by words."""
+    """Returns the table of runs of 300,000 words of Penn Treebank, a third of an epoch."""
     rows = []
     for line in lines("pilots"):
         given = line["options"]

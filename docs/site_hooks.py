@@ -1,6 +1,7 @@
-"""Hooks of the site: pages from files outside of docs, and links between them.
+"""Hooks of the site: adds pages from files outside of docs, and corrects the links to and from these pages.
 
-`mkdocs.yml` names this file. README and others stay where a clone has them, and are pages of the site too.
+`mkdocs.yml` names this file. README and some other files stay at their places in the repository, and are pages of the site
+too.
 """
 
 from __future__ import annotations
@@ -28,23 +29,23 @@ OUTSIDE: Mapping[str, str] = MappingProxyType(
         "data/README.md": "guides/data-directory.md",
     }
 )
-"""Files outside of docs, and their places in the site."""
+"""Files outside of docs, each with its path in the site."""
 
 MOVED: Mapping[str, str] = MappingProxyType({"README.md#tensorboard": "reference/tensorboard.md"})
-"""Sections that older pages still look for in README, and their places in the site."""
+"""Links to sections of README that have moved to another page, each with the path of that page in the site."""
 
 LINK = re.compile(r"(\]\()([^)\s#]+)(#[^)\s]*)?\)")
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Adds the files from outside."""
+    """Adds the files outside of docs to the files of the site."""
     for source, place in OUTSIDE.items():
         files.append(File.generated(config, place, content=(ROOT / source).read_text(encoding="utf-8")))
     return files
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Points links at the places in the site."""
+    """Rewrites the links of a page, which are paths in the repository, to paths in the site."""
     here = page.file.src_uri
     source = {place: name for name, place in OUTSIDE.items()}.get(here, f"docs/{here}")
 
@@ -64,11 +65,11 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 LOADED = re.compile(
     r"""<(?:script|img|iframe|source)\b[^>]*\bsrc=["']?(?:https?:)?//[^>]*>|<link\b(?![^>]*canonical)[^>]*href=["']?https?:[^>]*>"""
 )
-"""An element that a browser loads from another server."""
+"""Matches an HTML element for which a browser loads a file from another server."""
 
 
 def on_post_page(output: str, page: Page, config: MkDocsConfig) -> str:
-    """Raises a PluginError if a page would load something from a network."""
+    """Returns a page unchanged. Raises a PluginError if a browser would load a part of the page from another server."""
     found = LOADED.search(output)
     if found:
         raise PluginError(f"{page.file.src_uri} loads from a network: {found[0]}")

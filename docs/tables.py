@@ -1,6 +1,6 @@
-"""Writes the tables of README and of docs/reference that come from the code or from results: python -m docs.tables
+"""Writes the tables of README and docs that come from the code or from recorded results: python -m docs.tables
 
-A test compares the pages with what this would write.
+A test compares the pages with the tables that this command would write.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def options_of(cls: type) -> list[str]:
-    """A row for each option of a command's dataclass, group by group."""
+    """Returns a row for each option of a command's dataclass, group by group."""
     rows = ["| option | meaning | default |", "|---|---|---|"]
     for title, fields in groups(cls).items():
         rows.append(f"| **{title}** | | |")
@@ -45,7 +45,7 @@ def options_of(cls: type) -> list[str]:
 
 
 def options() -> list[str]:
-    """The options of `dni-seq train`."""
+    """Returns the rows of the options of `dni-seq train`."""
     presets = "; ".join(f"{name}: {', '.join(f'{k} {v}' for k, v in values.items())}" for name, values in PRESETS.items())
     rows = ["| **from elsewhere** | | |", f"| `--preset` | options of a known setting: {presets} | |"]
     config = "| `--config` | options from a JSON file, as a run's config.json is; over the preset, below the line | |"
@@ -53,13 +53,13 @@ def options() -> list[str]:
 
 
 def options_and_file(cls: type) -> Callable[[], list[str]]:
-    """A function that returns a row for each option of a command's dataclass, and one for `--config`."""
+    """Returns a function that returns a row for each option of a command's dataclass, and a row for `--config`."""
     config = "| `--config` | options from a JSON file, as a run's config.json is; below the command line | |"
     return lambda: [*options_of(cls), "| **from elsewhere** | | |", config]
 
 
 def keys() -> list[str]:
-    """A row for each TensorBoard key."""
+    """Returns a row for each TensorBoard key."""
     return [
         "| key | meaning and unit |",
         "|---|---|",
@@ -71,11 +71,11 @@ REFERENCE = ("trainer", "windows", "synthesizers", "interfaces", "checks")
 """The pages of the Python API, in docs/reference."""
 
 ENTRY = re.compile(r"^::: dni_seq\.(\w+)$", re.MULTILINE)
-"""The entry of a public name."""
+"""Matches the line of a page at which the reference of a public name is inserted."""
 
 
 def api() -> list[str]:
-    """A row for each public name, with the first line of its docstring."""
+    """Returns a row for each public name, with the first line of its docstring."""
     rows = ["| name | what it is |", "|---|---|"]
     for page in REFERENCE:
         text = (ROOT / "docs" / "reference" / f"{page}.md").read_text(encoding="utf-8")
@@ -86,7 +86,7 @@ def api() -> list[str]:
 
 
 def first_line(name: str) -> str:
-    """The first line of a public name's docstring."""
+    """Returns the first line of a public name's docstring."""
     thing = getattr(dni_seq, name)
     if inspect.isclass(thing) or inspect.isfunction(thing):
         return (inspect.getdoc(thing) or "").splitlines()[0].replace("|", "\\|")
@@ -94,11 +94,11 @@ def first_line(name: str) -> str:
 
 
 class _Found(Exception):
-    """Carries a command's parser out of the command."""
+    """Raised in place of parsing, to carry a command's parser out of the command."""
 
 
 def parser_of(module: str) -> argparse.ArgumentParser:
-    """The parser of the command in a module."""
+    """Returns the parser of the command in a module. Calls the command up to the point at which it would parse."""
 
     def stop(parser: argparse.ArgumentParser, *_: object) -> None:
         raise _Found(parser)
@@ -113,7 +113,7 @@ def parser_of(module: str) -> argparse.ArgumentParser:
 
 
 def rows_of(parser: argparse.ArgumentParser, title: str) -> list[str]:
-    """A row for each argument of a parser, and for those of its parts."""
+    """Returns a row for each argument of a parser and of its subcommands."""
     arguments = [action for action in parser._actions if not isinstance(action, argparse._HelpAction)]
     rows = [] if parser._subparsers else [f"| **{title}** | |"]
     for action in arguments:
@@ -130,7 +130,7 @@ def rows_of(parser: argparse.ArgumentParser, title: str) -> list[str]:
 
 
 def arguments_of(called: str, module: str) -> Callable[[], list[str]]:
-    """A function that returns a row for each argument of the command in a module, in the words of a call as `called`."""
+    """Returns a function that returns a row for each argument of the command in a module, called by the name `called`."""
 
     def rows() -> list[str]:
         with mock.patch.object(sys, "argv", [called]):
@@ -183,14 +183,14 @@ TABLES: Mapping[str, Mapping[str, Table]] = MappingProxyType(
         },
     }
 )
-"""The tables of each page, by the name in their marks."""
+"""The functions that make the tables, by page and by the name in the table's marks."""
 
 
 def written(page: str, text: str) -> str:
-    """A page's text with its tables as they should be.
+    """Returns a page's text with its tables replaced by new ones.
 
     Raises:
-        ValueError: the marks of a table are not there once.
+        ValueError: the page lacks the marks of a table, or has them several times.
     """
     for name, rows in TABLES[page].items():
         mark = rf"(<!-- {name}: written by docs/tables.py -->\n).*?(<!-- end of {name} -->)"
@@ -202,7 +202,7 @@ def written(page: str, text: str) -> str:
 
 
 def main() -> None:
-    """The command."""
+    """Runs the command."""
     argparse.ArgumentParser(description=__doc__).parse_args()
     for page in TABLES:
         path = ROOT / page

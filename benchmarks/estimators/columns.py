@@ -1,4 +1,4 @@
-"""The columns of the comparison: what each estimator is, and how it trains and is measured.
+"""The estimators of the comparison, called its columns, and the training and the measurement of one estimator.
 
 Legend: T = window length in steps, B = lanes.
 """
@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "studies"))
 from trials import Line, Trial
 
 POINTS = 10
-"""Evaluations of a trial, at equal distances; the score of a trial is the mean of the last two."""
+"""Number of evaluations of a trial, at equal distances. The score of a trial is the mean of the last two."""
 
 WHOLE = "whole"
 
@@ -36,15 +36,15 @@ class Column:
     """An estimator of the gradient.
 
     Attributes:
-        name: in the table.
-        cell: of the model.
+        name: the estimator's name in the table.
+        cell: the cell of the model.
         bptt: T; `WHOLE` for all steps of a sequence, "k1" for the first number of `Problem.past`.
-        reach: the steps that credit of the recurrence covers, in words.
-        traces: what the state carries, None for nothing.
-        synthesizer: source of messages, "none" for none.
-        frozen: whether the parameters of the recurrence stay as they were drawn.
-        fixed_input: whether the parameters before the recurrence stay as they were drawn.
-        chunks: whether activations are computed again, chunk by chunk.
+        reach: the steps over which the parameters of the recurrence get credit, in words.
+        traces: the kind of traces that the state carries, None for no traces.
+        synthesizer: the kind of synthesizer, "none" for no messages.
+        frozen: whether the parameters of the recurrence keep their initial values.
+        fixed_input: whether the parameters before the recurrence keep their initial values.
+        chunks: whether the backward pass recomputes activations chunk by chunk.
     """
 
     name: str
@@ -59,18 +59,18 @@ class Column:
 
     @property
     def future(self) -> bool:
-        """Whether it needs steps after the window."""
+        """Whether the estimator reads steps after the window."""
         return self.synthesizer != "none"
 
     def window(self, task: Problem) -> int:
-        """T in steps."""
+        """Returns T in steps for a task."""
         if isinstance(self.bptt, int):
             return self.bptt
         return task.whole if self.bptt == WHOLE else task.past[0]
 
 
 def columns_of(cell: str, approximate: bool) -> list[Column]:
-    """The columns of a cell that stand beside its own truncated and full BPTT."""
+    """Returns a cell's columns of truncated BPTT, full BPTT, and traces: exact ones, or two approximate kinds."""
     exact = [] if approximate else [Column("exact traces", cell, 1, "all before", traces="exact")]
     kinds = [("SnAp-1", "snap1"), ("factored traces", "factored")] if approximate else []
     near = [Column(name, cell, 1, "all before", traces=traces) for name, traces in kinds]
@@ -92,11 +92,14 @@ COLUMNS: list[Column] = [
     Column("exact traces, default", "lru", 1, "all before, 4 after", traces="exact", synthesizer="multi-horizon"),
     *columns_of("gru", approximate=True),
 ]
-"""In order of value. `traces` and `synthesizer` together: the recurrence has traces, all other parameters messages."""
+"""The columns, the most important first.
+
+If a column has traces and a synthesizer, the recurrence learns from the traces and all other parameters from the messages.
+"""
 
 
 def key(column: Column) -> str:
-    """The column's name with its cell."""
+    """Returns the name of a column with its cell."""
     return f"{column.cell}: {column.name}"
 
 
@@ -108,10 +111,10 @@ class Learner:
     """A model, its trainer and its windows.
 
     Args:
-        task: what is learned.
-        column: by which gradient.
+        task: the task to learn.
+        column: the estimator of the gradient.
         rate: learning rate of Adam.
-        seed: of weights and data.
+        seed: random seed of weights and data.
     """
 
     task: Problem
@@ -123,7 +126,7 @@ class Learner:
     lookahead: int = field(init=False)
 
     def __post_init__(self) -> None:
-        """Builds all parts."""
+        """Builds the model, the trainer and the stream of windows."""
         torch.manual_seed(self.seed)
         task, column = self.task, self.column
         model: Any = task.model(column.cell, column.traces)
@@ -147,7 +150,7 @@ class Learner:
             reduction="mean" if task.per_update is None else "lane-mean",
             **arguments,
         )
-        # Windows that do not fill a sequence end with a shorter one.
+        # The number of windows of a sequence. If T does not divide its length, the last window is shorter.
         self.trainer.accumulate = 1 if task.per_update is None else -(-task.per_update // bptt)
         if column.bptt == "k1":
             self.trainer.backward_windows = task.past[1] // task.past[0]
@@ -155,18 +158,18 @@ class Learner:
         self.windows = task.windows(bptt, self.lookahead, self.seed)
 
     def step(self) -> int:
-        """Trains on one window; returns its steps."""
+        """Trains on one window and returns its number of steps."""
         window = next(self.windows)
         self.trainer.step(window.inputs, window.targets, ends=window.ends, mask=window.mask, lookahead=window.lookahead)
         return len(window.inputs)
 
     def cosine(self) -> float:
-        """Cosine of the gradient of fresh windows with that of full BPTT."""
+        """Returns the cosine between this estimator's gradient of fresh windows and the gradient of full BPTT."""
         sample = self.task.sample(self.column.window(self.task), self.lookahead)
         return dni.gradient_fidelity(self.trainer, sample).cosine
 
     def peak(self) -> float:
-        """KiB of tensors that are alive at the peak of a step, of those that the step makes."""
+        """Returns the peak memory in KiB of the tensors that a step allocates."""
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
             self.step()
         results: Any = profiler.profiler
@@ -179,7 +182,10 @@ class Learner:
 
 
 def run(trial: Trial, task: Problem) -> Line:
-    """Trains for the trial's share of the text; returns the curve, and how near its gradients are to full BPTT's."""
+    """Trains for the trial's share of the text and returns its line: score, curve, steps and settings.
+
+    A trial on the whole text also has the mean cosine between its gradient and that of full BPTT.
+    """
     column = BY_KEY[trial["column"]]
     learner = Learner(task, column, trial["rate"], trial["seed"])
     total = round(task.steps * trial["share"])
@@ -199,13 +205,16 @@ def run(trial: Trial, task: Problem) -> Line:
 
 
 def score_at(curve: list[list[float]], steps: float) -> float:
-    """The mean of the last two evaluations up to `steps`; the first one if there are none."""
+    """Returns the mean of the last two evaluations up to `steps`; the first evaluation if all are later."""
     found = [score for at, score in curve if at <= steps][-2:] or [curve[0][1]]
     return round(sum(found) / len(found), 4)
 
 
 def serve(task_name: str, data: Path, column: str, pipe: Any) -> None:
-    """In a process of its own: sends its peak memory, then trains on as many steps as it is told, in CPU seconds a step."""
+    """The program of a process that times one column; see `measure_in_turns`.
+
+    Trains on at least as many steps as it receives, and sends the CPU seconds of a step of text.
+    """
     torch.set_num_threads(1)
     keep_freed_memory()
     learner = Learner(problem(task_name, data), BY_KEY[column], 1e-3, 0)

@@ -1,21 +1,22 @@
 """Compares estimators of the gradient on three tasks: delayed echo, sequential digits, Penn Treebank by characters.
 
 python benchmarks/estimators/compare.py run --only echo digits --max-minutes 60
-    The trials that are missing, in order of value; several processes may run side by side.
+    Run the missing trials, the most important first. Several processes may run side by side.
 python benchmarks/estimators/compare.py time --only echo digits
-    Time and memory of a step of each column, in turns: what equal CPU time is made of.
+    Measure the time and the memory of a step of each column, in turns. The table needs them to compare at equal CPU time.
 python benchmarks/estimators/compare.py table --only echo digits
-    Writes the tables between the marks of docs/estimators.md.
+    Write the tables between the marks of docs/estimators.md.
 python benchmarks/estimators/compare.py run --only characters --data data
-    Penn Treebank, from DATA/ptb/ptb.{train,valid,test}.txt.
+    Run the trials on Penn Treebank by characters, from the files data/ptb/ptb.{train,valid,test}.txt.
 
-Each of the 23 columns is tried at three learning rates on a quarter of the text (seed 3), and then runs on all of it at the
-best, with seeds 0 to 2: 138 trials a task. A whole trial of T = 1 needs about 11 CPU seconds for the echo and 15 for the
-digits, one with traces or an exact future two to three times as much, one of full BPTT 2. Expected in all: 25 CPU minutes
-for the echo, 35 for the digits, and 3 hours for the characters, whose trials need 40 to 250 CPU seconds.
+An estimator with its cell is called a column. Each of the 23 columns is tried at three learning rates on a quarter of the
+text with seed 3. The best rate then runs on the whole text with seeds 0 to 2. A task thus has 138 trials.
+A trial of T = 1 on the whole text needs about 11 CPU seconds for the echo and 15 for the digits. With traces or an exact
+future it needs two to three times as much, with full BPTT 2 CPU seconds. All trials need about 25 CPU minutes for the echo,
+35 for the digits, and 3 hours for the characters, whose trials need 40 to 250 CPU seconds each.
 
-Echo and digits: an update after each sequence, from the sum of its windows' gradients, so that columns differ by their
-gradient alone. Characters: an update after each window. Adam, one thread.
+On echo and digits an update follows each sequence and uses the sum of the gradients of its windows, so columns differ only
+in the gradient. On characters an update follows each window. Adam, one thread.
 """
 
 from __future__ import annotations
@@ -41,30 +42,33 @@ SEEDS, TUNING_SEED, TUNING_SHARE = (0, 1, 2), 3, 0.25
 MARKS = ("<!-- comparison: begin -->", "<!-- comparison: end -->")
 BASE, REFERENCE = "truncated", "full BPTT"
 FIRST = 5
-"""Columns that are run before all others: truncated and full BPTT, exact traces, with and without what they need."""
+"""Number of columns that are run before the others. All have the LRU.
+
+They are truncated BPTT, full BPTT, exact traces, a frozen recurrence, and exact traces with a fixed input layer.
+"""
 
 TURNS_OF = 6
-"""Columns that are timed in turns at once, beside the reference."""
+"""Number of columns that take turns with the reference in one measurement."""
 
 
 def trial_of(task: str, column: str, rate: float, seed: int = TUNING_SEED, share: float = TUNING_SHARE) -> Trial:
-    """A trial's settings."""
+    """Returns the settings of a trial."""
     return {"task": task, "column": column, "rate": rate, "seed": seed, "share": share}
 
 
 def best_rate(known: dict[str, Line], task: str, column: str, rates: Iterable[float]) -> float | None:
-    """The rate that tuning has chosen, None while one of its trials is missing."""
+    """Returns the rate of a column with the best tuning trial, None while a tuning trial is missing."""
     tried = [trial_of(task, column, rate) for rate in rates]
     found: float | None = best_value(known, tried, "rate", lambda line: float(line["score"]))
     return found
 
 
 def plan(tasks: dict[str, tuple[float, ...]], known: dict[str, Line]) -> Iterator[Trial]:
-    """Every trial that can be run now: the first columns of all tasks, then the others, task by task.
+    """Yields every trial that can be run now: the first columns of all tasks, then the others, task by task.
 
     Args:
-        tasks: the rates of each task.
-        known: the lines on record.
+        tasks: the learning rates to try for each task.
+        known: the recorded lines.
     """
     names = list(BY_KEY)
     first, others = names[:FIRST], names[FIRST:]
@@ -76,7 +80,7 @@ def plan(tasks: dict[str, tuple[float, ...]], known: dict[str, Line]) -> Iterato
 
 
 def measure(task: str, data: Path, results: Path) -> None:
-    """Puts CPU seconds a step of text and the peak memory of every column on record."""
+    """Measures the CPU seconds of a step of text and the peak memory of every column, and records them in one line."""
     built, base = problem(task, data), key(COLUMNS[0])
     seconds: dict[str, float] = {}
     others = [name for name in BY_KEY if name != base]
@@ -85,7 +89,7 @@ def measure(task: str, data: Path, results: Path) -> None:
         counts = dict.fromkeys(names, 3 * built.whole)
         arguments = {name: (task, data, name) for name in names}
         found = measure_in_turns(serve, arguments, counts, base, rounds=5)
-        now = seconds.get(base, found[base]) / found[base]  # the machine is busier at some times than at others
+        now = seconds.get(base, found[base]) / found[base]  # scales times of a busier moment to the first measurement
         seconds |= {name: round(now * found[name], 6) for name in names}
     peaks = {}
     for name, column in BY_KEY.items():
@@ -98,7 +102,7 @@ def measure(task: str, data: Path, results: Path) -> None:
 
 
 def table(task: str, built: Problem, results: Path) -> str:
-    """The lines of a task as a table of Markdown."""
+    """Returns a table of Markdown with a row for each column of a task."""
     known = lines_by_key(results)
     timed = [line for line in read_lines(results) if line.get("study") == task]
     seconds, peaks = (timed[-1][name] if timed else {} for name in ("step_seconds", "peak_kib"))
@@ -116,10 +120,10 @@ def table(task: str, built: Problem, results: Path) -> str:
 def row(
     column: Column, built: Problem, finals: dict[str, list[Line]], seconds: dict[str, float], peaks: dict[str, int]
 ) -> tuple[str, ...]:
-    """One column of the comparison, which is a row of the table.
+    """Returns the row of the table for a column of the comparison.
 
-    Equal CPU time is that of truncated BPTT with the same cell on all of the text. A column that has read the text by then
-    counts as it ended.
+    Equal CPU time is the time that truncated BPTT with the same cell needs for the whole text. A column that needs less time
+    for the whole text has its final score there.
     """
     name, base = key(column), f"{column.cell}: {BASE}"
     lines = finals[name]
@@ -148,7 +152,7 @@ def row(
 
 
 def main() -> None:
-    """The command."""
+    """Runs the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=("time", "run", "table", "plan"))
     parser.add_argument("--only", nargs="+", choices=TASKS, default=TASKS, metavar="TASK")

@@ -27,7 +27,7 @@ from dni_seq.streams.tokenizer_factory import train_tokenizer
 from dni_seq.synthesizers.for_model import EMBED
 
 FRESH_SEED, HELD_BACK = 77, 2**20
-"""Offsets of the seeds of sequences that score a model and that measure gradients."""
+"""The seed of the sequences that score a model, and the seed of the windows on which gradients are compared."""
 
 
 class Problem(ABC):
@@ -35,17 +35,18 @@ class Problem(ABC):
 
     Attributes:
         lanes: B.
-        whole: S, the steps of a sequence, which full BPTT sees at once. Of text, the longest window.
-        steps: steps of text in a whole trial.
-        per_update: steps of text from one update to the next; None for an update after each window.
+        whole: S, the number of steps of a sequence, which full BPTT processes as one window. Text has no sequences; there S
+            is the length of the longest window.
+        steps: number of steps of a trial on the whole text.
+        per_update: number of steps from one update to the next; None for an update after each window.
         clip: largest norm of an update's gradient.
-        rates: the learning rates that every column tries.
-        past: (k1, k2) in steps, for updates from gradients over more steps than a window has.
-        future: steps of the exact future.
-        decay: α of factored traces. On the echo 0.9 was the best of 0.2, 0.6 and 0.9 in trials of a quarter of the text.
-        chunk: steps of a chunk whose activations are computed again.
-        unit: what a score is, lower is better.
-        decimals: of a score in the table.
+        rates: the learning rates that are tried for every column.
+        past: k1 and k2 in steps, for the column "k1 and k2".
+        future: number of steps of the exact future.
+        decay: α of factored traces. On the echo, 0.2, 0.6 and 0.9 were tried on a quarter of the text; 0.9 was best.
+        chunk: number of steps of a chunk whose activations are recomputed.
+        unit: unit of the score; lower scores are better.
+        decimals: number of decimal places of a score in the table.
     """
 
     lanes: int
@@ -62,7 +63,7 @@ class Problem(ABC):
     decimals = 2
 
     def decay_of(self, traces: str | None) -> float | None:
-        """α for a model with `traces`, None if they have none."""
+        """Returns α for a model with factored traces; None for other traces and for no traces."""
         return self.decay if traces == "factored" else None
 
     @abstractmethod
@@ -71,22 +72,22 @@ class Problem(ABC):
 
     @abstractmethod
     def windows(self, bptt: int, lookahead: int, seed: int) -> Iterator[dni.Window]:
-        """Yields training windows without end, with the steps after them."""
+        """Yields training windows without end, with lookaheads of `lookahead` steps."""
 
     @abstractmethod
     def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Returns losses [T, B]."""
+        """Returns unreduced losses [T, B]."""
 
     @abstractmethod
     def score(self, model: nn.Module) -> float:
-        """Returns how far the model is from right on data that it has not seen."""
+        """Returns the model's error on data that it has not been trained on, in `unit`."""
 
     @abstractmethod
     def spec(self, model: Any) -> ModelSpec:
-        """Returns what the library's builders of synthesizers need to know."""
+        """Returns the description of the model and its loss that the library's builders of synthesizers need."""
 
     def sample(self, bptt: int, lookahead: int) -> list[dni.Window]:
-        """Returns consecutive windows of fresh data, on which gradients are compared with those of full BPTT."""
+        """Returns consecutive windows of fresh data, at least S steps, on which gradients are compared with full BPTT."""
         stream, found, steps = self.windows(bptt, lookahead, HELD_BACK), [], 0
         while steps < self.whole:
             found.append(next(stream))
@@ -95,32 +96,32 @@ class Problem(ABC):
 
 
 class Sequential(Problem):
-    """A task of sequences of S steps, all lanes together, from generated data; an update after each sequence."""
+    """A task of generated sequences of S steps, which end in all lanes at once. An update follows each sequence."""
 
     def __init__(self, task: Task) -> None:
         self.task = task
         self.per_update = self.whole
 
     def model(self, cell: str, traces: str | None) -> nn.Module:
-        """A network of 64 units."""
+        """Returns a network of 64 units."""
         sizes = {"cell": cell, "hidden": 64, "traces": traces, "trace_decay": self.decay_of(traces)}
         return VectorRNN(self.task.input_size, self.task.target_size, **sizes)
 
     def windows(self, bptt: int, lookahead: int, seed: int) -> Iterator[dni.Window]:
-        """Windows of fresh sequences."""
+        """Yields windows of new sequences."""
         stage = Stage(self.whole)
         return iter(TaskStream(self.task, lanes=self.lanes, bptt=bptt, lookahead=lookahead, seed=seed, stage=stage))
 
     def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """The task's."""
+        """Returns the unreduced losses of the task [T, B]."""
         return self.task.losses(outputs, targets)
 
     def encode(self) -> tuple[nn.Module, nn.Module]:
-        """Encoders of inputs and targets for a synthesizer that reads the next steps."""
+        """Returns encoders of inputs and targets, for a synthesizer that reads the next steps."""
         return nn.Linear(self.task.input_size, EMBED), nn.Linear(self.task.target_size, EMBED)
 
     def spec(self, model: Any) -> ModelSpec:
-        """As the command for tasks builds it."""
+        """Returns a spec as the command for tasks builds it."""
         example, cells = model.initial_state(1), state_cells(model.rnn)
         sizes: dict[str, Any] = {"outputs": self.task.target_size, "inputs": self.task.input_size}
         return ModelSpec(
@@ -129,7 +130,11 @@ class Sequential(Problem):
 
 
 class EchoTask(Task):
-    """Random signs, each of which is due D steps later. S steps; those before D do not count."""
+    """Random signs in a sequence of S steps. A step's target is the sign D steps before; the first D steps do not count.
+
+    Args:
+        delay: D.
+    """
 
     input_size = target_size = 1
 
@@ -137,7 +142,7 @@ class EchoTask(Task):
         self.delay = delay
 
     def generate(self, stage: Stage, lanes: int, generator: torch.Generator) -> Sequences:
-        """Inputs are -1 or 1, targets 0 or 1."""
+        """Returns sequences with inputs -1 or 1 and targets 0 or 1."""
         bits = torch.randint(2, (stage.size, lanes, 1), generator=generator).float()
         targets = torch.cat([torch.zeros(self.delay, lanes, 1), bits[: -self.delay]])
         counts = (torch.arange(stage.size) >= self.delay)[:, None].repeat(1, lanes)
@@ -145,10 +150,10 @@ class EchoTask(Task):
 
 
 class Echo(Sequential):
-    """Inputs come back D = 5 steps later, in sequences of 15 steps; 1 bit of error is chance.
+    """The delayed echo: outputs repeat the inputs D = 5 steps later, in sequences of 15 steps. Guessing has 1 bit of error.
 
-    D is the delay at which full BPTT and a frozen recurrence differed most in a trial of 300 updates each, before
-    any other method ran: 0.08 and 0.80 bits at D = 5, 0.51 and 0.85 at D = 10.
+    D was chosen from 5 and 10 by trials of 300 updates, before any other method ran. Full BPTT and a frozen recurrence had
+    0.08 and 0.80 bits at D = 5, and 0.51 and 0.85 bits at D = 10; the difference is larger at D = 5.
     """
 
     lanes, whole, steps, clip = 16, 15, 4500, 10.0
@@ -158,12 +163,15 @@ class Echo(Sequential):
         super().__init__(EchoTask(5))
 
     def score(self, model: nn.Module) -> float:
-        """Bits of error on 1,000 fresh sequences."""
+        """Returns the bits of error on 1,000 fresh sequences."""
         return mean_error(model, self.task, Stage(self.whole), torch.Generator().manual_seed(FRESH_SEED))
 
 
 class RowsTask(Task):
-    """A digit's 28 rows of 28 pixels, one a step; its class is due at the last row."""
+    """A digit as a sequence of 28 steps, which each read a row of 28 pixels. The class is the target of the last step.
+
+    The other steps do not count in the loss.
+    """
 
     input_size, target_size = digits.SIDE, digits.CLASSES
 
@@ -171,7 +179,7 @@ class RowsTask(Task):
         self.digits = digits.load("digits")
 
     def generate(self, stage: Stage, lanes: int, generator: torch.Generator) -> Sequences:
-        """Random training digits."""
+        """Returns sequences of random training digits."""
         drawn = torch.randint(len(self.digits.train_labels), (lanes,), generator=generator)
         targets = self.digits.train_labels[drawn].expand(stage.size, lanes).clone()
         counts = (torch.arange(stage.size) == stage.size - 1)[:, None].repeat(1, lanes)
@@ -183,7 +191,7 @@ class RowsTask(Task):
 
 
 class Digits(Sequential):
-    """5,000 digits of MNIST by rows, S = 28; one in five is a test digit."""
+    """5,000 digits of MNIST, read row by row, S = 28. One digit in five is a test digit."""
 
     lanes, whole, steps, clip = 32, digits.SIDE, 200 * digits.SIDE, 1.0
     rates, past, future, decay, chunk, unit = (1e-3, 3e-3, 1e-2), (4, 20), 14, 0.9, 7, "% wrong"
@@ -192,12 +200,12 @@ class Digits(Sequential):
         super().__init__(RowsTask())
 
     def encode(self) -> tuple[nn.Module, nn.Module]:
-        """Targets are ids."""
+        """Returns encoders of inputs, which are vectors, and of targets, which are ids."""
         return nn.Linear(self.task.input_size, EMBED), nn.Embedding(self.task.target_size, EMBED)
 
     @torch.no_grad()
     def score(self, model: nn.Module) -> float:
-        """Percent of the test digits that are taken for another one."""
+        """Returns the percentage of test digits that are classified wrongly."""
         model.eval()
         found = self.task.digits  # type: ignore[attr-defined]
         outputs, _ = model(found.test_images[:, 0].transpose(0, 1), None)
@@ -206,10 +214,10 @@ class Digits(Sequential):
 
 
 class Characters(Problem):
-    """Penn Treebank by characters, 64 lanes, 256 units; an update after each window. No window is the whole text.
+    """Penn Treebank by characters, 64 lanes, 256 units. An update follows each window; the longest window has 100 steps.
 
     Args:
-        folder: of ptb.train.txt, ptb.valid.txt and ptb.test.txt.
+        folder: folder that holds ptb/ptb.train.txt, ptb/ptb.valid.txt and ptb/ptb.test.txt.
     """
 
     lanes, whole, steps, per_update, clip = 64, 100, 500_000 // 64, None, 1.0
@@ -223,12 +231,12 @@ class Characters(Problem):
         self.vocabulary = self.tokenizer.vocabulary_size
 
     def model(self, cell: str, traces: str | None) -> nn.Module:
-        """An embedding of 64 and 256 units."""
+        """Returns a model with an embedding of 64 numbers and 256 units."""
         sizes = {"cell": cell, "embed": 64, "hidden": 256, "layers": 1}
         return LanguageModel(self.vocabulary, **sizes, traces=traces, trace_decay=self.decay_of(traces))
 
     def windows(self, bptt: int, lookahead: int, seed: int) -> Iterator[dni.Window]:
-        """Windows of the training text, in its order; other data for gradients are those of the validation text."""
+        """Yields windows of the training text in its order; for the seed of `sample`, windows of the validation text."""
         split = "valid" if seed == HELD_BACK else "train"
         stream = WindowStream(self.splits[split], self.tokenizer, lanes=self.lanes, bptt=bptt, lookahead=lookahead)
         while True:
@@ -240,7 +248,7 @@ class Characters(Problem):
 
     @torch.no_grad()
     def score(self, model: nn.Module) -> float:
-        """Bits a character of the first 100,000 characters of the validation text's lanes."""
+        """Returns the bits a character on the first 1,600 characters of each lane of the validation text."""
         model.eval()
         state, total, count = model.initial_state(self.lanes), 0.0, 0  # type: ignore[operator]
         stream = iter(WindowStream(self.splits["valid"], self.tokenizer, lanes=self.lanes, bptt=200))
@@ -252,7 +260,7 @@ class Characters(Problem):
         return total / count / math.log(2)
 
     def spec(self, model: Any) -> ModelSpec:
-        """As the command for language models builds it."""
+        """Returns a spec as the command for language models builds it."""
 
         def encode() -> tuple[nn.Module, nn.Module]:
             return nn.Embedding(self.vocabulary, EMBED), nn.Embedding(self.vocabulary, EMBED)
@@ -263,5 +271,5 @@ class Characters(Problem):
 
 
 def problem(name: str, data: Path) -> Problem:
-    """Returns a task by name; `data` is the folder of the Penn Treebank."""
+    """Returns a task by name. `data` is the folder that holds ptb/, the Penn Treebank."""
     return {"echo": Echo, "digits": Digits, "characters": partial(Characters, data)}[name]()

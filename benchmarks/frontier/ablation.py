@@ -1,7 +1,7 @@
-"""The ablation: each choice of a predictive message changed by itself, on copying and on words, one seed.
+"""The ablation of the frontier study: changes one choice of a predictive message at a time, on copying and words, one seed.
 
-Copying begins with messages of the last 40 inputs at the end of windows of 4 steps. Words begin with dense messages, a
-predictor of the next 5 words every 5 steps in windows of 35.
+On copying, the unchanged method has windows of 4 steps, and messages of the last 40 inputs at the end of each window. On
+words, the unchanged method has windows of 35 steps, and messages every 5 steps from a predictor of the next 5 words.
 
 Legend: T = window length in steps, m = steps predicted, n = steps from message to message.
 """
@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "studies"))
 from trials import Trial
 
 REMOVED = None
-"""Stands for a setting that a row removes."""
+"""The value of a setting that a row removes from its base."""
 
 BASES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
@@ -57,7 +57,7 @@ ROWS: Mapping[str, Mapping[str, Mapping[str, Any]]] = MappingProxyType(
         },
     }
 )
-"""What each row changes."""
+"""The changed settings of each row, by task."""
 
 
 def row_trial(task: str, row: str) -> Trial:

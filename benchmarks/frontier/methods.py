@@ -1,17 +1,17 @@
-"""The methods of the frontier study, built from the library's own classes, as a user builds them.
+"""The methods of the frontier study, built from the classes of the library, as a user builds them.
 
-A trial's settings, beside its method: `T`, `rate`, `seed`, and where they apply
+A trial has the settings `method`, `T`, `rate` (the learning rate) and `seed`. These settings are optional:
 
-    optimizer   "sgd"; without it Adam
-    predict     what the predictor predicts, as in `FutureGradient.for_model`
-    steps       m, the steps that it predicts, or that the exact gradient covers; without it the default
-    horizons    K, the parts of the steps; without it the default
-    every       messages every n steps inside a window
-    end         False: the message at the window's end is left out
-    weight      weight of a predictor's mean loss over its steps, on text; without it the recommended scale
-    gate        False: cells of the LSTM are not bounded
-    draws       steps of the reach that one call predicts, at random
-    back        windows through which a loss is propagated back (`backward_windows`)
+    optimizer   "sgd"; Adam if absent
+    predict     what the predictor predicts, as in `FutureGradient.for_model`; no predictor if absent
+    steps       m, the number of steps that the predictor predicts or that the exact gradient covers; the default if absent
+    horizons    K, the number of parts into which these steps are divided; the default if absent
+    every       n: a message is injected every n steps inside a window; only at the window's end if absent
+    end         False: no message is injected at the window's end
+    weight      weight of the predictor's loss, a mean over its m steps, on text; the recommended scale if absent
+    gate        False: the predictor reads cells of the LSTM without a bound
+    draws       number of steps, drawn at random from the m steps, that the predictor predicts at a time; all if absent
+    back        number of windows over which a window's loss is propagated back (`backward_windows`); 1 if absent
 
 Legend: T = window length in steps, B = lanes, m = steps predicted.
 """
@@ -39,22 +39,25 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "studies"))
 from trials import Trial
 
 PREDICTOR_RATE, PREDICTOR_UNITS, CLASSES = 1e-3, 256, 500
-"""As in `FutureGradient.for_model`, but the rate, which a trainer leaves at 1e-3 too."""
+"""The predictor's learning rate, its units, and the number of classes that it distinguishes.
+
+Units and classes are those of `FutureGradient.for_model`; the rate is the default of a trainer.
+"""
 
 
 @dataclass(frozen=True)
 class Parts:
-    """A new model and what a method needs to know of its task.
+    """A new model, and the properties of its task that a method needs.
 
     Attributes:
         model: `model(inputs, state) -> (outputs, state)`.
-        loss_fn: unreduced losses [T, B].
+        loss_fn: `loss_fn(outputs, targets)`, unreduced losses [T, B].
         example: inputs of a window of one lane, [T, 1, ...]; their values do not matter.
         vocabulary: number of token ids, None if inputs are vectors.
-        outputs: width of the outputs, None if they are logits of tokens.
-        past_loss_fn: of predicted input vectors, unreduced losses [m, B]; None for tokens.
+        outputs: width of the outputs, None if the outputs are logits of tokens.
+        past_loss_fn: unreduced losses [m, B] of predicted input vectors; None if inputs are tokens.
         clip: largest norm of the model's gradient.
-        reduction: of the trainer.
+        reduction: the argument `reduction` of the trainer.
     """
 
     model: nn.Module
@@ -89,9 +92,10 @@ def synthesizer_of(trial: Trial, parts: Parts) -> nn.Module | None:
 
 
 def future_gradient(trial: Trial, parts: Parts) -> dni.FutureGradient:
-    """Returns what `for_model` builds, but with drawn steps if the trial has them, and without a fixed window length.
+    """Returns a synthesizer as `FutureGradient.for_model` builds it, except for two differences.
 
-    The windows of a sequence differ in length, and a resumed trial may begin with a short one.
+    It predicts drawn steps if the trial has `draws`. It does not fix the window length, because the windows of a sequence
+    differ in length, and a resumed trial may begin with a short window.
     """
     steps, horizons = trial.get("steps"), trial.get("horizons")
     make: Callable[[int], Any] = predictor_for(
@@ -105,12 +109,12 @@ def future_gradient(trial: Trial, parts: Parts) -> dni.FutureGradient:
 
 
 def text_of(parts: Parts) -> PredictedText:
-    """Returns what a predictor reads and predicts."""
+    """Returns the description of the inputs and targets that a predictor reads and predicts."""
     return read_text(parts.loss_fn, parts.example, parts.vocabulary, parts.outputs, CLASSES, parts.past_loss_fn)
 
 
 def drawn_past(trial: Trial, parts: Parts, size: int) -> dni.GatedPast:
-    """Returns a predictor of the past that draws its steps."""
+    """Returns a predictor of the past that predicts `draws` random steps of the last m at a time."""
     text = text_of(parts)
     sizes = {"units": PREDICTOR_UNITS, "outputs": text.past_width, "draws": trial["draws"]}
     return dni.GatedPast(size, trial["steps"], loss_fn=text.past_loss, **sizes)
@@ -136,15 +140,17 @@ def trainer_of(trial: Trial, parts: Parts) -> dni.SequenceTrainer:
 
 
 def predictor_optimizer(synthesizer: nn.Module | None) -> torch.optim.Optimizer | None:
-    """Returns Adam for a synthesizer's parameters, None if it has none."""
+    """Returns Adam for the parameters of a synthesizer; None without a synthesizer or without parameters."""
     learning = [] if synthesizer is None else list(synthesizer.parameters())
     return torch.optim.Adam(learning, PREDICTOR_RATE, fused=True) if learning else None
 
 
 def config_of(trial: Trial) -> dni.SyntheticGradientConfig:
-    """Returns the settings of a trial's messages: whole ones, unless a weight or the synthesizer's recommendation says else.
+    """Returns the settings of a trial's messages.
 
-    A step's loss weighs 1 / (T B) in a window's mean, so the mean over m steps weighs c m / T.
+    The scale c is 1 for the exact gradient. With a `weight` w, c is w T / m: with scale c, the predictor's mean loss over m
+    steps has the weight c m / T, because a step's loss has the weight 1 / (T B) in a window's mean. Otherwise c is the scale
+    that the synthesizer recommends.
     """
     settings: dict[str, Any] = {"message_every": trial.get("every"), "message_at_end": trial.get("end", True)}
     if trial["method"] == "exact":
@@ -155,7 +161,7 @@ def config_of(trial: Trial) -> dni.SyntheticGradientConfig:
 
 
 def lookahead_of(trainer: dni.SequenceTrainer) -> int:
-    """Returns the steps after a window that the trainer's synthesizer reads."""
+    """Returns the number of steps after a window that the trainer's synthesizer reads."""
     synthesizer = None if trainer.credit is None else trainer.credit.synthesizer
     if isinstance(synthesizer, dni.ExactFuture):
         return synthesizer.steps
@@ -163,23 +169,23 @@ def lookahead_of(trainer: dni.SequenceTrainer) -> int:
 
 
 def observed_first(trainer: dni.SequenceTrainer) -> int:
-    """Returns the windows that a trainer's synthesizer observes closely at first, which costs more than later ones."""
+    """Returns the number of first windows that the trainer's synthesizer checks more often, so that they cost more."""
     return 0 if trainer.credit is None else OBSERVED_FIRST
 
 
 def optimizers_of(trainer: dni.SequenceTrainer) -> list[torch.optim.Optimizer]:
-    """Returns the optimizers, whose rates follow a schedule."""
+    """Returns the trainer's optimizers: that of the model, then that of the synthesizer if it has one."""
     predictor = None if trainer.credit is None else trainer.credit.optimizer
     return [trainer.optimizer] + ([] if predictor is None else [predictor])
 
 
 def modules_of(trainer: dni.SequenceTrainer) -> list[nn.Module]:
-    """Returns the model and the synthesizer."""
+    """Returns the trainer's model, and its synthesizer if it has one."""
     return [trainer.model] + ([] if trainer.credit is None else [trainer.credit.synthesizer])
 
 
 def kind_of(trial: Trial) -> str:
-    """Returns what decides the time and the memory of an update, in words."""
+    """Returns the kind of a trial's updates: a text of all settings that decide the time and the memory of an update."""
     words = ["messages" if "predict" in trial else trial["method"], f"T={trial['T']}"]
     names = {"predict": "of {}", "horizons": "K={}", "steps": "m={}", "every": "every {}", "draws": "{} drawn"}
     words += [text.format(trial[name]) for name, text in {**names, "back": "{} back"}.items() if name in trial]

@@ -28,7 +28,7 @@ NAMES = {
 
 
 def draw_all(folder: Path, known: Known, times: Times) -> None:
-    """Writes both pictures, with a panel for each task that has trials."""
+    """Writes the two pictures, each with a panel for each task that has trials."""
     begun = {line["trial"]["task"] for line in known.values() if line["trial"]["part"] == "frontier"}
     grids = [grid for grid in GRIDS.values() if grid.task in begun]
     columns = min(3, len(grids))
@@ -41,14 +41,14 @@ def draw_all(folder: Path, known: Known, times: Times) -> None:
         for grid, axes in zip(grids, panels.flat, strict=False):
             draw(axes, grid, known, times)
             axes.set(title=grid.task.replace("-", " "), ylabel=unit_of(grid.task))
-            if axes.has_data():  # memory may be missing where trials are not
+            if axes.has_data():  # a task can have trials without having memory on record
                 axes.legend(frameon=False, fontsize="small")
         figure.savefig(folder / name, metadata={"Date": None})
         plt.close(figure)
 
 
 def draw_time(axes: Axes, grid: Grid, known: Known, times: Times) -> None:
-    """Draws the quality at the end of each budget; on sequences the whole curve of the longest run."""
+    """Draws quality over CPU time: on text at the end of each budget, on sequences the whole curve of the longest run."""
     for number, column in enumerate(grid.columns):
         style: dict[str, Any] = {"label": NAMES[column.method], "color": f"C{number}"}
         found = [best_line(grid, column, known, budget) for budget in grid.budgets]
@@ -63,7 +63,10 @@ def draw_time(axes: Axes, grid: Grid, known: Known, times: Times) -> None:
 
 
 def draw_memory(axes: Axes, grid: Grid, known: Known, times: Times) -> None:
-    """Draws the best quality of each method and T at the smallest budget over what its update saves for backward passes."""
+    """Draws quality over memory: the best of each method and T at the smallest budget, over the bytes saved for backward.
+
+    These bytes are those that an update saves for its backward passes.
+    """
     for number, column in enumerate(grid.columns):
         best: dict[int, tuple[float, float]] = {}
         better = min if grid.task in TEXT else max

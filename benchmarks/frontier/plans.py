@@ -1,9 +1,10 @@
-"""What the frontier study runs, and in which order: trials that follow from the lines on record.
+"""The trials of the frontier study and their order, which follow from the recorded lines.
 
-Each method of a task searches at the smallest budget: T at one rate, then the rate at the best T, then the weight where it
-has one. Truncated BPTT and the two best others, on words the best one, go on to the larger budgets; on text the next budget
-tries the rate and half of it, and on words a dropout. The end points have three seeds for truncated BPTT and for the best
-other method.
+1. At the smallest budget, each method of a task chooses T at one learning rate, then the rate at the best T, then the weight
+   of the predictor's loss, if the method has one.
+2. Truncated BPTT and the two best other methods, on words only the best one, then run at the larger budgets. On text, the
+   second budget tries the chosen rate and half of it; on words it then tries another dropout.
+3. At the largest budget, truncated BPTT and the best other method run with three seeds.
 
 Legend: T = window length in steps, m = steps predicted, n = steps from message to message.
 """
@@ -34,10 +35,10 @@ BASE = "none"
 
 FAR_UPDATES = 200_000
 FAR_RATE = 4e-3
-"""The best one of the study of predictive messages, for the past on copying."""
+"""The learning rate of the long runs. It was the best for messages of the past on copying in predictive_messages."""
 
 FAR_REACH: Mapping[str, int] = MappingProxyType({"copy": 40, "repeat-copy": 80})
-"""m. At the end of repeat copy the vectors are further back than at that of copying."""
+"""m of the long runs. In repeat copy, the vectors lie further back at the end of a sequence than in copying."""
 
 TEXT, SEQUENCES = ("words", "characters"), ("copy", "distractors", "repeat-copy", "adding")
 TASKS = (*TEXT, *SEQUENCES)
@@ -49,10 +50,11 @@ class Column:
     """A method in the grid of one task.
 
     Attributes:
-        method: its name.
-        settings: its further settings at a T.
-        windows: the T that it tries.
-        weights: weights of the predictor's loss, the first one until the rate is chosen; none where the scale is given.
+        method: the name of the method.
+        settings: a function from T to the method's further settings.
+        windows: the window lengths that the method tries.
+        weights: the weights of the predictor's loss that the method tries. The first weight is used until the learning rate
+            is chosen. Empty if the method has no weight.
     """
 
     method: str
@@ -63,18 +65,18 @@ class Column:
 
 @dataclass(frozen=True)
 class Grid:
-    """The grid of one task, the same for each method.
+    """The grid of one task.
 
     Attributes:
-        task: its name.
-        rates: learning rates.
-        first: the lower one of the two rates that a search begins with; T is chosen at the upper one.
-        budgets: in the task's unit.
+        task: the name of the task.
+        rates: the learning rates, in rising order.
+        first: index in `rates` of the lower one of the two rates with which a search begins. T is chosen at the upper one.
+        budgets: the budgets in the unit of the task, in rising order.
         unit: the name of the setting that holds the budget.
         common: settings of every trial.
-        columns: the methods, in order of value.
-        dropouts: what the second budget tries; none if the task has no dropout to choose.
-        going_on: methods beside truncated BPTT that go on to the larger budgets.
+        columns: the methods, the most important first.
+        dropouts: the values of dropout that the second budget tries; empty if dropout is not tuned.
+        going_on: number of methods besides truncated BPTT that run at the larger budgets.
     """
 
     task: str
@@ -88,7 +90,7 @@ class Grid:
     going_on: int = 2
 
     def trial(self, column: Column, bptt: int, rate: float, weight: float | None = None) -> Trial:
-        """Returns a trial at the smallest budget."""
+        """Returns a trial at the smallest budget with the first seed. `weight` is None if the method has no weight."""
         more = {} if weight is None else {"weight": weight}
         own: Trial = {"part": "frontier", "task": self.task, "method": column.method, "T": bptt, "rate": rate}
         budget = {self.unit: self.budgets[0], "seed": FIRST_SEED}
@@ -96,17 +98,17 @@ class Grid:
 
 
 def nothing(bptt: int) -> dict[str, Any]:
-    """Returns the settings of a method without options."""
+    """Returns the settings of a method that has no further settings."""
     return {}
 
 
 def default(bptt: int) -> dict[str, Any]:
-    """Returns those of the default: the next K windows."""
+    """Returns the settings of the default method, which predicts the next K windows."""
     return {"predict": "horizons"}
 
 
 def default_on_sequences(bptt: int) -> dict[str, Any]:
-    """Returns those of the default in numbers, so that the kind of an update shows its reach."""
+    """Returns the settings of the default method with K and m as numbers, so that `kind_of` shows its reach."""
     horizons = default_horizons(bptt)
     return {"predict": "horizons", "horizons": horizons, "steps": horizons * bptt}
 
@@ -115,10 +117,12 @@ def text_columns(windows: tuple[int, int, int], dense: int, past: int, exact: in
     """Returns the methods on text.
 
     Args:
-        windows: T. The default and the exact gradient leave out the longest, where credit from later windows adds least.
-        dense: n and m of dense messages. At the shortest T they would be the default's.
-        past: m of the past.
-        exact: steps of the exact gradient.
+        windows: three values of T in rising order. The default and the exact gradient do not try the longest T, at which
+            credit from later windows adds least. Dense messages do not try the shortest T, at which they would equal the
+            default.
+        dense: n and m of dense messages, which are equal.
+        past: m of messages of the past.
+        exact: number of steps of the exact gradient.
     """
     short, middle, _ = windows
     ahead = {"predict": "horizons", "horizons": 1}
@@ -133,7 +137,12 @@ def text_columns(windows: tuple[int, int, int], dense: int, past: int, exact: in
 
 
 def sequence_columns(windows: tuple[int, int, int], overlap: bool) -> tuple[Column, ...]:
-    """Returns the methods on sequences; dense messages are of the past here."""
+    """Returns the methods on sequences, where dense messages are messages of the past.
+
+    Args:
+        windows: three values of T in rising order.
+        overlap: whether truncated BPTT with gradients over earlier windows is one of the methods.
+    """
     short, middle, _ = windows
     return (
         Column("none", nothing, windows),
@@ -146,13 +155,16 @@ def sequence_columns(windows: tuple[int, int, int], overlap: bool) -> tuple[Colu
 
 
 def sequence_grid(task: str, budgets: tuple[float, float]) -> Grid:
-    """Returns the grid of a generated task, whose budgets are idle CPU seconds at a constant rate."""
+    """Returns the grid of a generated task. Budgets are CPU seconds on an idle machine; the learning rate is constant."""
     return Grid(task, (1e-3, 2e-3, 4e-3), 0, budgets, "seconds", {}, sequence_columns((4, 20, 40), overlap=task == "copy"))
 
 
 WORD_RATES, CHARACTER_RATES = (5.0, 10.0, 20.0, 40.0), (1e-3, 2e-3, 4e-3, 8e-3)
 BY_SGD: Mapping[str, Any] = MappingProxyType({"optimizer": "sgd", "dropout": 0.0})
-"""Words are learned faster by SGD at high rates than by Adam, with and without messages. Lines by Adam count too."""
+"""Settings of trials on words. SGD at high rates learns words faster than Adam, with and without messages.
+
+Recorded lines with Adam count too.
+"""
 
 WORDS, CHARACTERS = text_columns((5, 20, 35), 5, 20, 4), text_columns((8, 20, 50), 5, 40, 8)
 GRIDS: Mapping[str, Grid] = MappingProxyType(
@@ -165,11 +177,18 @@ GRIDS: Mapping[str, Grid] = MappingProxyType(
         "adding": sequence_grid("adding", (80, 200)),
     }
 )
-"""Budgets of text are in epochs of truncated BPTT at the longest T, at idle CPU time."""
+"""The grids of all tasks. The unit of a budget on text is the CPU time, on an idle machine, of an epoch of truncated BPTT.
+
+The T of that epoch is `TextTask.reference`.
+"""
 
 
 def score(line: Line) -> float:
-    """Returns what trials are chosen by, lower is better: on sequences the length solved, then how soon."""
+    """Returns the score by which trials are chosen; lower is better.
+
+    The score of text is its quality. The score of sequences is the negative length solved, plus a millionth of the CPU
+    seconds until this length was solved, which decides between equal lengths.
+    """
     if line["trial"]["task"] in TEXT:
         return float(line["quality"])
     solved, *_, seconds = line["curve"][-1] if line["curve"] else (0, 0.0)
@@ -177,23 +196,23 @@ def score(line: Line) -> float:
 
 
 def missing(trials: list[Trial], known: Known) -> bool:
-    """Returns whether one of the trials has no line."""
+    """Returns whether at least one of the trials has no line."""
     return any(key_of(trial) not in known for trial in trials)
 
 
 def best(trials: list[Trial], known: Known) -> Trial:
-    """Returns the trial with the best line."""
+    """Returns the trial whose line has the best score."""
     return min(trials, key=lambda trial: score(known[key_of(trial)]))
 
 
 def lines_of(grid: Grid, column: Column, known: Known, budget: float, seed: int = FIRST_SEED) -> list[Line]:
-    """Returns the lines of a method at a budget, those of another study among them."""
+    """Returns the lines of a method at a budget with a seed. Lines taken over from the study on words are among them."""
     wanted = {"part": "frontier", "task": grid.task, "method": column.method, grid.unit: budget, "seed": seed}
     return [line for line in known.values() if all(line["trial"].get(name) == value for name, value in wanted.items())]
 
 
 def search(grid: Grid, column: Column, known: Known) -> Iterator[Trial]:
-    """Yields the trials of a method at the smallest budget that can be run now."""
+    """Yields the trials of a method's search at the smallest budget, as far as the recorded lines decide them."""
     weight = column.weights[0] if column.weights else None
     by_window = [grid.trial(column, bptt, grid.rates[grid.first + 1], weight) for bptt in column.windows]
     yield from by_window
@@ -207,7 +226,7 @@ def search(grid: Grid, column: Column, known: Known) -> Iterator[Trial]:
 
 
 def known_scores(known: Known) -> Known:
-    """Returns the lines with their score where the search of words.py looks for it."""
+    """Returns the lines with their score under "valid", the entry that the search of words.py compares."""
     return {key: {**line, "valid": score(line)} for key, line in known.items()}
 
 
@@ -221,7 +240,10 @@ def chosen(grid: Grid, column: Column, known: Known) -> Trial | None:
 
 
 def going_on(grid: Grid, known: Known) -> dict[str, Trial]:
-    """Returns the best trials of truncated BPTT and of the best others, by method; none until all methods are known."""
+    """Returns the methods that run at the larger budgets, each with its best trial at the smallest budget.
+
+    Empty until the search of every method is complete.
+    """
     found = {column.method: chosen(grid, column, known) for column in grid.columns}
     known_ones = {method: trial for method, trial in found.items() if trial is not None}
     if len(known_ones) < len(found):
@@ -231,7 +253,10 @@ def going_on(grid: Grid, known: Known) -> dict[str, Trial]:
 
 
 def larger(grid: Grid, settings: Trial, known: Known) -> Iterator[Trial]:
-    """Yields the trials of a method at the larger budgets that can be run now, from its best one at the smallest."""
+    """Yields the trials of a method at the larger budgets, as far as the recorded lines decide them.
+
+    `settings` is the best trial of the method at the smallest budget.
+    """
     for number, budget in enumerate(grid.budgets[1:]):
         lower = [settings["rate"] / 2] if not number and grid.task in TEXT else []
         trials = [{**settings, grid.unit: budget, "rate": rate} for rate in (*lower, settings["rate"])]
@@ -249,26 +274,29 @@ def larger(grid: Grid, settings: Trial, known: Known) -> Iterator[Trial]:
 
 
 def longer_windows(grid: Grid, trial: Trial) -> list[Trial]:
-    """Returns a trial of truncated BPTT on text in the next longer window, which may pay at large budgets alone."""
+    """Returns a list with a trial of truncated BPTT on text at the next longer T, which may be better at large budgets.
+
+    The list is empty on sequences, and if `trial` has the longest T.
+    """
     (windows,) = (column.windows for column in grid.columns if column.method == BASE)
     return [{**trial, "T": bptt} for bptt in windows if bptt > trial["T"] and grid.task in TEXT][:1]
 
 
 def all_larger(grid: Grid, known: Known) -> Iterator[Trial]:
-    """Yields the trials of all methods at the larger budgets that can be run now."""
+    """Yields the trials of all methods at the larger budgets, as far as the recorded lines decide them."""
     for settings in going_on(grid, known).values():
         yield from larger(grid, settings, known)
 
 
 def end_point(grid: Grid, settings: Trial, known: Known) -> Trial | None:
-    """Returns the best trial of a method at the largest budget, None while there is none."""
+    """Returns the best trial of a method at the largest budget, None while one of its trials is missing."""
     wanted = list(larger(grid, settings, known))
     last = [trial for trial in wanted if trial[grid.unit] == grid.budgets[-1]]
     return best(last, known) if last and not missing(wanted, known) else None
 
 
 def more_seeds(grid: Grid, known: Known) -> Iterator[Trial]:
-    """Yields the end points of truncated BPTT and of the best other method, at the other seeds."""
+    """Yields the best trials at the largest budget, of truncated BPTT and of the best other method, with the other seeds."""
     ends = {method: end_point(grid, settings, known) for method, settings in going_on(grid, known).items()}
     base, others = ends.pop(BASE, None), [trial for trial in ends.values() if trial is not None]
     for trial in ([] if base is None else [base]) + ([best(others, known)] if others else []):
@@ -276,19 +304,19 @@ def more_seeds(grid: Grid, known: Known) -> Iterator[Trial]:
 
 
 def far() -> Iterator[Trial]:
-    """Yields the runs of 200,000 updates at T = 4 with messages of the past."""
+    """Yields the trials of 200,000 updates at T = 4 with messages of the past."""
     for task, steps in FAR_REACH.items():
         own = {"part": "far", "task": task, "method": "past", "T": 4, "rate": FAR_RATE, "predict": "past", "steps": steps}
         yield from ({**own, "updates": FAR_UPDATES, "seed": seed} for seed in SEEDS)
 
 
 def group_of(trial: Trial) -> str:
-    """Returns the group of a trial, as `--only` names it."""
+    """Returns the group of a trial: one of the names that `--only` accepts."""
     return str(trial["task"] if trial["part"] == "frontier" else trial["part"])
 
 
 def phases(known: Known) -> Iterator[Iterator[tuple[str, Trial]]]:
-    """Yields, in order of value, the trials of each phase that can be run now, with their groups."""
+    """Yields the phases of the study in their order. A phase yields pairs: a group, and a trial that can be run now."""
     grids = list(GRIDS.items())
     yield ((name, trial) for name, grid in grids for column in grid.columns for trial in search(grid, column, known))
     yield ((name, trial) for name, grid in grids for trial in all_larger(grid, known))
@@ -298,17 +326,20 @@ def phases(known: Known) -> Iterator[Iterator[tuple[str, Trial]]]:
 
 
 def plan(known: Known, groups: tuple[str, ...] = GROUPS) -> Iterator[Trial]:
-    """Yields the trials of some groups that can be run now, in order of value."""
+    """Yields the trials of some groups that can be run now, the most important first."""
     for phase in phases(known):
         yield from (trial for group, trial in phase if group in groups)
 
 
 def forecast(known: Known, groups: tuple[str, ...] = GROUPS) -> list[Trial]:
-    """Returns all trials that are missing if no method is left behind, in order: an upper estimate of the rest."""
+    """Returns an upper estimate of the trials that are still missing, in their order.
+
+    Every missing trial is supposed to give the best result, so that it causes as many further trials as possible.
+    """
     found: dict[str, Trial] = {}
     known = dict(known)
     for number, _ in enumerate(phases(known)):
-        while True:  # a phase is over when its last choice is
+        while True:  # a phase may yield further trials once its first trials have lines
             phase = next(itertools.islice(phases(known), number, None))
             left = {key_of(trial): trial for group, trial in phase if group in groups and key_of(trial) not in known}
             if not left:
@@ -319,6 +350,6 @@ def forecast(known: Known, groups: tuple[str, ...] = GROUPS) -> list[Trial]:
 
 
 def supposed(trial: Trial) -> Line:
-    """Returns a line for `forecast`, better than any other."""
+    """Returns the supposed line of a missing trial for `forecast`, which is better than any recorded line."""
     quality = 1.0 if trial["task"] in TEXT else 1000.0
     return {"trial": trial, "quality": quality, "curve": [[quality, 0, 0, 0.0]]}

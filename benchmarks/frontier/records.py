@@ -1,4 +1,4 @@
-"""The frontier study's lines: its own, those of the study on words that count here too, and the times of updates.
+"""The recorded lines of the frontier study: its own, those taken over from the study on words, and the times of updates.
 
 Legend: T = window length in steps.
 """
@@ -24,39 +24,42 @@ from trials import Line, Trial, key_of, lines_by_key
 
 FRONTIER = "frontier"
 EPOCH_SECONDS: Mapping[str, float] = {"words": 200.0, "characters": 450.0}
-"""Idle CPU seconds of the unit of budgets on text, for estimates."""
+"""Approximate CPU seconds, on an idle machine, of a budget of 1 on text. Used to estimate the hours of trials."""
 
 UPDATE_SECONDS = 0.007
-"""Of an update at T = 4 with messages of the past, for estimates."""
+"""Approximate CPU seconds of an update at T = 4 with messages of the past. Used to estimate the hours of trials."""
 
 REUSED_DROPOUT = 0.2
-"""Of the lines of the study on words that count here. It trains by Adam."""
+"""Lines of the study on words with this dropout are taken over. That study trains with Adam."""
 
 OVERHEAD = 1.2
-"""CPU seconds of a trial over those of its updates: evaluations, and a machine that others use."""
+"""Ratio of a trial's CPU seconds to the idle CPU seconds of its updates.
+
+Evaluations need time too, and updates need more time while others use the machine.
+"""
 
 
 class Times(NamedTuple):
-    """Idle times and memory of updates, by the task on which they were measured and by kind.
+    """Times on an idle machine and memory of updates, by the task on which they were measured and by kind.
 
     Attributes:
-        seconds: a line through the window's length.
-        saved: bytes saved for the backward passes.
+        seconds: the time of an update as a linear function of the window length.
+        saved: number of bytes that an update saves for its backward passes.
     """
 
     seconds: dict[str, dict[str, UpdateTime]]
     saved: dict[str, dict[str, int]]
 
     def of(self, trial: Trial) -> UpdateTime | None:
-        """Returns the time of a trial's update, None if it is not on record."""
+        """Returns the time of a trial's update, None if it is not recorded."""
         return self.seconds.get(timed_as(trial), {}).get(kind_of(trial))
 
     def saved_by(self, trial: Trial) -> int | None:
-        """Returns the bytes that a trial's update saves for its backward passes, None if they are not on record."""
+        """Returns the bytes that a trial's update saves for its backward passes, None if they are not recorded."""
         return self.saved.get(timed_as(trial), {}).get(kind_of(trial))
 
     def of_text(self, task: str) -> dict[str, float]:
-        """Returns seconds of an update by kind."""
+        """Returns the seconds of an update on a text by kind. On text all windows have the same length."""
         return {kind: time.fixed for kind, time in self.seconds.get(task, {}).items()}
 
 
@@ -66,7 +69,7 @@ def timed_as(trial: Trial) -> str:
 
 
 def read_times(results: Path) -> Times:
-    """Returns the latest times on record."""
+    """Returns the last recorded times of each task and kind."""
     found = Times({}, {})
     for line in read_lines(results):
         if line.get("study") == FRONTIER:
@@ -77,14 +80,15 @@ def read_times(results: Path) -> Times:
 
 
 def all_lines(results: Path, study: Path) -> Known:
-    """Returns the lines on record with those that the study on words adds."""
+    """Returns the recorded lines of this study, with those taken over from the study on words."""
     return {**reused(study), **lines_by_key(results)}
 
 
 def reused(study: Path) -> Known:
-    """Returns the lines of the study on words whose settings are those of this one, as lines of this one.
+    """Returns lines of the study on words as lines of this study, if this study has trials with the same settings.
 
-    Its updates equal the library's (tests/test_frontier_study.py), its budgets are the same.
+    The updates of the study on words equal those of the library (tests/test_frontier_study.py). The budgets of the two
+    studies are the same.
     """
     found: Known = {}
     step_seconds = [line["step_seconds"] for line in read_lines(study) if line.get("study") == "words"]
@@ -100,20 +104,20 @@ def reused(study: Path) -> Known:
 
 
 def frontier_trial(old: Trial) -> Trial | None:
-    """Returns this study's trial with the settings of one of the study on words, None if there is none."""
+    """Returns the trial of this study with the settings of `old`, a trial of the study on words; None if there is none."""
     grid = GRIDS["words"]
     columns = {column.method: column for column in grid.columns}
     column = columns.get(old["method"])
     if old["task"] != "words" or column is None or "budget" not in old or old["dropout"] != REUSED_DROPOUT:
         return None
     if old["method"] == "multi-horizon" and old["T"] != 5:
-        return None  # that study's default predicts 5 words at each T
+        return None  # the default of the study on words predicts 5 words at each T, that of this study K windows
     found = {**grid.trial(column, old["T"], old["lr"], old.get("weight")), "budget": old["budget"], "seed": old["seed"]}
     return {**{name: value for name, value in found.items() if name not in grid.common}, "dropout": old["dropout"]}
 
 
 def converted(line: Line, trial: Trial, step_seconds: Mapping[str, float]) -> Line:
-    """Returns a line of the study on words as one of this study; it has no memory of its own."""
+    """Returns a line of the study on words as a line of `trial` in this study. The new line has no peak memory."""
     old = line["trial"]
     every = f" every {old['every']}" if "every" in old else ""
     seconds = round(line["steps"] * step_seconds.get(f"{old['method']} T={old['T']}{every}", float("nan")), 1)
@@ -133,5 +137,5 @@ def estimate(trial: Trial, times: Times) -> float:
 
 
 def spent(known: Known) -> float:
-    """Returns the CPU hours of this study's own lines."""
+    """Returns the sum of the CPU hours of lines. Lines from the study on words count as 0 hours."""
     return sum(float(line.get("process_seconds", 0.0)) for line in known.values()) / 3600

@@ -1,4 +1,4 @@
-"""The page of the frontier study: tables from its lines, and what is missing.
+"""Writes the page of the frontier study: tables of its lines, and the number of missing trials.
 
 Legend: T = window length in steps.
 """
@@ -26,11 +26,11 @@ from copying import UpdateTime
 from trials import Line, Trial, key_of
 
 OPTIMIZERS: Mapping[str | None, str] = MappingProxyType({None: "Adam", "sgd": "SGD"})
-"""Names by the setting of a trial."""
+"""The names of optimizers in the tables, by the setting `optimizer` of a trial."""
 
 MARKS = ("<!-- frontier: written by study.py table -->", "<!-- end of frontier -->")
 COUNTS = (7, 9, 11, 15, 19)
-"""Solved lengths of copying whose idle CPU seconds are shown."""
+"""The lengths of copying for which the tables show the idle CPU seconds until they were solved."""
 
 
 def write(page: Path, known: Known, times: Times) -> None:
@@ -56,14 +56,14 @@ def write(page: Path, known: Known, times: Times) -> None:
 
 
 def unit_of(task: str) -> str:
-    """Returns what the quality of a task counts."""
+    """Returns the unit of a task's quality, with an arrow that shows whether higher or lower is better."""
     if task in TEXT:
         return f"{text_tasks.TASKS[task].unit} ↓"
     return f"{sequence_tasks.TASKS[task].unit} solved ↑"
 
 
 def progress_table(known: Known, times: Times) -> str:
-    """Returns the number of trials done and missing, and their CPU hours, by group."""
+    """Returns a table of the trials done and missing, and their CPU hours, by group."""
     rows = []
     for group in GROUPS:
         own = [line for line in known.values() if group_of(line["trial"]) == group]
@@ -101,7 +101,7 @@ HEADER = (
 
 
 def task_rows(grid: Grid, known: Known, times: Times) -> Iterable[list[str]]:
-    """Yields the best trial of each method and optimizer at each budget, with the mean of its seeds."""
+    """Yields a row for the best trial of each method and optimizer at each budget, with the mean over its seeds."""
     for column, optimizer, budget in itertools.product(grid.columns, OPTIMIZERS, grid.budgets):
         line = best_line(grid, column, known, budget, [optimizer])
         if line is not None:
@@ -111,14 +111,14 @@ def task_rows(grid: Grid, known: Known, times: Times) -> Iterable[list[str]]:
 def best_line(
     grid: Grid, column: Column, known: Known, budget: float, optimizers: Iterable[str | None] = OPTIMIZERS
 ) -> Line | None:
-    """Returns the best line of a method by some optimizers at a budget with the first seed, None without one."""
+    """Returns the best line of a method at a budget with the first seed and one of the optimizers; None without a line."""
     chosen = set(optimizers)
     found = [line for line in lines_of(grid, column, known, budget) if line["trial"].get("optimizer") in chosen]
     return min(found, key=score) if found else None
 
 
 def best_row(line: Line, grid: Grid, known: Known, times: Times) -> list[str]:
-    """Returns the cells of a trial and of its other seeds."""
+    """Returns the cells of a row: settings of a trial, and the results of its settings over all seeds."""
     trial = line["trial"]
     of_seeds = seeds_of(trial, known)
     places = digits(grid.task)
@@ -137,31 +137,31 @@ def best_row(line: Line, grid: Grid, known: Known, times: Times) -> list[str]:
 
 
 def seeds_of(trial: Trial, known: Known) -> list[Line]:
-    """Returns the lines of a trial's settings with all seeds, the first seed's first."""
+    """Returns the lines that have the settings of a trial except the seed, in the order of their seeds."""
     found = [line for line in known.values() if {**line["trial"], "seed": trial["seed"]} == trial]
     return sorted(found, key=lambda line: int(line["trial"]["seed"]))
 
 
 def digits(task: str) -> int:
-    """Returns the decimal places of a task's quality."""
+    """Returns the number of decimal places of a task's quality."""
     return {"words": 1, "characters": 3}.get(task, 0)
 
 
 def mean_cell(values: list[float], places: int) -> str:
-    """Returns a number, or mean and standard deviation of several."""
+    """Returns the text of one number, or mean and standard deviation of several."""
     if len(values) < 2:
         return "".join(f"{value:.{places}f}" for value in values)
     return plus_minus(values, max(1, places))
 
 
 def saved_of(line: Line, times: Times) -> int | None:
-    """Returns the bytes saved for the backward passes of a trial's update, from its line or from its kind."""
+    """Returns the bytes saved for the backward passes of a trial's update: those in its line, or those of its kind."""
     found: int | None = line.get("saved_bytes", times.saved_by(line["trial"]))
     return found
 
 
 def mib(count: int | None) -> str:
-    """Returns bytes in MiB."""
+    """Returns a number of bytes as text in MiB."""
     return NOTHING if count is None else f"{count / 2**20:.2f}"
 
 
@@ -170,7 +170,7 @@ FAR_HEADER = ("task", "seed", "updates", "solved", REACHED, "CPU s", "saved MiB"
 
 
 def far_row(line: Line) -> list[str]:
-    """Returns the cells of a run to far lengths."""
+    """Returns the cells of a run of 200,000 updates."""
     at = {point[0]: point[3] for point in line["curve"]}
     reached = ", ".join(f"{at[count]:.0f}" if count in at else NOTHING for count in COUNTS)
     trial: dict[str, Any] = line["trial"]
@@ -179,7 +179,7 @@ def far_row(line: Line) -> list[str]:
 
 
 def ablation_cells(line: Line | None, times: Times) -> list[str]:
-    """Returns what a row of the ablation has measured."""
+    """Returns the cells of a row of the ablation: quality, CPU seconds and saved MiB."""
     if line is None:
         return [NOTHING, NOTHING, NOTHING]
     assert line["trial"]["seed"] == FIRST_SEED
@@ -191,7 +191,7 @@ UPDATE_HEADER = ("update", "ms of a full window", "of truncated BPTT at this T",
 
 
 def update_rows(task: str, seconds: dict[str, UpdateTime], times: Times) -> Iterable[list[str]]:
-    """Yields the idle time and the memory of each kind of update of a task."""
+    """Yields a row with the idle time and the memory for each kind of update of a task."""
     for kind, time_of in seconds.items():
         bptt = int(kind.split("T=")[1].split()[0])
         base = seconds.get(f"none T={bptt}" + " by SGD" * kind.endswith("by SGD"))

@@ -1,4 +1,4 @@
-"""Copying with and without distractors, repeat copy and adding: trials of the frontier study at a constant rate.
+"""Trials of the frontier study on copying with and without distractors, repeat copy and adding, at constant learning rates.
 
 Legend: T = window length in steps, B = lanes, S = steps of a sequence.
 """
@@ -39,17 +39,17 @@ from memory import peak_mib, reset_peak, saved_bytes
 from trials import Line, Trial, save_whole
 
 SAVE_EVERY = 60.0
-"""Idle CPU seconds between two checkpoints of a trial."""
+"""CPU seconds between two checkpoints of a trial, counted as `Progress.seconds`."""
 
 
 class SequenceTask(NamedTuple):
-    """A generated task, and the sequences on which an update is timed.
+    """A generated task, and the stages with whose sequences an update is timed.
 
     Attributes:
         task: generates sequences.
         short: a stage whose sequences have few steps.
         full: a stage whose sequences fill the longest window.
-        unit: what is counted.
+        unit: the unit of the length.
     """
 
     task: Task
@@ -68,16 +68,19 @@ TASKS: Mapping[str, SequenceTask] = MappingProxyType(
 )
 
 TIMED_AS: Mapping[str, str] = MappingProxyType({"distractors": "copy", "repeat-copy": "copy"})
-"""Tasks whose vectors have as many numbers as another one's, or one more: their updates need its time."""
+"""Tasks whose updates are not timed, each with the task whose update times they have.
+
+Their input vectors have one number more than those of that task, so an update needs almost the same time.
+"""
 
 
 @dataclass
 class Learner:
-    """A model, its trainer, and its windows.
+    """A model, its trainer, and its stream of windows.
 
     Args:
         trial: the settings.
-        stage: of the first sequences, None for the task's first one.
+        stage: the stage of the first sequences, None for the first stage of the task.
     """
 
     trial: Trial
@@ -86,7 +89,7 @@ class Learner:
     stream: TaskStream = field(init=False)
 
     def __post_init__(self) -> None:
-        """Draws the weights from the trial's seed."""
+        """Builds the parts; the trial's seed decides the initial weights and the sequences."""
         torch.manual_seed(self.trial["seed"])
         task = TASKS[self.trial["task"]].task
         model = VectorRNN(task.input_size, task.target_size, hidden=UNITS)
@@ -105,19 +108,24 @@ class Learner:
         self.stream = TaskStream(task, lanes=LANES, bptt=self.trial["T"], lookahead=lookahead_of(self.trainer), **options)
 
     def step(self, window: dni.Window) -> float:
-        """Trains on a window; returns its loss, summed over its steps."""
+        """Trains on a window and returns its loss: the sum over its steps of the mean over lanes."""
         options: dict[str, Any] = {"ends": window.ends, "mask": window.mask, "lookahead": window.lookahead}
         return float(self.trainer.step(window.inputs, window.targets, **options).loss)
 
 
 class Progress:
-    """A trial under way: its learner, its curriculum, and what it has counted.
+    """The state of a running trial: its learner, its curriculum, and its counters.
 
     Args:
         trial: the settings.
 
     Attributes:
-        curve: after each solved length: the length, updates, steps of text in a lane, idle CPU seconds.
+        curve: a row for each solved length: the length, and the updates, steps and idle CPU seconds until then.
+        updates: number of updates so far.
+        steps: number of steps so far, in one lane.
+        seconds: CPU seconds that these updates need on an idle machine.
+        loss: loss of the present sequence so far.
+        counted: number of steps of the present sequence so far that count in the loss.
     """
 
     def __init__(self, trial: Trial) -> None:
@@ -130,7 +138,7 @@ class Progress:
         self.loss, self.counted = 0.0, 0
 
     def step(self, window: dni.Window, time_of: UpdateTime) -> None:
-        """Trains on a window; the curriculum follows at a sequence's end."""
+        """Trains on a window. At the end of a sequence, updates the curriculum."""
         self.loss += self.learner.step(window)
         self.updates += 1
         self.steps += len(window.inputs)
@@ -148,7 +156,7 @@ class Progress:
         return self.curriculum.conclude(mean_error(self.learner.trainer.model, self.task, self.curriculum.stage, self.fresh))
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns what a checkpoint holds."""
+        """Returns the content of a checkpoint."""
         learner = self.learner
         parts: dict[str, Any] = {"trainer": learner.trainer, "stream": learner.stream, "curriculum": self.curriculum}
         found = {name: part.state_dict() for name, part in parts.items()}
@@ -156,7 +164,7 @@ class Progress:
         return {**found, "fresh": self.fresh.get_state(), "random": torch.get_rng_state(), "counts": counts}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """Takes over what `state_dict` returned."""
+        """Restores what `state_dict` returned."""
         self.learner.trainer.load_state_dict(saved["trainer"], LANES)
         self.learner.stream.load_state_dict(saved["stream"])
         self.curriculum.load_state_dict(saved["curriculum"])
@@ -166,7 +174,7 @@ class Progress:
 
 
 def run(trial: Trial, checkpoint: Path, time_of: UpdateTime) -> Line:
-    """Trains to the end of the trial's budget, in idle CPU seconds or in updates; resumes from its checkpoint."""
+    """Trains until the trial's budget of idle CPU seconds or updates is used. Resumes from the checkpoint if it exists."""
     reset_peak()
     progress = Progress(trial)
     if checkpoint.exists():
@@ -186,7 +194,7 @@ def run(trial: Trial, checkpoint: Path, time_of: UpdateTime) -> Line:
 
 
 def kept_for_backward(trial: Trial) -> int:
-    """Returns the most bytes that an update of a sequence of full windows saves for its backward passes."""
+    """Trains on one sequence of full windows and returns the most bytes that an update in it saves for backward passes."""
     learner = Learner({**trial, "seed": 0}, TASKS[trial["task"]].full)
     most, windows = 0, iter(learner.stream)
     while True:
@@ -197,20 +205,23 @@ def kept_for_backward(trial: Trial) -> int:
 
 
 def ended(window: dni.Window) -> bool:
-    """Returns whether the sequences end with a window."""
+    """Returns whether a window is the last one of its sequences."""
     assert window.ends is not None
     return bool(window.ends.all())
 
 
 def serve(trial: Trial, full: bool, pipe: Any) -> None:
-    """In a process of its own: sends seconds and steps of an update, over as many whole sequences as it is told."""
+    """The program of a process that times the updates of a trial; see `measure_in_turns`.
+
+    For each number received, trains on this many whole sequences and sends the CPU seconds of an update.
+    """
     torch.set_num_threads(1)
     keep_freed_memory()
     task = TASKS[trial["task"]]
     learner = Learner({**trial, "seed": 0}, task.full if full else task.short)
     windows = iter(learner.stream)
     seen, over = 0, True
-    while seen < observed_first(learner.trainer) or not over:  # whole sequences
+    while seen < observed_first(learner.trainer) or not over:  # ends with a whole sequence
         window = next(windows)
         learner.step(window)
         seen, over = seen + 1, ended(window)
@@ -227,7 +238,7 @@ def serve(trial: Trial, full: bool, pipe: Any) -> None:
 
 
 def steps_of_update(trial: Trial, full: bool) -> float:
-    """Returns the mean number of steps of an update of the sequences that `serve` trains on."""
+    """Returns the mean number of steps of a window in the sequences on which `serve` trains."""
     task = TASKS[trial["task"]]
     sequence = task.task.generate(task.full if full else task.short, 1, torch.Generator())
     steps = len(sequence.mask)
@@ -235,7 +246,13 @@ def steps_of_update(trial: Trial, full: bool) -> float:
 
 
 def line_through(trial: Trial, short: float, full: float) -> list[float]:
-    """Returns seconds of an update without steps and of each of its steps, from those of short and of full windows."""
+    """Returns the time of an update as a linear function of its steps: the seconds for 0 steps, and the seconds per step.
+
+    Args:
+        trial: the settings.
+        short: measured seconds of an update on short sequences.
+        full: measured seconds of an update on sequences of full windows.
+    """
     at_short, at_full = steps_of_update(trial, False), steps_of_update(trial, True)
     longer = at_full - at_short
     per_step = max(0.0, (full - short) / longer) if longer >= 1 else 0.0

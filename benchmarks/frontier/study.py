@@ -1,27 +1,28 @@
-"""The frontier study: the best quality over CPU time and over memory, by task and method, with the library's own classes.
+"""The frontier study: the best quality over CPU time and over memory, by task and method, with the classes of the library.
 
 python benchmarks/frontier/study.py time --data DIR
-    An update's CPU time of each method, in turns on an idle machine: what budgets are made of.
+    Measure the CPU time of an update of each method, in turns on an idle machine. Budgets are counted by these times.
 python benchmarks/frontier/study.py run --data DIR --max-minutes 60
-    The trials that are missing, in order of value; several processes may run side by side.
+    Run the missing trials, the most important first. Several processes may run side by side.
 python benchmarks/frontier/study.py run --only far
-    Copying and repeat copy in windows of 4 steps, 200,000 updates.
+    Run copying and repeat copy in windows of 4 steps for 200,000 updates.
 python benchmarks/frontier/study.py run --only ablation --data DIR
-    Each choice of a predictive message changed by itself.
+    Run the ablation, which changes one choice of a predictive message at a time.
 python benchmarks/frontier/study.py plan
-    The trials that are missing, with an estimate of their CPU hours.
+    Print the missing trials with estimates of their CPU hours.
 python benchmarks/frontier/study.py table
-    Writes the tables between the marks of docs/results/frontier.md.
+    Write the tables between the marks of docs/results/frontier.md.
 python benchmarks/frontier/study.py draw
-    Draws docs/images/frontier_time.svg and frontier_memory.svg. Needs matplotlib.
+    Draw docs/images/frontier_time.svg and frontier_memory.svg. Needs matplotlib.
 
-DIR holds ptb.train.txt, ptb.valid.txt and ptb.test.txt. Tasks: Penn Treebank by words (LSTM 2x200, 20 lanes, clip 0.25) and
-by characters (LSTM 512, 64 lanes, clip 1), whose rate falls to zero linearly over the budget; copying without and with
-distractors, repeat copy and adding (LSTM 256, 32 lanes, clip 5), at a constant rate. Fused Adam, one thread. A method makes
-as many updates as fit in a budget by the time that its update takes on an idle machine.
-
-No trial begins that would take the study over --max-hours. Lines of benchmarks/predictive_messages/words.py with the same
-settings count as lines of this study.
+DIR holds ptb.train.txt, ptb.valid.txt and ptb.test.txt.
+Text: Penn Treebank by words (LSTM of 2 layers of 200 units, 20 lanes, clip 0.25, SGD), and by characters (LSTM of 512 units,
+64 lanes, clip 1, Adam). The learning rate falls linearly to zero over the budget.
+Sequences: copying without and with distractors, repeat copy and adding (LSTM of 256 units, 32 lanes, clip 5, Adam). The
+learning rate is constant.
+A method makes as many updates as fit in a budget, if each update has the time that was measured on an idle machine. One
+thread. No trial begins that would bring the study over --max-hours. Lines of benchmarks/predictive_messages/words.py with
+the same settings, which were made with Adam, count as lines of this study.
 """
 
 from __future__ import annotations
@@ -54,16 +55,16 @@ MOST_HOURS = 20.0
 
 
 def fail(reason: str) -> SystemExit:
-    """Returns the end of the command for bad input: one line on stderr, exit status 2."""
+    """Prints a line on stderr and returns the exception that ends the command with status 2, for bad input."""
     print(f"study.py: {reason}", file=sys.stderr)
     return SystemExit(2)
 
 
 class Runner:
-    """Runs trials; texts are read once.
+    """Runs trials, and reads each text only once.
 
     Args:
-        options: of the command.
+        options: the options of the command.
     """
 
     def __init__(self, options: argparse.Namespace) -> None:
@@ -71,7 +72,10 @@ class Runner:
         self.splits = cache(lambda task: text_tasks.Splits(text_tasks.TASKS[task], self.data))
 
     def __call__(self, trial: Trial, checkpoint: Path) -> Line:
-        """Trains to the end of the trial's budget. What its updates save is that of their kind, which `time` has counted."""
+        """Trains to the end of the trial's budget and returns its line.
+
+        The bytes that an update saves are those that the part "time" of the command has recorded for its kind.
+        """
         times = read_times(self.results)
         time_of = times.of(trial)
         assert time_of is not None
@@ -83,7 +87,7 @@ class Runner:
 
 
 def affordable(own: Known, options: argparse.Namespace) -> Iterator[Trial]:
-    """Yields the trials that are missing and can be run now, while their estimates fit in the hours that are left."""
+    """Yields the missing trials that can be run now, as long as the hours used and estimated do not exceed --max-hours."""
     extra, times = reused(options.study), read_times(options.results)
     hours = spent(own)
     for trial in plan({**extra, **own}, options.only):
@@ -95,7 +99,7 @@ def affordable(own: Known, options: argparse.Namespace) -> Iterator[Trial]:
 
 
 def print_plan(options: argparse.Namespace) -> None:
-    """Prints the trials that are missing, with hours by trial and in all; those beyond the limit have a mark."""
+    """Prints the missing trials with the sum of the hours so far and their own; marks those beyond the limit of hours."""
     known, times = all_lines(options.results, options.study), read_times(options.results)
     ready = {key_of(trial) for trial in plan(known, options.only)}
     hours, used = 0.0, spent(known)
@@ -109,21 +113,21 @@ def print_plan(options: argparse.Namespace) -> None:
 
 
 def time_all(options: argparse.Namespace) -> None:
-    """Measures the kinds of all trials that are planned or on record."""
+    """Measures the update times of the kinds of all trials that are planned or recorded."""
     known = all_lines(options.results, options.study)
     recorded = [line["trial"] for line in known.values() if group_of(line["trial"]) in options.only]
     kinds = kinds_of([*forecast(known, options.only), *recorded])
     for task, trials in kinds.items():
         if not any(trial["method"] == "none" for trial in trials.values()):
-            trials |= kinds_of(forecast({}, (task,)))[task]  # a reference, and what it stands beside
+            trials |= kinds_of(forecast({}, (task,)))[task]  # adds a reference, truncated BPTT, and the task's other kinds
         measure(task, trials, options.data, options.results, options.rounds)
 
 
 def check_input(options: argparse.Namespace) -> None:
-    """Ends the command if a text or a time is missing.
+    """Checks that the texts and the update times that the part of the command needs exist.
 
     Raises:
-        SystemExit: one is.
+        SystemExit: a text or an update time is missing.
     """
     if options.part not in ("run", "time"):
         return
@@ -136,10 +140,10 @@ def check_input(options: argparse.Namespace) -> None:
 
 
 def check_times(trials: list[Trial], times: Times, options: argparse.Namespace) -> None:
-    """Ends the command if a kind of update has no time.
+    """Checks that the update time of every trial is recorded.
 
     Raises:
-        SystemExit: one has none.
+        SystemExit: the update time of a trial is missing.
     """
     for trial in trials:
         if times.of(trial) is None:
@@ -167,7 +171,7 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> None:
-    """The command."""
+    """Runs the command."""
     options = parse()
     torch.set_num_threads(1)
     keep_freed_memory()
@@ -177,13 +181,13 @@ def main() -> None:
 
 
 def run_all(options: argparse.Namespace) -> None:
-    """Runs what is missing."""
+    """Runs the missing trials."""
     wanted = Runner(options)
     work(options.results, options.scratch, lambda own: affordable(own, options), wanted, options.max_minutes)
 
 
 def write_page(options: argparse.Namespace) -> None:
-    """Writes the tables."""
+    """Writes the tables to the page."""
     from report import write
 
     write(options.page, all_lines(options.results, options.study), read_times(options.results))

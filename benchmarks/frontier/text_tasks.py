@@ -1,4 +1,4 @@
-"""Penn Treebank by words and by characters: trials of the frontier study, whose rate falls to zero over the budget.
+"""Trials of the frontier study on Penn Treebank by words and by characters. The learning rate falls to zero over the budget.
 
 Legend: T = window length in steps, B = lanes, m = steps of lookahead.
 """
@@ -32,16 +32,16 @@ EVALUATION_STEPS = 70
 
 @dataclass(frozen=True)
 class TextTask:
-    """A text, its model, and what a trial's budget is counted in.
+    """A text, its model, and the unit of a trial's budget.
 
     Attributes:
         tokens: "words" or "characters".
         lanes: B.
-        model: arguments of `LanguageModel`, beside the vocabulary and dropout.
+        model: arguments of `LanguageModel`, without the vocabulary and dropout.
         clip: largest norm of the gradient.
-        reference: T of the truncated BPTT whose epoch is the unit of budgets.
-        curve_steps: steps of the validation text on which points of the curve are measured; None for all.
-        bits: whether the quality is bits a token, else perplexity.
+        reference: the T at which an epoch of truncated BPTT, in CPU time on an idle machine, is the unit of budgets.
+        curve_steps: number of steps of the validation text on which points of the curve are measured; None for all steps.
+        bits: whether the quality is bits a character; otherwise it is perplexity.
     """
 
     tokens: str
@@ -71,7 +71,7 @@ TASKS: Mapping[str, TextTask] = MappingProxyType(
 
 
 class Characters(Text):
-    """A split as lanes of character ids [steps, B]; a line ends with a character of its own."""
+    """A split as lanes of character ids [steps, B]. The end of a line is a character too."""
 
     def __init__(self, folder: Path, split: str, lanes: int, vocabulary: dict[str, int] | None = None) -> None:
         text = (folder / f"ptb.{split}.txt").read_text()
@@ -82,11 +82,11 @@ class Characters(Text):
 
 
 class Splits:
-    """The three splits of a task, read once.
+    """The three splits of a task's text.
 
     Args:
-        task: which text.
-        folder: holds ptb.train.txt, ptb.valid.txt and ptb.test.txt.
+        task: the task, by words or by characters.
+        folder: folder that holds ptb.train.txt, ptb.valid.txt and ptb.test.txt.
     """
 
     def __init__(self, task: TextTask, folder: Path) -> None:
@@ -95,19 +95,19 @@ class Splits:
         self.valid, self.test = (self.read(folder, split, self.train.vocabulary) for split in ("valid", "test"))
 
     def read(self, folder: Path, split: str, vocabulary: dict[str, int] | None) -> Text:
-        """Returns a split."""
+        """Reads and returns a split. Without a `vocabulary`, the split has its own."""
         if self.task.tokens == "words":
             return Text(folder, split, vocabulary)
         return Characters(folder, split, self.task.lanes, vocabulary)
 
     @property
     def steps(self) -> int:
-        """Steps of a lane of the training text that have a target."""
+        """Number of steps of a lane of the training text that have a target."""
         return len(self.train.lanes) - 1
 
 
 def trainer_for(trial: Trial, splits: Splits) -> dni.SequenceTrainer:
-    """Returns the trainer; weights and dropout are drawn from the trial's seed."""
+    """Returns the trainer of a trial. The trial's seed decides initial weights and dropout."""
     task, known = splits.task, len(splits.train.vocabulary)
     torch.manual_seed(trial["seed"])
     model = LanguageModel(known, dropout=trial["dropout"], **task.model)
@@ -125,10 +125,10 @@ def trainer_for(trial: Trial, splits: Splits) -> dni.SequenceTrainer:
 
 
 class Reader:
-    """Steps a trainer through the training text, from the start again when it is over.
+    """Trains on the training text window by window. At the end of the text, starts again from its beginning.
 
     Args:
-        trainer: what trains.
+        trainer: the trainer.
         text: the training text.
         bptt: T.
     """
@@ -138,7 +138,7 @@ class Reader:
         self.reach, self.position = lookahead_of(trainer), 0
 
     def step(self) -> None:
-        """One update."""
+        """Makes one update."""
         if self.position + self.bptt + self.reach + 1 > len(self.text.lanes):
             self.position = 0
             self.trainer.reset()
@@ -150,7 +150,7 @@ class Reader:
 
 @torch.no_grad()
 def mean_loss(model: LanguageModel, text: Text, steps: int | None = None) -> float:
-    """Returns the mean loss in nats of the first `steps` steps of a split, None for all, with the state carried through."""
+    """Returns the mean loss in nats on the first `steps` steps of a split, None for all. The state is carried throughout."""
     model.eval()
     stop = min(len(text.lanes) - 1, steps or len(text.lanes))
     state, total, count = model.initial_state(text.lanes.shape[1]), 0.0, 0
@@ -164,21 +164,27 @@ def mean_loss(model: LanguageModel, text: Text, steps: int | None = None) -> flo
 
 
 def updates_of(trial: Trial, splits: Splits, seconds: Mapping[str, float]) -> int:
-    """Returns the updates that fit in a trial's budget, by idle seconds of an update of each kind."""
+    """Returns the number of updates that fit in a trial's budget.
+
+    Args:
+        trial: the settings.
+        splits: the text.
+        seconds: idle CPU seconds of an update by kind.
+    """
     reference = splits.task.reference
     epoch = splits.steps // reference * seconds[kind_of({"method": "none", "T": reference})]
     return max(1, round(trial["budget"] * epoch / seconds[kind_of(trial)]))
 
 
 def set_rates(trainer: dni.SequenceTrainer, trial: Trial, factor: float) -> None:
-    """Sets the rates to a share of those that the schedule starts from."""
+    """Sets the learning rates to `factor` times the initial rates."""
     for optimizer, rate in zip(optimizers_of(trainer), (trial["rate"], PREDICTOR_RATE), strict=False):
         for group in optimizer.param_groups:
             group["lr"] = rate * factor
 
 
 def run(trial: Trial, checkpoint: Path, splits: Splits, seconds: Mapping[str, float]) -> Line:
-    """Trains to the end of the budget; resumes from its checkpoint."""
+    """Trains to the end of the trial's budget and returns its line. Resumes from the checkpoint if it exists."""
     reset_peak()
     task, total = splits.task, updates_of(trial, splits, seconds)
     trainer = trainer_for(trial, splits)
@@ -201,7 +207,10 @@ def run(trial: Trial, checkpoint: Path, splits: Splits, seconds: Mapping[str, fl
 
 
 def resume(checkpoint: Path, reader: Reader) -> tuple[int, list[list[float]]]:
-    """Returns the updates and the curve of a trial's checkpoint, and takes over its state; 0 and nothing without one."""
+    """Restores the reader from a trial's checkpoint, and returns the updates so far and the curve so far.
+
+    Returns 0 and an empty curve if no checkpoint exists.
+    """
     if not checkpoint.exists():
         return 0, []
     saved = torch.load(checkpoint, weights_only=True)
@@ -212,13 +221,16 @@ def resume(checkpoint: Path, reader: Reader) -> tuple[int, list[list[float]]]:
 
 
 def save(checkpoint: Path, reader: Reader, done: int, curve: list[list[float]]) -> None:
-    """Writes what `resume` reads."""
+    """Writes the checkpoint that `resume` reads."""
     parts = {"trainer": reader.trainer.state_dict(), "position": reader.position, "random": torch.get_rng_state()}
     save_whole(checkpoint, {**parts, "done": done, "curve": curve})
 
 
 def kept_for_backward(trial: Trial, splits: Splits) -> int:
-    """Returns the bytes that an update saves for its backward passes, once earlier windows are known."""
+    """Returns the bytes that an update saves for its backward passes.
+
+    The counted update is preceded by as many updates as its loss is propagated back over windows.
+    """
     trainer = trainer_for({"dropout": 0.0, "rate": 1e-3, **trial, "seed": 0}, splits)
     reader = Reader(trainer, splits.train, trial["T"])
     for _ in range(trial.get("back", 1)):
@@ -227,7 +239,7 @@ def kept_for_backward(trial: Trial, splits: Splits) -> int:
 
 
 def serve(trial: Trial, folder: Path, pipe: Any) -> None:
-    """In a process of its own: makes as many updates as it is told, and sends CPU seconds of one."""
+    """The program of a process that times the updates of a trial; see `measure_in_turns`."""
     torch.set_num_threads(1)
     keep_freed_memory()
     splits = Splits(TASKS[trial["task"]], folder)

@@ -1,4 +1,4 @@
-"""Times of updates on an idle machine, all kinds in turns, and what they save for backward passes.
+"""Measures the times of updates on an idle machine, all kinds in turns, and the bytes that they save for backward passes.
 
 Legend: T = window length in steps.
 """
@@ -23,16 +23,16 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "studies"))
 from trials import Trial, measure_in_turns
 
 TURNS_OF = 6
-"""Kinds that take turns at once, beside the reference."""
+"""Number of kinds that take turns with the reference in one measurement."""
 
 TEXT_STEPS = 280
-"""Steps of a turn on text."""
+"""Approximate number of steps of text in a turn."""
 
 SEQUENCES_OF_TURN = {"full": 4, "short": 16}
 
 
 def kinds_of(trials: Iterable[Trial]) -> dict[str, dict[str, Trial]]:
-    """Returns a trial of each kind, by the task on which it is timed."""
+    """Returns one trial of each kind, by the task on which the kind is timed and by kind."""
     found: dict[str, dict[str, Trial]] = {}
     for trial in trials:
         task = timed_as(trial)
@@ -41,14 +41,14 @@ def kinds_of(trials: Iterable[Trial]) -> dict[str, dict[str, Trial]]:
 
 
 def measure(task: str, kinds: dict[str, Trial], data: Path, results: Path, rounds: int) -> None:
-    """Puts the update times and the saved bytes of some kinds on record.
+    """Measures the update times and the saved bytes of some kinds, and records them in one line.
 
     Args:
-        task: on which they train.
-        kinds: a trial of each.
+        task: the task on which the kinds train.
+        kinds: a trial of each kind.
         data: the folder of the texts.
-        results: the JSON lines.
-        rounds: turns that count; 0 for the saved bytes alone.
+        results: the file of results.
+        rounds: number of measured turns of each kind; 0 to measure only the saved bytes.
     """
     seconds = update_seconds(task, kinds, data, rounds) if rounds else {}
     saved = saved_by_kind(task, kinds, data)
@@ -57,7 +57,7 @@ def measure(task: str, kinds: dict[str, Trial], data: Path, results: Path, round
 
 
 def update_seconds(task: str, kinds: dict[str, Trial], data: Path, rounds: int) -> dict[str, list[float]]:
-    """Returns the update times of some kinds, as a line through the window's length."""
+    """Returns the update time of each kind as a linear function of the window length: seconds for 0 steps, and per step."""
     base = max((trial for trial in kinds.values() if trial["method"] == "none"), key=lambda trial: int(trial["T"]))
     others = [kind for kind in kinds if kind != kind_of(base)]
     seconds: dict[str, list[float]] = {}
@@ -67,13 +67,13 @@ def update_seconds(task: str, kinds: dict[str, Trial], data: Path, rounds: int) 
         (first, slope), (again, slope_again) = seconds.get(kind_of(base), found[kind_of(base)]), found[kind_of(base)]
         now = (first + slope * base["T"]) / (
             again + slope_again * base["T"]
-        )  # the machine is busier at some times than at others
+        )  # scales times of a busier moment to the first measurement
         seconds |= {kind: [round(now * number, 7) for number in numbers] for kind, numbers in found.items()}
     return seconds
 
 
 def text_turns(kinds: dict[str, Trial], base: Trial, data: Path, rounds: int) -> dict[str, list[float]]:
-    """Returns seconds of an update, and nothing for each of its steps: all windows are full."""
+    """Returns for each kind the seconds of an update, and 0 seconds per step: on text all windows have the same length."""
     arguments: dict[str, tuple[Any, ...]] = {kind: (trial, data) for kind, trial in kinds.items()}
     counts = {kind: max(3, TEXT_STEPS // int(trial["T"])) for kind, trial in kinds.items()}
     found = measure_in_turns(text_tasks.serve, arguments, counts, kind_of(base), rounds)
@@ -81,7 +81,7 @@ def text_turns(kinds: dict[str, Trial], base: Trial, data: Path, rounds: int) ->
 
 
 def sequence_turns(kinds: dict[str, Trial], base: Trial, rounds: int) -> dict[str, list[float]]:
-    """Returns seconds of an update without steps and of each of its steps."""
+    """Returns for each kind the seconds of an update for 0 steps, and the seconds per step."""
     names = {f"{kind}, {size}": (trial, size == "full") for kind, trial in kinds.items() for size in SEQUENCES_OF_TURN}
     counts = {name: SEQUENCES_OF_TURN["full" if full else "short"] for name, (_, full) in names.items()}
     found = measure_in_turns(sequence_tasks.serve, dict(names), counts, f"{kind_of(base)}, full", rounds)

@@ -1,17 +1,17 @@
-"""Copying: do predictive messages in windows of 4 or 10 steps win over windows that hold the whole sequence?
+"""Copying: are predictive messages in windows of 4 or 10 steps better than windows that hold the whole sequence?
 
 python benchmarks/predictive_messages/copying.py time
-    An update's CPU time of each method, in turns on an idle machine: what budgets are made of.
+    Measure the CPU time of an update of each method, in turns on an idle machine. Budgets are counted by these times.
 python benchmarks/predictive_messages/copying.py run --max-minutes 60
-    The trials that are missing; several processes may run side by side.
+    Run the missing trials. Several processes may run side by side.
 python benchmarks/predictive_messages/copying.py table
-    What is on record, as Markdown.
+    Print the recorded results as a table of Markdown.
 
-LSTM 256, 32 lanes, clip 5, fused Adam, one thread. The length rises when 1,000 fresh sequences have less than 0.15 bits
-of error. The task "distractors" puts four random vectors, which are not to be copied, after each vector that is. A
-trial runs for a budget of CPU seconds, counted by the time that an update of its window's length takes on an idle
-machine. Each method is tried at three learning rates for a short budget. It then runs for the whole one at the best, unless
-it is more than 3 vectors behind the best method of its task by then.
+LSTM of 256 units, 32 lanes, clip 5, fused Adam, one thread. The length rises when 1,000 fresh sequences have an error below
+0.15 bits. The task "distractors" has four random vectors, which are not to be copied, after each vector to copy. A trial has
+a budget of CPU seconds. An update counts as the CPU time that its window length needs on an idle machine, as measured.
+Each method is tried at three learning rates for a short budget. With the best rate it then runs for the whole budget, unless
+it has solved a length that is more than 3 vectors shorter than that of the best method of its task.
 docs/results/predictive_messages.md has the results.
 
 Legend: T = window length in steps, B = lanes, m = reach in steps, D = inputs, S = numbers in a lane's packed state.
@@ -53,7 +53,7 @@ from trials import (
 
 LANES, UNITS, CLIP = 32, 256, 5.0
 REACH = 40
-"""m: the steps of the past or the future that a predictor predicts."""
+"""m, the number of steps of the past or the future that a predictor predicts."""
 
 PREDICTOR_UNITS, CONTEXT_UNITS, EMBED, PREDICTOR_RATE = 256, 64, 32, 1e-3
 EXACT_STEPS = 16
@@ -62,22 +62,22 @@ RATES = (1e-3, 2e-3, 4e-3)
 TUNING_SECONDS = 150
 SECONDS = {"copy": 800, "distractors": 400}
 LEFT_BEHIND = 3
-"""Vectors behind the best method of a task after the short budget, from which on a method runs no further."""
+"""A method that solves, in the short budget, over this many vectors less than the best one does not run the whole budget."""
 
 CHECK_SEED = 77
 
 
 class CopyWithDistractors(Copy):
-    """Copying with four random vectors, marked as not to be copied, after each vector that is.
+    """Copying in which four random vectors, which are not to be copied, follow each of the N vectors to copy.
 
-    A start flag; N times a vector with its flag and `DISTRACTORS` vectors without it; a go flag; then the N vectors are due.
-    S = (2 + DISTRACTORS) N + 2; D = 11: the bits, start, go, "to be copied".
+    A sequence has (2 + DISTRACTORS) N + 2 steps: start flag, N times a vector with the flag "to be copied" and `DISTRACTORS`
+    vectors without it, go flag, N targets. An input has D = 11 numbers: 8 bits and the flags start, go, "to be copied".
     """
 
     input_size = BITS + 3
 
     def generate(self, stage: Stage, lanes: int, generator: torch.Generator) -> Sequences:
-        """Random bits, each 1 with probability 1/2."""
+        """Returns sequences of random vectors, whose bits are 1 with probability 1/2."""
         shown = stage.size * (1 + DISTRACTORS)
         vectors = torch.randint(2, (shown, lanes, BITS), generator=generator).float()
         kept = vectors[:: 1 + DISTRACTORS]
@@ -96,12 +96,12 @@ TASKS: dict[str, Copy] = {"copy": Copy(), "distractors": CopyWithDistractors()}
 
 
 class Steps(NamedTuple):
-    """m steps beside a state: of its past, the latest first, or of its future.
+    """The m steps before a state, the latest first, or the m steps after it.
 
     Attributes:
         inputs: [m, B, D].
         targets: [m, B, O].
-        counts: [m, B] bool, the steps that are there and count.
+        counts: [m, B] bool, whether a step exists and counts in the loss.
     """
 
     inputs: Tensor
@@ -110,7 +110,7 @@ class Steps(NamedTuple):
 
 
 class Past(nn.Module):
-    """Predicts the inputs of the last m steps: z_j = tanh(W s) * g_j, q_j = D z_j, with learned gates g_j."""
+    """Predicts the inputs of the last m steps from the packed state s. Step j: a linear layer of tanh(W s) * learned g_j."""
 
     def __init__(self, units: int, outputs: int, inputs: int) -> None:
         super().__init__()
@@ -118,15 +118,18 @@ class Past(nn.Module):
         self.output = nn.Linear(units, outputs)
 
     def forward(self, read: Tensor, steps: Steps) -> Tensor:
-        """[m, B, O] from tanh(W s) [B, F]."""
+        """Returns the predictions [m, B, O] from `read`, tanh(W s) [B, F]."""
         if self.output.out_features >= len(read):
             return self.output(read[None] * self.gate)
-        weights = (self.output.weight * self.gate).flatten(0, 1)  # fewer outputs than lanes: gate the weights instead
+        weights = (self.output.weight * self.gate).flatten(0, 1)  # fewer outputs than lanes: gating the weights is cheaper
         return functional.linear(read, weights).unflatten(1, (REACH, -1)).transpose(0, 1) + self.output.bias
 
 
 class Far(nn.Module):
-    """Predicts the outputs of the next m steps: z_j = tanh(W s) * tanh(V c_j + b_j), c = GRU(inputs up to j)."""
+    """Predicts the targets of the next m steps from the packed state s and a GRU's outputs c_j on the next inputs up to j.
+
+    Step j: a linear layer of tanh(W s) * tanh(V c_j + b_j).
+    """
 
     def __init__(self, units: int, outputs: int, inputs: int) -> None:
         super().__init__()
@@ -135,18 +138,18 @@ class Far(nn.Module):
         self.output = nn.Linear(units, outputs)
 
     def forward(self, read: Tensor, steps: Steps) -> Tensor:
-        """[m, B, O] from tanh(W s) [B, F]."""
+        """Returns the predictions [m, B, O] from `read`, tanh(W s) [B, F]."""
         context, _ = self.context(self.encoder(steps.inputs))
         return self.output(read[None] * torch.tanh(self.gate(context) + self.bias))
 
 
 class Predictor(nn.Module):
-    """Past, far future, or both, from one reading of the state; both share its units.
+    """Predicts the past, the far future, or both, from tanh(W s), one layer on the packed state s.
 
     Args:
-        kinds: "past", "far", or both of them.
+        kinds: "past", "far", or both of them; of both, each reads half of the layer's units.
         size: S.
-        task: what is learned.
+        task: the task to learn.
     """
 
     def __init__(self, kinds: tuple[str, ...], size: int, task: Copy) -> None:
@@ -157,7 +160,7 @@ class Predictor(nn.Module):
         self.parts = nn.ModuleDict({kind: {"past": Past, "far": Far}[kind](*sizes) for kind in kinds})
 
     def loss(self, packed: Tensor, steps: dict[str, Steps]) -> Tensor:
-        """0-d: the loss summed over the steps that count, mean over lanes."""
+        """Returns the loss, 0-d: the sum over the steps that count, the mean over lanes, and the sum over the kinds."""
         total = packed.new_zeros(())
         reads = torch.tanh(self.read(packed)).split(self.units, -1)
         for read, (kind, part) in zip(reads, self.parts.items(), strict=True):
@@ -167,11 +170,11 @@ class Predictor(nn.Module):
 
 
 class Learner:
-    """Truncated BPTT over windows that end with the sequence, with the messages of a predictor, exact ones, or none.
+    """Trains by truncated BPTT with the messages of a predictor, with exact messages, or with none.
 
     Args:
-        trial: the settings. `method` is "none", "exact", "past", "far" or "far and past", or one of the latter with
-            " inside": the same predictor's loss as an auxiliary at every 4th state of a window that holds the sequence.
+        trial: the settings. `method` is "none", "exact", "past", "far" or "far and past". The last three may end with
+            " inside": messages are then injected at every 4th state inside a window that holds the whole sequence.
     """
 
     every = 4
@@ -195,7 +198,7 @@ class Learner:
         self.seen: list[Tensor] = []
 
     def step(self, window: dni.Window) -> Tensor:
-        """One update; returns the window's loss summed over its steps, 0-d."""
+        """Makes one update and returns the window's loss, 0-d: the sum over its steps of the mean over lanes."""
         for optimizer in self.optimizers:
             optimizer.zero_grad()
         state = tuple(leaf.detach() for leaf in self.state)
@@ -221,7 +224,7 @@ class Learner:
         return loss.detach()
 
     def run(self, inputs: Tensor, state: Any) -> tuple[Tensor, list[Any], list[int]]:
-        """Outputs, the states that get messages, and after how many steps of the window each stands."""
+        """Runs the model. Returns its outputs, the states that get messages, and the number of steps before each state."""
         if not self.inside:
             outputs, state = self.model(inputs, state)
             return outputs, [state], [len(inputs)]
@@ -234,7 +237,7 @@ class Learner:
         return torch.cat(outputs), states, ends
 
     def messages(self, leaves: list[Tensor], window: dni.Window, ends: list[int]) -> list[Tensor | None]:
-        """The gradients with respect to (h, c) [1, count B, H]; a predictor trains in the same pass."""
+        """Returns the messages for (h, c), [1, count B, H], states side by side. A predictor trains in the same backward."""
         if self.exact is not None:
             message: Any = self.exact.predict(tuple(leaf.detach() for leaf in leaves), window.lookahead)[0]
             return list(message)
@@ -247,12 +250,12 @@ class Learner:
         return [hidden.grad, cells.grad]
 
     def steps(self, kind: str, window: dni.Window, ends: list[int]) -> Steps:
-        """What a predictor predicts at each of the states, side by side along the batch dimension."""
+        """Returns the steps that a predictor predicts at all states, side by side along the batch dimension."""
         parts = [self.past(len(window.inputs) - end) if kind == "past" else self.future(window, end) for end in ends]
         return Steps(*(torch.cat(columns, 1) for columns in zip(*parts, strict=True)))
 
     def past(self, ago: int) -> Steps:
-        """The last m inputs up to `ago` steps before the latest one, the latest first."""
+        """Returns the last m inputs up to `ago` steps before the window's end, latest first; missing ones do not count."""
         inputs = torch.stack(self.seen[: len(self.seen) - ago][-REACH:]).flip(0)
         missing = REACH - len(inputs)
         counts = (torch.arange(REACH) < len(inputs))[:, None].expand(-1, LANES)
@@ -260,7 +263,7 @@ class Learner:
         return Steps(inputs, inputs[..., : self.task.target_size], counts)
 
     def future(self, window: dni.Window, end: int) -> Steps:
-        """The m steps after the first `end` of the window."""
+        """Returns the m steps after the first `end` steps of the window."""
         ahead = window.lookahead
         assert ahead is not None
         assert window.mask is not None
@@ -271,7 +274,7 @@ class Learner:
 
 
 def run(trial: Trial, checkpoint: Path, times: dict[str, UpdateTime]) -> Line:
-    """Trains for the trial's budget; the lengths solved, with the updates, steps and idle CPU seconds until then."""
+    """Trains for the trial's budget. Returns its line, with updates, steps and idle CPU seconds until each solved length."""
     reset_peak()
     learner = Learner(trial)
     task = learner.task
@@ -300,28 +303,28 @@ def run(trial: Trial, checkpoint: Path, times: dict[str, UpdateTime]) -> Line:
 
 
 class UpdateTime(NamedTuple):
-    """CPU seconds of an update on an idle machine, as a line through two window lengths.
+    """CPU seconds of an update on an idle machine, as a linear function of the window length.
 
     Attributes:
-        fixed: of a window without steps.
-        per_step: of each step of the window.
+        fixed: seconds of an update for 0 steps.
+        per_step: further seconds for each step of the window.
     """
 
     fixed: float
     per_step: float
 
     def seconds(self, steps: int) -> float:
-        """Of an update of a window of `steps` steps."""
+        """Returns the seconds of an update on a window of `steps` steps."""
         return self.fixed + self.per_step * steps
 
 
 def kind_of(trial: Trial) -> str:
-    """What decides the time of an update."""
+    """Returns the settings that decide the time of an update, as text: the method and T."""
     return f"{trial['method']} T={trial['T']}"
 
 
 def trial_of(method: str, bptt: int, lr: float, seconds: float, task: str = "copy", seed: int = 0) -> Trial:
-    """A trial's settings."""
+    """Returns the settings of a trial."""
     return {"task": task, "method": method, "T": bptt, "lr": lr, "seconds": seconds, "seed": seed}
 
 
@@ -340,11 +343,11 @@ COLUMNS: list[tuple[str, str, int]] = [
     ("copy", "far and past", 10),
     ("copy", "exact", 10),
 ]
-"""Task, method and T, in order of value."""
+"""Task, method and T of each column, the most important first."""
 
 
 def serve_updates(trial: Trial, size: int, pipe: Any) -> None:
-    """In a process of its own: makes as many updates as it is told, and returns CPU seconds of one."""
+    """The program of a process that times updates on sequences of `size` vectors; see `measure_in_turns`."""
     torch.set_num_threads(1)
     keep_freed_memory()
     learner = Learner(trial)
@@ -354,7 +357,7 @@ def serve_updates(trial: Trial, size: int, pipe: Any) -> None:
 
 
 def measure_updates(results: Path) -> None:
-    """Puts the time of an update of each method on record: its windows full, and 4 steps long, on an idle machine."""
+    """Measures an update of each method on windows of T and of 4 steps, on an idle machine, and records `UpdateTime`s."""
     kinds = {kind_of(trial): trial for trial in (trial_of(method, bptt, 1e-3, 0) for _, method, bptt in COLUMNS)}
     sizes = {f"{kind}, {size} vectors": (trial, size) for kind, trial in kinds.items() for size in (1, 19)}
     counts = {name: max(5, 200 // trial["T"]) for name, (trial, _) in sizes.items()}
@@ -369,23 +372,23 @@ def measure_updates(results: Path) -> None:
 
 
 def update_times(results: Path) -> dict[str, UpdateTime]:
-    """The latest update times on record.
+    """Returns the last recorded update times.
 
     Raises:
-        SystemExit: none are.
+        SystemExit: no update times are recorded.
     """
     found = latest_times(results, "copying", "update_seconds")
     return {kind: UpdateTime(*numbers) for kind, numbers in found.items()}
 
 
 def progress_score(line: Line) -> float:
-    """What rates are chosen by: the length solved, then how soon."""
+    """Returns the score by which rates are chosen, lower is better: minus the length solved, then the time until then."""
     solved, *_, seconds = line["curve"][-1] if line["curve"] else (0, 0.0)
     return -float(solved) + float(seconds) / 1e6
 
 
 def plan(known: dict[str, Line]) -> Iterator[Trial]:
-    """Every trial that can be run now, in order of value."""
+    """Yields every trial that can be run now, the most important first."""
     for task, method, bptt in COLUMNS:
         short = [trial_of(method, bptt, rate, TUNING_SECONDS, task) for rate in RATES]
         yield from short
@@ -398,13 +401,13 @@ def plan(known: dict[str, Line]) -> Iterator[Trial]:
 
 
 def longest(known: dict[str, Line], task: str) -> int:
-    """The most vectors that a method has solved within the short budget of a task."""
+    """Returns the largest number of vectors that a method has solved within the short budget of a task."""
     short = [line for line in known.values() if line["trial"]["task"] == task and line["trial"]["seconds"] == TUNING_SECONDS]
     return max(int(line["solved"]) for line in short)
 
 
 def table(results: Path) -> Iterable[str]:
-    """The lines on record as a table of Markdown. Seconds follow the latest update times on record."""
+    """Yields the lines of a table of Markdown of the recorded trials. Its seconds use the last recorded update times."""
     times = update_times(results)
     yield "| task | method | T | rate | CPU s | solved | seconds to 7, 9, 11, 15, 19 | peak MiB |"
     yield "|---|---|---|---|---|---|---|---|"
@@ -419,13 +422,13 @@ def table(results: Path) -> Iterable[str]:
 
 
 def seconds_at(point: list[float], time_of: UpdateTime) -> float:
-    """Returns the idle CPU seconds of a point of a curve, from its updates and steps."""
+    """Returns the idle CPU seconds of a row of a curve, computed from the row's updates and steps."""
     _, updates, steps, _ = point
     return updates * time_of.fixed + steps * time_of.per_step
 
 
 def main() -> None:
-    """The command."""
+    """Runs the command."""
     parser = study_parser(__doc__ or "")
     options = parser.parse_args()
     torch.set_num_threads(1)

@@ -42,9 +42,9 @@ def draw_words(axes: Axes, lines: list[Line], step_time: float) -> None:
     """Draws the best validation perplexity of each method at each budget, seed 1.
 
     Args:
-        axes: to draw on.
-        lines: of trials.
-        step_time: of truncated BPTT at T = 35, in seconds: a budget of 1 is an epoch of it.
+        axes: the axes to draw on.
+        lines: the recorded trials.
+        step_time: seconds of a step of truncated BPTT at T = 35. A budget of 1 is the time of an epoch of such steps.
     """
     epoch: dict[str, object] = {"method": "none", "T": 35, "budget": 1}
     (steps,) = {line["steps"] for line in lines if epoch.items() <= line["trial"].items()}
@@ -63,7 +63,7 @@ def draw_words(axes: Axes, lines: list[Line], step_time: float) -> None:
 
 
 def draw_copying(axes: Axes, lines: list[Line], times: Any) -> None:
-    """Draws when each length was solved, the longest run of each method."""
+    """Draws, for the longest run of each method, the lengths solved over CPU time."""
     for (method, bptt), name in COPYING.items():
         chosen = [
             line
@@ -82,7 +82,7 @@ def draw_copying(axes: Axes, lines: list[Line], times: Any) -> None:
 
 
 def main() -> None:
-    """The command."""
+    """Runs the command."""
     lines = list(lines_by_key(RESULTS).values())
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
     draw_words(left, lines, latest_times(RESULTS, "words", "step_seconds")["none T=35"])

@@ -1,4 +1,4 @@
-"""The methods of the study on words: truncated BPTT, multi-token heads, messages of a predictor, and the library's own.
+"""The methods of the study on words: truncated BPTT, multi-token heads, messages of a predictor, and methods of the library.
 
 Legend: T = window length in steps, B = lanes, m = steps predicted, S = numbers in a lane's packed state.
 """
@@ -22,10 +22,10 @@ from trials import Trial
 
 LANES, UNITS, CLIP = 20, 200, 0.25
 STEPS_PREDICTED = 5
-"""m: the steps that predictors and multi-token heads predict."""
+"""m, the number of steps that predictors and multi-token heads predict."""
 
 WORDS_PREDICTED = 500
-"""Words that they distinguish: the most frequent ones, and one class for all others."""
+"""Number of classes that predictors and multi-token heads distinguish: the most frequent words, and one for all others."""
 
 EMBED, PREDICTOR_UNITS, PREDICTOR_RATE = 32, 256, 1e-3
 
@@ -43,39 +43,42 @@ class Text:
         self.lanes = ids[: steps * LANES].view(LANES, steps).t().contiguous()
 
     def window(self, start: int, steps: int) -> tuple[Tensor, Tensor]:
-        """Inputs and targets [T, B]."""
+        """Returns the inputs and the targets [T, B] of the window that begins at step `start`."""
         return self.lanes[start : start + steps], self.lanes[start + 1 : start + steps + 1]
 
     def lookahead(self, starts: list[int], steps: int) -> dni.Lookahead:
-        """The steps from each of `starts` on, side by side along the batch dimension: [m, len(starts) B]."""
+        """Returns the `steps` steps from each of `starts` on, side by side along the batch dimension.
+
+        With n starts and m steps the lookahead's tensors are [m, n B].
+        """
         inputs, targets = zip(*(self.window(start, steps) for start in starts), strict=True)
         side_by_side = torch.cat(inputs, 1)
         return dni.Lookahead(side_by_side, torch.cat(targets, 1), torch.ones_like(side_by_side, dtype=torch.bool))
 
 
 class FirstWords(nn.Embedding):
-    """An embedding of the most frequent words; the others share the last row."""
+    """An embedding of the most frequent words. All other words share the last row."""
 
     def forward(self, ids: Tensor) -> Tensor:
-        """[..., E] of ids [...]."""
+        """Returns the embeddings [..., E] of ids [...]."""
         return super().forward(ids.clamp(max=self.num_embeddings - 1))
 
 
 def first_words_losses(logits: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy [m, B] among the most frequent words and one class for the others."""
+    """Returns the cross-entropy [m, B] among the most frequent words and one class for all other words."""
     return token_losses(logits, targets.clamp(max=WORDS_PREDICTED - 1))
 
 
 class Truncated:
-    """Truncated BPTT by a plain loop; methods that are not in the library add to its `roots`.
+    """Truncated BPTT in a plain loop. Methods that are not in the library are subclasses, which extend `roots`.
 
     Args:
         model: the language model.
         trial: the settings.
 
     Attributes:
-        reach: steps after the window that a method reads.
-        extra: what trains beside the model, None for nothing.
+        reach: number of steps after the window that a method reads.
+        extra: a module that trains together with the model, None for no module.
     """
 
     reach = 0
@@ -90,20 +93,20 @@ class Truncated:
         self.restart()
 
     def build_extra(self, model: LanguageModel) -> nn.Module | None:
-        """The module that trains beside the model."""
+        """Returns the module that trains together with the model, None for no module."""
         return None
 
     def restart(self) -> None:
-        """The lanes start from the initial state."""
+        """Resets the state of all lanes to the initial state."""
         self.state: Any = self.model.initial_state(LANES)
 
     @property
     def optimizers(self) -> list[torch.optim.Optimizer]:
-        """Those whose rates follow the schedule."""
+        """The optimizers. The learning rates of all of them follow the schedule."""
         return [self.optimizer] + ([] if self.extra_optimizer is None else [self.extra_optimizer])
 
     def step(self, text: Text, start: int) -> None:
-        """One update, from the window at `start`."""
+        """Makes one update on the window that begins at step `start`."""
         for optimizer in self.optimizers:
             optimizer.zero_grad()
         self.state = tuple(leaf.detach() for leaf in self.state)
@@ -114,19 +117,19 @@ class Truncated:
             optimizer.step()
 
     def roots(self, text: Text, start: int) -> tuple[list[Tensor], list[Tensor | None]]:
-        """What the backward pass starts from, with the gradients that arrive there (None at a loss)."""
+        """Runs the model. Returns the tensors from which the backward pass starts, and their gradients (None for a loss)."""
         inputs, targets = text.window(start, self.window)
         outputs, self.state = self.model(inputs, self.state)
         return [token_losses(outputs, targets).mean()], [None]
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint holds."""
+        """Returns the content of a checkpoint."""
         modules = [self.model] + ([] if self.extra is None else [self.extra])
         parts = [part.state_dict() for part in (*modules, *self.optimizers)]
         return {"parts": parts, "state": [leaf.detach() for leaf in self.state]}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """Takes over what `state_dict` returned."""
+        """Restores what `state_dict` returned."""
         modules = [self.model] + ([] if self.extra is None else [self.extra])
         for part, value in zip((*modules, *self.optimizers), saved["parts"], strict=True):
             part.load_state_dict(value)
@@ -134,22 +137,25 @@ class Truncated:
 
 
 class MultiToken(Truncated):
-    """Heads on the top layer's output at every step predict the words 2 to m steps ahead; their losses share `weight`."""
+    """Truncated BPTT with further heads, which read the top layer at every step and predict the words 2 to m steps later.
+
+    The mean of the heads' losses has the weight `weight`.
+    """
 
     reach = STEPS_PREDICTED
 
     def build_extra(self, model: LanguageModel) -> nn.Module:
-        """m - 1 heads of one hidden layer, and a layer to the words that they share."""
+        """Returns m - 1 hidden layers, one for each head, and a layer from hidden units to words, which all heads share."""
         heads = [nn.Sequential(nn.Linear(UNITS, PREDICTOR_UNITS), nn.Tanh()) for _ in range(STEPS_PREDICTED - 1)]
         model.projection.register_forward_pre_hook(self.keep_top)
         return nn.ModuleList([*heads, nn.Linear(PREDICTOR_UNITS, WORDS_PREDICTED)])
 
     def keep_top(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        """Keeps what the projection reads, [T, B, H]."""
+        """Stores the input of the projection, [T, B, H]: the output of the top layer."""
         self.top = inputs[0]
 
     def roots(self, text: Text, start: int) -> tuple[list[Tensor], list[Tensor | None]]:
-        """The window's loss plus the mean loss of each head."""
+        """Returns the window's loss plus `weight` times the mean of the heads' losses."""
         (loss,), _ = super().roots(text, start)
         assert isinstance(self.extra, nn.ModuleList)
         *heads, words = self.extra
@@ -161,9 +167,10 @@ class MultiToken(Truncated):
 
 
 class Messages(Truncated):
-    """A predictor of the next m steps reads states in the window and at its end, and sends each the gradient of its loss.
+    """Truncated BPTT with messages. A predictor of the next m steps reads states inside the window and at its end.
 
-    The predictor's loss at one state is the mean over its m steps and the lanes, times `weight`.
+    The message at a state is the gradient of the predictor's loss at that state. This loss is the mean over the m steps and
+    the lanes, times `weight`.
     """
 
     reach = STEPS_PREDICTED
@@ -174,14 +181,14 @@ class Messages(Truncated):
         self.every = trial.get("every", self.window)
 
     def build_extra(self, model: LanguageModel) -> nn.Module:
-        """The predictor: one tanh layer on the packed state and the inputs ahead, and a layer to the words."""
+        """Returns the predictor: a tanh layer that reads the packed state and the next inputs, and a layer to the words."""
         size = sum(leaf.numel() for leaf in model.initial_state(1))
         embedding = FirstWords(WORDS_PREDICTED, EMBED)
         sizes = {"inputs_width": EMBED, "outputs": WORDS_PREDICTED, "units": PREDICTOR_UNITS}
         return dni.FutureModel(size, STEPS_PREDICTED, inputs=embedding, loss_fn=first_words_losses, **sizes)
 
     def roots(self, text: Text, start: int) -> tuple[list[Tensor], list[Tensor | None]]:
-        """The window's loss, and the states with their messages."""
+        """Returns the window's loss and the states that get messages, and as gradients None and the messages."""
         inputs, targets = text.window(start, self.window)
         outputs, states, starts = [], [], []
         for first in range(0, self.window, self.every):
@@ -197,29 +204,32 @@ class Messages(Truncated):
         return [loss, *leaves], [None, *gradients]
 
     def messages(self, leaves: list[Tensor], lookahead: dni.Lookahead, count: int) -> list[Tensor]:
-        """The gradient of the predictor's loss with respect to (h, c) [L, count B, H]; it trains in the same pass."""
+        """Returns the messages for (h, c), each [L, count B, H] with the states side by side along the batch dimension.
+
+        The predictor trains in the same backward pass.
+        """
         assert isinstance(self.extra, dni.FutureModel)
         hidden, cells = (leaf.detach().requires_grad_() for leaf in leaves)
         packed = torch.cat([*hidden.unbind(), *torch.tanh(cells).unbind()], 1)
         self.extra.loss(packed, lookahead).backward()
-        # The loss is a mean over all states: with a weight of its own each state has the mean over its lanes.
+        # The loss is a mean over all states. Times `count`, the loss of each state is a mean over its lanes.
         return [leaf.grad * (count * self.weight) for leaf in (hidden, cells) if leaf.grad is not None]
 
 
 class InnerMessages(Messages):
-    """Messages inside the window alone: an auxiliary objective, without credit from after the window."""
+    """Messages only at states inside the window: an auxiliary loss, which carries no credit from later windows."""
 
     end = False
 
 
 class EndMessage(Messages):
-    """The message at the window's end alone, which is credit from the steps after the window."""
+    """Only the message at the window's end, which is credit from the steps after the window."""
 
     inner = False
 
 
 class Trained:
-    """`SequenceTrainer` with a synthesizer of the library, so that a column is what a user gets."""
+    """Base class of the methods of the library: `SequenceTrainer` with a synthesizer, as a user has it."""
 
     reach = STEPS_PREDICTED
 
@@ -244,34 +254,34 @@ class Trained:
         self.window = trial["T"]
 
     def synthesizer(self, model: LanguageModel, window: int) -> tuple[nn.Module | None, bool]:
-        """The synthesizer, and whether it has parameters to train."""
+        """Returns the synthesizer, and whether it has parameters to train."""
         raise NotImplementedError
 
     def restart(self) -> None:
-        """The lanes start from the initial state."""
+        """Resets the state of all lanes to the initial state."""
         self.trainer.reset()
 
     def step(self, text: Text, start: int) -> None:
-        """One update, from the window at `start`."""
+        """Makes one update on the window that begins at step `start`."""
         lookahead = text.lookahead([start + self.window], self.reach) if self.reach else None
         self.trainer.step(*text.window(start, self.window), lookahead=lookahead)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint holds."""
+        """Returns the content of a checkpoint."""
         return self.trainer.state_dict()
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """Takes over what `state_dict` returned."""
+        """Restores what `state_dict` returned."""
         self.trainer.load_state_dict(saved, LANES)
 
 
 class Plain(Trained):
-    """Truncated BPTT by the library."""
+    """Truncated BPTT by `SequenceTrainer`."""
 
     reach = 0
 
     def synthesizer(self, model: LanguageModel, window: int) -> tuple[nn.Module | None, bool]:
-        """None."""
+        """Returns no synthesizer."""
         return None, False
 
 
@@ -281,15 +291,18 @@ class Exact(Trained):
     reach = 4
 
     def synthesizer(self, model: LanguageModel, window: int) -> tuple[nn.Module, bool]:
-        """`ExactFuture` of 4 steps."""
+        """Returns `ExactFuture` of 4 steps."""
         return dni.ExactFuture(model, token_losses, steps=self.reach, window=window), False
 
 
 class MultiHorizon(Trained):
-    """The command's default by words: the gradient of a predictor of the next window."""
+    """The default method of the command by words: messages that are gradients of a future model of the next 5 words.
+
+    The study uses this method at T = 5, where 5 words are the next window.
+    """
 
     def synthesizer(self, model: LanguageModel, window: int) -> tuple[nn.Module, bool]:
-        """One horizon of `FutureGradient`."""
+        """Returns a `FutureGradient` of one horizon."""
 
         def future(size: int) -> dni.FutureModel:
             embedding = FirstWords(WORDS_PREDICTED, EMBED)

@@ -1,15 +1,16 @@
-"""Penn Treebank by words: do predictive messages win over longer windows, exact gradients and multi-token heads?
+"""Penn Treebank by words: are predictive messages better than longer windows, exact gradients and multi-token heads?
 
 python benchmarks/predictive_messages/words.py time --data DIR
-    A step's CPU time of each method, in turns on an idle machine: what budgets are made of.
+    Measure the CPU time of a step of each method, in turns on an idle machine. Budgets are counted by these times.
 python benchmarks/predictive_messages/words.py run --data DIR --max-minutes 60
-    The trials that are missing; several processes may run side by side.
+    Run the missing trials. Several processes may run side by side.
 python benchmarks/predictive_messages/words.py table
-    What is on record, as Markdown.
+    Print the recorded results as a table of Markdown.
 
-DIR holds ptb.train.txt, ptb.valid.txt and ptb.test.txt. LSTM 2x200, 20 lanes, clip 0.25, fused Adam, one thread. A budget is
-the CPU time of 1, 3 or 6 epochs of truncated BPTT at T = 35: a method makes as many steps as fit in it, by its step's time
-measured idle, and its learning rate falls to zero linearly over them. docs/results/predictive_messages.md has the results.
+DIR holds ptb.train.txt, ptb.valid.txt and ptb.test.txt. LSTM of 2 layers of 200 units, 20 lanes, clip 0.25, fused Adam, one
+thread. A budget is the CPU time of 1, 3 or 6 epochs of truncated BPTT at T = 35. A method makes as many steps as fit in the
+budget, if each step has the time that was measured on an idle machine. The learning rate falls linearly to zero over these
+steps. docs/results/predictive_messages.md has the results.
 
 Legend: T = window length in steps, B = lanes, m = steps predicted, S = numbers in a lane's packed state.
 """
@@ -55,7 +56,7 @@ RATES_OF_COMMAND = (1e-3, *RATES)
 
 @torch.no_grad()
 def perplexity(model: LanguageModel, text: Text) -> float:
-    """Of a split, with the state carried through it."""
+    """Returns the perplexity of a split. The state is carried from window to window."""
     model.eval()
     state, total, count = model.initial_state(LANES), 0.0, 0
     for start in range(0, len(text.lanes) - 1, 70):
@@ -68,18 +69,18 @@ def perplexity(model: LanguageModel, text: Text) -> float:
 
 
 def learner_of(trial: Trial, vocabulary: int) -> tuple[LanguageModel, Truncated | Trained]:
-    """The model and what trains it. Weights and dropout are drawn from the trial's seed."""
+    """Returns the model and the method that trains it. The trial's seed decides initial weights and dropout."""
     torch.manual_seed(trial["seed"])
     model = LanguageModel(vocabulary, embed=UNITS, hidden=UNITS, layers=2, dropout=trial["dropout"])
     return model, METHODS[trial["method"]](model, trial)
 
 
 class Runner:
-    """Runs trials on texts that are read once.
+    """Runs trials, and reads the text only once.
 
     Args:
-        folder: of the three files.
-        results: the JSON lines; step times are read from there.
+        folder: the folder of the three files.
+        results: the file of results, which has the step times.
     """
 
     def __init__(self, folder: Path, results: Path) -> None:
@@ -88,7 +89,7 @@ class Runner:
         self.results = results
 
     def steps_of(self, trial: Trial) -> int:
-        """Updates that fit in the trial's budget, or that its epochs take."""
+        """Returns the number of updates that fit in the trial's budget; for a trial with `epochs`, those of its epochs."""
         if "epochs" in trial:
             return int(trial["epochs"] * ((len(self.train.lanes) - 1) // trial["T"]))
         times = latest_times(self.results, "words", "step_seconds")
@@ -96,7 +97,7 @@ class Runner:
         return round(trial["budget"] * epoch / times[kind_of(trial)])
 
     def __call__(self, trial: Trial, checkpoint: Path) -> Line:
-        """Trains to the end of the budget."""
+        """Trains to the end of the budget and returns the trial's line. Resumes from the checkpoint if it exists."""
         total = self.steps_of(trial)
         model, learner = learner_of(trial, len(self.train.vocabulary))
         done, position, curve = 0, 0, []
@@ -133,7 +134,10 @@ class Runner:
 
 
 def optimizers_at(learner: Truncated | Trained, trial: Trial) -> list[torch.optim.Optimizer]:
-    """The learner's optimizers with the rates that the schedule starts from, whatever a checkpoint held."""
+    """Sets the optimizers of the learner to the initial learning rates and returns them.
+
+    The optimizers of a checkpoint have later rates of the schedule.
+    """
     first, *others = learner.optimizers
     for optimizer, rate in ((first, trial["lr"]), *((other, PREDICTOR_RATE) for other in others)):
         for group in optimizer.param_groups:
@@ -142,14 +146,14 @@ def optimizers_at(learner: Truncated | Trained, trial: Trial) -> list[torch.opti
 
 
 def set_rates(learner: Truncated | Trained, rates: list[list[float]], factor: float) -> None:
-    """Sets every learning rate to a share of what it starts from."""
+    """Sets the learning rates to `factor` times the initial `rates`, a list of one list per optimizer."""
     for optimizer, of_groups in zip(learner.optimizers, rates, strict=True):
         for group, rate in zip(optimizer.param_groups, of_groups, strict=True):
             group["lr"] = rate * factor
 
 
 def kind_of(trial: Trial) -> str:
-    """What decides the time of a step: the method, T and the distance between messages."""
+    """Returns the settings that decide the time of a step, as text: the method, T and the steps between messages."""
     every = f" every {trial['every']}" if "every" in trial else ""
     return f"{trial['method']} T={trial['T']}{every}"
 
@@ -167,7 +171,7 @@ TIMED: list[Trial] = [
 
 
 def measure_steps(folder: Path, results: Path) -> None:
-    """Puts the CPU seconds of a step of each method on record, measured in turns on an idle machine."""
+    """Measures the CPU seconds of a step of each method, which take turns, and records them. Needs an idle machine."""
     timed = {kind_of(trial): (folder, trial) for trial in TIMED}
     counts = {kind_of(trial): max(3, 280 // trial["T"]) for trial in TIMED}
     medians = measure_in_turns(serve, timed, counts, kind_of(REFERENCE))
@@ -175,7 +179,7 @@ def measure_steps(folder: Path, results: Path) -> None:
 
 
 def serve(folder: Path, trial: Trial, pipe: Any) -> None:
-    """In a process of its own: makes as many steps as it is told, and returns CPU seconds a step."""
+    """The program of a process that times the steps of a trial; see `measure_in_turns`."""
     torch.set_num_threads(1)
     keep_freed_memory()
     text = Text(folder, "train")
@@ -191,18 +195,31 @@ def serve(folder: Path, trial: Trial, pipe: Any) -> None:
 
 
 def trial_of(method: str, bptt: int, lr: float, budget: float, dropout: float = 0.2, seed: int = 1, **more: Any) -> Trial:
-    """A trial's settings."""
+    """Returns the settings of a trial."""
     settings = {"task": "words", "method": method, "T": bptt, "lr": lr, "budget": budget, "dropout": dropout, "seed": seed}
     return {**settings, "schedule": "linear", **more}
 
 
 def score(line: Line) -> float:
-    """What trials are chosen by."""
+    """Returns the validation perplexity of a line, by which trials are chosen."""
     return float(line["valid"])
 
 
 def tuned(known: dict[str, Line], make: Any, values: tuple[float, ...], first: int) -> tuple[list[Trial], float | None]:
-    """The trials of a search along `values`, from the two at `first` outwards, and the best value once it is bracketed."""
+    """Returns the trials of a search among `values`, and the best value.
+
+    The search begins with the two values at `first` and `first` + 1. As long as the best value is at an end of the tried
+    range, the next value beyond this end is tried too, if `values` has one.
+
+    Args:
+        known: the recorded lines.
+        make: a function from a value to a trial.
+        values: the possible values, in rising order.
+        first: index of the lower one of the two first values.
+
+    Returns:
+        The trials so far, and the best value, None while one of the trials is missing.
+    """
     low, high = first, first + 1
     while True:
         trials = [make(value) for value in values[low : high + 1]]
@@ -218,20 +235,23 @@ def tuned(known: dict[str, Line], make: Any, values: tuple[float, ...], first: i
 
 
 class Column:
-    """The trials of one method: its rate at the budget of 1, its rate and dropout at 3, then the largest budget.
+    """The trials of one method.
+
+    At the budget of 1, the method chooses its learning rate at each T, then T, then its weight. At the budget of 3, it
+    chooses between this rate and the next lower one, then the dropout. The result runs at the budget of 6.
 
     Args:
-        method: its name.
-        windows: the window lengths among which the budget of 1 decides.
+        method: the name of the method.
+        windows: the window lengths to choose from.
+        weights: the weights of messages or heads to choose from; empty for a method without a weight.
         more: settings of every trial.
-        weights: message or head weights among which the budget of 1 decides, after the rate.
     """
 
     def __init__(self, method: str, windows: tuple[int, ...], weights: tuple[float, ...] = (), **more: Any) -> None:
         self.method, self.windows, self.weights, self.more = method, windows, weights, more
 
     def chosen(self, known: dict[str, Line]) -> tuple[list[Trial], dict[str, Any] | None]:
-        """All trials so far wanted, and the settings that the budget of 1 chose, None while trials are missing."""
+        """Returns the trials at the budget of 1 so far, and the settings that are chosen; None while trials are missing."""
         wanted: list[Trial] = []
         best: list[Trial] = []
         first = {"weight": self.weights[0]} if self.weights else {}
@@ -255,7 +275,7 @@ class Column:
         return wanted, {**settings, **({"weight": weight} if others else {})}
 
     def trials(self, known: dict[str, Line]) -> Iterator[Trial]:
-        """All trials that can be run now."""
+        """Yields all trials of the method that can be run now."""
         wanted, settings = self.chosen(known)
         yield from wanted
         if settings is None:
@@ -273,7 +293,7 @@ class Column:
             yield {**settings, "budget": 6, "dropout": dropout}
 
     def final(self, known: dict[str, Line]) -> Trial | None:
-        """The trial at the largest budget, None while it is not decided."""
+        """Returns the trial at the budget of 6, None while its settings are not chosen."""
         last = list(self.trials(known))[-1]
         return last if last["budget"] == 6 else None
 
@@ -285,18 +305,22 @@ COLUMNS = {
     "multi-token": Column("multi-token", (35,), (1.0, 0.3, 0.1, 4.0)),
     "exact": Column("exact", (20, 5)),
 }
-"""In order of value: each is finished before the next."""
+"""The methods, the most important first."""
 
 
 RIVALS = ("none", "dense", "multi-horizon", "multi-token")
-"""The columns whose dropout is chosen at the budget of 3; `exact`, behind at the smallest, keeps what it had there."""
+"""The methods that choose rate and dropout at the budget of 3.
+
+`exact` is not among them, because it was worse at the budget of 1. It runs at the larger budgets with the settings chosen at
+the budget of 1.
+"""
 
 
 def other_windows(known: dict[str, Line]) -> Iterator[Trial]:
-    """Truncated BPTT at the largest budget in its other windows, since longer ones may pay later.
+    """Yields trials of truncated BPTT with T = 35 and 20 at the budget of 6, at which longer windows may be better.
 
-    Each begins at its best rate of the smallest budget. The best window then chooses its rate at the budget of 3, as a
-    column does.
+    Each T first has the rate that was best for it at the budget of 1. The best T then chooses at the budget of 3 between its
+    rate and the next lower one, and runs at the budget of 6 with the chosen rate.
     """
     final = COLUMNS["none"].final(known)
     if final is None:
@@ -316,7 +340,7 @@ def other_windows(known: dict[str, Line]) -> Iterator[Trial]:
 
 
 def constant_rates(known: dict[str, Line]) -> Iterator[Trial]:
-    """One epoch at a constant rate, as the command trains: truncated BPTT at each T, and the command's default."""
+    """Yields trials of one epoch at a constant learning rate: truncated BPTT at each T, and the default of the command."""
     for method, windows in (("none", (5, 10, 20, 35)), ("multi-horizon", (5,))):
         for bptt in windows:
 
@@ -329,13 +353,17 @@ def constant_rates(known: dict[str, Line]) -> Iterator[Trial]:
 
 
 def plan(known: dict[str, Line]) -> Iterator[Trial]:
-    """Every trial that can be run now, in order of value: the budget of 1, then the others by column, then the rest."""
+    """Yields every trial that can be run now, the most important first.
+
+    First come the trials at the budget of 1, then those of `RIVALS` at larger budgets, then `other_windows`, dense messages
+    without a part, a second seed of the two best methods, the exact gradient at larger budgets, and `constant_rates`.
+    """
     wanted = {name: list(column.trials(known)) for name, column in COLUMNS.items()}
     yield from (trial for trials in wanted.values() for trial in trials if trial["budget"] == 1)
     yield from (trial for name in RIVALS for trial in wanted[name] if trial["budget"] > 1)
     yield from other_windows(known)
     dense = COLUMNS["dense"].final(known)
-    if dense is not None:  # parts of it, at its own settings and the largest budget
+    if dense is not None:  # dense messages without one part, with the settings of the whole at the largest budget
         whole = {name: value for name, value in dense.items() if name != "every"}
         yield from ({**dense, "method": "dense, no end"}, {**whole, "method": "end alone"})
     finals = [trial for trial in (COLUMNS[name].final(known) for name in RIVALS) if trial is not None]
@@ -349,7 +377,7 @@ def plan(known: dict[str, Line]) -> Iterator[Trial]:
 
 
 def table(results: Path) -> Iterable[str]:
-    """The lines on record as a table of Markdown."""
+    """Yields the lines of a table of Markdown of the recorded trials."""
     yield "| method | T | rate | dropout | weight | budget | seed | schedule | steps | validation | test |"
     yield "|---|---|---|---|---|---|---|---|---|---|---|"
     lines = [line for line in lines_by_key(results).values() if line["trial"]["task"] == "words"]
@@ -368,7 +396,7 @@ def table(results: Path) -> Iterable[str]:
 
 
 def main() -> None:
-    """The command."""
+    """Runs the command."""
     parser = study_parser(__doc__ or "")
     parser.add_argument("--data", type=Path, default=Path("data/ptb"), metavar="DIR")
     options = parser.parse_args()

@@ -1,4 +1,4 @@
-"""What studies share whose trials are runs of `python scripts/train_lm.py`, as a user would type them."""
+"""Code shared by the studies whose trials are runs of `python scripts/train_lm.py`, as a user would type them."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def as_options(given: Mapping[str, Any]) -> list[str]:
-    """The command's options, by their names without dashes."""
+    """Returns the words of the command line for options that are given by their names without dashes."""
     return [part for name, value in given.items() for part in (f"--{name}", str(value))]
 
 
 def command_of(given: Mapping[str, Any]) -> str:
-    """The command that a user would type."""
+    """Returns the command that a user would type, as text."""
     return " ".join(["python scripts/train_lm.py", *as_options(given)])
 
 
 def train(given: Mapping[str, Any], data: Path, folder: Path) -> dict[str, Any]:
-    """Trains by the command, from where the folder's run stands, and returns the run's summary.
+    """Starts the run in `folder`, or resumes it, by the training command, and returns the run's summary.
 
     Args:
         given: options by their names without dashes.
-        data: holds the data sets.
+        data: folder that holds the data sets.
         folder: the run directory.
     """
     call = [sys.executable, str(ROOT / "scripts" / "train_lm.py"), *as_options(given)]
@@ -43,13 +43,19 @@ def train(given: Mapping[str, Any], data: Path, folder: Path) -> dict[str, Any]:
 def bracket_rate(
     known: dict[str, Line], make: Callable[[float], Trial], rates: Sequence[float], score: Callable[[Line], float]
 ) -> tuple[list[Trial], float | None]:
-    """The trials at `rates`, doubled or halved beyond their ends, and the best rate once it has both neighbours.
+    """Returns the trials that are needed to find the best learning rate, and this rate.
+
+    At first the trials are those at `rates`. As long as the best rate is the lowest or the highest one tried, the next rate
+    beyond it, half or twice as large, is tried too. So the best rate in the end has a worse neighbour on both sides.
 
     Args:
-        known: the lines on record.
-        make: a trial at a rate.
+        known: the recorded lines.
+        make: a function from a rate to a trial.
         rates: the first rates, in rising order, each twice the one before.
-        score: of a line; lower is better.
+        score: a function from a line to its score; lower is better.
+
+    Returns:
+        The trials, and the best rate, None while one of the trials is missing.
     """
     tried = list(rates)
     while True:

@@ -1,4 +1,4 @@
-"""Memory of a training step: the process's peak, and what autograd keeps."""
+"""Memory of a training step: the peak of the process, and the tensors that autograd saves."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from torch.autograd.graph import saved_tensors_hooks
 
 
 def reset_peak() -> None:
-    """Lets the kernel count the process's peak memory anew (Linux)."""
+    """Resets the peak memory that Linux counts for this process."""
     Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak_mib() -> int:
-    """Peak memory of the process since `reset_peak`."""
+    """Returns the peak memory of the process since `reset_peak`, in MiB."""
     (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
     return round(int(line.split()[1]) / 1024)
 
 
 def saved_bytes(step: Callable[[], object], modules: Iterable[nn.Module]) -> int:
-    """Runs a step and returns the bytes that it saves for its backward passes, of all graphs that it builds.
+    """Runs a step and returns the number of bytes that autograd saves in it for backward passes, summed over all graphs.
 
-    Two views of one storage count once, and the modules' own parameters and buffers do not count. The number depends on the
-    shapes alone, so it is the same on every run.
+    Several views of one storage count once. The parameters and buffers of `modules` do not count. The number depends on
+    shapes only, so it is the same on every run.
 
     Args:
         step: one training step.
-        modules: the modules that it trains.
+        modules: the modules that the step trains.
     """
-    kept: dict[int, torch.UntypedStorage] = {}  # alive until the end, so that no address is used twice
+    kept: dict[int, torch.UntypedStorage] = {}  # keeps the storages alive, so that no address is used twice
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()

@@ -1,8 +1,8 @@
-"""What studies share: trials as JSON lines, claimed by one process at a time, and the choice of the next trial.
+"""Code shared by studies: trials as JSON lines, claims of trials by processes, and the choice of the next trial.
 
-A trial is a dict of settings. Its line in the results file holds the settings under "trial" and what was measured beside
-them, so that a study that was stopped resumes with the trials that are missing. Plans are generators of trials over the
-lines on record: a plan yields what can be run now, in order of value.
+A trial is a dict of settings. When a trial has been run, its line in the results file has the settings under "trial" and the
+measurements beside them. A study that was stopped resumes with the trials that have no line. A plan is a function from the
+recorded lines to the trials that can be run now, the most important first.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ Line = dict[str, Any]
 
 
 def key_of(trial: Trial) -> str:
-    """The settings as one string, by which a trial is found again."""
+    """Returns the settings of a trial as one string, which identifies the trial."""
     return json.dumps(trial, sort_keys=True)
 
 
 def lines_by_key(results: Path) -> dict[str, Line]:
-    """The lines on record by the key of their trial; the latest one counts."""
+    """Returns the recorded lines by the key of their trial. Of several lines of one trial, only the last one is returned."""
     return {key_of(line["trial"]): line for line in read_lines(results) if "trial" in line}
 
 
@@ -43,15 +43,15 @@ def work(
     run: Callable[[Trial, Path], Line],
     max_minutes: float,
 ) -> None:
-    """Runs trials until none is left to claim or the time is over. Several processes may work on one results file.
+    """Runs trials until no trial is left to claim or the time is over. Several processes may work on one results file.
 
     Args:
-        results: the JSON lines.
-        scratch: a folder for claims and for the checkpoints of trials under way.
-        plan: the trials that are wanted, given the lines on record.
-        run: runs a trial, with a path for its checkpoint, and returns what it measured. "process_seconds" are those of this
-            process, unless it returns others, as for a trial in a process of its own.
-        max_minutes: no trial starts later than this.
+        results: the file of results.
+        scratch: folder for claims and for checkpoints of unfinished trials.
+        plan: a function from the recorded lines to the trials that can be run now.
+        run: runs a trial, with a path for its checkpoint, and returns the entries of its line. The entry "process_seconds"
+            is the CPU time of this process, unless `run` returns that entry too, as it does for a trial in another process.
+        max_minutes: no trial starts later than this many minutes after the call.
     """
     scratch.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + 60 * max_minutes
@@ -71,27 +71,30 @@ def work(
 def next_trial(
     results: Path, scratch: Path, plan: Callable[[dict[str, Line]], Iterable[Trial]]
 ) -> tuple[Trial, BinaryIO] | None:
-    """Returns the first trial of the plan that is neither on record nor claimed, with its lock; None if there is none."""
+    """Claims the first trial of the plan that is neither recorded nor claimed, and returns the trial with its lock.
+
+    Returns None if the plan has no such trial.
+    """
     for trial in plan(lines_by_key(results)):
         if key_of(trial) in lines_by_key(results):
             continue
         lock = claim(scratch, trial)
         if lock is None:
             continue
-        if key_of(trial) not in lines_by_key(results):  # it may have ended between the two looks
+        if key_of(trial) not in lines_by_key(results):  # another process may have recorded the trial since the first check
             return trial, lock
         lock.close()
     return None
 
 
 def checkpoint_path(scratch: Path, trial: Trial) -> Path:
-    """Where a trial under way is saved."""
+    """Returns the path of the checkpoint of an unfinished trial."""
     name = "-".join(str(value) for _, value in sorted(trial.items()))
     return scratch / f"{name}.pt"
 
 
 def save_whole(checkpoint: Path, parts: dict[str, Any]) -> None:
-    """Writes a checkpoint in one go, so that a kill leaves the one before."""
+    """Writes a checkpoint atomically: a process that is killed while it writes leaves the older checkpoint."""
     unfinished = checkpoint.with_suffix(".new")
     torch.save(parts, unfinished)
     unfinished.replace(checkpoint)
@@ -108,7 +111,7 @@ def best_value(
     setting: str,
     score: Callable[[Line], float],
 ) -> Any:
-    """The value of `setting` in the best of `trials`, lowest score first; None while one of them is missing."""
+    """Returns the value of `setting` in the trial with the lowest score; None while one of `trials` has no line."""
     if any(key_of(trial) not in known for trial in trials):
         return None
     return min(trials, key=lambda trial: _number(score(known[key_of(trial)])))[setting]
@@ -125,17 +128,17 @@ def measure_in_turns(
     reference: str,
     rounds: int = 9,
 ) -> dict[str, float]:
-    """Measures CPU seconds of a step by kind, median over rounds in which all kinds take turns; prints and returns them.
+    """Measures the CPU seconds of a step for several kinds of steps, which take turns; prints and returns the medians.
 
-    Each kind has a process of its own, as a user's run has, since what lies in memory decides a part of the time.
+    Each kind has a process of its own, as a user's run has, because the contents of the memory influence the time.
 
     Args:
-        serve: `serve(*arguments, pipe)`: in its process, sends "ready", then for each number received makes as many steps
-            and sends the CPU seconds of one.
-        arguments: what `serve` gets, by kind.
-        counts: steps in a turn, by kind.
-        reference: the kind that the others are compared with.
-        rounds: turns that count; one more warms up.
+        serve: `serve(*arguments, pipe)` is the program of a process. It sends "ready", then receives numbers. For each
+            number it makes this many steps and sends the CPU seconds of one step.
+        arguments: the arguments of `serve` by kind.
+        counts: number of steps in a turn by kind.
+        reference: the kind with which the others are compared in the printed lines.
+        rounds: number of rounds that are measured, in each of which every kind has one turn. One round before them warms up.
     """
     context = multiprocessing.get_context("spawn")
     pipes = {kind: context.Pipe() for kind in arguments}
@@ -145,7 +148,7 @@ def measure_in_turns(
     for process in processes:
         process.start()
     for ours, _ in pipes.values():
-        ours.recv()  # nobody loads beside a measurement
+        ours.recv()  # no measurement begins while a process still loads
     samples: dict[str, list[float]] = {kind: [] for kind in arguments}
     for round_number in range(rounds + 1):
         for kind, (ours, _) in pipes.items():
@@ -163,7 +166,10 @@ def measure_in_turns(
 
 
 def serve_steps(step: Callable[[], object], pipe: Any) -> None:
-    """Makes as many steps as it is told, for `measure_in_turns`, and sends CPU seconds of one; never returns."""
+    """Serves `measure_in_turns`: for each number received, makes this many steps and sends the CPU seconds of one step.
+
+    Never returns.
+    """
     pipe.send("ready")
     while True:
         steps = pipe.recv()
@@ -174,10 +180,10 @@ def serve_steps(step: Callable[[], object], pipe: Any) -> None:
 
 
 def latest_times(results: Path, study: str, name: str) -> dict[str, Any]:
-    """The latest times of a study on record, under `name` such as "step_seconds".
+    """Returns the entry `name`, such as "step_seconds", of the last recorded line with times of a study.
 
     Raises:
-        SystemExit: none are.
+        SystemExit: no times of the study are recorded.
     """
     found = [line[name] for line in read_lines(results) if line.get("study") == study]
     if not found:
@@ -188,13 +194,13 @@ def latest_times(results: Path, study: str, name: str) -> dict[str, Any]:
 
 
 def print_plan(results: Path, plan: Callable[[dict[str, Line]], Iterable[Trial]]) -> None:
-    """Prints the trials that can be run now and are not on record."""
+    """Prints the trials that can be run now and are not recorded."""
     known = lines_by_key(results)
     print("\n".join(key_of(trial) for trial in plan(known) if key_of(trial) not in known))
 
 
 def study_parser(description: str, parts: tuple[str, ...] = ("time", "run", "table", "plan")) -> argparse.ArgumentParser:
-    """Returns the options that studies have."""
+    """Returns a parser with the options that all studies have."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=parts)
     parser.add_argument("--results", type=Path, default=Path("docs/results/predictive_messages.jsonl"), metavar="FILE")

@@ -1,6 +1,6 @@
 """`dni-seq COMMAND ...`: runs the commands of `scripts/` from an installed package.
 
-Each command has the options, the output and the exit status of its script.
+A command has the options, the output and the exit status of the script that it replaces.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ RESULTS = frozenset({"evaluate", "sample", "compare"})
 """Commands whose stdout is their result."""
 
 PARSES_FIRST = frozenset({"train"})
-"""Commands that parse their options before they import PyTorch, and say so themselves."""
+"""Commands that parse their options before they import PyTorch, and print the line about that import themselves."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,6 +1,6 @@
-"""TensorBoard in a headless Chromium: for the screenshot in the README, and for the test that looks at the charts.
+"""Shows TensorBoard in a headless Chromium, for the screenshot in the README and for the test that reads the charts.
 
-Chromium is driven through its DevTools protocol over a pipe, which needs nothing but the standard library.
+The module controls Chromium by the DevTools protocol over a pipe, for which Python's standard library is enough.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ NAMES = ("chromium", "chromium-browser", "google-chrome")
 
 FLAGS = (
     "--headless",
-    "--no-sandbox",  # it is needed by root, in containers; the only page visited is TensorBoard's
+    "--no-sandbox",  # needed as root in containers; the browser opens no page but TensorBoard
     "--disable-gpu",
     "--disable-quic",
     "--disable-background-networking",
@@ -43,7 +43,7 @@ os.dup2(orders, 3)
 os.dup2(answers, 4)
 os.execv(sys.argv[3], sys.argv[3:])
 """
-"""Starts Chromium, which reads its orders from descriptor 3 and answers on 4."""
+"""A Python program that starts Chromium, which reads orders from descriptor 3 and answers on descriptor 4."""
 
 FIND_ALL = """
 function findAll(selector, root = document) {
@@ -57,17 +57,17 @@ function findAll(selector, root = document) {
   return found;
 }
 """
-"""JavaScript: querySelectorAll that looks into shadow roots and frames too, of which TensorBoard is made."""
+"""JavaScript: `findAll`, a querySelectorAll that also searches the shadow roots and frames of TensorBoard's page."""
 
 
 def find_chromium() -> str | None:
-    """The path of a Chromium, None where none is installed."""
+    """Returns the path of Chromium, None if it is not installed."""
     return next((path for name in NAMES if (path := shutil.which(name))), None)
 
 
 @contextlib.contextmanager
 def tensorboard(logdir: Path) -> Iterator[str]:
-    """Serve `logdir` by the real TensorBoard on a free port; the address."""
+    """Runs TensorBoard on `logdir` at a free port inside the context, and yields its address."""
     line = [sys.executable, "-m", "tensorboard.main", "--logdir", str(logdir), "--port", "0", "--load_fast", "false"]
     with subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as server:
         try:
@@ -89,8 +89,8 @@ class Browser:
     """One page of a headless Chromium, as a context manager.
 
     Args:
-        path: of the program.
-        size: width and height of the page, pixels.
+        path: path of the program.
+        size: width and height of the page in pixels.
     """
 
     def __init__(self, path: str, size: tuple[int, int] = (1400, 1000)):
@@ -124,14 +124,14 @@ class Browser:
 
     def __exit__(self, *_: object) -> None:
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)  # its own group: the browser and the processes it has made
+            os.killpg(self._process.pid, signal.SIGKILL)  # its process group: with all child processes
         self._process.wait()
         os.close(self._out)
         os.close(self._in)
         self._profile.cleanup()
 
     def call(self, method: str, timeout: float = 60.0, **parameters: Any) -> dict[str, Any]:
-        """Send one order of the DevTools protocol and wait for its result."""
+        """Sends one order of the DevTools protocol, waits for the result and returns it."""
         self._calls += 1
         order: dict[str, Any] = {"id": self._calls, "method": method, "params": parameters}
         if self._session is not None:
@@ -146,7 +146,7 @@ class Browser:
                 return dict(message["result"])
 
     def _receive(self, deadline: float) -> dict[str, Any]:
-        """The next message, events included."""
+        """Returns the next message of the browser, which may be an event."""
         while b"\0" not in self._buffer:
             ready, _, _ = select.select([self._in], [], [], max(0.0, deadline - time.monotonic()))
             chunk = os.read(self._in, 1 << 16) if ready else b""
@@ -157,19 +157,19 @@ class Browser:
         return dict(json.loads(text))
 
     def open(self, address: str) -> None:
-        """Go to a page."""
+        """Opens the page at an address."""
         self.call("Page.navigate", url=address)
 
     def run(self, script: str) -> Any:
-        """The value of a JavaScript expression, which may use `findAll`; None where it fails."""
+        """Returns the value of a JavaScript expression, which may use `findAll`; None if the expression raises an error."""
         result = self.call("Runtime.evaluate", expression=f"{FIND_ALL}; {script}", returnByValue=True)
         return result["result"].get("value")
 
     def wait(self, script: str, timeout: float = 60.0) -> Any:
-        """The value of a JavaScript expression as soon as it is true.
+        """Evaluates a JavaScript expression until its value is true, and returns the value.
 
         Raises:
-            TimeoutError: it never was.
+            TimeoutError: the value was not true within `timeout` seconds.
         """
         deadline = time.monotonic() + timeout
         while time.monotonic() < deadline:
@@ -180,5 +180,5 @@ class Browser:
         raise TimeoutError(f"the page never had: {script}")
 
     def screenshot(self, path: Path) -> None:
-        """Write what the page shows as a PNG."""
+        """Writes a picture of the page to a PNG file."""
         path.write_bytes(base64.b64decode(self.call("Page.captureScreenshot", format="png")["data"]))

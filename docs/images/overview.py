@@ -15,19 +15,19 @@ SYNTHETIC_MEANS = "synthetic gradient, predicted by the synthesizer M"
 
 
 def text(x: float, y: float, words: str, *, size: int = 14, color: str = INK, anchor: str = "middle") -> str:
-    """A line of text."""
+    """Returns a line of text as SVG."""
     return f'<text x="{x}" y="{y}" font-size="{size}" fill="{color}" text-anchor="{anchor}">{words}</text>'
 
 
 def arrow(x1: float, y1: float, x2: float, y2: float, color: str, *, dashed: bool = False) -> str:
-    """A straight arrow."""
+    """Returns a straight arrow as SVG."""
     dashes = ' stroke-dasharray="5 4"' if dashed else ""
     style = f'stroke="{color}" stroke-width="2"{dashes} marker-end="url(#{color[1:]})"'
     return f'<line x1="{x1}" y1="{y1}" x2="{x2}" y2="{y2}" {style}/>'
 
 
 def window(x: float, y: float, name: str) -> list[str]:
-    """A window of three steps: states run forwards, gradients back."""
+    """Returns a window of three steps as SVG, with arrows forwards for states and backwards for gradients."""
     parts = [f'<rect x="{x}" y="{y}" width="{WINDOW}" height="74" rx="8" fill="{PAPER}" stroke="{INK}"/>']
     for step in range(3):
         center = x + 43 + step * STEP
@@ -40,7 +40,7 @@ def window(x: float, y: float, name: str) -> list[str]:
 
 
 def row(y: float, title: str, *, synthetic: bool) -> list[str]:
-    """Three windows of a stream, cut apart or joined by a synthesizer."""
+    """Returns three windows of a stream as SVG. With `synthetic`, a synthesizer sends gradients across the windows' ends."""
     parts = [text(LEFT, y - 18, title, size=16, anchor="start")]
     starts = [LEFT + index * (WINDOW + GAP) for index in range(3)]
     for x, name in zip(starts, ("window k", "window k + 1", "window k + 2"), strict=True):
@@ -62,7 +62,7 @@ def row(y: float, title: str, *, synthetic: bool) -> list[str]:
 
 
 def draw() -> str:
-    """The picture as SVG."""
+    """Returns the picture as SVG."""
     marker = (
         '<marker id="{0}" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="6" markerHeight="6" orient="auto">'
         '<path d="M0 0 L8 4 L0 8 z" fill="#{0}"/></marker>'

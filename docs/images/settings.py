@@ -1,7 +1,7 @@
 """Records the settings that the pictures of docs/images show: python -m docs.images.settings PICTURE...
 
-Run it after a picture has been made. A test compares the record with the defaults of the code, and with the files of the
-pictures. No picture then shows an older default than the code has, and no new picture lacks a record.
+Run the command after a picture has been made. A test compares the record with the defaults of the code and with the files of
+the pictures. The test fails if a picture shows an older default than the code has, or if a new picture has no record.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ NOT_SHOWN = frozenset(
         "threads",
     }
 )
-"""Options that change no curve of a picture."""
+"""Options that do not change the curves of a picture, and are not recorded."""
 
 
 def digest(path: Path) -> str:
@@ -62,18 +62,21 @@ def shown(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def dashboard() -> dict[str, Any]:
-    """Two runs by words, and the charts of the first two groups, which are in view."""
+    """Returns the settings of dashboard.png: the run with a synthesizer, and the two groups of charts that are in view."""
     run = text_run("word", synthesizer="multi-horizon", max_tokens=200_000, fidelity_every=47)
     return {"run": run, "charts": dict(list(LAYOUT.items())[:2])}
 
 
 def decoupled() -> dict[str, Any]:
-    """A run of two parts with a pause."""
+    """Returns the settings of decoupled.png: a run of two parts in two processes with a pause of part B."""
     return shown(dataclasses.asdict(DecoupledOptions(updates=10_000, pause_at=5_000)))
 
 
 def growth() -> dict[str, Any]:
-    """The point from which each quantity is varied, the synthesizer there, and the lines that are drawn."""
+    """Returns the settings of growth.png and memory.png.
+
+    They are the sizes from which each quantity is varied, the synthesizer at these sizes, and a checksum of the lines drawn.
+    """
     folder = ROOT / "benchmarks"
     with mock.patch.object(sys, "path", [str(folder), *sys.path]):
         point = runpy.run_path(str(folder / "growth.py"))["Point"]()._asdict()
@@ -89,13 +92,14 @@ def growth() -> dict[str, Any]:
 PICTURES: Mapping[str, Callable[[], Mapping[str, Any]]] = MappingProxyType(
     {"dashboard.png": dashboard, "decoupled.png": decoupled, "growth.png": growth, "memory.png": growth}
 )
-"""The function that returns the present settings of each picture."""
+"""The function that returns the settings of a picture by the present code, by picture."""
 
 
 def differences(name: str, recorded: Mapping[str, Any]) -> list[str]:
-    """Returns what of a picture's record does not hold today, one text for each setting.
+    """Returns one text for each recorded setting of a picture that differs from the present code, and one for another file.
 
-    Options that are newer than the picture are not in its record: their defaults must not change what earlier runs did.
+    Options that are newer than the picture are not in the record and are not compared: the default of a new option must
+    not change what earlier runs did.
     """
     found = [] if recorded["file"] == digest(FOLDER / name) else [f"{name} is another file than the recorded one"]
     today = flat(json.loads(json.dumps(PICTURES[name]())))
@@ -114,7 +118,7 @@ def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command."""
+    """Runs the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pictures", nargs="+", choices=sorted(PICTURES), metavar="PICTURE", help=", ".join(sorted(PICTURES)))
     record = json.loads(RECORD.read_text(encoding="utf-8")) if RECORD.exists() else {}

@@ -1,1 +1,1 @@
-"""From options to the objects that credit assignment is made of."""
+"""Builds synthesizers, optimizers, schedules and trainer settings from the options of the commands."""

@@ -10,7 +10,8 @@ def set_backpropagation(trainer: SequenceTrainer, options: BackpropagationOption
     """Sets the options on a trainer that has not stepped yet.
 
     Raises:
-        ValueError: they do not go with the window length, a synthesizer or an auxiliary task.
+        ValueError: `--backward-steps` is not a multiple of `bptt`, or is given with a synthesizer; or `--checkpoint-every`
+            is given with an auxiliary task or with messages inside the window.
     """
     windows = options.backward_windows(bptt)
     if windows > 1 and trainer.credit is not None:

@@ -1,4 +1,4 @@
-"""The options of truncated BPTT beside the window length: recomputed activations, and gradients over earlier windows."""
+"""The options of truncated BPTT except the window length: recomputed activations, gradients over earlier windows, traces."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dni_seq.models.cells import TRACE_DECAY, TRACES, checked_decay
 
 @dataclass(frozen=True)
 class BackpropagationOptions:
-    """The options of truncated BPTT beside the window length, which has a default by command."""
+    """The options of truncated BPTT except the window length, whose default depends on the command."""
 
     checkpoint_every: int | None = option(
         None,
@@ -45,7 +45,7 @@ class BackpropagationOptions:
 
     @property
     def decay_in_force(self) -> float | None:
-        """α of factored traces, None without them."""
+        """α, the share of their running means that factored traces keep at a step. None for other traces or no traces."""
         return checked_decay(self.traces, self.trace_decay) if self.traces == "factored" else None
 
     def backward_windows(self, bptt: int) -> int:
@@ -55,7 +55,7 @@ class BackpropagationOptions:
             bptt: T, the window length in steps.
 
         Raises:
-            ValueError: the number of steps is not a multiple of T.
+            ValueError: `backward_steps` is not a multiple of T.
         """
         steps = bptt if self.backward_steps is None else self.backward_steps
         if steps % bptt:

@@ -41,10 +41,10 @@ class ModelSpec:
         loss_fn: `loss_fn(outputs, targets)`, unreduced losses [T, B].
         example: a state of the model, leaves [L, B, H].
         cells: which leaves of the state are LSTM cells.
-        encode: makes the lookahead's encoders of inputs and targets, each `EMBED` wide.
+        encode: makes two encoders, one of the lookahead's inputs and one of its targets, each with outputs of width `EMBED`.
         outputs: width of the model's outputs.
-        past_loss: `past_loss(outputs, inputs)` of predicted inputs, unreduced losses [m, B].
-        inputs: width of the outputs that predict an input.
+        past_loss: `past_loss(outputs, inputs)`, unreduced losses [m, B] of a predictor of past inputs.
+        inputs: width of the outputs from which `past_loss` predicts an input.
         max_classes: number of classes that a future model distinguishes, None for all outputs. Ids from max_classes - 1 on
             share one class; targets must then be integers.
         share: scales a local loss to this rank's contribution to the global loss; None for one process.
@@ -63,7 +63,7 @@ class ModelSpec:
 
     @property
     def state_width(self) -> int:
-        """Number of units of one layer, summed over the state's leaves."""
+        """Number of units of one layer, summed over the state's leaves: 2 H for an LSTM, H for a GRU."""
         return sum(leaf.shape[-1] for leaf in floating(self.example))
 
 
@@ -78,12 +78,15 @@ def build_synthesizer(credit: ResolvedCredit, spec: ModelSpec) -> nn.Module | No
 
 
 def build_basic(credit: ResolvedCredit, spec: ModelSpec) -> nn.Module:
-    """Returns an MLP that reads each layer's state."""
+    """Returns an MLP with one hidden layer, which is applied to each layer's state."""
     return wrap_network(BasicSynthesizer(spec.state_width, n_hidden=1), credit, spec)
 
 
 def build_paper(credit: ResolvedCredit, spec: ModelSpec) -> nn.Module:
-    """Returns the synthesizer of Jaderberg et al. 2017 with the given extensions. A given lookahead shows targets too."""
+    """Returns the synthesizer of Jaderberg et al. 2017 with the extensions that `credit` selects.
+
+    By default the synthesizer reads the next step's input. If a lookahead is given, it reads the lookahead's targets too.
+    """
     encoder: nn.Module | None = None
     if credit.next_input_only:
         encoder = NextInput(spec.encode()[0], EMBED + 1)
@@ -99,18 +102,18 @@ def build_paper(credit: ResolvedCredit, spec: ModelSpec) -> nn.Module:
 
 
 def build_state(credit: ResolvedCredit, spec: ModelSpec) -> nn.Module:
-    """Returns the network of multi-horizon with one regressed message for all future windows."""
+    """Returns a network as for "multi-horizon", but with one regressed message for all future windows."""
     return build_heads(credit, spec)
 
 
 def build_multi_horizon(credit: ResolvedCredit, spec: ModelSpec) -> nn.Module:
-    """Returns a synthesizer with one message per horizon: gradients of a future model, or regressed."""
+    """Returns a synthesizer with one message per horizon. The messages are gradients of a future model, or regressed."""
     heads = build_future_gradient(credit, spec) if credit.fit == "future" else build_heads(credit, spec)
     return Horizons(heads, horizons=credit.horizons, tail=credit.tail, draw=credit.draw_horizon)
 
 
 def build_exact(credit: ResolvedCredit, spec: ModelSpec) -> nn.Module:
-    """Returns the exact gradient of the next steps, with a synthesizer of one horizon after them if `tail` is set."""
+    """Returns a synthesizer of the exact gradient of the next steps. With `tail`, adds a learned message of later steps."""
     tail: nn.Module | None = None
     if credit.tail and credit.fit == "future":
         tail = build_future_gradient(credit, spec)
@@ -129,11 +132,11 @@ BUILDERS: Mapping[str, Callable[[ResolvedCredit, ModelSpec], nn.Module]] = Mappi
         "exact": build_exact,
     }
 )
-"""The functions that build each kind of synthesizer."""
+"""The function that builds a synthesizer, by kind."""
 
 
 def build_future_gradient(credit: ResolvedCredit, spec: ModelSpec) -> FutureGradient:
-    """Returns messages that are the gradient of a future model."""
+    """Returns a synthesizer whose messages are gradients of a future model's loss."""
     return FutureGradient(
         spec.example,
         predictor(credit, spec),
@@ -147,7 +150,7 @@ def build_heads(credit: ResolvedCredit, spec: ModelSpec) -> nn.Module:
     encoder = LookaheadEncoder(credit.lookahead, *spec.encode()) if credit.lookahead else None
     hidden = [credit.synthesizer_hidden] * credit.synthesizer_layers
     if not credit.normalize:
-        # No future model: raw targets leave no place for its own loss, without which it would not learn.
+        # Without normalised targets there is no future model: `StateNetwork` has no loss that would train it.
         network = StateNetwork(spec.example, credit.message_count, hidden=hidden, encoder=encoder)
         return GatedCells(network, gated_cells(credit, spec))
     heads: type[LeastSquaresHeads | StateHeads] = LeastSquaresHeads if credit.fit == "least-squares" else StateHeads
@@ -163,10 +166,10 @@ def build_heads(credit: ResolvedCredit, spec: ModelSpec) -> nn.Module:
 
 
 def predictor(credit: ResolvedCredit, spec: ModelSpec) -> Callable[[int], Any]:
-    """Returns a function that makes the predictor from the size of a lane's packed state."""
+    """Returns a function that makes the future model (or the model of the past) from the size of a lane's packed state."""
     loss_fn, outputs = first_classes(spec, spec.loss_fn, spec.outputs)
     past_loss, inputs = first_classes(spec, spec.past_loss, spec.inputs)
-    # The tail of exact has one message, so its model has one part.
+    # A future model whose gradient is the message has one part per message: 1 for the tail of "exact".
     parts = credit.message_count if credit.fit == "future" else 1
     text = Text(lambda: spec.encode()[0], loss_fn, outputs, past_loss, inputs, parts, credit.lookahead)
     steps = credit.lookahead if credit.predict == "horizons" else credit.predict_steps
@@ -175,25 +178,28 @@ def predictor(credit: ResolvedCredit, spec: ModelSpec) -> Callable[[int], Any]:
 
 
 def first_classes(spec: ModelSpec, loss_fn: LossFn, width: int) -> tuple[LossFn, int]:
-    """Returns a loss and the width of its outputs, among the classes that a predictor distinguishes."""
+    """Returns `loss_fn` restricted to the `max_classes` classes that a predictor distinguishes, and the outputs' width.
+
+    Returns both unchanged if the predictor distinguishes all classes.
+    """
     if spec.max_classes is None or spec.max_classes >= width:
         return loss_fn, width
     return among_the_first(loss_fn, spec.max_classes), spec.max_classes
 
 
 def wrap_network(network: nn.Module, credit: ResolvedCredit, spec: ModelSpec) -> nn.Module:
-    """Returns the network wrapped in `GatedCells`, and in `Normalized` with a message limit if targets are normalised."""
+    """Returns the network in `GatedCells`. If targets are normalised, returns that in `Normalized` with a message limit."""
     gated = GatedCells(network, gated_cells(credit, spec))
     return Normalized(gated, limit=credit.message_limit) if credit.normalize else gated
 
 
 def gated_cells(credit: ResolvedCredit, spec: ModelSpec) -> Any:
-    """Returns which leaves of the state the synthesizer bounds, False for none."""
+    """Returns which leaves of the state are cells that the synthesizer reads bounded, False for no leaves."""
     return spec.cells if credit.gate else False
 
 
 def build_auxiliary(credit: ResolvedCredit, spec: ModelSpec) -> nn.Module | None:
-    """Returns the auxiliary task, None if it is off or there is no synthesizer."""
+    """Returns the auxiliary task; None if its weight is 0 or there is no synthesizer."""
     return AuxiliaryTask(spec.example) if credit.auxiliary and credit.synthesizer != "none" else None
 
 
@@ -216,9 +222,9 @@ def trainer_settings(credit: ResolvedCredit) -> dict[str, Any]:
 
 
 def synthetic_arguments(credit: ResolvedCredit, spec: ModelSpec, lr: float) -> dict[str, Any]:
-    """Returns the arguments of `SequenceTrainer` for synthetic gradients: synthesizer, its optimizer, and the config.
+    """Returns the arguments of `SequenceTrainer` for synthetic gradients: the synthesizer, its optimizer, and the config.
 
-    Modules have the device and the dtype of the state `spec.example`.
+    The synthesizer and the auxiliary task have the device and the dtype of the state `spec.example`.
 
     Args:
         credit: the kind of synthesizer and its sizes.

@@ -6,7 +6,7 @@ import torch
 
 
 def device_of(name: str | None) -> torch.device:
-    """Returns the device of that name. None selects the GPU if CUDA is available, else the CPU.
+    """Returns the device called `name`. None selects the GPU if CUDA is available, else the CPU.
 
     Raises:
         ValueError: the device is not available.

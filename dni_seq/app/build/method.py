@@ -1,4 +1,4 @@
-"""What a run says of itself: its model and its method in a line, its method in a sentence, and the curves that it lacks."""
+"""Describes a run: its model in a line, its method in a few words and in a sentence, and the curves that it lacks."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _TRACES = MappingProxyType(
 
 
 def describe_method(credit: ResolvedCredit, options: BackpropagationOptions) -> str:
-    """Returns one sentence on the gradients that cross a window's ends, and on how a synthetic one is learned."""
+    """Returns one sentence on the gradients that cross the end of a window, and on how a synthetic gradient is learned."""
     window = f"window of {_count(credit.bptt, 'step')}"
     traces = [] if options.traces is None else [f"{_TRACES[options.traces]} of earlier steps to the recurrent parameters"]
     if credit.synthesizer == "none":
@@ -76,7 +76,7 @@ def in_words(count: int) -> str:
 
 
 def _brief_messages(credit: ResolvedCredit) -> Iterator[str]:
-    """Yields what the messages of a synthesizer are of, and where they are sent, in a few words each."""
+    """Yields short descriptions: what the messages are gradients of, the lookahead, and the states inside a window."""
     if credit.predict != "horizons":
         yield f"of {_predicted(credit)}"
     elif credit.synthesizer in ("multi-horizon", "paper"):
@@ -89,11 +89,11 @@ def _brief_messages(credit: ResolvedCredit) -> Iterator[str]:
 
 
 def unwritten_keys(credit: ResolvedCredit, *, measures: bool = False, moves: bool = False) -> Iterator[str]:
-    """Yields starts of the TensorBoard keys that have no curve in a run, or only a constant one.
+    """Yields the first characters of the TensorBoard keys that a run does not write, or writes with one constant value.
 
     Args:
         credit: the settings in force.
-        measures: whether the parameters' gradients are compared with those of full BPTT.
+        measures: whether the run compares the parameters' gradient with that of full BPTT.
         moves: whether the injected share follows the learning rate.
     """
     if not measures:
@@ -106,10 +106,10 @@ def unwritten_keys(credit: ResolvedCredit, *, measures: bool = False, moves: boo
     written = {
         "fidelity/cosine": credit.fidelity_every > 0,
         "fidelity/r2": credit.fidelity_every > 0,
-        "synthetic/scale": moves or credit.synthetic_scale == "auto",  # else a constant, which the method's sentence has
+        "synthetic/scale": moves or credit.synthetic_scale == "auto",  # else c is constant, and `describe_method` names it
         "synthetic/loss": learns,
         "synthetic/cosine": learns,
-        # It needs the first horizon's target, which an exact gradient and a replay do not have.
+        # The ratio needs the target of the first horizon. Neither exact gradients nor replayed windows have this target.
         "synthetic/injected_ratio": not exact and credit.targets == "bootstrap",
         "gradient/synthesizer_norm": learns or credit.auxiliary > 0,
     }
@@ -117,7 +117,7 @@ def unwritten_keys(credit: ResolvedCredit, *, measures: bool = False, moves: boo
 
 
 def _message(credit: ResolvedCredit) -> str:
-    """Returns what the message is a gradient of, in the singular."""
+    """Returns the message in words, as a noun in the singular, with the steps that it is a gradient of."""
     if credit.synthesizer == "exact":
         exact = f"the exact gradient of the next {_count(credit.exact_steps, 'step')}"
         return f"{exact} plus a synthetic gradient of later steps" if credit.tail else exact
@@ -130,7 +130,7 @@ def _message(credit: ResolvedCredit) -> str:
 
 
 def _predicted(credit: ResolvedCredit) -> str:
-    """Returns what a predictor with a reach of its own predicts."""
+    """Returns what a predictor predicts if it predicts a number of steps (`predict_steps`) instead of horizons."""
     steps = credit.predict_steps
     future, past = f"the next {_count(steps, 'step')}", f"the last {_count(steps, 'input')}"
     return {"future": future, "past": past, "both": f"{future} and {past}"}[credit.predict]
@@ -157,7 +157,7 @@ def _training(credit: ResolvedCredit) -> str:
     source = "the state" if not credit.lookahead else f"the state and {steps}"
     if credit.next_input_only:
         source += "'s input"
-    # The other kinds have no heads that least squares could fit.
+    # The kinds "basic" and "paper" have no heads that least squares could fit.
     solved = credit.fit == "least-squares" and credit.synthesizer in ("state", "multi-horizon", "exact")
     heads = " by least-squares heads" if solved else ""
     regressed = f"the synthetic gradient is regressed{heads} from {source}"

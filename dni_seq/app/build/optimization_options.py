@@ -1,4 +1,7 @@
-"""The options of the optimizer and of its learning rate. A window is one training step; n windows make one update."""
+"""The options of the optimizer and of its learning rate.
+
+A training step is one window. An update follows every n windows, with n from `--accumulate`.
+"""
 
 from __future__ import annotations
 
@@ -20,10 +23,10 @@ def _between(value: float) -> str | None:
 
 @dataclass(frozen=True)
 class OptimizationOptions:
-    """The options of the model's optimizer beside its rate and clip, which have defaults by tokenizer.
+    """The options of the model's optimizer, except its learning rate and clip, whose defaults depend on the tokenizer.
 
-    The schedule is None until the command fills it in, which is the same as constant.
-    Options that count updates say so. All others that count training count windows.
+    The schedule is None until the command fills it in; None acts as "constant".
+    `warmup` counts updates; `accumulate` counts windows.
     """
 
     optimizer: str = option("adam", "optimizer of the model", group=GROUP, choices=OPTIMIZERS)
@@ -67,7 +70,7 @@ class OptimizationOptions:
 
     @property
     def falls_to_the_end(self) -> bool:
-        """Whether the learning rate falls to the lowest one at the end of the run, whose length must then be known."""
+        """Whether the learning rate falls to `min_lr` at the end of the run. The length of the run must then be known."""
         return self.schedule in ("linear", "cosine")
 
     @property
@@ -96,7 +99,7 @@ def optimization_without_effect(options: OptimizationOptions) -> set[str]:
 
 
 def _without_effect(options: OptimizationOptions) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """Yields reasons, as texts, with the options that have no effect for each."""
+    """Yields pairs: a reason as text, and the names of the options that have no effect for this reason."""
     kind, schedule = options.optimizer, options.schedule
     reasons: list[tuple[bool, str, tuple[str, ...]]] = [
         (kind != "sgd", f"--optimizer {kind}", ("momentum",)),

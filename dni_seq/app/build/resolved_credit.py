@@ -10,38 +10,43 @@ from typing import Literal
 class ResolvedCredit:
     """The settings of credit assignment in force at one window length. No attribute is None.
 
-    The learning rate of the synthesizer is not among them: the options themselves hold it.
+    The learning rate of the synthesizer is not among these settings; `CreditOptions` holds it.
 
     Attributes:
         bptt: T, the window length in steps.
         synthesizer: the kind, one of `SYNTHESIZERS`.
-        fit: how messages are made: "future", "least-squares" or "descent". "future" excludes `tail` for multi-horizon, and
-            needs normalised targets and a lookahead.
+        fit: how messages are made. "future": as gradients of a future model. "least-squares" and "descent": regressed, by
+            heads that least squares or gradient descent fits. "future" excludes `tail` for multi-horizon, and needs
+            normalised targets and a lookahead.
         horizons: K.
-        tail: whether there is one more head, or a synthesizer after the exact steps.
-        draw_horizon: whether one randomly drawn head trains per window.
-        lookahead: future steps that the learned synthesizer sees; 0 for a kind that sees none. The steps of exact are not
-            among them.
-        next_input_only: whether the lookahead is the next step's input without its target: paper by default.
+        tail: for exact, whether a synthesizer predicts the gradient of later steps than the exact ones; for other kinds,
+            whether one more head predicts a message for all windows after the K horizons.
+        draw_horizon: whether only one head, drawn at random for each window, trains.
+        lookahead: number of future steps that the learned synthesizer reads, 0 for no lookahead. The steps of `exact_steps`
+            do not count.
+        next_input_only: whether the lookahead is only the input of the next step, without its target, as paper has it by
+            default.
         normalize: whether targets are divided by their running root mean square.
-        gate: whether LSTM cell states are bounded.
+        gate: whether the synthesizer reads LSTM cells through a function that bounds them.
         synthesizer_hidden: units per hidden layer.
         synthesizer_layers: number of hidden layers.
         future_units: units of the future model, 0 for none.
-        message_clip: see `message_limit`.
-        exact_steps: future steps whose gradient exact computes.
+        message_clip: largest value in a message, 0 for no limit; see `message_limit`.
+        exact_steps: number of future steps whose gradient the kind "exact" computes.
         synthetic_scale: c, a number or "auto".
         discount: γ.
         targets: "bootstrap" or "lambda".
         lam: λ of lambda targets.
-        replay_windows: windows per replay.
+        replay_windows: number of windows that are replayed together.
         regress_every: mean number of windows from one computation of targets to the next.
         target_network: windows between two copies of the synthesizer, 0 for no copies.
-        fidelity_every: windows between comparisons with exact gradients, those for an automatic scale included; 0 for none.
+        fidelity_every: windows between two comparisons with exact gradients, 0 for no comparisons. An automatic scale needs
+            comparisons.
         predict: what the predictor predicts, one of `PREDICTIONS`.
-        predict_steps: m, steps of the future, the past or both that it predicts, if that is not the next windows.
-        message_every: steps between two states of a window that get messages; T or more for the last state alone.
-        message_at_end: whether the last state gets its message.
+        predict_steps: m, the number of steps of the future, the past or each of both that the predictor predicts. Without
+            effect if `predict` is "horizons".
+        message_every: steps between two states of a window that get messages; T or more if only the last state gets one.
+        message_at_end: whether the last state of a window gets a message.
         auxiliary: weight of the auxiliary loss, 0 for none.
         synthesizer_clip: largest gradient norm of the synthesizer, 0 for no limit.
     """
@@ -85,22 +90,25 @@ class ResolvedCredit:
 
     @property
     def message_limit(self) -> float | None:
-        """Largest value in a message, in units of its targets' running root mean square. None for no limit."""
+        """Largest absolute value in a message, as a multiple of the targets' running root mean square. None for no limit."""
         return self.message_clip or None
 
     @property
     def window_lookahead(self) -> int:
-        """Number of lookahead steps that windows must carry: the steps of exact, then those that its tail sees."""
+        """Number of lookahead steps that windows must carry. For exact: `exact_steps` plus the steps that its tail reads."""
         return self.lookahead + (self.exact_steps if self.synthesizer == "exact" else 0)
 
     @property
     def state_products(self) -> float:
-        """Mean number of state-only vector-Jacobian products per window, by which the LSTM kernel is chosen."""
+        """Mean number per window of backward passes to the state alone, besides the main one; see `native_up_to`.
+
+        The LSTM kernel is chosen by this number.
+        """
         if self.synthesizer == "none":
             return 0
         regressed = self.fit != "future"
         by_horizon = self.synthesizer == "multi-horizon" and self.targets == "bootstrap"
         heads = self.message_count if by_horizon else 1
         if by_horizon and heads == 1 and self.regress_every > 1 and not self.auxiliary and regressed:
-            return 0  # injection is skipped at such a window: see `SequenceTrainer`, regress_every
+            return 0  # injection is skipped at a window that regresses; see `regress_every` of `SyntheticGradientConfig`
         return (1 if self.draw_horizon and regressed else heads) / self.regress_every

@@ -13,20 +13,21 @@ from dni_seq.app.build.optimization_options import OptimizationOptions
 
 
 class RateShare:
-    """Computes the share of the highest learning rate at an update; plateau's decays come on top.
+    """Computes the learning rate at an update as a share of the highest rate, without the decays of `plateau`.
 
-    The warm-up rises linearly and reaches the full rate at its last update. Then `linear` and `cosine` fall to the lowest
-    rate, which they would reach one update after the last. `step` follows Zaremba et al. 2014, section 4.1: a number of
-    epochs at the full rate, then a factor after every epoch.
+    During the warm-up the share rises linearly; it is 1 at the last update of the warm-up. After the warm-up, `linear` and
+    `cosine` let it fall so that it would reach `floor` one update after the last. `step` follows Zaremba et al. 2014,
+    section 4.1: the share is 1 for `decay_after` epochs, and is then multiplied by `decay` for each further epoch.
 
     Args:
         options: the schedule.
-        floor: the lowest share.
+        floor: the lowest share after the warm-up.
         total: number of updates of the whole run; None if it is not known and not needed.
 
     Attributes:
         epoch: number of epochs that are complete.
-        ahead: number of updates that the run is further than it has made, since its windows are longer now; may be negative.
+        ahead: number that is added to the count of updates. It is not 0 if the run was resumed with another T, so that its
+            progress counts in updates of the present T; it may be negative. See `Schedule.go_on_at`.
     """
 
     def __init__(self, options: OptimizationOptions, floor: float, total: int | None) -> None:
@@ -44,7 +45,7 @@ class RateShare:
         if not options.falls_to_the_end:
             return 1.0
         assert self._total is not None
-        # The schedule ends one update after the last, so that no update has the rate 0.
+        # The schedule ends one update after the last one of the run, so that no update has the rate 0.
         done = min((update - options.warmup) / (self._total - options.warmup), 1.0)
         return floor + (1 - floor) * (1 - done if options.schedule == "linear" else (1 + math.cos(math.pi * done)) / 2)
 
@@ -52,16 +53,16 @@ class RateShare:
 class Schedule:
     """Sets the learning rates of a run's optimizers after each update.
 
-    PyTorch's schedulers set that of the first optimizer. The others keep their proportion to it.
+    PyTorch's schedulers set the rate of the first optimizer. The rates of the other optimizers keep their proportion to it.
 
     Args:
         options: the schedule; it must change the rate.
-        optimizers: the model's optimizer first, with one learning rate, then the optimizers that follow it.
+        optimizers: first the model's optimizer, which has one learning rate, then the optimizers whose rates follow it.
         total: number of updates of the whole run, None if it is not known.
-        tell: called with the share of the highest rate whenever it changes; None for nothing.
+        tell: called with the present rate as a share of the highest rate whenever the rate is set; None for no call.
 
     Raises:
-        ValueError: the schedule needs the length of the run, or the warm-up is longer than the run.
+        ValueError: the schedule needs the length of the run, which is not known, or the warm-up is not shorter than the run.
     """
 
     def __init__(
@@ -91,7 +92,7 @@ class Schedule:
         return float(self._first.param_groups[0]["lr"])
 
     def after_window(self, updates: int, epoch: int) -> None:
-        """Sets the rates for the next update, if the last window made one.
+        """Sets the rates for the next update. Does nothing if no update was made since the last call.
 
         Args:
             updates: number of updates so far.
@@ -100,13 +101,13 @@ class Schedule:
         if updates == self._updates:
             return
         self._updates, self._share.epoch = updates, epoch
-        # After the warm-up only validations change the rate of plateau.
+        # With `plateau`, only validations change the rate after the warm-up.
         if self._by_score is None or updates <= self._warmup:
             self._by_update.step()
             self._follow()
 
     def after_validation(self, loss: float) -> bool:
-        """Tells plateau the loss of a validation. Returns whether that has lowered the rate."""
+        """Gives a validation's loss to `plateau` and returns whether the rate was lowered. False for other schedules."""
         if self._by_score is None or self._updates < self._warmup:
             return False
         before = self.rate
@@ -115,7 +116,7 @@ class Schedule:
         return self.rate < before
 
     def go_on_at(self, updates: int) -> None:
-        """Goes on as if the run had made `updates` updates: its windows, and so its length in updates, are others now."""
+        """Continues as if the run had made `updates` updates, for a run resumed with another T and thus another `total`."""
         self._share.ahead = updates - self._updates
         if self._by_score is None:
             for group in self._first.param_groups:
@@ -131,7 +132,7 @@ class Schedule:
             self._tell(share)
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the states of the schedulers. The rates are in the optimizers' state."""
+        """Returns the states of the schedulers. The present learning rates are part of the optimizers' states instead."""
         return {
             "updates": self._updates,
             "epoch": self._share.epoch,
@@ -141,9 +142,9 @@ class Schedule:
         }
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """Restores what `state_dict` returned. Load the optimizers' state first."""
+        """Restores what `state_dict` returned. Load the states of the optimizers before."""
         self._updates, self._share.epoch = saved["updates"], saved["epoch"]
-        self._share.ahead = saved.get("ahead", 0)  # older checkpoints have none
+        self._share.ahead = saved.get("ahead", 0)  # older checkpoints lack the entry
         self._by_update.load_state_dict({**saved["by_update"], "lr_lambdas": [None]})
         if self._by_score is not None:
             self._by_score.load_state_dict(saved["by_score"])

@@ -28,12 +28,15 @@ _TARGETS = ("lam", "target_network")
 
 
 def remarks(options: CreditOptions, bptt: int, *, cells: bool = True) -> list[str]:
-    """Returns one warning per reason for which options have no effect. Empty if every changed option has an effect.
+    """Returns one warning per reason for which options have no effect, and one if an option makes messages regressed.
 
     Args:
         options: options with their default sizes filled in.
         bptt: T.
         cells: whether the model is an LSTM.
+
+    Returns:
+        The warnings. An option without effect that has its default value causes none.
     """
     found = [
         f"no effect with {reason}: {', '.join(flags)}"
@@ -62,7 +65,7 @@ def credit_in_force(options: CreditOptions, bptt: int, *, cells: bool) -> dict[s
 
 
 def _given(options: CreditOptions, name: str) -> bool:
-    """Whether an option differs from its default. One horizon counts as the default of every synthesizer."""
+    """Returns whether an option differs from its default. `--horizons 1` counts as a default."""
     defaults = {field.name: field.default for field in dataclasses.fields(options)}
     if name not in defaults:  # an option of another command
         return False
@@ -71,7 +74,10 @@ def _given(options: CreditOptions, name: str) -> bool:
 
 
 def _reasons(options: CreditOptions, bptt: int, cells: bool) -> Iterator[tuple[str, Iterable[str]]]:
-    """Yields reasons, as texts, with the options that have no effect for each. An option may occur more than once."""
+    """Yields pairs: a reason as text, and the names of the options that have no effect for this reason.
+
+    An option may occur with several reasons.
+    """
     kind = options.synthesizer
     if kind == "none":
         every = (field.name for field in dataclasses.fields(CreditOptions))

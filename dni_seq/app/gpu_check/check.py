@@ -3,12 +3,17 @@
 python scripts/gpu_check.py
     On the first GPU, sized for less than 8 minutes. Needs torch with NumPy alone.
 python scripts/gpu_check.py --device cpu --quick
-    The same parts in small on the CPU, in a minute: whether the check itself works.
+    Run the same parts with small sizes on the CPU, in a minute, to see whether the check itself works.
 
-Parts, the most valuable first: identities (float64: the device gives the numbers of the CPU for every synthesizer, and exact
-messages give full BPTT), synchronisation (no step waits for the device), costs (step time and peak memory beside a plain
-loop), reach (memory of T = 4 with messages of a far reach, and of BPTT over it), half (bfloat16), processes (two GPUs over
-NCCL), copying (T = 4, 256 lanes, in the time that is left). Each has a time limit of its own.
+The parts, the most valuable first; each has its own time limit:
+    identities       in float64, the device computes the numbers of the CPU for every synthesizer; an exact message added to
+                     truncated BPTT gives the gradient of full BPTT
+    synchronisation  no training step waits for the device
+    costs            step time and peak memory of the trainer, compared with a plain loop
+    reach            peak memory of T = 4 with messages of the next or the last 400 steps, and of BPTT over 400 steps
+    half             training with bfloat16 autocast
+    processes        training in two processes on two GPUs over NCCL
+    copying          the copy task at T = 4 with 256 lanes: the lengths solved within the time limit
 """
 
 from __future__ import annotations
@@ -87,10 +92,10 @@ def read_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def device_of(name: str) -> torch.device:
-    """Returns the device.
+    """Returns the device called `name`.
 
     Raises:
-        ValueError: it is not there.
+        ValueError: the device cannot be used.
     """
     try:
         device = torch.device(name)
@@ -101,7 +106,7 @@ def device_of(name: str) -> torch.device:
 
 
 def run(device: torch.device, given: argparse.Namespace) -> Iterator[Line]:
-    """Runs the parts; prints, records and yields their lines. A part that raises an exception has failed."""
+    """Runs the parts; prints, records and yields their lines. For a part that raises an exception, yields a failed line."""
     about = {"date": time.strftime("%Y-%m-%d"), "torch": torch.__version__, "device": described(device)}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -123,12 +128,12 @@ def run(device: torch.device, given: argparse.Namespace) -> Iterator[Line]:
 def _lines(part: Callable[[Setting], Iterator[Line]], setting: Setting) -> Iterator[Line]:
     try:
         yield from part(setting)
-    except Exception as error:  # the other parts are still worth their time
+    except Exception as error:  # the other parts can still run
         yield {"passed": False, "error": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"}
 
 
 def described(device: torch.device) -> str:
-    """Returns the name of a device."""
+    """Returns a description of a device: the GPU's name, or the processor with its one thread."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU, one thread"
 
 

@@ -1,4 +1,4 @@
-"""What the GPU check trains: a language model and a vector model with each kind of synthesizer, and windows for them.
+"""What the GPU check trains: a language model with each kind of synthesizer, windows for the model, and a plain loop.
 
 Legend: T = window length in steps, B = lanes, V = token ids.
 """
@@ -20,7 +20,7 @@ Settings = dict[str, Any]
 
 
 def windows(count: int, steps: int, lanes: int, vocabulary: int, lookahead: int, device: torch.device) -> list[dni.Window]:
-    """Returns `count` windows of random tokens, each with a lookahead. No lane ends."""
+    """Returns `count` consecutive windows of random tokens, each with a lookahead of `lookahead` steps. No lane ends."""
     generator = torch.Generator().manual_seed(1)
     text = torch.randint(vocabulary, (count * steps + lookahead + 1, lanes), generator=generator).to(device)
     found = []
@@ -43,19 +43,19 @@ def future(model: LanguageModel, steps: int, **given: Any) -> dni.FutureGradient
 
 
 def encoder(vocabulary: int, steps: int) -> dni.LookaheadEncoder:
-    """Returns an encoder of the next `steps` tokens."""
+    """Returns a lookahead encoder of the next `steps` tokens and their targets."""
     return dni.LookaheadEncoder(steps, nn.Embedding(vocabulary, 8), nn.Embedding(vocabulary, 8))
 
 
 def heads(model: LanguageModel, steps: int) -> Settings:
-    """Returns two regressed horizons and a tail."""
+    """Returns a synthesizer of two regressed horizons and a tail."""
     shown = encoder(model.projection.out_features, steps)
     settings: dict[str, Any] = {"horizons": 2, "tail": True, "hidden": (16,), "encoder": shown}
     return {"synthesizer": dni.MultiHorizonSynthesizer(model.initial_state(1), **settings)}
 
 
 def copied(model: LanguageModel, steps: int) -> Settings:
-    """Returns a regressed message whose targets come from a copy."""
+    """Returns a synthesizer of one regressed message, whose bootstrapped targets come from a copy (`target_network`)."""
     synthesizer = dni.StateSynthesizer(
         model.initial_state(1), hidden=(16,), encoder=encoder(model.projection.out_features, steps)
     )
@@ -66,20 +66,20 @@ def copied(model: LanguageModel, steps: int) -> Settings:
 
 
 def solved(model: LanguageModel, steps: int) -> Settings:
-    """Returns least-squares heads."""
+    """Returns a synthesizer of one message whose head is solved by least squares."""
     shown = encoder(model.projection.out_features, steps)
     return {"synthesizer": dni.LeastSquaresHeads(model.initial_state(1), 1, hidden=(16,), encoder=shown)}
 
 
 def basic(model: LanguageModel, steps: int) -> Settings:
-    """Returns a perceptron on each layer's state."""
+    """Returns a perceptron that reads each layer's state, with normalised targets."""
     width = 2 * model.hidden
     return {"synthesizer": dni.Normalized(dni.BasicSynthesizer(width, n_hidden=1)), "synthetic_scale": 0.5}
 
 
 def dense(model: LanguageModel, steps: int) -> Settings:
-    """Returns messages of the next steps at the states every 5 steps of a window."""
-    every = min(5, -(-steps // 2))  # so that a short window has a state inside it too
+    """Returns dense messages: the gradient of a future model of the next n steps at every n-th state, n at most 5."""
+    every = min(5, -(-steps // 2))  # at most half a window, so that a short window too has a message inside
     found = future(model, steps, horizons=1, predict_steps=every)
     return {"synthesizer": found, "config": dni.SyntheticGradientConfig(synthetic_scale=0.1, message_every=every)}
 
@@ -101,7 +101,7 @@ KINDS: Mapping[str, Callable[[LanguageModel, int], Settings]] = MappingProxyType
 """Kinds of trainers by name: what each adds to plain truncated BPTT."""
 
 LOOKAHEAD = 16
-"""Steps after a window that its lookahead holds: no kind reads more at T = 3 or 4."""
+"""Length of the windows' lookahead in steps. At T = 3 or 4 no kind of `KINDS` reads more."""
 
 
 def trainer_of(
@@ -111,7 +111,7 @@ def trainer_of(
     device: torch.device,
     lr: float = 1e-3,
 ) -> dni.SequenceTrainer:
-    """Returns a trainer of `model` with fused Adam and the synthesizer of a kind, one of the values of `KINDS`."""
+    """Returns a trainer of `model` with fused Adam and the synthesizer of `kind`, a value of `KINDS`."""
     settings = kind(model, steps)
     like = model.projection.weight
     synthesizer: nn.Module | None = settings.get("synthesizer")
@@ -125,7 +125,7 @@ def trainer_of(
 
 
 def step(trainer: dni.SequenceTrainer, window: dni.Window) -> Tensor:
-    """Makes a step; a synthesizer that reads no lookahead gets none. Returns the loss, 0-d."""
+    """Trains on one window and returns the loss, 0-d. The kinds "none" and "basic", which read no lookahead, get none."""
     reads = trainer.credit is not None and not isinstance(trainer.credit.synthesizer, dni.Normalized)
     lookahead = window.lookahead if reads else None
     return trainer.step(window.inputs, window.targets, mask=window.mask, ends=window.ends, lookahead=lookahead).loss
@@ -145,7 +145,7 @@ class PlainLoop:
         self.state: Any = None
 
     def step(self, window: dni.Window) -> None:
-        """Makes a step."""
+        """Trains on one window."""
         if self.state is None:
             self.state = self.model.initial_state(window.inputs.shape[1])
         self.optimizer.zero_grad()

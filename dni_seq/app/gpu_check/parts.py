@@ -1,4 +1,4 @@
-"""The parts of the GPU check. Each yields JSON lines until it is done or its time is over.
+"""The parts of the GPU check. Each part yields lines of results, as dicts, until it is done or its time limit is reached.
 
 Legend: T = window length in steps, B = lanes.
 """
@@ -29,12 +29,12 @@ Line = dict[str, Any]
 
 @dataclass(frozen=True)
 class Setting:
-    """Where and how long a part runs.
+    """The device and the time limit of a part.
 
     Attributes:
         device: the device that is checked.
         quick: whether sizes and repetitions are small.
-        until: the end of the part, by `time.monotonic`.
+        until: the time at which the part must end, in seconds of `time.monotonic`.
     """
 
     device: torch.device
@@ -43,7 +43,7 @@ class Setting:
 
     @property
     def over(self) -> bool:
-        """Whether the part's time is over."""
+        """Whether the time limit of the part is reached."""
         return time.monotonic() > self.until
 
     def wait(self) -> None:
@@ -53,7 +53,10 @@ class Setting:
 
 
 def identities(setting: Setting) -> Iterator[Line]:
-    """Trains each kind in float64 on the CPU and on the device, and compares the parameters after some windows."""
+    """Trains each kind in float64 on the CPU and on the device, and compares the parameters after 6 windows.
+
+    The last line is that of `full_bptt`.
+    """
     steps, lanes, vocabulary, count = 3, 4, 23, 6
     for kind in KINDS:
         if setting.over:
@@ -75,7 +78,7 @@ def identities(setting: Setting) -> Iterator[Line]:
 
 
 def moved(trainer: dni.SequenceTrainer, device: torch.device) -> dni.SequenceTrainer:
-    """Returns the same trainer with its modules on another device; it must not have stepped."""
+    """Moves the modules of a trainer that has not stepped yet to a device, in place, and returns the trainer."""
     trainer.model.to(device)
     if trainer.credit is not None:
         trainer.credit.synthesizer.to(device)
@@ -88,7 +91,10 @@ def credit_parameters(trainer: dni.SequenceTrainer) -> list[torch.Tensor]:
 
 
 def full_bptt(device: torch.device) -> Line:
-    """Compares, in float64 with frozen parameters, truncated BPTT with an exact message to BPTT over all windows."""
+    """Compares two gradients in float64: truncated BPTT with an exact message, and BPTT over all windows at once.
+
+    The learning rate is 0, so the parameters stay the same while the gradients of the windows are summed.
+    """
     torch.manual_seed(0)
     steps, count = 3, 4
     model = LanguageModel(23, embed=8, hidden=8, layers=2).double().to(device)
@@ -110,7 +116,7 @@ def full_bptt(device: torch.device) -> Line:
 
 
 def no_synchronisation(setting: Setting) -> Iterator[Line]:
-    """Steps each kind while CUDA raises at every synchronisation. Elsewhere there is nothing to check."""
+    """Trains each kind while CUDA raises an error at every synchronisation. On the CPU, yields a line "skipped" instead."""
     if setting.device.type != "cuda":
         yield {"skipped": f"{setting.device.type} has no synchronisation to forbid; tests hold the same path on the CPU"}
         return
@@ -135,7 +141,7 @@ def no_synchronisation(setting: Setting) -> Iterator[Line]:
 
 @contextmanager
 def forbidden_synchronisation() -> Iterator[None]:
-    """In the block CUDA raises a RuntimeError where the host would wait for the device."""
+    """Inside the context, CUDA raises a RuntimeError when the host would wait for the device."""
     torch.cuda.set_sync_debug_mode("error")
     try:
         yield
@@ -144,7 +150,7 @@ def forbidden_synchronisation() -> Iterator[None]:
 
 
 def costs(setting: Setting) -> Iterator[Line]:
-    """Measures step time and peak memory of the plain loop and of four kinds by hidden size and T, in turns."""
+    """Measures step time and peak memory of the plain loop and of four kinds, for each hidden size and T."""
     lanes, vocabulary = (8, 200) if setting.quick else (32, 10_000)
     for hidden in (32,) if setting.quick else (512, 2048):
         for steps in (1, 4) if setting.quick else (1, 4, 20, 40):
@@ -157,7 +163,7 @@ def costs(setting: Setting) -> Iterator[Line]:
 def in_turns(
     setting: Setting, about: Line, hidden: int, steps: int, some: list[dni.Window], vocabulary: int
 ) -> Iterator[Line]:
-    """Measures a step of each kind at one size: medians over rounds in which all take turns."""
+    """Measures a step of the plain loop and of four kinds at one size: medians over rounds in which all five take turns."""
     rounds, repeats = (2, 2) if setting.quick else (7, 5)
     runs: dict[str, Callable[[dni.Window], Any]] = {}
     for kind in ("plain loop", "none", "default", "dense", "exact"):
@@ -192,18 +198,21 @@ def in_turns(
 
 
 def reset_peak(setting: Setting) -> None:
-    """Lets the device count its peak memory anew."""
+    """Resets the count of the device's peak memory. Does nothing on the CPU."""
     if setting.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(setting.device)
 
 
 def peak_bytes(setting: Setting) -> int:
-    """Returns the peak memory of the device since `reset_peak`, 0 where it is not counted."""
+    """Returns the peak memory of the device in bytes since `reset_peak`. On the CPU nothing is counted, and it returns 0."""
     return torch.cuda.max_memory_allocated(setting.device) if setting.device.type == "cuda" else 0
 
 
 def memory_by_reach(setting: Setting) -> Iterator[Line]:
-    """Measures peak memory and time a step of text: BPTT over the whole reach, and T = 4 with messages of that reach."""
+    """Measures peak memory and time per step of text for BPTT over 400 steps, and for T = 4 with messages of 400 steps.
+
+    The messages are of the past or of the future. A last line has T = 4 without messages. With `quick` 400 steps are 40.
+    """
     reach, hidden, lanes = (40, 32, 8) if setting.quick else (400, 512, 32)
     for kind, steps in (("none", reach), ("past", 4), ("future", 4), ("none", 4)):
         if setting.over:
@@ -231,7 +240,7 @@ def memory_by_reach(setting: Setting) -> Iterator[Line]:
 
 
 def half_precision(setting: Setting) -> Iterator[Line]:
-    """Trains each of three kinds with bfloat16 autocast and compares the loss with that of float32."""
+    """Trains three kinds with bfloat16 autocast and in float32, and compares the losses of the last window."""
     count, steps = (20, 4) if setting.quick else (100, 4)
     for kind in ("none", "default", "dense"):
         losses = {}
@@ -250,7 +259,7 @@ def half_precision(setting: Setting) -> Iterator[Line]:
 
 
 def two_processes(setting: Setting) -> Iterator[Line]:
-    """Trains in two processes, on two GPUs over NCCL or on the CPU over gloo, and compares with one process."""
+    """Trains in two processes, on two GPUs over NCCL or on the CPU over gloo, and compares the result with one process."""
     if setting.device.type == "cuda" and torch.cuda.device_count() < 2:
         yield {"skipped": "one GPU: two processes need two"}
         return
@@ -258,7 +267,10 @@ def two_processes(setting: Setting) -> Iterator[Line]:
 
 
 def copying(setting: Setting) -> Iterator[Line]:
-    """Copying at T = 4 with messages of the past, 256 lanes as in Jaderberg et al. 2017: lengths solved in the time left."""
+    """Trains on the copy task at T = 4 with messages of the past, and yields a line for each length solved in time.
+
+    The 256 lanes are those of Jaderberg et al. 2017.
+    """
     torch.manual_seed(0)
     task, lanes = TASKS["copy"], 16 if setting.quick else 256
     model = VectorRNN(task.input_size, task.target_size, hidden=32 if setting.quick else 256).to(setting.device)

@@ -1,6 +1,7 @@
-"""Two processes of the GPU check, one GPU each, whose training is compared with that of one process.
+"""Compares training in two processes, each on its own GPU or on the CPU, with training in one process.
 
-`python -m dni_seq.app.gpu_check.ranks DEVICE` is one of them; the environment says which.
+`python -m dni_seq.app.gpu_check.ranks KIND FOLDER` runs one of the two processes; see `main`. The environment variables RANK
+and LOCAL_RANK say which one.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ LANES, STEPS, COUNT = 8, 4, 20
 
 
 def train(device: torch.device, parallel: DataParallel | None) -> Tensor:
-    """Returns the parameters after some windows in float64, with the default synthesizer; on the CPU."""
+    """Trains in float64 with the default synthesizer for `COUNT` windows and returns the model's parameters, on the CPU."""
     torch.manual_seed(0)
     model = LanguageModel(50, embed=16, hidden=16, layers=1).double().to(device)
     synthesizer = future(model, STEPS).to(device, torch.float64)
@@ -41,11 +42,11 @@ def train(device: torch.device, parallel: DataParallel | None) -> Tensor:
 
 
 def compare(kind: str, seconds: float) -> dict[str, Any]:
-    """Returns a line on two processes against one.
+    """Trains in two processes and in one, and returns a line with the largest difference of the parameters.
 
     Args:
-        kind: "cuda" for a GPU each over NCCL, "cpu" for gloo.
-        seconds: limit of the two processes.
+        kind: "cuda" for one GPU per process and NCCL, "cpu" for the CPU and gloo.
+        seconds: time limit of the two processes.
     """
     with tempfile.TemporaryDirectory() as folder, socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -76,7 +77,7 @@ def compare(kind: str, seconds: float) -> dict[str, Any]:
 
 
 def main(kind: str, folder: str) -> None:
-    """Trains as one rank, and saves its parameters in `folder`."""
+    """Trains as one of two ranks, and saves the parameters in `folder`. For `kind` see `compare`."""
     torch.set_num_threads(1)
     device = torch.device("cpu" if kind == "cpu" else f"cuda:{os.environ['LOCAL_RANK']}")
     if device.type == "cuda":

@@ -1,4 +1,4 @@
-"""Builds the parts of a language-model run from its options, or reads them from its directory.
+"""Builds the parts of a language-model run from its options, or reads them from the run's directory.
 
 `scripts/train_lm.py`, `evaluate_lm.py` and `sample_lm.py` share this module. It does not depend on the training code.
 """
@@ -36,19 +36,19 @@ from dni_seq.streams import (
 from dni_seq.streams.files import matching
 
 EVALUATION_WINDOW = 32
-"""Window length in evaluation. Longer windows are faster but need more memory for logits."""
+"""Window length in evaluation, in steps. Longer windows are faster but need more memory for logits."""
 
 
 EVALUATION_TOKENS_OF_STREAM = 100_000
-"""Number of tokens to score of a streamed split, which may be very long or endless."""
+"""Number of tokens that are scored of a streamed split, which may be very long or endless."""
 
 
 WORDS_OF_STREAM = 50_000
-"""Vocabulary size for words of a streamed text. A sample of it alone has several hundred thousand words."""
+"""Vocabulary size for words of a streamed text. Without a limit, a sample of such a text has several hundred thousand."""
 
 
 SAMPLE_LENGTH = MappingProxyType({"word": 100, "char": 500})
-"""Number of tokens of a text sample."""
+"""Number of tokens of a generated text sample, by the kind of token."""
 
 
 SAMPLE_TEMPERATURE = 0.8
@@ -75,7 +75,7 @@ def open_text(options: LanguageModelOptions) -> Corpus:
 
 
 def open_text_again(options: LanguageModelOptions) -> Corpus:
-    """Returns the corpus of a run that exists already. If a file is gone, the error says how to give its new place.
+    """Returns the corpus of a run that exists already. If a file is missing, the error names the options for its new place.
 
     Raises:
         DataError: the corpus cannot be found or read.
@@ -90,7 +90,7 @@ def open_text_again(options: LanguageModelOptions) -> Corpus:
 
 
 def _is_gone(file: str | None) -> bool:
-    """Returns whether there is no file of that name or pattern. False for None."""
+    """Returns whether no file has the name or pattern `file`. False for None."""
     try:
         return file is not None and not matching(file)
     except DataError:
@@ -150,26 +150,26 @@ def build_model(options: LanguageModelOptions, vocabulary_size: int, device: tor
 
 @contextmanager
 def sizes_that_fit() -> Iterator[None]:
-    """Turns the errors of too large sizes in the block into a ValueError.
+    """Turns the errors that too large sizes raise inside the context into a ValueError.
 
     Raises:
         ValueError: torch has rejected a size, or there is not enough memory.
     """
     try:
         yield
-    # A size that overflows raises any of these, depending on where it overflows.
+    # A size that overflows raises one of these exceptions; which one depends on the operation that overflows.
     except (RuntimeError, TypeError, OverflowError, MemoryError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"the model cannot be built because its sizes are too large for this machine: {reason}") from error
 
 
 def autocast_of(options: LanguageModelOptions) -> torch.dtype | None:
-    """Returns the dtype of autocast, None to compute in the dtype of the weights."""
+    """Returns the dtype of autocast; None if the model computes in the dtype of its weights."""
     return torch.bfloat16 if options.dtype == "bfloat16" else None
 
 
 class LoadedRun(NamedTuple):
-    """A run that was read from its directory."""
+    """A run that was read from its directory: its options, its tokenizer, the model, and the content of the checkpoint."""
 
     options: LanguageModelOptions
     tokenizer: Tokenizer
@@ -192,9 +192,9 @@ def load_run(run: RunDirectory, checkpoint: Path, device: torch.device) -> Loade
 
 
 def open_split(corpus: Corpus, split: str, tokenizer: Tokenizer, options: LanguageModelOptions) -> WindowStream:
-    """Returns a split ("valid" or "test") for scoring, in as many lanes as in training and in longer windows.
+    """Returns a split ("valid" or "test") for scoring, in as many lanes as in training, in windows of `EVALUATION_WINDOW`.
 
-    The first token of each lane is not scored, nor are the fewer than B tokens that remain after division into lanes.
+    The first token of each lane is not scored. If the number of tokens is not a multiple of B, the remainder is not scored.
 
     Raises:
         DataError: the split is too short for the number of lanes, or cannot be read.
@@ -211,7 +211,7 @@ def open_split(corpus: Corpus, split: str, tokenizer: Tokenizer, options: Langua
 def score(
     model: LanguageModel, split: WindowStream, options: LanguageModelOptions, parallel: DataParallel | None = None
 ) -> Score:
-    """Returns the model's score on one pass over a split, or on its first tokens if the options limit them.
+    """Returns the model's score on one pass over a split, or on the split's first tokens if `token_limit` gives a limit.
 
     With `parallel` every rank runs its own lanes and returns the score of all lanes.
 
@@ -227,12 +227,15 @@ def score(
 
 
 def token_limit(split: WindowStream, options: LanguageModelOptions) -> int | None:
-    """Returns the largest number of tokens to score of a split, None for all."""
+    """Returns the number of tokens of a split after which scoring stops, None for the whole split.
+
+    The limit is `--eval-tokens`, or `EVALUATION_TOKENS_OF_STREAM` for a streamed split without that option.
+    """
     return options.eval_tokens or (None if split.tokens_per_epoch else EVALUATION_TOKENS_OF_STREAM)
 
 
 def first_tokens(windows: Iterable[Window], limit: int | None) -> Iterator[Window]:
-    """Yields windows up to the one that reaches `limit` predicted tokens, all windows if it is None."""
+    """Yields windows until they predict at least `limit` tokens, the last one included. Yields all windows for None."""
     tokens = 0
     for window in windows:
         yield window
@@ -242,7 +245,7 @@ def first_tokens(windows: Iterable[Window], limit: int | None) -> Iterator[Windo
 
 
 def describe(split: str, result: Score, kind: str) -> str:
-    """Returns a score as one line of text. `kind` is the tokenizer's; characters have no perplexity per word there."""
+    """Returns a score as one line of text. `kind` is the tokenizer's; for "char" the line has no perplexity per word."""
     figures = f"ppl {result.ppl:.2f}, bpc {result.bpc:.4f}"
     if kind != "char":
         figures += f", ppl per word {result.word_ppl:.2f}"
@@ -250,7 +253,7 @@ def describe(split: str, result: Score, kind: str) -> str:
 
 
 def describe_unknown(splits: Mapping[str, WindowStream]) -> str:
-    """Returns the share of tokens outside the vocabulary by split as one line, empty if there are none."""
+    """Returns one line with each split's share of tokens outside the vocabulary; empty if no split has such tokens."""
     shares = ", ".join(f"{name} {split.unknown_share:.2%}" for name, split in splits.items() if split.unknown_tokens)
     return shares and f"tokens outside the vocabulary: {shares}"
 
@@ -265,7 +268,7 @@ def sample_text(
     top_k: int | None = None,
     seed: int,
 ) -> str:
-    """Returns the prompt and `length` generated tokens as text. The default length depends on the tokenizer.
+    """Returns the prompt and `length` generated tokens as text. The default length is that of `SAMPLE_LENGTH`.
 
     Raises:
         ValueError: the prompt is empty, a setting is out of its range, or the model's output is not finite.
@@ -287,7 +290,7 @@ def sample_text(
 
 
 def _check_autocast(model: LanguageModel, options: LanguageModelOptions, device: torch.device) -> None:
-    """Raises a ValueError if the recurrent kernel lacks the dtype. oneDNN has no bfloat16 LSTM on many processors."""
+    """Raises a ValueError if the recurrent kernel does not support the dtype, as oneDNN's LSTM and bfloat16 on many CPUs."""
     tokens = torch.zeros((1, 1), dtype=torch.int64, device=device)
     try:
         with torch.no_grad(), torch.autocast(device.type, autocast_of(options)):

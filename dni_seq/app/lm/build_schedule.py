@@ -1,4 +1,4 @@
-"""Builds the schedule of a language-model run's learning rates, from the run's length."""
+"""Builds the schedule of the learning rates of a language-model run, and computes the length of the run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dni_seq.trainer import SequenceTrainer
 
 
 def total_steps(options: LanguageModelOptions, stream: WindowStream) -> int | None:
-    """Returns the number of windows of the whole run, None if it is not known."""
+    """Returns the number of windows after which the run ends, the smallest of its limits; None if no limit is known."""
     limits = [options.max_steps]
     if options.max_tokens is not None:
         limits.append(math.ceil(options.max_tokens / (stream.lanes * stream.bptt)))
@@ -23,13 +23,16 @@ def total_steps(options: LanguageModelOptions, stream: WindowStream) -> int | No
 
 
 def windows_behind(options: LanguageModelOptions, stream: WindowStream, steps: int, tokens: int) -> int:
-    """Returns how many windows of the present T the run has behind it, of those that `total_steps` counts.
+    """Returns the run's progress so far in windows of the present T, so that it compares with `total_steps`.
+
+    If the run ends after `--max-steps` windows, the progress is `steps`. Otherwise it is the number of windows of the
+    present T that have `tokens` tokens.
 
     Args:
-        options: the run's options; T may be another than at the start.
+        options: the run's options. T may differ from the T at the start of the run.
         stream: the training text.
         steps: number of windows so far.
-        tokens: number of tokens in them.
+        tokens: number of tokens in these windows.
     """
     if total_steps(options, stream) == options.max_steps:
         return steps
@@ -37,10 +40,14 @@ def windows_behind(options: LanguageModelOptions, stream: WindowStream, steps: i
 
 
 def build_schedule(options: LanguageModelOptions, trainer: SequenceTrainer, stream: WindowStream) -> Schedule | None:
-    """Returns the schedule of the model's rate, which the synthesizer's follows unless told otherwise; None for a constant.
+    """Returns the schedule of the model's learning rate; None if the rate is constant.
+
+    With `--synthesizer-schedule follow`, the learning rate of the synthesizer follows the schedule in proportion. With
+    `--scale-schedule follow`, the injected share of the messages follows it.
 
     Raises:
-        ValueError: the schedule needs the length of the run, or the warm-up is longer than the run.
+        ValueError: the schedule needs the length of the run, which is not known; the warm-up is longer than the run; or the
+            injected share is automatic and must follow the schedule.
     """
     if not options.has_schedule:
         return None
@@ -54,10 +61,10 @@ def build_schedule(options: LanguageModelOptions, trainer: SequenceTrainer, stre
 
 
 def scale_setter(trainer: SequenceTrainer) -> Callable[[float], None]:
-    """Returns a function that sets the injected share of a trainer's messages to a part of what it is now.
+    """Returns a function of a factor that sets the trainer's `synthetic_scale` to its present value times the factor.
 
     Raises:
-        ValueError: the share is automatic.
+        ValueError: `synthetic_scale` is "auto".
     """
     scale = trainer.synthetic_scale
     if not isinstance(scale, float | int):

@@ -25,7 +25,7 @@ from dni_seq.trainer import SequenceTrainer
 def build_trainer(
     options: LanguageModelOptions, model: LanguageModel, device: torch.device, parallel: DataParallel | None = None
 ) -> SequenceTrainer:
-    """Returns the trainer with its optimizers. `parallel` is this rank's part if there are several ranks.
+    """Returns the trainer with its optimizers. `parallel` selects this rank's lanes; None for a run in one process.
 
     Raises:
         ValueError: options exclude each other, for example a sparse embedding and several ranks.
@@ -49,7 +49,7 @@ def build_trainer(
     synthetic = synthetic_arguments(chosen, spec, options.synthesizer_lr)
     if options.compile:
         compile_model(model, options, device)
-    # So that dropout is the same with and without a synthesizer.
+    # The synthesizer has drawn its weights. Seeding again gives the same dropout with and without a synthesizer.
     torch.manual_seed(options.seed)
     trainer = SequenceTrainer(
         model,
@@ -66,7 +66,10 @@ def build_trainer(
 
 
 def token_encoders(vocabulary_size: int, max_classes: int) -> tuple[nn.Module, nn.Module]:
-    """Returns the synthesizer's own encoders of inputs and targets, one shared embedding. Rare tokens share one class."""
+    """Returns the encoders of the lookahead's inputs and targets, which are one embedding. Rare tokens share one class.
+
+    The embedding belongs to the synthesizer, not to the model.
+    """
     embedding = token_embedding(vocabulary_size, max_classes, EMBED)
     return embedding, embedding
 
@@ -88,7 +91,10 @@ def messages(trainer: SequenceTrainer, lookahead: Lookahead | None) -> list[Tens
 
 
 def cell_size(trainer: SequenceTrainer) -> dict[str, float]:
-    """Returns root mean square and largest absolute value of an LSTM's cells by TensorBoard key; empty for other models."""
+    """Returns the root mean square and the largest absolute value of an LSTM's cells by TensorBoard key.
+
+    Empty for other models, and before the first step.
+    """
     if not isinstance(trainer.model.rnn, nn.LSTM) or trainer.state is None:
         return {}
     cells = trainer.state[1].float()
@@ -96,10 +102,10 @@ def cell_size(trainer: SequenceTrainer) -> dict[str, float]:
 
 
 def compile_model(model: LanguageModel, options: LanguageModelOptions, device: torch.device) -> None:
-    """Compiles the model in place with a forward and a backward pass on a window of the right shape.
+    """Compiles the model in place, and runs it forward and backward on a window of the run's shape, which compiles it now.
 
     Raises:
-        ValueError: it cannot be compiled, for example without a C++ compiler.
+        ValueError: the model cannot be compiled, for example without a C++ compiler.
     """
     model.compile()
     tokens = torch.zeros((options.bptt, options.batch_size), dtype=torch.int64, device=device)
@@ -114,7 +120,7 @@ def optimizer_of(model: LanguageModel, options: LanguageModelOptions, device: to
     """Returns the optimizer of all parameters. With `--sparse-embedding`, SparseAdam updates the embedding.
 
     Raises:
-        ValueError: a sparse embedding with another optimizer, or with weight decay.
+        ValueError: `--sparse-embedding` is combined with another optimizer than adam, or with weight decay.
     """
     if not options.sparse_embedding:
         return build_optimizer(list(model.parameters()), options, options.lr, device)

@@ -1,6 +1,6 @@
-"""Reports a run's shapes, parameters, what trains them, memory and time per epoch before it is started.
+"""Reports what a run would be: its shapes, its parameters, the losses that train them, its memory, and the time per epoch.
 
-Builds all parts as in a run and trains on a few windows. Writes nothing.
+Builds all parts as in a run and trains on a few windows. Writes no file.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ WARM_UP = 3
 """Number of first steps that are not timed, because they allocate memory."""
 
 SECONDS = 3.0
-"""Shortest time over which steps are timed. Many steps are needed to include what happens only every n windows."""
+"""Shortest time over which steps are timed, in seconds. Some work happens only every n windows, so few steps miss it."""
 
 LEAST = 10
 """Smallest number of steps that are timed."""
@@ -54,7 +54,7 @@ def dry_run(options: LanguageModelOptions) -> Iterator[str]:
     torch.manual_seed(options.seed)
     model = lm.build_model(options, tokenizer.vocabulary_size, device)
     trainer = build_trainer(options, model, device)
-    build_schedule(options, trainer, stream)  # raises the errors that the run would raise
+    build_schedule(options, trainer, stream)  # only for its errors, which the run would raise too
     windows = (on_device(window, device) for window in itertools.chain.from_iterable(itertools.repeat(stream)))
     first = next(windows)
     yield from corpus.notes
@@ -83,7 +83,10 @@ def describe_shapes(trainer: SequenceTrainer, window: Window) -> Iterator[str]:
 
 
 def describe_parameters(trainer: SequenceTrainer) -> Iterator[str]:
-    """Yields the number of parameters of every part, and the memory of parameters, gradients and Adam's moments."""
+    """Yields a line for each part with its number of parameters, and a line with their memory.
+
+    The memory is that of the parameters, their gradients and Adam's two moments, in MiB.
+    """
     parts: dict[str, nn.Module | None] = {
         "model": trainer.model,
         "auxiliary task": trainer.credit.auxiliary if trainer.credit else None,
@@ -103,7 +106,7 @@ def describe_parameters(trainer: SequenceTrainer) -> Iterator[str]:
 
 
 def time_steps(trainer: SequenceTrainer, windows: Iterator[Window]) -> float:
-    """Returns the mean time of a step in seconds."""
+    """Trains on windows after a warm-up and returns the mean time of a step in seconds."""
     steps, begin = 0, 0.0
     for count, window in enumerate(windows):
         if count == WARM_UP:
@@ -119,7 +122,10 @@ def time_steps(trainer: SequenceTrainer, windows: Iterator[Window]) -> float:
 def describe_time(
     options: LanguageModelOptions, stream: WindowStream, valid: WindowStream, model: LanguageModel, seconds: float
 ) -> Iterator[str]:
-    """Yields the time of a step, an epoch and a validation; for streamed text, of a million tokens."""
+    """Yields lines with the time of a step, of an epoch, of a validation and of all epochs.
+
+    Streamed text has no known epoch: the second line then has the time of a million tokens and is the last one.
+    """
     rate = stream.lanes * stream.bptt / seconds
     yield f"speed: {1000 * seconds:,.1f} ms per step, {rate:,.0f} tokens per second"
     if stream.windows_per_epoch is None:

@@ -28,7 +28,7 @@ from dni_seq.app.runs.output import output_status
 from dni_seq.app.runs.resume import saved_options
 
 OF_THE_CALL = ("data_dir", "device", "threads", "eval_tokens", "data_file", "valid_file", "test_file")
-"""Options of the run that this command can change."""
+"""Options of the run for which this command accepts other values."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def scores(given: argparse.Namespace) -> Iterator[ScoredText]:
-    """Yields the score that the command line asks for.
+    """Yields the score of the split or of the text that the command line names.
 
     Raises:
         ValueError: the run or the text cannot be used.

@@ -27,7 +27,7 @@ class Score(NamedTuple):
         loss: mean cross-entropy, nats per token.
         ppl: perplexity per token, exp(loss).
         bpc: bits per character of the tokens' text.
-        word_ppl: perplexity per word; line ends count as words. Like bpc, comparable between tokenizers.
+        word_ppl: perplexity per word; a line end counts as a word. bpc and word_ppl can be compared between tokenizers.
     """
 
     loss: float
@@ -50,10 +50,10 @@ def evaluate(
 
     Args:
         model: `model(inputs, state) -> (logits [T, B, V], state)` with `initial_state(B)`.
-        windows: the split, on the model's device; T may be longer than in training.
+        windows: the split, on the model's device. T may differ from T in training.
         autocast: dtype of `torch.autocast`, None for full precision.
-        parallel: this rank's part if each rank runs its own lanes of `windows`; the call is then collective. None for one
-            process.
+        parallel: selects this rank's lanes of `windows` and sums the loss over all ranks; the call is then collective.
+            None for one process.
 
     Raises:
         ValueError: there is no token to score.

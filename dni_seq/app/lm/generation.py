@@ -18,7 +18,7 @@ def generate(
     top_k: int | None = None,
     generator: torch.Generator,
 ) -> list[int]:
-    """Generates `length` tokens after `prompt`. The model starts in its initial state.
+    """Generates `length` tokens that continue `prompt`. The model reads the prompt from its initial state.
 
     Args:
         model: `model(tokens [T, 1], state) -> (logits [T, 1, V], state)` with `initial_state(1)`.
@@ -52,7 +52,7 @@ def generate(
 
 
 def _draw(logits: Tensor, top_k: int | None, generator: torch.Generator) -> int:
-    """Returns an id sampled from the softmax of logits [V]."""
+    """Returns an id sampled from the softmax of logits [V], or of the `top_k` largest logits."""
     if not logits.isfinite().all():
         raise ValueError("the model's output is not finite because its training diverged: try a smaller --lr or --clip")
     if top_k is not None and top_k < len(logits):

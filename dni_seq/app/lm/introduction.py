@@ -1,4 +1,4 @@
-"""The lines that a run begins with: its text, its model, and how it trains where."""
+"""The three lines that a run prints first: its text, its model, and its method with the device and the run directory."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dni_seq.app.runs.directory import RunDirectory
 from dni_seq.streams import Tokenizer, WindowStream
 
 UNITS = MappingProxyType({"word": "words", "char": "characters", "sentencepiece": "SentencePiece pieces"})
-"""What a tokenizer cuts a text into, by its kind."""
+"""The name of a text's tokens, by the kind of tokenizer."""
 
 
 def introduction(
@@ -34,7 +34,7 @@ def introduction(
         tokenizer: the run's tokenizer.
         stream: the training text.
         model: the model.
-        device: its device.
+        device: the model's device.
         run: the directory of the run.
     """
     units, tokens = UNITS[tokenizer.kind], stream.tokens_per_epoch

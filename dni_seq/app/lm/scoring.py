@@ -1,6 +1,6 @@
-"""Scores a trained run on the splits of its text, or on another text, and finds out which of the two a file is.
+"""Scores a trained run on the splits of its own text, or on another text, and decides whether a file holds the own text.
 
-A checkpoint of a run on local files records where its held-out texts start, with their checksums: see `held_out`.
+A checkpoint of a run on local files identifies the held-out texts of the run; see `held_out`.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ class ScoredText(NamedTuple):
     """The score of a text.
 
     Attributes:
-        name: the split, or the file of another text.
+        name: the name of the split, or the file name of another text.
         score: the score.
         limit: the number of tokens after which scoring stopped before the end of the text; None for the whole text.
-        unknown: tokens outside the vocabulary as a line of text, empty if there are none.
+        unknown: a line on the tokens outside the vocabulary, empty if the text has none.
         kind: the tokenizer's kind.
     """
 
@@ -36,7 +36,7 @@ class ScoredText(NamedTuple):
     kind: str
 
     def lines(self) -> Iterator[str]:
-        """Yields the score as a line of text, and further lines if a limit cut it or tokens are unknown."""
+        """Yields a line with the score, then a line if a limit ended scoring early, and a line if tokens are unknown."""
         yield lm.describe(self.name, self.score, self.kind)
         if self.limit is not None:
             yield f"{self.name}: a limit of {self.limit:,} tokens cut this score, give --eval-tokens to change it"
@@ -47,7 +47,8 @@ class ScoredText(NamedTuple):
 def held_out(options: LanguageModelOptions, splits: Mapping[str, WindowStream]) -> dict[str, Any]:
     """Returns what identifies the held-out texts of a run on local files, by split; empty for other data.
 
-    It has the checksum of a text in memory, and the sizes of the files and the checksum of the first tokens of others.
+    A text in memory is identified by its checksum. A streamed text is identified by the sizes of its files and the checksum
+    of its first tokens.
 
     Args:
         options: the options of the run.
@@ -57,15 +58,15 @@ def held_out(options: LanguageModelOptions, splits: Mapping[str, WindowStream]) 
 
 
 def check_held_out(checkpoint: Mapping[str, Any], found: Mapping[str, Any], place: str | None) -> None:
-    """Checks that held-out texts are those of the run.
+    """Checks that the held-out texts found now are those of the run.
 
     Args:
-        checkpoint: content of the checkpoint. One without this information is accepted.
-        found: what `held_out` returns for the texts that are there now.
+        checkpoint: content of the run's checkpoint. A checkpoint that does not identify its texts is accepted.
+        found: what `held_out` returns for the texts found now.
         place: the training file, for the message.
 
     Raises:
-        DataError: a text differs.
+        DataError: a text differs from the run's.
     """
     saved = checkpoint.get("held_out", {})
     for split, state in found.items():
@@ -78,8 +79,8 @@ def score_splits(loaded: lm.LoadedRun, splits: Iterable[str], options: LanguageM
 
     Args:
         loaded: the run.
-        splits: "valid" or "test".
-        options: its options; they may name other places of the text and another `eval_tokens`.
+        splits: names of the splits, "valid" or "test".
+        options: the options of the run, possibly with new paths of its text and another `eval_tokens`.
 
     Raises:
         ValueError: the text cannot be read, or is not the run's.
@@ -92,26 +93,27 @@ def score_splits(loaded: lm.LoadedRun, splits: Iterable[str], options: LanguageM
 
 
 def is_own_text(loaded: lm.LoadedRun, options: LanguageModelOptions) -> bool:
-    """Returns whether the local files that `options` name hold the same held-out texts as the run's."""
+    """Returns whether the local files that `options` name hold the held-out texts of the run."""
     saved = loaded.checkpoint.get("held_out")
     if not saved:
         return False
     try:
         corpus = lm.open_text(options)
         splits = {split: lm.open_split(corpus, split, loaded.tokenizer, loaded.options) for split in HELD_OUT}
-    except DataError:  # too short to hold out a part, or unreadable; the latter fails again when it is scored
+    except DataError:  # too short to hold out a part, or unreadable; scoring an unreadable text raises the error again
         return False
     return held_out(options, splits) == saved
 
 
 def score_other_text(loaded: lm.LoadedRun, options: LanguageModelOptions, file: str, text_column: str | None) -> ScoredText:
-    """Returns the score of a run on the whole of another text. A text that is too short for its lanes is one lane.
+    """Returns the score of a run on the whole of another text. A text too short for the run's lanes is read in one lane.
 
     Args:
         loaded: the run, whose tokenizer is used.
-        options: its options, with the `eval_tokens` to use.
+        options: the options of the run, with the `eval_tokens` to use.
         file: the file, or a pattern for several files.
-        text_column: column or field that holds the text. None for that of a run on local files, else "text".
+        text_column: column or field that holds the text. None means the column of `options` if the run trained on local
+            files, and otherwise "text".
 
     Raises:
         ValueError: the text cannot be read.
@@ -126,7 +128,7 @@ def score_other_text(loaded: lm.LoadedRun, options: LanguageModelOptions, file: 
 
 
 def _whole(corpus: Corpus, loaded: lm.LoadedRun) -> WindowStream:
-    """Returns the windows of a text in the run's lanes, or in one lane if it is too short for them."""
+    """Returns the windows of a text in as many lanes as the run has, or in one lane if the text is too short for these."""
     try:
         return lm.open_split(corpus, "test", loaded.tokenizer, loaded.options)
     except DataError:

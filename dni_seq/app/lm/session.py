@@ -105,7 +105,7 @@ def assemble(
     torch.manual_seed(options.seed)
     with lm.sizes_that_fit():
         model = lm.build_model(options, tokenizer.vocabulary_size, device)
-        if ranks.first:  # before the trainer, whose optimizers import torch's compiler for seconds
+        if ranks.first:  # before the trainer: making its optimizers imports torch's compiler, which takes seconds
             for line in introduction(options, corpus.name, tokenizer, stream, model, device, run):
                 print(line, flush=True)
         trainer = build_trainer(options, model, device, parallel)

@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             presets=PRESETS,
             as_given=as_given,
         )
-        if os.environ.get("WORLD_SIZE", "1") == "1":  # several ranks check them together, so that one of them reports
+        if os.environ.get("WORLD_SIZE", "1") == "1":  # several ranks check later together, so that one reports
             build(LanguageModelOptions, given)
         if given.get("dry_run") and given.get("eval_only"):
             raise ValueError("--dry-run and --eval-only exclude each other: remove one of them")

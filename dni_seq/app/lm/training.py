@@ -35,7 +35,7 @@ from dni_seq.streams import Tokenizer, WindowStream
 from dni_seq.streams.corpus import EMBEDDED
 
 RANK_SEED = 1_000_003
-"""Distance between the seeds of two ranks, large enough that they differ from the seeds of a study."""
+"""Distance between the seeds of two ranks, so large that a rank's seed is not the seed of another run of a study."""
 
 
 EVAL_EVERY_OF_STREAM = 1000
@@ -47,7 +47,7 @@ class LanguageModelCounters(Counters):
     """The counters of a language-model run; part of its checkpoint.
 
     Attributes:
-        curve: (tokens, seconds, process seconds, bits per character) at each validation, its own time included.
+        curve: a row (tokens, seconds, process seconds, bits per character) for each validation. The times include it.
         tokens: number of tokens trained on so far.
         best: lowest validation loss so far, None before the first.
         validated_at: step of the latest validation.
@@ -77,7 +77,7 @@ class LanguageModelRun(TrainingRun):
         test: the test split.
         model: the model that `trainer` trains.
         schedule: changes the learning rate, None if it is constant.
-        held_out: what identifies the texts of `valid` and `test` if they are local files, see `scoring.held_out`.
+        held_out: what identifies the texts of `valid` and `test` if they are local files; see `scoring.held_out`.
     """
 
     LIMIT: ClassVar[str] = "--epochs, --max-steps, --max-tokens or --patience"
@@ -124,7 +124,7 @@ class LanguageModelRun(TrainingRun):
         return Measured({"train/loss": result.loss, **measurements(result)}, weight=tokens, tokens=tokens)
 
     def after_step(self, window: Window, result: StepResult, measured: Measured) -> None:
-        """Counts the tokens of a step, and now and then logs histograms of the synthesizer's messages."""
+        """Counts the tokens of a step, and every `HISTOGRAM_EVERY` steps logs histograms of the synthesizer's messages."""
         self.counters.tokens += measured.tokens
         if self.schedule is not None:
             self.schedule.after_window(self.trainer.updates, self.stream.epoch)
@@ -133,7 +133,7 @@ class LanguageModelRun(TrainingRun):
                 self.log.histogram(self.steps, f"messages/horizon_{horizon}", message)
 
     def point(self) -> dict[str, float]:
-        """Returns the size of the cells, the speed, and what the schedule and accumulation change."""
+        """Returns the size of the cells and the speed; with a schedule the learning rate, with accumulation the updates."""
         values = {} if self.schedule is None else {"train/lr": self.schedule.rate}
         if self.options.accumulate > 1:
             values["train/updates"] = self.trainer.updates
@@ -145,7 +145,7 @@ class LanguageModelRun(TrainingRun):
         return f"loss {loss:.3f}, ppl {perplexity(loss):.1f}"
 
     def dashboard(self) -> Dashboard:
-        """Returns the charts that this run fills, its method, and the options with other values than the defaults."""
+        """Returns the charts that this run fills, its method, and the options whose values are not the defaults."""
         options = self.options
         credit = options.resolve(options.bptt)
         moves = options.has_schedule and options.scale_schedule == "follow"
@@ -159,7 +159,7 @@ class LanguageModelRun(TrainingRun):
         )
 
     def evaluate(self) -> bool:
-        """Validates and samples if it is time. Returns whether this step was validated."""
+        """Validates every `eval_every` steps and prints a sample every `--sample-every`. Returns whether it validated."""
         due = self.steps % self.eval_every == 0
         if due:
             self.validate()
@@ -168,7 +168,7 @@ class LanguageModelRun(TrainingRun):
         return due
 
     def complete_curves(self) -> None:
-        """Writes the points of the last step that are not written yet, the validation's included."""
+        """Writes the points of the last step that are not written yet. Validates if this step was not validated."""
         super().complete_curves()
         if self.counters.validated_at != self.steps:
             self.validate()
@@ -226,7 +226,7 @@ class LanguageModelRun(TrainingRun):
         best = self.best_model()
         valid, test = (lm.score(best, split, self.options) for split in (self.valid, self.test))
         self.log_score("test", test)
-        # Not as curves, which would be charts of one point.
+        # As text: curves of these scores would be charts with one point.
         shown = (lm.describe(name, split, self.tokenizer.kind) for name, split in (("valid", valid), ("test", test)))
         self.log.paragraph(self.steps, "about/result", f"Best checkpoint: {'; '.join(shown)}")
         self.report_unknown_words()
@@ -253,7 +253,7 @@ class LanguageModelRun(TrainingRun):
         return {**super().content(), **schedule, "random_of_other_ranks": others, "held_out": self.held_out}
 
     def restore(self, checkpoint: dict[str, Any] | None) -> None:
-        """Restores the run. A rank without a saved random state gets its own seed, so that every rank draws its own dropout.
+        """Restores the run. Every rank draws different dropout: a rank without a saved random state gets a seed of its own.
 
         Raises:
             DataError: the training, validation or test text is not the run's.
@@ -261,7 +261,7 @@ class LanguageModelRun(TrainingRun):
         """
         super().restore(checkpoint)
         if self.trainer.credit is not None:
-            self.trainer.credit.window = self.options.bptt  # the first window of this call may be the short one of an epoch
+            self.trainer.credit.window = self.options.bptt  # the session's first window may be shorter, at an epoch's end
         check_held_out(checkpoint or {}, self.held_out, self.options.data_file)
         self.counters.check()
         if checkpoint is not None and self.schedule is not None:
@@ -278,7 +278,7 @@ class LanguageModelRun(TrainingRun):
             set_random_state(others[self.ranks.rank - 1])
 
     def in_force(self) -> dict[str, Any]:
-        """Returns the value in force of every option."""
+        """Returns the value in force of every option that config.json stores; None for an option without effect."""
         return super().in_force() | {
             **credit_in_force(self.options, self.options.bptt, cells=self.options.model == "lstm"),
             **dict.fromkeys(optimization_without_effect(self.options)),
@@ -290,7 +290,7 @@ class LanguageModelRun(TrainingRun):
         }
 
     def next_commands(self) -> list[str]:
-        """Returns the commands that continue the run, sample from it, score it, and show it."""
+        """Returns lines with the commands that train the run further, sample from it, score it, and show its curves."""
         run = shlex.quote(str(self.run.path))
         limits = ("epochs", "max_steps", "max_tokens")
         limit = next(name for name in limits if getattr(self.options, name) is not None)

@@ -1,1 +1,1 @@
-"""One run on disk and on screen: options, progress, checkpoints, TensorBoard."""
+"""What every command does around training: options, the run directory, progress, checkpoints, curves, signals."""

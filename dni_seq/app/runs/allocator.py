@@ -15,26 +15,26 @@ _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3  # glibc's malloc.h
 _HUGE_PAGES = 14  # MADV_HUGEPAGE of Linux's mman.h
 
 KEPT = 1 << 30
-"""Bytes of free memory at the heap's end that are kept; more is returned to the system."""
+"""Largest number of free bytes at the heap's end that are kept. Further free bytes are returned to the system."""
 
 LARGEST = 32 << 20
-"""Size in bytes of the largest block that is kept: glibc's upper limit."""
+"""Size in bytes of the largest block that is kept after it is freed. glibc allows no larger value."""
 
 GROWTH = 64 << 20
-"""Bytes by which the heap grows."""
+"""Bytes by which the heap grows whenever it is full."""
 
 HUGE_PAGE = 2 << 20
 """Size of a huge page in bytes."""
 
 RESERVED = 512 << 20
-"""Bytes of address space by which the heap grows at first. Huge pages are requested for them and allocated on use."""
+"""Bytes of address space by which the heap grows once, at the start. They lie in huge pages, allocated on first use."""
 
 
 def keep_freed_memory() -> bool:
-    """Makes this process keep freed blocks of up to 32 MiB, 1 GiB in total. Returns whether the C library supports it.
+    """Makes this process keep freed blocks of up to 32 MiB each, 1 GiB in total. Returns whether the C library supports it.
 
-    The first 512 MiB are placed in huge pages if the system provides any. The setting holds for the whole process, so call
-    it when a program starts, as train_lm.py and train_tasks.py do.
+    The first 512 MiB of the heap are placed in huge pages if the system provides any. The setting holds for the whole
+    process, so call this function when a program starts, as train_lm.py and train_tasks.py do.
     """
     if platform.libc_ver()[0] != "glibc":
         return False
@@ -56,7 +56,7 @@ def _grow_in_huge_pages(library: ctypes.CDLL) -> None:
     library.sbrk.argtypes, library.malloc.argtypes = [ctypes.c_ssize_t], [ctypes.c_size_t]
     library.free.argtypes, library.madvise.argtypes = [ctypes.c_void_p], [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     before = library.sbrk(0)
-    library.free(library.malloc(LARGEST // 2))  # larger than what is free, so that the heap has to grow
+    library.free(library.malloc(LARGEST // 2))  # more than the heap has free, so that it has to grow
     begin, end = -(-before // HUGE_PAGE) * HUGE_PAGE, library.sbrk(0) // HUGE_PAGE * HUGE_PAGE
     if end > begin:
         library.madvise(begin, end - begin, _HUGE_PAGES)

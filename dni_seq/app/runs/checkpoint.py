@@ -4,8 +4,9 @@ A checkpoint is a dict of plain Python values and tensors, so it loads with `wei
 run code. It is written to a temporary file, flushed to the disk and renamed. If the process dies while it writes, the older
 file is unchanged.
 
-The file is what `torch.save` writes, a zip archive, with a SHA-256 of all its bytes in the archive's comment. A flipped bit
-or a truncated file is detected before anything is unpickled. Plain `torch.load` can read the file too.
+The file is the zip archive that `torch.save` writes. The comment at the archive's end holds the SHA-256 of the bytes that
+`torch.save` wrote. A flipped bit or a truncated file is detected before anything is unpickled. Plain `torch.load` can read
+the file too.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from dni_seq.distributed.process_group import RankError
 
 FORMAT = "dni_seq checkpoint"
 VERSION = 2
-"""Version 1 had no checksum; it can still be read."""
+"""The version of the file format. Files of version 1, which have no checksum, can still be read."""
 
 _COMMENT = b"dni_seq sha256 "
 _COMMENT_LENGTH = len(_COMMENT) + 2 * hashlib.sha256().digest_size
@@ -44,8 +45,8 @@ def save_checkpoint(path: Path, content: dict[str, Any], keep: Path | None = Non
     Args:
         path: the file.
         content: the content of the checkpoint.
-        keep: path in the same directory to which the older file at `path` is renamed; None to replace it. If the process
-            dies between the two renames, the older file is at `keep` and there is none at `path`.
+        keep: path in the same directory to which the older file at `path` is renamed first; None to overwrite the older
+            file. If the process dies between the two renames, the older file is at `keep` and no file is at `path`.
 
     Raises:
         OSError: the disk is full or the directory is not writable; the older file is unchanged.
@@ -87,16 +88,18 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
 
 @contextmanager
 def checkpoint_errors(run: Path) -> Iterator[None]:
-    """Turns an exception in the block, in which a checkpoint's content is first used, into a `CheckpointError`.
+    """Turns exceptions inside the context into a `CheckpointError`. For the code that first uses a checkpoint's content.
+
+    OSError, ArithmeticError and RankError pass unchanged.
 
     Raises:
-        CheckpointError: the block raised anything but OSError, ArithmeticError or RankError, which pass unchanged.
+        CheckpointError: the code in the context raised another exception.
     """
     try:
         yield
     except (OSError, ArithmeticError, RankError):
         raise
-    # An intact file from another program can lack any entry, or hold a wrong type or shape anywhere.
+    # An intact file from another program can lack any entry, and any entry can have a wrong type or shape.
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise CheckpointError(f"cannot resume from the checkpoint of the run {run}: {reason}") from error
@@ -124,7 +127,7 @@ class _ChecksumWriter:
 
 
 def _save_sealed(content: dict[str, Any], file: BinaryIO) -> None:
-    """Saves with `torch.save` and appends the checksum as the archive's comment, whose length precedes it in two bytes."""
+    """Saves with `torch.save` and adds the checksum as the archive's comment, after two bytes with the comment's length."""
     summing = _ChecksumWriter(file)
     try:
         torch.save(content, summing)  # type: ignore[arg-type]

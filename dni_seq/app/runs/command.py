@@ -35,10 +35,10 @@ def run_command(prog: str, ranks: Ranks, prepare: Callable[[], TrainingRun]) -> 
         where = f"rank {ranks.rank} stopped at {training.UNIT} {training.steps}"
         return report(prog, RankError(f"{where}: {error}; to resume from the last checkpoint: {training.how_to_resume}"))
     except DataError as error:
-        if ranks.size > 1:  # a checkpoint needs all ranks, and the others may not have this error
+        if ranks.size > 1:  # no checkpoint: it needs all ranks, and the other ranks may not have this error
             return report(prog, DataError(f"rank {ranks.rank} stopped at {training.UNIT} {training.steps}: {error}"))
         return report(prog, training.save_after(error))
-    except NonFiniteError as error:  # on all ranks at the same step
+    except NonFiniteError as error:  # raised on all ranks at the same step, so that all can save
         end = training.save_after(error)
         return report(prog, end) if ranks.first else 2
     except (CheckpointError, OSError) as error:

@@ -1,4 +1,4 @@
-"""What TensorBoard shows of a run besides its curves: the charts that the run fills, its options, and what it does."""
+"""What TensorBoard shows of a run besides its curves: the layout of the charts, the run's options, and its method."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ class Dashboard(NamedTuple):
     Attributes:
         layout: the charts of the tab "Custom Scalars".
         method: a sentence on the gradients by which the run trains.
-        scores: keys whose last values are the run's scores in the tab "HParams", and their headings.
-        changed: the options in `deciding_options` with other values than the defaults.
+        scores: headings in the tab "HParams" by key; the last value of each key is a score of the run.
+        changed: the options of `deciding_options` whose values are not the defaults.
     """
 
     layout: Layout
@@ -32,17 +32,17 @@ def deciding_options(options: RunOptions) -> dict[str, Any]:
 
 
 def changed_options(options: RunOptions, defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the options that affect the training, are not None, and have other values than the `defaults`."""
+    """Returns the options that affect the training, without those that are None or have the value in `defaults`."""
     deciding = deciding_options(options).items()
     return {name: value for name, value in deciding if value is not None and value != defaults[name]}
 
 
 def charts(layout: Layout, absent: Iterable[str]) -> Layout:
-    """Returns the charts of a layout without those of keys that a run does not write, which TensorBoard would show empty.
+    """Returns a layout without the charts of keys that a run does not write. TensorBoard would show these charts empty.
 
     Args:
         layout: all charts.
-        absent: starts of the keys that the run does not write.
+        absent: the first characters of the keys that the run does not write.
     """
     missing = tuple(absent)
     written = {

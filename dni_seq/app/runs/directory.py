@@ -1,7 +1,7 @@
 """The directory of a run: the names of its files, and checks before a run writes to it.
 
 A run directory belongs to one configuration. A new run never uses the directory of another run. A resumed run keeps its
-configuration except for the options that may change.
+configuration, except for the options that may change (`RunOptions.MAY_CHANGE`).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class LatestCheckpoint(NamedTuple):
     Attributes:
         path: file of the checkpoint.
         content: content of the checkpoint.
-        note: why it is not the last checkpoint written, as a message for the user; None if it is the last one.
+        note: why an older checkpoint than the last one is used, as a message for the user; None if the last one is used.
         damaged: damaged files that were skipped.
     """
 
@@ -34,7 +34,7 @@ class LatestCheckpoint(NamedTuple):
 
 
 class RunDirectory:
-    """The files of a run: `metrics.csv`, TensorBoard events, `config.json`, tokenizer, checkpoints, summary, lock."""
+    """The paths of a run's files: metrics.csv, TensorBoard events, config.json, tokenizer, checkpoints, summary, lock."""
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
@@ -71,10 +71,10 @@ class RunDirectory:
         write_json(self.config, dict(config))
 
     def newest_checkpoint(self) -> LatestCheckpoint | None:
-        """Returns the last checkpoint, or the previous one if the last is damaged or missing. None if there is none yet.
+        """Returns the last checkpoint, or the previous one if the last is damaged or missing. None if the run has neither.
 
         Raises:
-            CheckpointError: all existing checkpoints are damaged, or one has a newer version.
+            CheckpointError: all existing checkpoints are damaged, or one was written by a newer version of the program.
         """
         damaged: list[Path] = []
         reasons: list[str] = []
@@ -97,7 +97,7 @@ class RunDirectory:
         return None
 
     def set_aside(self, damaged: Collection[Path]) -> None:
-        """Renames damaged checkpoints to NAME.damaged, so that they do not replace valid ones.
+        """Renames damaged checkpoints to NAME.damaged, so that saving does not rename them to previous.pt.
 
         Raises:
             OSError: a file cannot be renamed.
@@ -108,7 +108,7 @@ class RunDirectory:
     def refuse_new_run(self, config: Mapping[str, Any]) -> None:
         """Raises a ValueError if a new run with `config` must not start in this directory.
 
-        Entries of `config` that are None are not known yet and are not compared.
+        An entry of `config` that is None is not known yet and is not compared with the directory's config.json.
         """
         if not self.path.exists():
             return
@@ -134,7 +134,7 @@ class RunDirectory:
 
 
 def differences(saved: Mapping[str, Any], wanted: Mapping[str, Any], may_change: Collection[str] = ()) -> str:
-    """Returns the options that differ between `saved` and `wanted` as text, without those in `may_change`."""
+    """Returns a text that lists the options that differ between `saved` and `wanted`, without those in `may_change`."""
     return ", ".join(
         f"{flag(name)} {saved.get(name)} there, {value} here"
         for name, value in wanted.items()
@@ -143,13 +143,13 @@ def differences(saved: Mapping[str, Any], wanted: Mapping[str, Any], may_change:
 
 
 def check_unused(path: Path) -> None:
-    """Raises a ValueError if `path` is a file or a directory that is not empty. For runs without checkpoints."""
+    """Raises a ValueError if `path` is a file, or a directory that is not empty. For commands without checkpoints."""
     if path.is_file() or (path.is_dir() and any(path.iterdir())):
         raise ValueError(f"--run-dir {path} is not empty: choose another --run-dir")
 
 
 def new_run_path(name: str, parent: str | Path = "runs") -> Path:
-    """Returns a path that does not exist: `parent`/`name`-DATE-TIME, with a number appended if that is taken."""
+    """Returns a path that does not exist: `parent`/`name`-DATE-TIME, with a number appended if that path exists."""
     base = Path(parent) / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
     path, number = base, 2
     while path.exists():

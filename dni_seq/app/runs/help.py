@@ -11,7 +11,7 @@ EXAMPLES = 3
 """Number of examples in the short description."""
 
 LINE = 72
-"""Characters of an option's text in one line of the short help, 100 columns wide."""
+"""Number of characters of an option's text that fit in one line of the short help, which is 100 columns wide."""
 
 
 class PrintHelp(argparse.Action):
@@ -35,9 +35,9 @@ class PrintHelp(argparse.Action):
 
 
 def brief(description: str) -> str:
-    """Returns the first paragraph of a command's description, and its first examples without their explanations.
+    """Returns the first paragraph of a command's description, and its first `EXAMPLES` examples without explanations.
 
-    An example is a line, and an indented line that explains it.
+    In the description, an example is a line that is not indented, followed by an indented line that explains it.
     """
     lines = description.strip().splitlines()
     end = lines.index("") if "" in lines else len(lines)
@@ -50,10 +50,10 @@ def option_text(help: str, choices: Sequence[str] | None, default: str, *, short
     """Returns an option's text for argparse: its help, its choices and its default.
 
     Args:
-        help: the help; remarks follow after a semicolon.
+        help: the option's help; the text after its first semicolon is remarks.
         choices: the allowed values, None for any.
         default: the default as text, empty if there is none.
-        short: whether to skip the remarks, and a default that would need another line.
+        short: whether to leave out the remarks, and the default if it does not fit in the line.
     """
     listed = f": {', '.join(choices)}" if choices else ""
     text = (help.split("; ", maxsplit=1)[0] if short else help) + listed

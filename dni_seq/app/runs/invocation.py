@@ -1,4 +1,4 @@
-"""How the user calls the commands: by the scripts of a clone, or as `dni-seq COMMAND`."""
+"""Texts in the form in which the user calls the commands: as scripts of a clone, or as `dni-seq COMMAND`."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ SCRIPTS: Mapping[str, str] = MappingProxyType(
 
 
 def command_line(name: str) -> str:
-    """Returns how to call the `dni-seq` command `name`, in the form in which this process was called."""
+    """Returns the words that call the command `name` of `dni-seq`, as a script or not, as this process was called."""
     script = Path(sys.argv[0]).with_name(f"{SCRIPTS[name]}.py")
     called_by_script = sys.argv[0].endswith(".py") and script.is_file()
     return f"python {shlex.quote(str(script))}" if called_by_script else f"dni-seq {name}"
 
 
 def as_called(text: str) -> str:
-    """Returns a help text in the words of this call: `dni-seq COMMAND` has no scripts, and names commands instead."""
+    """Returns a help text for the form of this call. If the call is `dni-seq COMMAND`, replaces scripts by commands."""
     if not sys.argv[0].startswith("dni-seq "):
         return text
     for name, script in SCRIPTS.items():

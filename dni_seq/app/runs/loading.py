@@ -1,4 +1,4 @@
-"""Says that PyTorch is being imported before it is, because that takes seconds."""
+"""Prints a line before PyTorch is imported, because the import takes seconds."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ def loading(*, result: bool = False) -> Iterator[None]:
     Ctrl-C inside the context ends the process with one line and status 130.
 
     Args:
-        result: whether stdout is the command's result. The line is then on stderr, and only if that is a terminal.
+        result: whether stdout is the command's result. The line is then printed on stderr, and only if stderr is a
+            terminal.
     """
     if "torch" in sys.modules:
         yield

@@ -1,7 +1,7 @@
 """Locks a run directory for one writer. The lock is advisory and is released when its process ends for any reason.
 
 The lock is the system's `flock` on the file `lock` in the directory. The file remains after the lock is released. Its
-text, the process id and the host name, is informational.
+text, the process id and the host name, is for the reader of an error message only.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from types import TracebackType
 LOCK_NAME = "lock"
 
 _WITHOUT_LOCKS = frozenset({errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP})
-"""Error numbers of file systems without locks, for example Lustre if it is mounted without them."""
+"""Error numbers of file systems without locks, for example Lustre if it is mounted without locks."""
 
 
 class RunLock:
     """Holds the lock on one directory from `take` to the end of the context.
 
     Attributes:
-        missing: why `take` could not lock the directory, as a message for the user; None if it is locked.
+        missing: why the directory cannot be locked, as a message for the user; None if it is locked or not taken yet.
     """
 
     def __init__(self) -> None:

@@ -1,7 +1,7 @@
 """The training loop of the commands: steps, curves, checkpoints, stops by signal, and the errors that end a run.
 
-`TrainingRun` is the base class of the runs of train_lm.py and train_tasks.py. A subclass holds the parts that only its
-command has, and overrides the methods that differ.
+`TrainingRun` is the base class of the runs of train_lm.py and train_tasks.py. A subclass adds the parts that only one of
+the two commands has, and overrides the methods that differ between them.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from dni_seq.distributed.process_group import RankError, Ranks
 from dni_seq.trainer import SequenceTrainer
 
 SAVE_SECONDS = 60.0
-"""Seconds between two checkpoints, the most work that a kill loses. A subclass may ask for more checkpoints."""
+"""Seconds between two checkpoints. A kill loses at most this much work. A subclass may ask for further checkpoints."""
 
 
 class SavedPosition(Protocol):
@@ -74,12 +74,12 @@ class SavedStream(SavedPosition, Protocol):
 
 @dataclass
 class Counters:
-    """The counters that every run has; part of its checkpoint. A subclass adds those of its command.
+    """The counters that every run has, saved in its checkpoints. A subclass adds the counters of one command.
 
     Attributes:
         seconds: time of the run so far, over all sessions, evaluation included.
-        process_seconds: CPU time of the process so far, which does not depend on other load of the machine.
-        curve: the run's scores so far, one row per evaluation; the subclass defines the columns.
+        process_seconds: CPU time of the run so far, over all sessions. Other work on the machine changes it little.
+        curve: the run's scores so far, one row for each evaluation; the subclass defines the columns.
         logged_at: step of the latest point of the training curves.
     """
 
@@ -95,7 +95,7 @@ class Measured(NamedTuple):
     Attributes:
         values: measurements by TensorBoard key, as `RunLog.add` takes them.
         weight: weight of the step in the averages.
-        tokens: number of tokens of the window, for the speed.
+        tokens: number of tokens of the window, from which the speed is computed.
     """
 
     values: dict[str, Tensor]
@@ -122,25 +122,25 @@ class TrainingRun(ABC):
     """A training run: trains on a stream until it is done, logs, saves, and resumes exactly.
 
     Build the parts, call `restore` with the checkpoint or None, then `begin`, then `train`. A subclass defines the abstract
-    methods. It may override `evaluate`, `scores` and `outcome`, which do nothing here. It may extend `restore`,
-    `initialize_dir`, `complete_curves`, `content` and `summary`, which do what all runs have in common.
+    methods. It may override `evaluate`, `scores` and `outcome`, which do nothing in this class. It may extend `restore`,
+    `initialize_dir`, `complete_curves`, `content` and `summary`, which do the work that all runs need.
 
     Attributes:
-        UNIT: name of a step in messages.
-        LIMIT: name in messages of what ends the run.
+        UNIT: the name of a step in messages, such as "step" or "update".
+        LIMIT: the options that limit the run's length, as messages name them.
         LOG_EVERY: steps between two points of the training curves.
         options: the options of the run.
         run: the directory of the run.
-        device: the device of model and windows.
+        device: the device of the model and of the windows on which it trains.
         stream: the training windows, with the lanes of all ranks.
-        trainer: trains on a window.
+        trainer: trains the model on a window.
         counters: see `Counters`.
         ranks: the ranks that share the run. Only the first one writes files and messages.
-        log: the curves of the run; writes nothing before `begin`, and on ranks other than the first.
+        log: writes the curves of the run. Before `begin`, and on ranks other than the first, it writes nothing.
         progress: shows steps and messages, from `begin` on.
-        probe: compares gradients now and then, if the options say so.
+        probe: compares the parameters' gradient with that of full BPTT every `fidelity_every` windows.
         resumed_at: step of the loaded checkpoint, None for a new run.
-        finished: whether an earlier session has finished the run, so that there is nothing to train; known from `begin` on.
+        finished: whether an earlier session has finished the run, so that this one trains nothing; known from `begin` on.
         began: time at which this session began to train, in seconds of the monotonic clock.
         saved_at: time of the latest checkpoint, in seconds of the same clock.
     """
@@ -176,7 +176,7 @@ class TrainingRun(ABC):
 
     @property
     def how_to_resume(self) -> str:
-        """The options that resume this run."""
+        """The options that resume this run, as words of the command line."""
         return f"--run-dir {self.run.path} --resume auto"
 
     @abstractmethod
@@ -201,18 +201,18 @@ class TrainingRun(ABC):
 
     @abstractmethod
     def figures(self) -> str:
-        """Returns the latest figures as a short text."""
+        """Returns the latest measurements as a short text for the progress line."""
 
     @abstractmethod
     def dashboard(self) -> Dashboard:
         """Returns what the tracker shows of the run besides its curves."""
 
     def evaluate(self) -> bool:
-        """Evaluates the model if an evaluation is due. Returns whether a checkpoint is due after it."""
+        """Evaluates the model if an evaluation is due at this step. Returns whether a checkpoint must follow."""
         return False
 
     def scores(self) -> dict[str, Any]:
-        """Logs and returns the scores of the finished run, for summary.json. Only the first rank calls this."""
+        """Logs the scores of the finished run and returns them for summary.json. Only the first rank calls this."""
         return {}
 
     def in_force(self) -> dict[str, Any]:
@@ -220,23 +220,23 @@ class TrainingRun(ABC):
         return {**config_of(self.options), "device": str(self.device)}
 
     def next_commands(self) -> list[str]:
-        """Returns lines for the end of the run that name the next commands."""
+        """Returns lines for the end of the run with commands that the user may want to call next."""
         return [curves_command(self.run.path, self.options.logger)]
 
     def outcome(self) -> str:
-        """Returns the outcome of the finished run for the last message."""
+        """Returns text about the finished run that is added to the last message; empty by default."""
         return ""
 
     def restore(self, checkpoint: dict[str, Any] | None) -> None:
-        """Restores the run from a checkpoint's content, except for the log. Does nothing for None, a new run.
+        """Restores the run from a checkpoint's content, except for the log. Does nothing for None, which is a new run.
 
-        Any exception of a checkpoint with other content passes; call this in `checkpoint_errors`.
+        A checkpoint with unexpected content can raise any exception. Therefore call this inside `checkpoint_errors`.
         """
         if checkpoint is None:
             return
         self.trainer.load_state_dict(checkpoint["trainer"], self.stream.lanes)
         self.stream.load_state_dict(checkpoint["stream"])
-        if "probe" in checkpoint:  # missing in those of older versions
+        if "probe" in checkpoint:  # checkpoints of older versions lack it
             self.probe.load_state_dict(checkpoint["probe"])
         if self.ranks.first:
             set_random_state(checkpoint["random"])
@@ -247,12 +247,12 @@ class TrainingRun(ABC):
         """Creates the run's directory, opens its log and starts the clocks. A collective call.
 
         Args:
-            plan: the plan of the call.
+            plan: whether the call starts or resumes the run, and its options.
             lock: lock to take on the directory.
-            notes: more messages for the user.
+            notes: further messages to print for the user.
 
         Raises:
-            ValueError: the directory cannot be written, or it is in use.
+            ValueError: the directory cannot be written, or another process uses it.
             CheckpointError: the checkpoint's log is not valid.
         """
         self.finished = self.ranks.broadcast_from_rank0(lambda: self._open(plan, lock))
@@ -273,12 +273,12 @@ class TrainingRun(ABC):
         plan.initialize_dir(self.run, self.options, lock)
 
     def _open(self, plan: Plan[Any], lock: RunLock) -> bool:
-        """Creates the directory, and opens the log unless the run is finished. Returns whether it is."""
+        """Creates the directory, and opens the log unless the run is finished. Returns whether the run is finished."""
         self.initialize_dir(plan, lock)
         ended = self.resumed_at is not None and self.done()
         if ended and has_summary(self.run, f"{self.UNIT}s", self.steps):
             return True
-        # A session that was killed after its last checkpoint may have logged scores.
+        # A session that was killed after its last checkpoint may have logged scores at this step.
         written = keys_at(self.run.path, self.steps) if ended else ()
         self.log = RunLog(self.run.path, resumed_at=self.steps, written=written, logger=self.options.logger)
         board = self.dashboard()
@@ -303,11 +303,11 @@ class TrainingRun(ABC):
                 evaluated = self.evaluate()
                 if self.done():
                     break
-                # A signal reaches ranks at different steps, and their clocks differ, so they agree when to stop and save.
+                # The ranks agree when to stop and save: a signal reaches them at different steps, and their clocks differ.
                 late = time.monotonic() - self.saved_at > SAVE_SECONDS
                 signal, save_due = agreed(self.ranks, stop.received, late or evaluated)
                 if signal is not None:
-                    # Only here: a signal that arrives during the agreement must survive until the next one.
+                    # Set only now: a signal that arrives while the ranks agree must be kept for their next agreement.
                     stop.received = signal
                     self.save(self.run.last)
                     self.progress.write_line(f"stopped at {self.UNIT} {self.steps}; to resume: {self.how_to_resume}")
@@ -334,14 +334,14 @@ class TrainingRun(ABC):
         return on_device(self.trainer.parallel.window(window), self.device)
 
     def log_point(self) -> None:
-        """Writes a point of the training curves: averages since the last point, and the values of this step."""
+        """Writes a point of the training curves: the averages since the last point, and the values of `point`."""
         self.counters.logged_at = self.steps
         self.log.write(self.steps)
         values = {**self.trainer.skip_counts(), **self.point(), "memory/peak_mb": peak_memory_mb(self.device)}
         self.log.scalars(self.steps, values)
 
     def tick(self) -> None:
-        """Adds the time since the last call to the counters."""
+        """Adds the time since the last call of this method to the counters."""
         now, process_now = time.monotonic(), time.process_time()
         self.counters.seconds += now - self._clock
         self.counters.process_seconds += process_now - self._process_clock
@@ -360,9 +360,9 @@ class TrainingRun(ABC):
         }
 
     def save(self, path: Path) -> None:
-        """Writes a checkpoint. The log is flushed first, so it has every step that the checkpoint has.
+        """Writes a checkpoint. Before that, flushes the log, so that no step of the checkpoint is missing in the log.
 
-        The last checkpoint before this one is kept as previous.pt. A collective call: rank 0 writes the file.
+        If `path` is last.pt, the older last.pt is kept as previous.pt. A collective call: rank 0 writes the file.
         """
         self.tick()
         self.log.flush()
@@ -380,7 +380,7 @@ class TrainingRun(ABC):
         return ValueError(f"{error} (saved at {self.UNIT} {self.steps}; to resume: {self.how_to_resume})")
 
     def finish(self) -> None:
-        """Ends a run: last points of the curves and last checkpoint, then the scores and the summary."""
+        """Ends a run: writes the last points of the curves, the last checkpoint, the scores and the summary."""
         self.complete_curves()
         self.save(self.run.last)
         if not self.ranks.first:
@@ -421,7 +421,7 @@ class TrainingRun(ABC):
 
 
 def has_summary(run: RunDirectory, unit: str, steps: int) -> bool:
-    """Returns whether a run's summary.json is of this many steps, which it has under the name `unit`."""
+    """Returns whether a run has a summary.json whose entry `unit`, the number of steps, equals `steps`."""
     try:
         summary = json.loads(run.summary.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -430,6 +430,9 @@ def has_summary(run: RunDirectory, unit: str, steps: int) -> bool:
 
 
 def agreed(ranks: Ranks, signal: int | None, save_due: bool) -> tuple[int | None, bool]:
-    """Returns a signal that any rank has received, and whether a checkpoint is due on any rank. A collective call."""
+    """Returns the largest signal number that a rank has received, None if none has, and whether any rank must save.
+
+    A collective call.
+    """
     number, due = ranks.all_reduce_max(signal or 0, int(save_due))
     return number or None, bool(due)

@@ -1,7 +1,7 @@
 """metrics.csv: every curve of a run in one table, a row for each step that has points and a column for each key.
 
-`pandas.read_csv("metrics.csv", index_col="step")` reads it. A cell is empty if the key has no point at that step. Rows are
-appended, so that a killed process loses at most the last one; a new key adds a column, for which the file is replaced.
+`pandas.read_csv("metrics.csv", index_col="step")` reads the file. A cell is empty if its key has no point at its step. Rows
+are appended, so a killed process loses at most the last row. A new key adds a column; for it the whole file is rewritten.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ STEP = "step"
 class MetricsFile:
     """Writes the curves of a run to a CSV file.
 
-    The points of one step may arrive in several calls; they become one row. A point of the same key and step replaces the
-    one before. A key named "step" is skipped, since its column is there.
+    The points of one step may arrive in several calls; they become one row. A point replaces an earlier point of the same
+    key and step. A key named "step" is skipped, because the first column has that name.
 
     Args:
         path: the file. Its directory is created if it does not exist.
-        resumed_at: number of steps already done. Rows of later steps, which a killed session has written, are removed.
+        resumed_at: number of steps already done. Rows of later steps are removed; a session that was killed wrote them.
 
     Raises:
         ValueError: the file exists and is not a table of steps.
@@ -52,16 +52,16 @@ class MetricsFile:
         self._pending = True
 
     def flush(self) -> None:
-        """Writes the row of the current step. A later point of this step replaces that row."""
+        """Writes the row of the current step. If another point of this step follows, the row is written again."""
         self._write_row()
 
     def close(self) -> None:
-        """Writes the row of the current step. A row that cannot be written is lost."""
-        with suppress(OSError):  # `flush` comes before every checkpoint and reports the error
+        """Writes the row of the current step. If that fails, the row is lost without an error."""
+        with suppress(OSError):  # `flush`, which is called before every checkpoint, reports the error
             self._write_row()
 
     def _write_row(self) -> None:
-        """Writes the row of the current step, unless the file has it."""
+        """Writes the row of the current step, unless the file already has it."""
         if not self._pending:
             return
         new = [key for key in self._row if key not in self._columns]
@@ -89,7 +89,7 @@ class MetricsFile:
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
-    """Returns the rows of a metrics.csv as texts by column, without a last line that a killed process has left unfinished.
+    """Returns the rows of a metrics.csv as texts by column. Skips a last line that a killed process left unfinished.
 
     Raises:
         ValueError: the file is not a table of steps.

@@ -24,7 +24,7 @@ from dni_seq.app.runs.help import PrintHelp, brief, option_text
 from dni_seq.app.runs.invocation import as_called
 
 Check = Callable[[Any], str | None]
-"""Returns the condition that a value violates as text, for example "1 or more", or None for a valid value."""
+"""A function of a value. Returns None for a valid value, else the violated condition as text, for example "1 or more"."""
 
 Options = TypeVar("Options")
 
@@ -44,8 +44,8 @@ def option(
 
     Args:
         default: the value if neither the command line nor a config file gives one.
-        help: its meaning in a few words, with its unit.
-        group: the title under which `--help` lists it.
+        help: the option's meaning in a few words, with its unit.
+        group: the title under which `--help` lists the option.
         choices: the allowed values, None for any.
         check: a condition on the value, not applied to None.
         convert: converts a checked value to the stored value of the same type; not applied to None.
@@ -94,7 +94,7 @@ class OneLineParser(argparse.ArgumentParser):
     """An `ArgumentParser` whose errors are one line and suggest the nearest valid spelling."""
 
     def __init__(self, *, prog: str, **settings: Any):
-        of_command = prog.startswith("dni-seq ")  # a subparser already has the full name
+        of_command = prog.startswith("dni-seq ")  # the `prog` of a subparser is already complete
         super().__init__(prog=prog if of_command else program(prog), **settings)
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
@@ -106,7 +106,7 @@ class OneLineParser(argparse.ArgumentParser):
         return given
 
     def format_help(self) -> str:
-        """Returns the help, which names commands as this process was called."""
+        """Returns the help. It names commands in the form in which this process was called."""
         return as_called(super().format_help())
 
     def error(self, message: str) -> NoReturn:
@@ -119,13 +119,13 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def did_you_mean(wrong: str, names: Sequence[str]) -> str:
-    """Returns ", did you mean NAME?" for the entry of `names` nearest to `wrong`, empty if none is near."""
+    """Returns ", did you mean NAME?" for the entry of `names` nearest to `wrong`; empty if no entry is near."""
     close = difflib.get_close_matches(wrong, names, n=1)
     return f", did you mean {close[0]}?" if close else ""
 
 
 def program(script: str) -> str:
-    """Returns the program name for messages: the script's name, or the `dni-seq` command that runs it."""
+    """Returns the program name for messages: `script`, or "dni-seq COMMAND" if the process was called in that form."""
     return sys.argv[0] if sys.argv[0].startswith("dni-seq ") else script
 
 
@@ -143,7 +143,7 @@ def _error_of(prog: str) -> str:
 
 
 Presets = Mapping[str, Mapping[str, Any]]
-"""Option values of named settings, by the setting's name."""
+"""Values of options by preset: the keys are the names of `--preset`, the values are options by name."""
 
 
 def parse(
@@ -155,19 +155,19 @@ def parse(
     presets: Presets | None = None,
     as_given: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict,
 ) -> dict[str, Any]:
-    """Returns the given options of `cls` by name: the command line over `--config FILE` over `--preset NAME`.
+    """Returns the given options of `cls` by name. The command line overrides `--config FILE`; the file, `--preset NAME`.
 
     Options that are not given are absent. A syntax error ends the process with one line on stderr and status 2. `--help`
     prints the common options, and `--help-all` all of them.
 
     Args:
-        cls: the dataclass of the options. Its attribute `COMMON` may name the common ones; without it all are common. Its
-            attribute `GROUPS` may order the groups.
+        cls: the dataclass of the options. An attribute `COMMON` names the common options; without this attribute all
+            options are common. An attribute `GROUPS` orders the groups.
         arguments: the words of the command line, None for `sys.argv[1:]`.
         prog: the program's name.
         description: the text above the options in `--help`.
         presets: option values by preset name; None for no `--preset`.
-        as_given: removes from a config file the options that its run has filled in.
+        as_given: a function of a config file's options that removes the options that a run has filled in itself.
 
     Raises:
         ValueError: the config file is missing, not JSON, or names options that `cls` does not have.
@@ -179,14 +179,17 @@ def parse(
 
 
 def groups(cls: type) -> dict[str, list[dataclasses.Field]]:
-    """Returns the options by group, the common ones first. `cls.GROUPS` orders the groups, else their first options."""
+    """Returns the options by group, in each group the common ones first.
+
+    The groups have the order of `cls.GROUPS`, or without that attribute the order of their first options.
+    """
     fields = sorted(dataclasses.fields(cls), key=lambda field: field.name not in _common(cls))
     titles = getattr(cls, "GROUPS", None) or dict.fromkeys(field.metadata["group"] for field in dataclasses.fields(cls))
     return {title: [field for field in fields if field.metadata["group"] == title] for title in titles}
 
 
 def _common(cls: type) -> Collection[str]:
-    """Returns the names of the options that the short help lists, from `cls.COMMON`; empty if it lists all."""
+    """Returns the names of the options that the short help lists, from `cls.COMMON`; empty if the short help lists all."""
     return getattr(cls, "COMMON", ())
 
 
@@ -283,7 +286,7 @@ def default_of(field: dataclasses.Field) -> str:
 
 
 class _Kind(typing.NamedTuple):
-    """A field's type: `int | None` is (int, True)."""
+    """A field's type and whether None is allowed: `int | None` is (int, True)."""
 
     plain: type
     may_be_none: bool

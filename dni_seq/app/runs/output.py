@@ -1,4 +1,4 @@
-"""Output on stdout and stderr that cannot end a run: a narrow encoding, a closed pipe and a full disk lose text only."""
+"""Output on stdout and stderr that cannot end a run: a narrow encoding, a closed pipe or a full disk only loses text."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, TextIO, cast
 
 
 class TolerantStream:
-    """A text stream that writes to another one and never raises for what cannot be written.
+    """A text stream that writes to another stream and raises no error for text that cannot be written.
 
     Characters that the other stream's encoding lacks become `?`. After an OSError all further text is discarded.
 
@@ -19,7 +19,7 @@ class TolerantStream:
         stream: the stream to write to.
 
     Attributes:
-        failure: the first OSError of a write; None before. A pipe without a reader is no failure: the reader has left.
+        failure: the first OSError of a write, None if no write has failed. A pipe whose reader has ended is not a failure.
     """
 
     def __init__(self, stream: TextIO) -> None:
@@ -33,7 +33,7 @@ class TolerantStream:
         """Writes `text` as far as possible and returns its length."""
         try:
             self._write(text)
-        except BlockingIOError:  # a terminal that does not block has taken a part
+        except BlockingIOError:  # a non-blocking terminal has written only a part of the text
             pass
         except OSError as error:
             self._discard(error)
@@ -56,7 +56,7 @@ class TolerantStream:
             self._stream.write(text.encode(encoding, "replace").decode(encoding))
 
     def _discard(self, error: OSError) -> None:
-        """Redirects the stream's descriptor to the null device. Text that waits in buffers goes there too."""
+        """Redirects the stream's descriptor to the null device, to which text that waits in buffers is then written."""
         if self.failure is None and not isinstance(error, BrokenPipeError):
             self.failure = error
         with suppress(OSError):  # a stream without a descriptor has nothing to redirect
@@ -92,7 +92,7 @@ def output_status() -> int:
     """Flushes stdout and returns the exit status of a command whose result is its output.
 
     Returns:
-        0, also if the reader of a pipe has left; 2 if stdout could not be written for another reason.
+        0, also if the reader of a pipe has ended; 2 if stdout could not be written for another reason.
     """
     sys.stdout.flush()
     return 0 if getattr(sys.stdout, "failure", None) is None else 2
@@ -104,7 +104,7 @@ def program_name() -> str:
 
 
 def _open_standard_descriptors() -> None:
-    """Opens the null device for descriptors 0 to 2 that are closed, so that no file of the run takes their place."""
+    """Opens the null device for closed descriptors among 0, 1 and 2, so that no file of the run gets their numbers."""
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         os.set_inheritable(descriptor, True)
     os.close(descriptor)

@@ -1,4 +1,4 @@
-"""ParameterProbe: compares the parameters' gradient of a run with that of full BPTT, now and then, over its next windows."""
+"""ParameterProbe: every n windows, compares the parameters' gradient of a run with that of full BPTT, on a few windows."""
 
 from __future__ import annotations
 
@@ -18,13 +18,14 @@ from dni_seq.trainer import SequenceTrainer
 KEY = "fidelity/parameters_cosine"
 
 LEAST_WINDOWS, LEAST_STEPS = 8, 40
-"""A comparison covers at least so many windows and steps, since credit crosses windows."""
+"""A comparison covers at least 8 windows and at least 40 steps, because full BPTT sends credit across windows."""
 
 
 class ParameterProbe:
-    """Every n windows, records the next windows and compares the gradients of the trainer's estimator with full BPTT.
+    """Every n windows, records the next windows and compares the trainer's gradient on them with that of full BPTT.
 
-    A comparison costs about twice the training on its windows. It changes nothing in the trainer. Several ranks make none.
+    A comparison costs about twice the training on the recorded windows. It changes nothing in the trainer. In a run of
+    several ranks no comparisons are made.
 
     Args:
         trainer: the trainer.
@@ -39,14 +40,17 @@ class ParameterProbe:
 
     @property
     def active(self) -> bool:
-        """Whether it makes comparisons."""
+        """Whether the probe makes comparisons."""
         return self._every > 0
 
     def observe(self, window: Window) -> dict[str, Tensor]:
-        """Returns the cosine by TensorBoard key if the window completes a comparison, else nothing.
+        """Records a window if a comparison needs it. Returns the cosine by TensorBoard key if the window completes one.
 
         Args:
-            window: the next window that the trainer will train on, with its own lanes.
+            window: the next window that the trainer will train on.
+
+        Returns:
+            The cosine of the two gradients; empty if no comparison is complete, or if too many of its windows are skipped.
         """
         trainer = self._trainer
         if not self._every or (not self._windows and (trainer.steps + 1) % self._every):
@@ -61,12 +65,12 @@ class ParameterProbe:
         self._windows, self._start = [], None
         try:
             found = gradient_fidelity(trainer, windows, start)
-        except NonFiniteError:  # too many of the windows are skipped; training says so itself
+        except NonFiniteError:  # too many of the windows are skipped; the trainer reports this itself
             return {}
         return {KEY: torch.tensor(found.cosine)}
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the windows of a comparison under way and the state before them."""
+        """Returns the recorded windows of an unfinished comparison, and the model's state before the first of them."""
         windows = [
             {**window._asdict(), "lookahead": None if window.lookahead is None else list(window.lookahead)}
             for window in self._windows
@@ -75,7 +79,7 @@ class ParameterProbe:
         return {"windows": windows, "start": states.saved_leaves(start), "paths": states.key_paths(start)}
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
-        """Restores what `state_dict` returned; the trainer's hidden state must be restored before."""
+        """Restores what `state_dict` returned. Restore the hidden state of the trainer before."""
         self._windows = [
             Window(**{**window, "lookahead": None if window["lookahead"] is None else Lookahead(*window["lookahead"])})
             for window in saved["windows"]

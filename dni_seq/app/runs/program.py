@@ -1,4 +1,4 @@
-"""Runs a command as a program: what every script and `dni-seq` do around a command's `main`."""
+"""Runs a command as a program: the error handling that every script and `dni-seq` add to a command's `main`."""
 
 from __future__ import annotations
 
@@ -36,8 +36,9 @@ def run_main(name: str, arguments: Sequence[str] | None, *, result: bool = False
 def run_program(main: Callable[[], int]) -> int:
     """Runs `main` and returns the exit status of the process.
 
-    Failures of stdout and stderr do not end the program. An unexpected exception gives a traceback and status 1. Ctrl-C
-    gives one line and status 130, unless `main` handles it as training does. Call this in the main thread.
+    Failures of stdout and stderr do not end the program. An unexpected exception prints a traceback and gives status 1.
+    Ctrl-C prints one line and gives status 130, unless `main` handles Ctrl-C itself, as the training commands do. Call this
+    in the main thread.
     """
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # ignored in the background of a shell script
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -50,15 +51,15 @@ def run_program(main: Callable[[], int]) -> int:
 
 
 def leave(status: int) -> NoReturn:
-    """Ends this process with `status`; skips the interpreter's shutdown if the process group still exists.
+    """Ends this process with `status`. Skips the interpreter's shutdown if torch.distributed still has a process group.
 
-    It exists after a failure of another rank. Its threads may be waiting for that rank, and ending them at shutdown can
-    abort the process.
+    The process group still exists after another rank has failed. Threads of the process group may then wait for an answer of
+    that rank, and ending these threads at shutdown can abort the process.
     """
     for stream in (sys.stdout, sys.stderr):
         if stream is not None:  # None if the process was started with the stream closed
             stream.flush()
-    dist = sys.modules.get("torch.distributed")  # not there after --help
+    dist = sys.modules.get("torch.distributed")  # not imported if the command was --help
     if dist is not None and dist.is_available() and dist.is_initialized():
         os._exit(status)
     sys.exit(status)

@@ -1,4 +1,4 @@
-"""Shows the progress of a run: a bar on a terminal, otherwise log lines, soon after the start and at growing intervals."""
+"""Shows the progress of a run: a bar on a terminal, otherwise log lines at growing intervals, the first after 10 steps."""
 
 from __future__ import annotations
 
@@ -7,12 +7,15 @@ import time
 from collections.abc import Callable
 
 FIRST_STEPS = 10
-"""Steps of a session after which the first line is written, unless `FIRST_INTERVAL` is over before."""
+"""The first line is written after this many steps of a session, or after `FIRST_INTERVAL` seconds if these end earlier."""
 
 FIRST_INTERVAL = 10.0
 """Shortest time between two log lines, in seconds."""
 SHARE_OF_RUN = 0.05
-"""A later line is written after this share of the elapsed time: about a hundred lines in a run of hours."""
+"""A further line is written when the time since the last line is this share of the session's time, at least 10 seconds.
+
+A run of hours has about a hundred lines.
+"""
 
 
 class Progress:
@@ -39,7 +42,7 @@ class Progress:
         self._bar = tqdm(total=total, initial=done, unit="step", disable=disable, dynamic_ncols=True, mininterval=0.5)
 
     def step(self, tokens: int, figures: Callable[[], str]) -> None:
-        """Counts a step of `tokens`. Calls `figures` for its text only if something is shown."""
+        """Counts a step of `tokens` tokens. Calls `figures`, which returns the text to show, only if something is shown."""
         self._done += 1
         self._tokens += tokens
         if not self._bar.disable:
@@ -66,17 +69,17 @@ class Progress:
         sys.stdout.flush()
 
     def close(self) -> None:
-        """Closes the bar and leaves it on the terminal."""
+        """Closes the bar. The bar stays visible on the terminal."""
         self._bar.close()
 
 
 class NullProgress(Progress):
-    """Counts steps and shows nothing. For ranks other than the first, whose lines would be duplicates."""
+    """Counts steps and shows nothing. For all ranks but the first, because they would print the same lines again."""
 
     quiet = True
 
     def step(self, tokens: int, figures: Callable[[], str]) -> None:
-        """Counts a step of `tokens`."""
+        """Counts a step of `tokens` tokens."""
         self._done += 1
         self._tokens += tokens
 

@@ -1,7 +1,7 @@
 """Decides whether a call starts a run or resumes one, and with which options, before anything is written.
 
-A resumed run takes its options from its config.json. Options given on the command line must agree with it, except for the
-options in `MAY_CHANGE`, and for the places of its text in `MAY_MOVE`.
+A resumed run takes its options from its config.json. Options given on the command line must have the values in config.json,
+except for the options in `MAY_CHANGE` and the paths of the text in `MAY_MOVE`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ class RunOptions(Protocol):
         MAY_MOVE: names of options that are paths of the run's text. If config.json has such a path, another one may be given
             when the run is resumed. The run itself checks that the text there is the same.
         OF_THE_CALL: names of options that concern only this call and are not stored in config.json.
-        RECORDED_LATER: what runs did whose config.json is older than an option, where that is not today's default.
+        RECORDED_LATER: values of options that an old config.json does not have, because the option did not exist. Only
+            options are listed for which such runs did not use the present default.
         run_dir: the directory of the run, None for a new one.
         fidelity_every: windows between two comparisons with exact gradients, 0 for none.
         resume: None for a new run, "auto" to resume if there is a checkpoint, or the path of a run or of a checkpoint.
@@ -63,11 +64,11 @@ class Plan(Generic[Options]):
     """The plan of a call: which run to start or to resume, and with which options.
 
     Attributes:
-        options: the options of the run; for a resumed run those of its config.json, overridden by those given.
-        run: the run's directory, None for a new one without a name yet.
+        options: the options of the run. For a resumed run: the options of its config.json, overridden by the given ones.
+        run: the run's directory, None for a new run whose directory has no name yet.
         checkpoint: content of the checkpoint to resume from, None to start from the beginning.
-        source: file of that checkpoint.
-        note: why it is not the last checkpoint written, as a message for the user; None if it is the last one.
+        source: file of the checkpoint.
+        note: why an older checkpoint than the last one is used, as a message for the user; None if the last one is used.
         damaged: damaged checkpoints that were skipped.
         resuming: whether the directory already holds the run.
     """
@@ -81,10 +82,10 @@ class Plan(Generic[Options]):
     resuming: bool = False
 
     def describe_start(self, place: str) -> str | None:
-        """Returns what --resume has found as a message for the user; None without --resume.
+        """Returns a message for the user about the run and the checkpoint that --resume found; None without --resume.
 
         Args:
-            place: where the run is now, such as "step 40".
+            place: the run's present step as text, such as "step 40".
         """
         if self.source is not None:
             return f"{self.note or f'resuming from {self.source}'} at {place}"
@@ -98,7 +99,7 @@ class Plan(Generic[Options]):
         """Creates and locks the run's directory, writes its configuration and renames damaged checkpoints.
 
         Raises:
-            ValueError: another process uses the directory, or has created a run there since the plan was made.
+            ValueError: another process uses the directory, or has created a run in it since the plan was made.
             OSError: the directory cannot be created or written.
         """
         run.path.mkdir(parents=True, exist_ok=True)
@@ -150,7 +151,7 @@ def plan_run(cls: type[Options], given: Mapping[str, Any], lock: RunLock | None 
         lock.take(source.run.path)
     newest = source.newest()
     resumed = saved_options(cls, source.run, given)
-    if newest is None:  # nothing shows yet whether a text in another place is the same
+    if newest is None:  # without a checkpoint, a text in another place cannot be compared with the run's
         _check_same(source.run, saved, fixed, cls.MAY_CHANGE)
         return Plan(resumed, source.run, None, resuming=True)
     return Plan(resumed, source.run, newest.content, newest.path, newest.note, newest.damaged, resuming=True)
@@ -165,7 +166,7 @@ def saved_options(cls: type[Options], run: RunDirectory, given: Mapping[str, Any
     """Returns the options of a run's config.json, overridden by those `given`.
 
     Raises:
-        ValueError: there is no config.json, or it is not valid.
+        ValueError: config.json does not exist or is not valid.
     """
     if not run.config.is_file():
         raise ValueError(f"{run.path} is not a run directory: it has no config.json")
@@ -189,7 +190,7 @@ def _check_same(run: RunDirectory, saved: RunOptions, given: Mapping[str, Any], 
 
 
 def _directory_as_auto(options: RunOptions) -> dict[str, str]:
-    """Returns the options that `--resume RUN_DIR` stands for: --run-dir RUN_DIR --resume auto. Empty for other values.
+    """Returns the options --run-dir RUN_DIR --resume auto if the option --resume names a run directory, else no options.
 
     Raises:
         ValueError: the directory holds no run, or --run-dir names another one.
@@ -215,7 +216,7 @@ def _source(options: RunOptions) -> _Source:
         raise ValueError(
             f"there is no checkpoint {path}: give RUN_DIR, RUN_DIR/checkpoints/NAME.pt, or auto together with --run-dir"
         )
-    load_checkpoint(path)  # first of all, report a file that is not a checkpoint
+    load_checkpoint(path)  # before anything else, so that a file that is not a checkpoint is reported as such
     run = RunDirectory.of_checkpoint(path)
     if options.run_dir is not None and RunDirectory(options.run_dir).path.absolute() != run.path:
         raise ValueError(f"--resume {path} continues in that checkpoint's own run directory: remove --run-dir")

@@ -1,4 +1,4 @@
-"""RunLog: what a run logs. It averages measurements over steps, and hands the points to metrics.csv and to a tracker.
+"""RunLog: averages the measurements of a run over steps, and writes the averages to metrics.csv and to a tracker.
 
 Measurements stay tensors until a point is written, so a training step does not synchronise with the GPU.
 """
@@ -19,7 +19,7 @@ from dni_seq.app.runs.trackers import LOGGERS, METRICS, Layout, NoTracker, Track
 from dni_seq.app.runs.wandb_tracker import WandbTracker
 
 BY_HORIZON = ("synthetic/", "fidelity/")
-"""Prefixes of the keys that can have one value per horizon, or no value at some steps."""
+"""Prefixes of keys that can have a value for each horizon, and that may have no value at some steps."""
 
 
 class RunLog:
@@ -30,9 +30,10 @@ class RunLog:
 
     Args:
         directory: directory of the run, None to write nothing.
-        resumed_at: number of steps already done. Points that an earlier session logged after them are removed from
+        resumed_at: number of steps already done. Points of later steps, which an earlier session logged, are removed from
             metrics.csv and hidden in TensorBoard.
-        written: keys of which an earlier session has logged a point at that step; TensorBoard does not get it again.
+        written: keys for which an earlier session has logged a point at step `resumed_at`. TensorBoard does not receive
+            these points again.
         logger: the tracker, one of `LOGGERS`.
         name: name of the run in the tracker; None for the directory's name.
 
@@ -67,8 +68,8 @@ class RunLog:
         """Adds one step's measurements to the averages.
 
         Args:
-            measurements: values by key, each 0-d, or [N] with one value per horizon. A NaN of a key in `BY_HORIZON` means
-                "not measured" and is ignored; any other NaN stays in the average.
+            measurements: values by key, each 0-d, or [N] with one value per horizon. If the key has a prefix in
+                `BY_HORIZON`, NaN means "not measured" and is ignored. For other keys NaN makes the average NaN.
             weight: weight of the step, such as its number of tokens; a number or a 0-d tensor.
             skipped: 0-d bool; if True the step is ignored.
         """
@@ -91,7 +92,7 @@ class RunLog:
         self.scalars(step, self.points())
 
     def points(self) -> dict[str, float]:
-        """Returns the averages by key, with a key for each horizon, and the perplexity of the loss. Waits for the device."""
+        """Returns the averages by key, one key for each horizon, and the perplexity of the loss. Waits for the device."""
         values: dict[str, float] = {}
         for key, total in self._sums.items():
             values |= _by_horizon(key, total / self._weights[key])
@@ -135,13 +136,13 @@ class RunLog:
 
         Args:
             config: the options that affect the training.
-            final: keys whose last values are the run's scores, with their headings; write them before this call.
-            changed: the options with other values than the defaults.
+            final: headings by key; the last value of each key is a score of the run. Write these values before this call.
+            changed: the options whose values are not the defaults.
         """
         self._tracker.hyperparameters(config, final, changed)
 
     def flush(self) -> None:
-        """Writes all pending points. Called before a checkpoint, so the log has every step that it has.
+        """Writes all pending points. Called before a checkpoint, so that no step of the checkpoint is missing in the log.
 
         Raises:
             OSError: metrics.csv cannot be written.
@@ -163,10 +164,10 @@ class RunLog:
         return {"sums": dict(self._sums), "weights": dict(self._weights)}
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
-        """Restores the averages of `state_dict` on `device`. Closes the log if that fails.
+        """Restores the averages of `state_dict` on `device`. Closes the log if an exception is raised.
 
         Raises:
-            ValueError: the shape of an average and the shape of its weight do not fit together.
+            ValueError: the shape of an average does not fit the shape of its weight.
         """
         try:
             self._take(state, device)
@@ -190,7 +191,7 @@ def _open_tracker(logger: str, directory: Path, resumed_at: int, written: Collec
     """Returns a new tracker; the arguments are those of `RunLog`.
 
     Raises:
-        ValueError: there is no such tracker, or it cannot start.
+        ValueError: `logger` is not a tracker's name, or the tracker cannot start.
     """
     if logger == "tensorboard":
         return TensorBoardTracker(directory, resumed_at, written)
@@ -202,9 +203,10 @@ def _open_tracker(logger: str, directory: Path, resumed_at: int, written: Collec
 
 
 def _by_horizon(key: str, average: Tensor) -> dict[str, float]:
-    """Returns the points of an average by key: one for a 0-d average; for [N], one per horizon and their mean as `key`.
+    """Returns the points of an average by key.
 
-    Fidelity has no mean, only one key per horizon: `fidelity/r2_n`. Horizons without a measurement have no point.
+    A 0-d average is one point. An average [N] is one point for each horizon n, with the key `key`_n, and their mean with
+    the key `key`. The keys of fidelity have no mean. Horizons without a measurement have no point.
     """
     if average.dim() == 0:
         return {} if average.isnan() else {key: float(average)}

@@ -19,12 +19,13 @@ _HANGUP = getattr(signal, "SIGHUP", None)
 class StopSignals:
     """A context that records the first SIGINT, SIGTERM or SIGHUP.
 
-    The first SIGINT or SIGTERM restores the system's default handlers of both, so a second one ends the process at once. A
-    terminal that closes can send several SIGHUPs, so SIGHUP never does. SIGHUP stays ignored if it is, as under nohup.
-    Enter the context in the main thread, where Python handles signals.
+    The first SIGINT or SIGTERM restores the system's default handlers of these two signals, so a second SIGINT or SIGTERM
+    ends the process at once. A second SIGHUP does not end it, because a terminal that closes can send several. If SIGHUP is
+    ignored when the context begins, as under nohup, it stays ignored. Enter the context in the main thread, where Python
+    handles signals.
 
     Attributes:
-        received: number of the signal that requested the stop, None before.
+        received: number of the signal that requested the stop, None if no signal has arrived.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -61,8 +62,8 @@ class StopSignals:
 def interrupt_exits(line: str) -> Iterator[None]:
     """Ctrl-C inside the context ends the process at once, with `line` on stderr and status 130.
 
-    It is for a start that has nothing to clean up. A KeyboardInterrupt can be lost there: imports run callbacks, and an
-    exception in a callback is ignored. Enter the context in the main thread.
+    Use it while a program starts and has nothing to clean up. A KeyboardInterrupt can be lost during imports: imports run
+    callbacks, and an exception in a callback is ignored. Enter the context in the main thread.
     """
 
     def end(number: int, frame: FrameType | None) -> None:

@@ -76,8 +76,9 @@ FIRST = MappingProxyType(
         "task/training_length": "Length/training",
     }
 )
-"""A second key of the curves that matter most. TensorBoard sorts groups by name, capital letters first, and opens the first
-two. Files cannot pin a chart or order the groups, and the keys themselves are promised, so these few are written twice."""
+"""A second key for the most important curves, which are written under both keys. TensorBoard sorts groups of keys by name,
+capital letters first, and opens the first two groups. An event file can neither pin a chart nor order the groups, and the
+names of the first keys are a promise."""
 
 LAYOUT: Layout = MappingProxyType(
     {
@@ -106,9 +107,9 @@ LAYOUT: Layout = MappingProxyType(
         },
     }
 )
-"""The dashboard of a language-model run in TensorBoard's tab "Custom Scalars". `dashboard.charts` skips the charts with
-keys that a run does not write. A run writes all keys of a chart or none: TensorBoard joins the layouts of several runs, and
-would show two charts of one title if their keys differed."""
+"""The dashboard of a language-model run in TensorBoard's tab "Custom Scalars". `dashboard.charts` skips the charts of keys
+that a run does not write. A run writes either all keys of a chart or no key of it: TensorBoard joins the layouts of several
+runs, and would show two charts of one title if the keys in the two layouts differed."""
 
 FINAL: Mapping[str, str] = MappingProxyType(
     {
@@ -119,14 +120,15 @@ FINAL: Mapping[str, str] = MappingProxyType(
         "speed/tokens_per_second": "tokens/s",
     }
 )
-"""The keys whose last values are a run's scores in TensorBoard's tab "HParams", and the heading of each. That tab takes
-scores from curves alone: `valid/` is of the last validation, `test/` of the best checkpoint."""
+"""Headings in TensorBoard's tab "HParams" by key; the last value of a key is a score of the run. TensorBoard takes scores
+only from curves. The last value of a key in `valid/` is from the last validation, that in `test/` from the best
+checkpoint."""
 
 LEADING = ("synthesizer", "bptt", "lr", "model")
-"""The options in the first columns of that tab, which shows five options until others are ticked."""
+"""The options in the first four columns of the tab "HParams". The tab shows five columns until the user ticks others."""
 
 OTHERS = "others"
-"""The fifth column: the options with other values than the defaults, as text."""
+"""The name of the fifth column: the other options whose values are not the defaults, as text."""
 
 
 class TensorBoardTracker:
@@ -134,8 +136,9 @@ class TensorBoardTracker:
 
     Args:
         directory: directory of the event files.
-        resumed_at: number of steps already done. TensorBoard hides the points that an earlier session logged after them.
-        written: keys of which an earlier session has logged a point at that step; `scalars` does not write it again.
+        resumed_at: number of steps already done. TensorBoard hides points of later steps, which an earlier session logged.
+        written: keys for which an earlier session has logged a point at step `resumed_at`. `scalars` does not write these
+            points again.
     """
 
     def __init__(self, directory: Path, resumed_at: int = 0, written: Collection[str] = ()) -> None:
@@ -152,7 +155,7 @@ class TensorBoardTracker:
                     self._writer.add_scalar(name, value, step)
 
     def text(self, step: int, key: str, text: str) -> None:
-        """Writes `text` verbatim, as a Markdown code block, because TensorBoard renders Markdown."""
+        """Writes `text` as a Markdown code block: TensorBoard renders Markdown, and a code block is shown verbatim."""
         self._writer.add_text(key, "\n".join("    " + line for line in text.split("\n")), step)
 
     def paragraph(self, step: int, key: str, text: str) -> None:
@@ -179,7 +182,7 @@ class TensorBoardTracker:
     def hyperparameters(self, config: Mapping[str, Any], final: Mapping[str, str], changed: Mapping[str, Any]) -> None:
         """Adds the run to TensorBoard's tab "HParams"; see `RunLog.hyperparameters`.
 
-        `SummaryWriter.add_hparams` would create a separate run, or a second event file for this run.
+        `SummaryWriter.add_hparams` is not used, because it creates a separate run or a second event file for this run.
         """
         from tensorboard.plugins.hparams.api_pb2 import HParamInfo
         from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
@@ -187,17 +190,17 @@ class TensorBoardTracker:
 
         others = " ".join(f"{name}={_in_short(name, value)}" for name, value in changed.items() if name not in LEADING)
         headings = _columns({**config, OTHERS: others or "none"})
-        # TensorBoard shows bools as 0.0 and 1.0 unless they are texts.
+        # Bools are written as texts. TensorBoard would show them as 0.0 and 1.0.
         chosen = {name: str(value) if isinstance(value, bool) else value for name, (_, value) in headings.items()}
         experiment, start, end = hparams(chosen, dict.fromkeys(final, 0.0))
-        # Of all runs in a directory TensorBoard reads one experiment, so each lists every option, also one without a value.
+        # TensorBoard reads the list of options of only one run in a directory, so every run lists all options.
         plugin = experiment.value[0].metadata.plugin_data
         data = HParamsPluginData.FromString(plugin.content)
         absent = [HParamInfo(name=name, type="DATA_TYPE_STRING") for name, value in chosen.items() if value is None]
         data.experiment.hparam_infos.extend(absent)
         for info in data.experiment.hparam_infos:
             info.display_name = headings[info.name][0]
-            # TensorBoard lists these before the others, next to the first columns.
+            # TensorBoard lists the options with `differs` before the others, next to the first columns.
             info.differs = info.display_name in (*LEADING, OTHERS, *changed)
         for info in data.experiment.metric_infos:
             info.display_name = final[info.name.tag]
@@ -216,7 +219,7 @@ class TensorBoardTracker:
 
 
 def keys_at(directory: Path, step: int) -> set[str]:
-    """Returns the keys of the scalars that have a point at `step` in a run's event files. Reads all of them."""
+    """Returns the keys of the scalars that have a point at `step` in a run's event files. Reads all event files."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(directory), size_guidance={"scalars": 0})
@@ -225,13 +228,16 @@ def keys_at(directory: Path, step: int) -> set[str]:
 
 
 def _columns(config: Mapping[str, Any]) -> dict[str, tuple[str, Any]]:
-    """Returns heading and value of each column of "HParams" by a name. TensorBoard sorts by name, digits before letters."""
+    """Returns the heading and the value of each column of "HParams" by the column's name.
+
+    TensorBoard sorts columns by name, digits before letters. So the names of the first five columns begin with a digit.
+    """
     first = {name: f"{place} {name}" for place, name in enumerate((*LEADING, OTHERS), start=1)}
     return {first.get(name, name): (name, value) for name, value in config.items()}
 
 
 def _in_short(name: str, value: Any) -> Any:
-    """Returns the value of an option, a path without its directory."""
+    """Returns the value of an option. Of a path of a text, returns the file name only."""
     return Path(value).name if name.endswith("_file") else value
 
 
@@ -244,9 +250,9 @@ def perplexity(loss: float) -> float:
 
 
 def peak_memory_mb(device: torch.device) -> float:
-    """Returns the peak memory in MiB: of the GPU's tensors for a CUDA device, else the resident memory of the process.
+    """Returns the peak memory in MiB: for a CUDA device that of its tensors, else the resident memory of the process.
 
-    Returns NaN on systems without this figure (Windows).
+    Returns NaN on Windows, which does not report the peak of the resident memory.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20

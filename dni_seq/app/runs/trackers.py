@@ -1,7 +1,8 @@
-"""Where a run's curves go: the choices of `--logger`, and the interface of what receives the points.
+"""Trackers, which receive the curves of a run: the choices of `--logger`, and the interface of a tracker.
 
-To add a tracker: a class with the methods of `Tracker`, its name in `LOGGERS`, its package in `check_logger`, and a line in
-`run_log._open_tracker`. This module imports no torch, so that options can name the trackers.
+To add a tracker, write a class with the methods of `Tracker`, and add its name to `LOGGERS`, its package to `check_logger`,
+and a line to `run_log._open_tracker`. This module does not import torch, because the options, which are parsed before torch
+is imported, need the names of the trackers.
 """
 
 from __future__ import annotations
@@ -23,11 +24,11 @@ LOGGER_HELP = "where curves go besides metrics.csv; wandb needs the extra wandb"
 """What `--logger` does, for `--help`."""
 
 Layout = Mapping[str, Mapping[str, Sequence[str]]]
-"""Charts by category. A chart has a title and the keys that it shows, as regular expressions that match the key's start."""
+"""Charts by category and title. A chart lists the keys that it shows, as regular expressions that match a key's start."""
 
 
 class Tracker(Protocol):
-    """Receives what a run logs, besides metrics.csv. `RunLog` calls it."""
+    """The interface of a tracker. `RunLog` sends it everything that a run logs; metrics.csv is written apart."""
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Logs values as the points of `step`."""
@@ -54,7 +55,7 @@ class Tracker(Protocol):
         """Writes all pending points."""
 
     def close(self) -> None:
-        """Writes all pending points and ends."""
+        """Writes all pending points and closes the tracker."""
 
 
 class NoTracker:
@@ -89,10 +90,10 @@ class NoTracker:
 
 
 def check_logger(name: str) -> None:
-    """Checks that the package of a tracker is installed. Call it before anything is written.
+    """Checks that the package of a tracker is installed. Call this before anything is written.
 
     Raises:
-        ValueError: it is not; the message says what to install.
+        ValueError: the package is not installed; the message says what to install.
     """
     install = {"tensorboard": "tensorboard", "wandb": "'dni-seq[wandb]'"}
     if name in install and find_spec(name) is None:
@@ -100,11 +101,11 @@ def check_logger(name: str) -> None:
 
 
 def logger_change(checkpoint: Mapping[str, Any] | None, logger: str) -> str | None:
-    """Returns what happens if a resumed run changes its logger, as a message for the user; None if it does not.
+    """Returns a message for the user if a resumed run changes its logger; None if the logger stays the same.
 
     Args:
         checkpoint: content of the checkpoint to resume from, None for a new run.
-        logger: the logger from now on.
+        logger: the logger of this session.
     """
     if checkpoint is None:
         return None

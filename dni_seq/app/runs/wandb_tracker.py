@@ -1,7 +1,7 @@
 """Weights & Biases as the tracker of a run. Needs the package wandb: `pip install 'dni-seq[wandb]'`.
 
-wandb reads its own environment variables: WANDB_PROJECT (default here: dni_seq), WANDB_ENTITY, and WANDB_MODE=offline, which
-writes to the run's directory and needs neither a network nor an account.
+wandb reads its own environment variables: WANDB_PROJECT (default here: dni_seq), WANDB_ENTITY and WANDB_MODE. With
+WANDB_MODE=offline, wandb writes to the run's directory and needs neither a network nor an account.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SAVED = "wandb-run.json"
-"""File in the run's directory with the id of the run at wandb and the latest step that was sent there."""
+"""File in the run's directory with the id of the run at wandb and the latest step that was sent to wandb."""
 
 BINS = 64
 """Bins of a histogram."""
@@ -31,9 +31,10 @@ BINS = 64
 class WandbTracker:
     """Sends curves, texts and histograms to a run at Weights & Biases.
 
-    wandb takes no point back and rejects points of earlier steps. Therefore points up to the latest step that an earlier
-    session has sent are not sent again; those of this very step go to the run's summary. A resumed run is exact, so that
-    they are the same points.
+    wandb cannot delete a point, and rejects points of earlier steps than the latest one. Therefore a resumed run does not
+    send points again up to the latest step that an earlier session has sent. It loses nothing, because a resumed run is
+    exact and would send the same points. Points of exactly that latest step go to the summary of the run at wandb, because
+    the earlier session may not have sent all of them.
 
     Args:
         directory: directory of the run. wandb writes to `directory`/wandb.
@@ -52,7 +53,7 @@ class WandbTracker:
         self._id = str(saved.get("id") or uuid.uuid4().hex[:8])
         project = os.environ.get("WANDB_PROJECT", "dni_seq")
         directory.mkdir(parents=True, exist_ok=True)
-        settings = wandb.Settings(console="off", reinit="create_new")  # the streams and other runs of the process stay
+        settings = wandb.Settings(console="off", reinit="create_new")  # leaves stdout, stderr and other runs alone
         try:
             self._run: Any = wandb.init(
                 project=project,
@@ -82,7 +83,7 @@ class WandbTracker:
         self._send(step, {key: self._wandb.Html(f"<p>{html.escape(text)}</p>")})
 
     def histogram(self, step: int, key: str, values: Tensor) -> None:
-        """Sends a histogram of `values`; none of an empty tensor."""
+        """Sends a histogram of `values`. Sends nothing for an empty tensor."""
         import numpy as np
 
         if values.numel():
@@ -99,28 +100,28 @@ class WandbTracker:
         """Does nothing: wandb's table has the configuration and the last value of every key."""
 
     def flush(self) -> None:
-        """Does nothing: wandb's own process writes every point as it comes."""
+        """Does nothing: wandb's own process writes every point when it receives it."""
 
     def close(self) -> None:
         """Ends the run at wandb after all points are sent or written."""
         self._run.finish()
 
     def _send(self, step: int, values: dict[str, Any]) -> None:
-        """Sends values of `step` unless an earlier session has sent that step."""
+        """Sends values of `step`, unless an earlier session has sent this step; see the class."""
         if step <= self._before:
             if step == self._before:
                 self._run.summary.update(values)
             return
         if step > self._sent:
             self._sent = step
-            # No flush to the disk: a kill cannot harm a renamed file, and a lost one costs a doubled point.
+            # No flush to the disk: a kill cannot damage a renamed file. A power failure that loses it doubles a point.
             temporary = self._saved.with_name(SAVED + ".tmp")
             temporary.write_text(json.dumps({"id": self._id, "step": step}), encoding="utf-8")
             temporary.replace(self._saved)
         self._run.log(values, step=step)
 
     def _read_saved(self) -> dict[str, Any]:
-        """Returns what an earlier session has saved, empty if there is none."""
+        """Returns the id and the step that an earlier session has saved; empty without a valid file."""
         try:
             saved = json.loads(self._saved.read_text(encoding="utf-8"))
             return {"id": str(saved["id"]), "step": int(saved["step"])}

@@ -1,1 +1,1 @@
-"""Many runs: trials, records, tables, figures, comparisons."""
+"""Commands and tools for many runs: the trials of a study, recorded results, tables, figures, comparisons of runs."""

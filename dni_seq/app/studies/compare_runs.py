@@ -5,12 +5,13 @@ python scripts/compare_runs.py runs/ptb-none runs/ptb-multi-horizon
 python scripts/compare_runs.py runs/* --markdown comparison.md --png comparison.png
     Also write the table as Markdown and the curves as a picture; needs matplotlib: pip install 'dni-seq[plots]'
 
-Runs of different lengths are compared at equal text and at equal CPU time: the table has each run's perplexity at the most
-tokens, and at the most CPU seconds, that all runs have reached, from its last validation at or before that point.
+Runs of different lengths are compared at two points: at the largest number of tokens that all runs have reached, and at the
+largest number of CPU seconds that all runs have reached. The table has each run's perplexity at the last validation at or
+before the point.
 
-Curves are read from the runs' TensorBoard events, so a run may still be in progress. The score of an unfinished run is its
-best validation so far. A path without a run is skipped with a note on stderr. If no run is left, or if other input is not
-valid, the command prints one line on stderr and exits with status 2.
+Curves are read from the runs' TensorBoard events and metrics.csv, so a run may still be in progress. The score of an
+unfinished run is its best validation so far. A path without a run is skipped with a note on stderr. If no run is left, or
+if other input is not valid, the command prints one line on stderr and exits with status 2.
 """
 
 from __future__ import annotations
@@ -37,15 +38,15 @@ AXES: Mapping[str, Axis] = MappingProxyType(
         "seconds": lambda validation: validation.seconds,
     }
 )
-"""The horizontal axes of the plot."""
+"""The horizontal axes of the plot, each with a function from a validation to its place on the axis."""
 
 POINTS: Mapping[str, tuple[str, int]] = MappingProxyType({"tokens": ("tokens", 0), "CPU seconds": ("CPU s", 1)})
-"""The axes on which runs are compared at a common point: their unit in the table, and their decimal places."""
+"""The axes on which runs are compared at a common point, each with its unit in the table and its decimal places."""
 
 EXPLANATION = '"ppl at" is of the last validation at or before that point, never of one after it; "(at ...)" is its place'
 
 TEXT_OPTIONS = ("dataset", "data_file", "tokenizer", "vocab_size")
-"""The options that decide what a token is. Tokens and perplexities are comparable if they are the same."""
+"""The options that decide what a token is. Tokens and perplexities of runs are comparable if these options are equal."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -117,14 +118,14 @@ def table(runs: Sequence[Run]) -> list[list[str]]:
 
 
 def scores(run: Run) -> list[str]:
-    """Returns validation and test perplexity as texts; of an unfinished run the best validation so far."""
+    """Returns validation and test perplexity as texts. For an unfinished run: the best validation so far, and no test."""
     if not run.summary:
         return [f"{min(each.perplexity for each in run.validations):.2f} so far", ""]
     return [f"{run.summary[split]['ppl']:.2f}" for split in ("valid", "test")]
 
 
 def score_at(run: Run, name: str, point: float) -> str:
-    """Returns the perplexity of the last validation at or before a point on an axis, empty if there is none."""
+    """Returns the perplexity of the last validation at or before `point` on an axis; empty without such a validation."""
     axis = AXES[name]
     found = run.at(axis, point)
     place = None if found is None else axis(found)

@@ -1,4 +1,4 @@
-"""Reads runs that are compared: validations over tokens, seconds and CPU seconds, and the options in which runs differ."""
+"""Reads runs to compare: their validations over tokens, seconds and CPU seconds, and the options in which they differ."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Validation(NamedTuple):
         perplexity: perplexity of the validation split.
         tokens: number of tokens trained on so far.
         seconds: time of the run so far.
-        cpu_seconds: CPU time of the run's process so far, on several ranks that of the first one. None if unknown.
+        cpu_seconds: CPU time of the run's process so far, in a run of several ranks that of rank 0. None if unknown.
     """
 
     step: int
@@ -41,7 +41,7 @@ class Validation(NamedTuple):
 
 
 Axis = Callable[[Validation], "float | None"]
-"""Returns the place of a validation on an axis on which runs are compared, None if it is unknown."""
+"""A function from a validation to its place on an axis on which runs are compared. Returns None for an unknown place."""
 
 
 @dataclass(frozen=True)
@@ -49,10 +49,10 @@ class Run:
     """The data of a run that is compared.
 
     Attributes:
-        path: its directory.
-        config: its options.
-        validations: its validations, at least one, by step.
-        summary: summary.json of a finished run, else empty.
+        path: the run's directory.
+        config: the content of the run's config.json.
+        validations: the run's validations, at least one, in the order of their steps.
+        summary: the content of summary.json for a finished run, empty for an unfinished one.
     """
 
     path: Path
@@ -61,7 +61,7 @@ class Run:
     summary: dict[str, Any]
 
     def at(self, axis: Axis, limit: float) -> Validation | None:
-        """Returns the last validation at or before `limit` on an axis, never one after it. None if there is none."""
+        """Returns the last validation at or before `limit` on an axis; None without such a validation."""
         found = [each for each in self.validations if (place := axis(each)) is not None and place <= limit]
         return found[-1] if found else None
 
@@ -69,7 +69,7 @@ class Run:
 def common_point(runs: Sequence[Run], axis: Axis) -> float | None:
     """Returns the largest place on an axis that all runs have reached by their last validations.
 
-    Runs whose places are unknown do not count; None if no place is known.
+    Runs whose places on the axis are unknown are ignored. Returns None if the places of all runs are unknown.
     """
     reached = [max(places) for run in runs if (places := [p for v in run.validations if (p := axis(v)) is not None])]
     return min(reached, default=None)
@@ -103,9 +103,9 @@ def read_run(path: Path) -> Run:
 
 
 def read_curves(path: Path, keys: Sequence[str]) -> list[dict[int, float]]:
-    """Returns a curve as values by step for each key, from the event files of a run and its metrics.csv.
+    """Returns the curve of each key as values by step, from the event files of a run and from its metrics.csv.
 
-    A missing curve is empty. A run of an older version, or of another logger, has only one of the two.
+    A missing curve is empty. A run of an older version has event files only; a run with another logger has metrics.csv only.
     """
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -121,9 +121,10 @@ def read_curves(path: Path, keys: Sequence[str]) -> list[dict[int, float]]:
 
 
 def saved_cpu_seconds(run: RunDirectory, summary: Mapping[str, Any]) -> dict[float, float]:
-    """Returns CPU seconds by tokens, as event files round them, from summary.json, or from the last checkpoint without one.
+    """Returns CPU seconds by the number of tokens, for runs of older versions, which have no curve of CPU seconds.
 
-    Empty if neither has them.
+    The source is summary.json, or for an unfinished run the newest checkpoint. The keys are rounded to float32, as event
+    files round tokens. Empty if the source has no CPU seconds.
     """
     rows = summary.get("curve")
     if rows is None:
@@ -136,15 +137,16 @@ def saved_cpu_seconds(run: RunDirectory, summary: Mapping[str, Any]) -> dict[flo
 
 
 def _float32(number: float) -> float:
-    """Returns a number rounded to float32, in which event files hold values."""
+    """Returns a number rounded to float32, the precision of event files."""
     rounded: float = struct.unpack("f", struct.pack("f", number))[0]
     return rounded
 
 
 def differing_options(runs: Sequence[Run]) -> dict[str, list[Any]]:
-    """Returns the options in which runs differ, by name with the value of each run, None for an option without effect.
+    """Returns the options in which runs differ: by name, a list with one value per run, None for an option without effect.
 
-    An option is not listed if it differs only because it follows from another one, or only by the directory of a path.
+    An option is not listed if it differs only because its value follows from other options. A path is not listed if only
+    its directory differs.
     """
     given = [given_options(run.config) for run in runs]
     active = [active_options(run.config, options) for run, options in zip(runs, given, strict=True)]
@@ -157,9 +159,9 @@ def differing_options(runs: Sequence[Run]) -> dict[str, list[Any]]:
 
 
 def given_options(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a run's options by name, without the sizes that follow from other options. Missing ones have their defaults.
+    """Returns a run's options by name. Sizes that follow from other options, and missing options, have their defaults.
 
-    Of the path of a text only the file's name is kept.
+    The path of a text is replaced by its file name. Options that concern only the call are left out.
     """
     defaults = {entry.name: entry.default for entry in fields(LanguageModelOptions)}
     known = {name: value for name, value in config.items() if name in defaults}
@@ -173,7 +175,7 @@ def given_options(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def active_options(config: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the options `given`, those of credit assignment with the values in force: None for one without effect."""
+    """Returns the options `given`, with the values in force for credit assignment: None for an option without effect."""
     options = dict(given)
     if options["dataset"] is None and options["data_file"] is None:
         options["dataset"] = EMBEDDED

@@ -10,7 +10,7 @@ from dni_seq.app.studies.trial_runner import Trial
 
 
 def minutes_by(lines: list[dict[str, Any]]) -> Callable[[Trial], float]:
-    """Returns a function that estimates a trial's minutes from the latest similar trial, else by a rule of thumb."""
+    """Returns a function that estimates a trial's minutes from the latest similar trial, or else by `rule_of_thumb`."""
     known = {_kind(line, line["options"]): line["seconds"] / line["updates"] for line in lines}
 
     def minutes(trial: Trial) -> float:
@@ -26,7 +26,7 @@ def _kind(about: Mapping[str, Any], options: Mapping[str, Any]) -> tuple[Any, ..
 
 
 def windows_of(trial: Trial) -> int:
-    """Returns the number of updates of a trial."""
+    """Returns the number of windows of a trial."""
     options = trial.options
     return int(options.get("updates") or math.ceil(options["max_tokens"] / (options["batch_size"] * options["bptt"])))
 

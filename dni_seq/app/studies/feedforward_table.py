@@ -1,16 +1,18 @@
 """Compares decoupled feed-forward networks with backpropagation on the 5,000 digits and writes the table of errors.
 
 python -m scripts.feedforward_table
-    Run what is missing in docs/results/feedforward.jsonl, one line per run, then write the tables into
-    docs/results/feedforward.md, between its two marks.
+    Make the runs that have no line in docs/results/feedforward.jsonl, then write the tables between the two marks of
+    docs/results/feedforward.md.
 python -m scripts.feedforward_table --part tune
-    Tune the learning rates: the same grid for each method, 3 layers, seed 0, scored on 800 held-out training digits.
+    Tune the learning rates: try the same grid for each method with 3 layers and seed 0, scored on 800 held-out training
+    digits.
 python -m scripts.feedforward_table --part none
     Only write the tables.
 python -m scripts.feedforward_table --max-runs 5
-    Make five of the missing runs.
+    Make only five of the missing runs.
 
-Run it from the root of the repository. A killed study resumes with the missing runs. The settings are at the file's top.
+Call the command from the root of the repository. After a kill, call it again: it makes the missing runs. The settings are at
+the top of the file.
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ METHODS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "full unlock": {"unlock": "full", "context": True},
     }
 )
-"""The options of each method, without the place of the interfaces and the depth."""
+"""The options of each method. The number of layers and `decouple`, the place of the interfaces, vary between runs."""
 
 PLACES: Mapping[str, str] = MappingProxyType({"last": "last hidden layer", "every": "every hidden layer"})
 """Descriptions of the values of `decouple`."""
@@ -49,7 +51,7 @@ COLUMNS: Sequence[tuple[str, str | None]] = (
 )
 
 GRID = ((1e-4, 3e-4, 1e-3), (3e-3, 1e-2))
-"""Learning rates that are tried, of the network and of the synthesizers."""
+"""The learning rates that are tried: those of the network, then those of the synthesizers."""
 
 TUNING_EPOCHS = 40
 DEPTHS = (2, 3, 4, 5, 6)
@@ -58,7 +60,7 @@ P_UPDATES = (0.2, 0.5, 1.0)
 
 
 class Run(NamedTuple):
-    """One training of the study: its table, its method, and its options besides those of the method."""
+    """One training of the study: the part of the study, the method, and the options that `METHODS` does not give."""
 
     part: str
     method: str
@@ -74,7 +76,7 @@ class Run(NamedTuple):
 
 
 def three() -> list[Run]:
-    """Returns the runs with three layers, the main comparison, five seeds."""
+    """Returns the runs with three layers, which are the main comparison, with five seeds."""
     return [
         Run("depth", method, {"layers": 3, **placed(place), "seed": seed})
         for columns, seed in itertools.product((COLUMNS[:4], COLUMNS[4:]), range(5))
@@ -83,7 +85,10 @@ def three() -> list[Run]:
 
 
 def depths() -> list[Run]:
-    """Returns the runs with other depths, without the full unlock. With two layers, "last" equals "every"."""
+    """Returns the runs with other numbers of layers, three seeds, without full unlock.
+
+    Two layers have one hidden layer, so the place "last" would repeat the place "every" and is left out.
+    """
     return [
         Run("depth", method, {"layers": layers, **placed(place), "seed": seed})
         for seed, layers, (method, place) in itertools.product(range(3), DEPTHS, COLUMNS)
@@ -97,7 +102,7 @@ def placed(place: str | None) -> dict[str, str]:
 
 
 def sporadic() -> list[Run]:
-    """Returns the runs with four layers updated in a random order, each with some probability."""
+    """Returns the runs with four layers that are updated in a random order, each with a probability of `P_UPDATES`."""
     return [
         Run("sporadic", method, {"layers": 4, "p_update": p, "seed": seed})
         for seed, method, p in itertools.product(range(2), SPORADIC, P_UPDATES)
@@ -175,7 +180,7 @@ def measure(run: Run, data: Digits) -> dict[str, Any]:
 
 
 def held_out(data: Digits) -> Digits:
-    """Returns the training digits alone, with one in five of each class as the test set."""
+    """Returns the training digits, split again: one in five of each class is the test set. The test digits are not used."""
     return digits.split(data.train_images, data.train_labels)
 
 
@@ -202,7 +207,7 @@ def tables(found: list[dict[str, Any]]) -> str:
 
 
 def by_depth(found: list[dict[str, Any]]) -> str:
-    """Returns the table of layers against methods and places of interfaces."""
+    """Returns the table of test errors, with a row per number of layers and a column per method and place of interfaces."""
     header = ["layers", *(method if place is None else f"{method}, {PLACES[place]}" for method, place in COLUMNS)]
     rows = []
     for layers in DEPTHS:
@@ -216,7 +221,7 @@ def by_depth(found: list[dict[str, Any]]) -> str:
 
 
 def of_sporadic(found: list[dict[str, Any]]) -> str:
-    """Returns the table of updates in a random order, by their probability."""
+    """Returns the table of test errors with updates in a random order, with a column per probability."""
     rows = [
         [method, *(mean_and_std(errors(matching(found, "sporadic", method, layers=4, p_update=p))) for p in P_UPDATES)]
         for method in SPORADIC
@@ -225,7 +230,7 @@ def of_sporadic(found: list[dict[str, Any]]) -> str:
 
 
 def tuned(found: list[dict[str, Any]]) -> str:
-    """Returns the table of the best learning rates by method, an empty text if none was tried."""
+    """Returns the table of the best learning rates by method, an empty text if nothing was tuned."""
     rows = []
     for method in METHODS:
         tried = [line for line in found if (line["part"], line["method"]) == ("tune", method)]

@@ -22,8 +22,8 @@ Curve = list[tuple[float, float]]
 def draw_curves(lines: list[Line], base: Path) -> list[Path]:
     """Draws one picture per task and horizontal axis, `base`-NAME.png, and returns their paths.
 
-    A picture has a panel for each T and a line for each column. A line is the mean over seeds; its band spans the smallest
-    to the largest value.
+    A picture has a panel for each T, and a panel has a line for each column of the study. A line is the mean over seeds; the
+    band around it reaches from the smallest to the largest value.
 
     Raises:
         ValueError: matplotlib is not installed.
@@ -48,14 +48,14 @@ def draw_curves(lines: list[Line], base: Path) -> list[Path]:
                     panel.legend(frameon=False, fontsize="small")
             words = f"{name} {axis}".replace("(", " ").replace(")", " ").replace(",", " ")
             path = base.with_name("-".join([base.name, *words.split()]) + ".png")
-            # No date and version, so that the same lines give the same file.
+            # Without the date and the version of matplotlib in the file, the same lines give the same file.
             figure.savefig(path, dpi=110, metadata={"Software": None})
             drawn.append(path)
     return drawn
 
 
 def axes_of(line: Line) -> dict[str, Callable[[Line], Curve]]:
-    """Returns the horizontal axes of a task, each with a function from a line to its curve."""
+    """Returns the horizontal axes of a line's task by name, each with a function from a line to its curve."""
     if is_text(line):
         return {
             "tokens": lambda line: [(tokens, bpc) for tokens, _, _, bpc in line["curve"] if bpc is not None],
@@ -82,19 +82,22 @@ def draw_panel(panel: Any, lines: list[Line], curve_of: Callable[[Line], Curve],
 
 
 def joined(curves: list[Curve], between: Callable[[Curve, float], float]) -> tuple[list[float], list[list[float]]]:
-    """Returns points of the range that all curves share, and the values of all curves at each point."""
+    """Returns `POINTS` places in the range that all curves cover, and at each place the values of all curves.
+
+    `between` computes the value of a curve at a place.
+    """
     first, last = max(curve[0][0] for curve in curves), min(curve[-1][0] for curve in curves)
     x = [first + (last - first) * i / (POINTS - 1) for i in range(POINTS)]
     return x, [[between(curve, at) for curve in curves] for at in x]
 
 
 def step(curve: Curve, at: float) -> float:
-    """Returns the last value up to `at`: a solved length stays solved."""
+    """Returns the value of the last point at or before `at`, for lengths: a solved length stays solved."""
     return curve[max(bisect.bisect_right(curve, at, key=lambda point: point[0]) - 1, 0)][1]
 
 
 def linear(curve: Curve, at: float) -> float:
-    """Returns the linear interpolation of the curve."""
+    """Returns the value at `at` by linear interpolation between the points of the curve."""
     place = min(max(bisect.bisect_right(curve, at, key=lambda point: point[0]), 1), len(curve) - 1)
     if len(curve) == 1:
         return curve[0][1]

@@ -1,4 +1,4 @@
-"""The data of the study: columns, budgets, learning rates, and the variants of the ablation."""
+"""The constants of the study of synthetic gradients: columns, budgets, learning rates, and the variants of the ablation."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from dni_seq.synthesizers.defaults import HORIZONS, default_horizons, default_scale
 
 FIDELITY_EVERY = 499
-"""Windows between comparisons with exact gradients in columns that need none by default."""
+"""Windows between comparisons with exact gradients in columns that make no comparisons by default."""
 
 
 COLUMNS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
@@ -21,7 +21,7 @@ COLUMNS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "exact": {"synthesizer": "exact", "exact_steps": 4},
     }
 )
-"""The columns of the table, with their options besides the budget and the learning rates."""
+"""The columns of the tables, with their options. The budget and the learning rates give the other options."""
 
 
 LEARNING_RATES = (1e-3, 2e-3, 4e-3, 8e-3)
@@ -63,8 +63,8 @@ class Budget(NamedTuple):
     Attributes:
         text: options for text; `max_tokens` is the length of a run.
         task: options for copy and repeat copy; `updates` is the length of a run.
-        start: initial number of vectors of the copy task, None for one.
-        rates: learning rates of network and synthesizer if nothing is tuned, None if tuning is required.
+        start: initial number of vectors of the copy task, None for one vector.
+        rates: learning rates of network and synthesizer that are used if nothing is tuned. None if tuning is required.
     """
 
     text: Mapping[str, Any]
@@ -98,15 +98,18 @@ BUDGETS: Mapping[str, Budget] = MappingProxyType(
 
 
 VALIDATIONS = 10
-"""Number of evenly spaced validations in a run on text. A tuning run validates at the same interval of tokens."""
+"""Number of evenly spaced validations in a run on text. A shorter tuning run validates after the same number of tokens."""
 
 
 ABLATION = (("ptb", 1), ("copy", 4))
-"""The tasks of the ablation, with T."""
+"""The tasks of the ablation, each with its T."""
 
 
 def without(bptt: int) -> dict[str, dict[str, Any]]:
-    """Returns the variants of the default with one part removed or replaced, by name. Some variants regress messages."""
+    """Returns the variants of the default by name: the options that remove or replace a part of the default.
+
+    The variants called "fitted ..." and "one ... message ..." regress messages, with two horizons or one message.
+    """
     fitted = {"fit": "least-squares", "horizons": HORIZONS}
     message = {"synthesizer": "state"}
     usual = default_horizons(bptt)
@@ -116,7 +119,7 @@ def without(bptt: int) -> dict[str, dict[str, Any]]:
         "fitted, c = 1": {**fitted, "synthetic_scale": "1"},
         "fitted, no model of the future": {**fitted, "future_units": 0},
         "fitted, no lookahead": {**fitted, "lookahead": 0},
-        # Raw targets allow no future model, no least-squares heads and no limit of messages in units of the RMS.
+        # Targets that are not normalised exclude a future model, least-squares heads and a limit in units of their RMS.
         "fitted by descent, no normalisation, model of the future or limit": {
             **fitted,
             "fit": "descent",
@@ -135,7 +138,7 @@ def without(bptt: int) -> dict[str, dict[str, Any]]:
 
 
 def added(bptt: int) -> dict[str, dict[str, Any]]:
-    """Returns the variants of the published recipe with one part added, by name."""
+    """Returns the variants of the published recipe by name: the options that add one part to the recipe."""
     return {
         "paper": {},
         "lookahead": {"lookahead": HORIZONS * bptt},

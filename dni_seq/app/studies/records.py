@@ -1,4 +1,4 @@
-"""Shared code of studies: results as JSON lines, Markdown tables, and the page that holds the tables between two marks.
+"""Code that studies share: results as JSON lines, Markdown tables, and pages that hold tables between two marks.
 
 A study is a list of trainings. Each training appends one line to a file of results when it is finished, so a killed study
 resumes with the missing trainings. The tables are made from these lines alone.
@@ -18,9 +18,9 @@ NOTHING = "–"
 
 
 def read_lines(results: Path) -> list[dict[str, Any]]:
-    """Returns the recorded lines, an empty list if there is no file.
+    """Returns the recorded lines, an empty list if the file does not exist.
 
-    An incomplete last line, from a kill or from a write in progress, is ignored.
+    An incomplete last line is ignored. A killed process leaves such a line, and another process may just be writing one.
 
     Raises:
         ValueError: a line is not JSON.
@@ -56,7 +56,7 @@ def append_line(results: Path, line: dict[str, Any]) -> None:
 
 
 def _whole(content: bytes) -> int:
-    """Returns the length of the complete lines. A last line that only lacks its line end is complete."""
+    """Returns the number of bytes of the complete lines. A last line without a line end is complete if it is JSON."""
     end = content.rfind(b"\n") + 1
     try:
         json.loads(content[end:])
@@ -67,7 +67,7 @@ def _whole(content: bytes) -> int:
 
 @contextmanager
 def locked(file: BinaryIO) -> Iterator[None]:
-    """Locks the file in the context. Without `flock` (Windows) there is no lock, and only one process may write."""
+    """Locks the file inside the context. Windows has no `flock` and so no lock; there only one process may write."""
     try:
         import fcntl
     except ImportError:
@@ -81,7 +81,7 @@ def locked(file: BinaryIO) -> Iterator[None]:
 
 
 def mean_and_std(values: Iterable[float], digits: int = 1) -> str:
-    """Returns mean and standard deviation as text, with the number of values in brackets."""
+    """Returns mean and standard deviation as text, with the number of values in parentheses."""
     known = list(values)
     if len(known) < 2:
         return f"{known[0]:.{digits}f} (1)" if known else NOTHING

@@ -3,13 +3,13 @@
 python scripts/reproduce_paper.py table1 --task copy --bptt 4 --tune --jobs 2
     Tune the learning rates: the same grid for every column, one seed, a quarter of the budget.
 python scripts/reproduce_paper.py table1 --task copy --bptt 4 --break-ties --jobs 2
-    Run the rates that are tied for best in that grid again, with the full budget; the best of them is used.
+    Run the learning rates that are tied for best in that grid again, with the full budget; the best of these runs decides.
 python scripts/reproduce_paper.py table1 --task copy --bptt 2 4 --jobs 2
     Run the trials with 3 seeds and the best rates, tuned at the nearest T; then write tables and curves.
 python scripts/reproduce_paper.py table1 --task ptb --bptt 1 2 4 8 --synthesizer none paper multi-horizon --max-minutes 60
-    Run some columns on Penn Treebank; a trial that would end after the hour is not started.
+    Run some columns on Penn Treebank. A trial whose estimated end is after the 60 minutes is not started.
 python scripts/reproduce_paper.py table1 --task ptb --bptt 1 --data-file book.txt
-    The same on another text, by characters, with the rates of Penn Treebank.
+    Run the trials on another text, by characters, with the learning rates tuned on Penn Treebank.
 python scripts/reproduce_paper.py ablation --jobs 2
     Remove single parts from the default, and add single parts to the published recipe.
 python scripts/reproduce_paper.py draw
@@ -18,8 +18,8 @@ python scripts/reproduce_paper.py figure feedforward
     Run the MNIST rows.
 
 A trial is one training by train_lm.py or train_tasks.py in its own process, and one line of results. Recorded trials are not
-run again. A stopped (Ctrl-C) or killed call loses a minute of work and resumes when it is repeated. Several calls may share
-the files. --dry-run lists the missing trials with their estimated minutes.
+run again. A call that is stopped (Ctrl-C) or killed loses a minute of work at most; the same call later resumes its trials.
+Several calls may run at once on the same files. --dry-run lists the missing trials with their estimated minutes.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ def rate(text: str) -> float:
 
 
 def trials_of(options: argparse.Namespace, lines: list[dict[str, Any]]) -> list[Trial]:
-    """Returns the trials that the command line asks for.
+    """Returns the trials that the options of the command line select.
 
     Raises:
         ValueError: options exclude each other, the text does not exist, or learning rates are missing.

@@ -4,7 +4,7 @@ python scripts/soak.py
     Test every kind of credit assignment, optimizer and schedule on the embedded corpus, 6 kills each; about eight minutes
     on one core.
 python scripts/soak.py --dataset ptb --out docs/results/soak.json
-    The same on Penn Treebank, with the figures in a file.
+    Test all kinds on Penn Treebank, and write the figures to a file.
 python scripts/soak.py --kinds basic lambda --kills 50
     Test two kinds with 50 kills each.
 
@@ -92,7 +92,7 @@ TINY = ("--embed", "8", "--hidden", "8", "--layers", "2", "--dropout", "0.3", "-
 LENGTH = ("--max-steps", "170", "--eval-every", "17", "--eval-tokens", "200", "--threads", "1", "--device", "cpu")
 
 OF_THE_MACHINE = ("speed/", "memory/", "progress/seconds", "progress/process_seconds")
-"""Prefixes of the TensorBoard keys that depend on the machine and are not compared."""
+"""Prefixes of the TensorBoard keys whose values depend on the machine. They are not compared."""
 
 
 class UnkilledRunError(RuntimeError):
@@ -103,9 +103,9 @@ class Kill(NamedTuple):
     """One kill.
 
     Attributes:
-        seconds: time since the start of the process.
-        saving: whether a checkpoint was being written, so that an unfinished file is left or last.pt is missing.
-        kept: steps in the newest checkpoint at that time, 0 if there was none.
+        seconds: time from the start of the process to the kill.
+        saving: whether the kill interrupted the writing of a checkpoint, which leaves an unfinished file or no last.pt.
+        kept: number of steps in the newest checkpoint at the kill, 0 without a checkpoint.
     """
 
     seconds: float
@@ -116,7 +116,7 @@ class Kill(NamedTuple):
 class Session:
     """Runs the training command in its own process, with its output in a file.
 
-    The process is a fork of this one, which has already imported all modules. That saves a second per call.
+    The process is a fork of the calling process, which has already imported all modules. This saves a second per call.
     """
 
     def __init__(self, main: Callable[[Sequence[str]], int], arguments: Sequence[str], output: Path):
@@ -149,7 +149,7 @@ class Session:
         return None
 
     def wait_for_saving(self, run: RunDirectory, times: int) -> int | None:
-        """Waits until a checkpoint is written for the `times`-th time and returns None, or the status if it exits before."""
+        """Waits until the process writes its `times`-th checkpoint. Returns None, or the exit status if it exits earlier."""
         status, before = None, False
         while status is None:
             saving = any(path.exists() for path in unfinished(run))
@@ -192,7 +192,7 @@ def run(given: argparse.Namespace) -> int:
     chance = random.Random(given.seed)
     began = time.monotonic()
     results = {}
-    # After Ctrl-C a session may still be writing there.
+    # After Ctrl-C a session may still be writing to the directory.
     with tempfile.TemporaryDirectory(prefix="soak-", ignore_cleanup_errors=True) as directory:
         for kind in given.kinds:
             options = (*TINY, *length, *data, *KINDS[kind])
@@ -280,7 +280,11 @@ def last_output(output: Path) -> str:
 
 
 def until_moment(session: Session, run: RunDirectory, number: int, seconds: float, chance: random.Random) -> int | None:
-    """Waits for the moment of a kill: in turn a random time in half a run's duration, and a write of a checkpoint."""
+    """Waits for the moment of the next kill. Returns the exit status if the session ends earlier, else None.
+
+    For an even `number`, the moment is a random time within half of `seconds`, the duration of a run. For an odd `number`,
+    it is the writing of a checkpoint, at random the first to the fifth.
+    """
     if number % 2 == 0:
         return session.wait(chance.uniform(0.0, 0.5 * seconds))
     return session.wait_for_saving(run, chance.randint(1, 5))
@@ -315,7 +319,7 @@ def compare(whole: RunDirectory, run: RunDirectory) -> Iterator[str]:
 
 
 def differences_of(one: Any, two: Any, name: str) -> Iterator[str]:
-    """Yields the places at which two nests of plain values and tensors differ. NaNs count as equal."""
+    """Yields the places at which two nests of plain values and tensors differ. Two NaNs at one place count as equal."""
     if type(one) is not type(two):
         yield f"{name}: {type(one).__name__} and {type(two).__name__}"
     elif isinstance(one, dict):
@@ -353,7 +357,7 @@ def metrics(run: Path) -> dict[str, dict[int, float]]:
 
 
 def totals(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Returns the sums over kinds; lists are concatenated."""
+    """Returns the figures of all kinds together: numbers are summed, lists are concatenated."""
     sums: dict[str, Any] = {}
     for result in results.values():
         for key, value in result.items():

@@ -22,13 +22,13 @@ COLUMNS = ("none", "paper", "paper-aux", "multi-horizon", "exact")
 """The columns, in the order of tables and curves."""
 
 BASES = ("default", "paper")
-"""The variants of an ablation without a change."""
+"""The names of the variants of an ablation that change nothing."""
 
 TIE = 0.01
-"""Difference in bits per character below which two short runs of one seed count as equal."""
+"""Two short runs of one seed count as equal if they differ by at most this many bits per character."""
 
 WITHOUT, EXACT = "none", "exact"
-"""The columns that define the headroom."""
+"""The two columns whose difference is the headroom."""
 
 
 def is_text(line: Line) -> bool:
@@ -37,11 +37,15 @@ def is_text(line: Line) -> bool:
 
 
 Rates = tuple[float, float | None]
-"""Learning rates of the network and of the synthesizer, None without a trained synthesizer."""
+"""Learning rates of the network and of the synthesizer. The second one is None without a trained synthesizer."""
 
 
 def better(line: Line) -> tuple[float, float]:
-    """Returns a sort key that is smaller for better lines: validation bits per character, or length solved and how soon."""
+    """Returns a sort key that is smaller for better lines.
+
+    The key of a text is its validation bits per character, infinity after divergence. The key of a copy task is the negative
+    length solved, then the update at which the length was solved.
+    """
     if is_text(line):
         bpc = line["result"]["valid_bpc"]
         return (math.inf if bpc is None else bpc, 0.0)
@@ -54,16 +58,20 @@ def rates_in(line: Line) -> Rates:
 
 
 def tied(grid: Sequence[Line]) -> list[Line]:
-    """Returns the lines of a grid with the best result, for text within `TIE`. How soon they reached it does not count."""
+    """Returns the lines of a grid that have the best result. For text, a result within `TIE` of the best is one of them.
+
+    For copy tasks, the update at which a length was solved does not count.
+    """
     best = min(better(line)[0] for line in grid)
     return [line for line in grid if better(line)[0] <= best + (TIE if is_text(line) else 0)]
 
 
 def chosen(grid: Sequence[Line], longer: Sequence[Line]) -> Line:
-    """Returns the line whose learning rates are used: the best of the tied lines, by runs of the full budget if recorded.
+    """Returns the line whose learning rates are used: the best of the lines of `grid` that are tied for best.
 
-    Short runs cannot decide between tied rates. On tasks they solve a few lengths at any rate. On text a rate that is too
-    high for a long run may be slightly better in a short one.
+    The tied rates are compared by the runs of the full budget in `longer`, if these are recorded, because the short runs of
+    the grid cannot decide between them. On copy tasks, short runs solve the same few lengths at several rates. On text, a
+    rate that is too high for a long run may be slightly better in a short one.
     """
     whole = {rates_in(line): line for line in longer}
     found = [whole.get(rates_in(line), line) for line in tied(grid)]
@@ -82,7 +90,7 @@ def title(line: Line) -> str:
 
 
 def latest(lines: Iterable[Line]) -> list[Line]:
-    """Returns one line per cell of a table: the last one if a cell was run with several learning rates."""
+    """Returns one line per cell and seed of the tables: the last one if it was run with several learning rates."""
     names = ("part", "task", "data", "budget", "bptt", "column", "variant", "seed")
     return list({tuple(line.get(name) for name in names): line for line in lines}.values())
 
@@ -172,7 +180,10 @@ def validation(found: list[Line]) -> str:
 
 
 def gains(found: list[Line], lines: list[Line]) -> list[float]:
-    """Returns the gain of each line over `none` with the same seed and T, in bits per character or length."""
+    """Returns the gain of each line over the line of column "none" with its seed and T, in bits per character or length.
+
+    Lines that diverged, and lines without such a line of "none", have no gain.
+    """
     base = {(line["seed"], line["bptt"]): test_result(line) for line in lines if line["column"] == WITHOUT}
     better_by = []
     for line in found:
@@ -183,7 +194,11 @@ def gains(found: list[Line], lines: list[Line]) -> list[float]:
 
 
 def share(found: list[Line], lines: list[Line]) -> str:
-    """Returns the share of the mean headroom at this T and of these seeds that each seed closes, in percent, as text."""
+    """Returns, as text, the gain of each seed in percent of the headroom: mean and standard deviation over the seeds.
+
+    The headroom is the mean over the seeds of `found`, at their T. For the column "exact", returns the headroom itself.
+    Returns `NOTHING` if the mean headroom of all seeds is not larger than its standard deviation.
+    """
     bptt, seeds = found[0]["bptt"], {line["seed"] for line in found}
     exact = [line for line in lines if (line["column"], line["bptt"]) == (EXACT, bptt)]
     headroom = gains(exact, lines)
@@ -197,7 +212,7 @@ def share(found: list[Line], lines: list[Line]) -> str:
 
 
 def beyond_spread(gained: list[float]) -> bool:
-    """Whether a mean gain exceeds its standard deviation; for one seed, whether it is positive."""
+    """Returns whether the mean gain exceeds its standard deviation; for one seed, whether the gain is positive."""
     if not gained:
         return False
     return statistics.mean(gained) > (statistics.stdev(gained) if len(gained) > 1 else 0.0)
@@ -265,12 +280,12 @@ def tuning(lines: list[Line]) -> str:
 
 
 def _tuned(line: Line) -> tuple[str, str, int, int | None]:
-    """Returns the title, column, T and K that a grid of learning rates belongs to. K is None for the default number."""
+    """Returns the title, column, T and K that a grid of learning rates belongs to. K is None if the line gives no K."""
     return title(line), line["column"], line["bptt"], line["options"].get("horizons")
 
 
 def spent(lines: list[Line]) -> str:
-    """Returns the table of the time spent by part and task. It includes runs that later runs replace."""
+    """Returns the table of the time spent by part and task. The time of runs that later runs replaced counts too."""
     rows = []
     for part, task in sorted(in_order((line["part"], line["task"]) for line in lines)):
         found = [line for line in lines if (line["part"], line["task"]) == (part, task)]
@@ -282,5 +297,5 @@ def spent(lines: list[Line]) -> str:
 
 
 def hours(lines: list[Line], name: str) -> str:
-    """Returns the sum of the times in seconds as hours."""
+    """Returns the sum over the lines of the entry `name`, a time in seconds, as hours."""
     return f"{sum(line[name] for line in lines) / 3600:.2f}"

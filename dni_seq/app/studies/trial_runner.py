@@ -1,8 +1,8 @@
 """Runs the trials of a study with the training commands, several processes in parallel; killed trials can be resumed.
 
-A trial runs in its own subdirectory of the scratch directory with `--resume auto`, so a killed trial resumes where it was.
-When it is finished, one line is appended to the file of results. Several calls may share the scratch directory and the
-results: a trial is locked as long as its process lives, even if the study that started it has ended.
+A trial runs in its own subdirectory of the scratch directory with `--resume auto`, so a killed trial continues from its last
+checkpoint. When a trial is finished, one line is appended to the file of results. Several calls may share the scratch
+directory and the results: a trial is locked as long as its process lives, even if the study that started it has ended.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ PATHS = frozenset({"data_dir", "data_file", "valid_file", "test_file"})
 """Options that are file paths on this machine. They are not recorded in the results."""
 
 COMMAND_OF_SCRIPT: Mapping[str, str] = MappingProxyType({"train_lm": "train", "train_tasks": "tasks"})
-"""Commands of `dni-seq` by the script that a trial names."""
+"""The command of `dni-seq` for each script that a trial can name."""
 
 
 class Trial(NamedTuple):
@@ -48,7 +48,8 @@ class Trial(NamedTuple):
         script: the command's file name without its suffix, for example "train_lm".
         about: the trial's place in the study: part, task, column, T, seed and so on.
         options: the options of the command that the study sets.
-        unkeyed: options that are not part of the trial's key: file paths, and what was a default when lines were recorded.
+        unkeyed: further options of the command that are not part of the trial's key: file paths, and options whose values
+            were defaults when the first lines were recorded.
     """
 
     script: str
@@ -61,13 +62,13 @@ class Trial(NamedTuple):
         return json.dumps([self.script, self.about, self.options], sort_keys=True)
 
     def name(self) -> str:
-        """Returns a readable name for its directory, unique for its key."""
+        """Returns a readable name for the trial's directory, unique for the trial's key."""
         words = "-".join(str(value) for value in self.about.values() if value is not None)
         plain = "".join(letter if letter.isalnum() or letter in "-." else "_" for letter in words)
         return f"{plain}-{hashlib.sha256(self.key().encode()).hexdigest()[:8]}"
 
     def arguments(self) -> list[str]:
-        """Returns its options as words of the command line."""
+        """Returns the trial's options as words of the command line."""
         found = []
         for name, value in (self.options | dict(self.unkeyed)).items():
             if isinstance(value, bool):
@@ -115,7 +116,7 @@ class Study:
         scratch: directory of the runs.
         results: file of results, one line per trial.
         jobs: number of trials in parallel, one thread each.
-        measure: returns the entries of a trial's line that are specific to the study, from the run's summary.
+        measure: a function from a trial and its run's summary to the entries of the line that only this study has.
     """
 
     scratch: Path
@@ -131,8 +132,9 @@ class Study:
         Args:
             trials: all trials of the call.
             minutes: estimates the time of a trial in minutes.
-            limit: time limit of this call in minutes; a trial that would exceed it is not started. None for no limit.
-            stop: a signal stops the running trials, which the next call resumes.
+            limit: time limit of this call in minutes. A trial whose estimate exceeds the time left is not started. None for
+                no limit.
+            stop: records signals. A signal stops the running trials; the next call resumes them.
         """
         self.scratch.mkdir(parents=True, exist_ok=True)
         end = math.inf if limit is None else time.monotonic() + 60 * limit
@@ -158,14 +160,14 @@ class Study:
         return {line["key"] for line in read_lines(self.results)}
 
     def _begin(self, trial: Trial, outcome: Outcome) -> list[Running]:
-        """Starts a trial unless it is recorded or another process runs it. Returns its process, or an empty list."""
+        """Starts a trial unless it is recorded or another process runs it. Returns a list with its process, or []."""
         if trial.key() in self._done():
             return []
         run, lock = RunDirectory(self.scratch / trial.name()), self._lock(trial)
         if lock is None:
             outcome.locked_elsewhere += 1
             return []
-        if trial.key() in self._done():  # another process finished it between the two checks
+        if trial.key() in self._done():  # another process recorded the trial after the first check
             self._lock_path(trial).unlink()
             lock.close()
             return []
@@ -177,7 +179,7 @@ class Study:
                 stderr=log,
                 stdin=subprocess.DEVNULL,
                 env=environment(),
-                pass_fds=[lock.fileno()],  # the lock lives as long as the process does
+                pass_fds=[lock.fileno()],  # inherited, so the lock is held as long as the trial's process lives
                 start_new_session=True,  # Ctrl-C reaches only the study, which forwards it once
             )
         print(f"started    {trial.name()}", flush=True)
@@ -204,7 +206,7 @@ class Study:
                 append_line(self.results, self.line(each.trial, each.run))
                 shutil.rmtree(each.run.path)
                 self._log(each.trial).unlink()
-                self._lock_path(each.trial).unlink()  # a process that still locks the removed file finds the recorded line
+                self._lock_path(each.trial).unlink()  # safe: a process that opened the file before finds the recorded line
                 outcome.done += 1
                 print(f"done       {name}", flush=True)
             else:
@@ -259,7 +261,7 @@ def last_words(log: Path) -> str:
 
 
 def messages(run: Path) -> dict[str, Any]:
-    """Returns size and fidelity of a run's synthetic gradients: medians over the points of its second half.
+    """Returns the size and the fidelity of a run's synthetic gradients: medians over the points of the run's second half.
 
     The keys are `injected_ratio`, `regression_r2`, and `fidelity` with cosine and R² of every horizon. Unmeasured values
     are None.
@@ -301,7 +303,7 @@ def versions() -> dict[str, str | None]:
 
 
 def finite(value: Any) -> Any:
-    """Returns the nest with None instead of numbers that are not finite, as in a run that diverged."""
+    """Returns the nest with None in place of numbers that are not finite, which a diverged run has and JSON lacks."""
     if isinstance(value, dict):
         return {name: finite(entry) for name, entry in value.items()}
     if isinstance(value, list):

@@ -1,6 +1,7 @@
 """Makes the trials of the study from columns, budgets and learning rates, and reads the results of a finished trial.
 
-Seeds are outermost in every list, so an unfinished study has complete tables of fewer seeds.
+Every list of trials with several seeds has all trials of the first seed, then all trials of the next seed. So an unfinished
+study has complete tables with fewer seeds.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ from dni_seq.app.studies.tuning import alike, rates_of, rates_to_try, reach, rea
 from dni_seq.synthesizers.defaults import HORIZONS
 
 SCHEDULE: Mapping[str, str] = MappingProxyType({"schedule": "constant"})
-"""The schedule of all recorded trials on text. Their keys are older than the option, whose default is another one now."""
+"""The schedule of all recorded trials on text. The keys of these trials do not name it, because they are older than the
+option `--schedule`, whose default is not "constant"."""
 
 
 def table_trials(
@@ -55,7 +57,7 @@ def table_trials(
 
 
 def tuning_trials(cells: Sequence[TableCell]) -> list[Trial]:
-    """Returns the trials of the grid of learning rates, with a quarter of the budget."""
+    """Returns the trials that tune the learning rates: the grid of each cell, with a quarter of the budget."""
     return [
         make_trial("tune", cell, COLUMNS[cell.column], TUNING_SEED, rates)
         for cell in cells
@@ -64,7 +66,7 @@ def tuning_trials(cells: Sequence[TableCell]) -> list[Trial]:
 
 
 def tie_trials(lines: list[Line], cells: Sequence[TableCell]) -> list[Trial]:
-    """Returns trials with the whole budget of the rates that are tied for best in the grid.
+    """Returns trials with the full budget for the learning rates that are tied for best in the grid of a cell.
 
     Raises:
         ValueError: the grid of a cell is not complete.
@@ -77,7 +79,9 @@ def tie_trials(lines: list[Line], cells: Sequence[TableCell]) -> list[Trial]:
 
 
 def ablation_trials(lines: list[Line], tasks: Collection[str], seeds: int, given: Rates | None = None) -> list[Trial]:
-    """Returns the trials of the ablation: two bases, each with one change, with the learning rates of the base.
+    """Returns the trials of the ablation: the variants of two bases, each with the learning rates of its base.
+
+    The bases are the default and the published recipe.
 
     Args:
         lines: the recorded lines, which have the tuned learning rates.
@@ -94,7 +98,7 @@ def ablation_trials(lines: list[Line], tasks: Collection[str], seeds: int, given
             continue
         for base, variants in (("multi-horizon", without(bptt)), ("paper", added(bptt))):
             cell = TableCell(task, bptt, base, "small")
-            # All variants use the rates tuned with two horizons, which most variants have, also if the default is four.
+            # All variants use the rates tuned with two horizons, even if the default has four: most variants have two.
             rates = rates_of(alike(lines, {**COLUMNS[base], "horizons": HORIZONS}, bptt), cell, given)
             for variant, change in variants.items():
                 settings = {**COLUMNS[base], **change}
@@ -117,8 +121,8 @@ def make_trial(
     """Returns one trial, with the command's options from budget, column and rates.
 
     Args:
-        part: the part of the study: "table1", "tune", "ties" or "ablation". The ablation has its own, smaller budget.
-        cell: the cell of the tables; for the ablation the cell whose rates the trial has.
+        part: the part of the study: "table1", "tune", "ties" or "ablation". The ablation has a smaller budget.
+        cell: the cell of the tables. For the ablation: the cell whose tuned learning rates the trial uses.
         settings: options of the column or variant.
         seed: random seed.
         rates: learning rates of network and synthesizer.

@@ -1,4 +1,4 @@
-"""Selects the learning rates that each column is tuned with, and the rates that it uses."""
+"""Selects the learning rates that the study tries for each column, and the best of them."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from dni_seq.synthesizers.defaults import HORIZONS, LONG_WINDOW, default_horizon
 
 
 def reach(settings: Mapping[str, Any], bptt: int) -> dict[str, int]:
-    """Returns the horizons to record for a trial that gives none, if the default at this T exceeds `HORIZONS`.
+    """Returns the option `horizons` to record for a trial that does not give it; empty if recording is not necessary.
 
-    Before 2026-11-27 the default was `HORIZONS` at every T, so a recorded line without `horizons` has that number.
+    A recorded line without `horizons` has `HORIZONS` of them, because before 2026-11-27 this was the default at every T.
+    So only a larger default at this T is recorded.
     """
     by_default = settings["synthesizer"] == "multi-horizon" and "horizons" not in settings
     usual = default_horizons(bptt)
@@ -32,26 +33,31 @@ def reach_of_then(settings: Mapping[str, Any], bptt: int) -> dict[str, str]:
 
 
 def alike(lines: list[dict[str, Any]], settings: Mapping[str, Any], bptt: int) -> list[dict[str, Any]]:
-    """Returns the lines with as many horizons as a trial of these settings, because tuned rates depend on that number."""
+    """Returns the lines that have as many horizons as a trial with these settings. Tuned rates depend on that number."""
     horizons = reach(settings, bptt).get("horizons")
     return [line for line in lines if line["options"].get("horizons") == horizons]
 
 
 def rates_to_try(column: str) -> list[Rates]:
-    """Returns the grid: the same network rates for every column, and the same synthesizer rates for all that train one."""
+    """Returns the grid of learning rates of a column.
+
+    All columns have the same rates of the network, and all columns with a trained synthesizer the same rates of it.
+    """
     second: Sequence[float | None] = SYNTHESIZER_LEARNING_RATES if column in LEARNS else (None,)
     return list(itertools.product(LEARNING_RATES, second))
 
 
 def tied_rates(lines: list[dict[str, Any]], cell: TableCell) -> list[Rates]:
-    """Returns the tied best rates of a cell's grid, an empty list if there is no tie."""
+    """Returns the learning rates that are tied for best in a cell's grid, an empty list if one is best alone."""
     lines = alike(lines, COLUMNS[cell.column], cell.bptt)
     best = tied(tried(lines, cell, "tune", rates_to_try(cell.column)))
     return sorted(map(rates_in, best)) if len(best) > 1 else []
 
 
 def rates_of(lines: list[dict[str, Any]], cell: TableCell, given: Rates | None) -> Rates:
-    """Returns the learning rates of a cell: those given, else the best of the grid at the tuned T nearest to the cell's.
+    """Returns the learning rates of a cell: `given`, or the best rates of the grid at the nearest T.
+
+    The nearest T is the one of all T with a tuned grid whose logarithm is nearest to that of the cell's T.
 
     Args:
         lines: the recorded lines.
@@ -83,7 +89,9 @@ def rates_of(lines: list[dict[str, Any]], cell: TableCell, given: Rates | None) 
 
 
 def tried(lines: list[dict[str, Any]], cell: TableCell, part: str, wanted: Iterable[Rates]) -> list[dict[str, Any]]:
-    """Returns the lines of a cell's learning rates from the grid ("tune") or its ties ("ties"), which may be missing.
+    """Returns the lines of a cell's learning rates from a part: the grid ("tune") or its ties ("ties").
+
+    The ties may be missing altogether; then the list is empty.
 
     Raises:
         ValueError: some of the `wanted` rates are not tried yet.

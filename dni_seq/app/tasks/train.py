@@ -11,9 +11,9 @@ python scripts/train_tasks.py --run-dir runs/mine --resume auto
 tensorboard --logdir runs
     Show the curves.
 
-An update is one window. The length is N for N vectors to copy, N R for R repeats, and the number of steps of an adding
-problem. A length is solved if the mean error on 1,000 fresh sequences is below 0.15. The module
-dni_seq.streams.algorithmic_tasks defines the error.
+An update is one window. The length of a task is N for N vectors to copy, N times R for N vectors to copy R times, and the
+number of steps for the adding problem. A length is solved if the mean error on 1,000 fresh sequences is below 0.15. The
+module dni_seq.streams.algorithmic_tasks defines the error.
 
 A run writes to its directory: metrics.csv, TensorBoard events (--logger), config.json, checkpoints/last.pt and
 previous.pt, and summary.json.
@@ -24,7 +24,7 @@ TensorBoard has these keys over updates, as averages since the last point unless
     task/fresh_error_bits      mean error of a check on fresh sequences (adding: task/fresh_error)
     synthetic/..., fidelity/..., gradient/..., train/skipped, memory/peak_mb
                                as train_lm.py writes them; ratios are averaged over the windows where they exist
-    speed/updates_per_second   of this session, checks included
+    speed/updates_per_second   speed of this session; its time includes the checks on fresh sequences
 Ctrl-C saves a checkpoint and exits with status 130, SIGTERM with 143, SIGHUP with 129. Invalid input prints one line on
 stderr and exits with status 2.
 """
@@ -64,7 +64,7 @@ from dni_seq.synthesizers.for_model import EMBED
 _PROG = "train_tasks"
 
 CHECK_SEED = 2**31
-"""Offset of the seed for the fresh sequences of checks, so that they differ from the training sequences."""
+"""Offset from the run's seed to the seed of the fresh sequences, so that they differ from the training sequences."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

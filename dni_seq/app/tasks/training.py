@@ -43,10 +43,10 @@ class TaskCounters(Counters):
     """The counters of a run on a task; part of its checkpoint.
 
     Attributes:
-        curve: (update, length solved) at each length solved.
-        sequences: number of finished sequences in all lanes.
+        curve: a row (update, length) for each length solved.
+        sequences: number of finished sequences, summed over the lanes.
         fresh_error: error of the latest check on fresh sequences, None before the first.
-        loss: 0-d, the loss of the current sequence, nats (or squared error) summed over its steps so far.
+        loss: 0-d, the loss of the current sequence, summed over its steps so far; in nats, or squared error for adding.
         steps: number of steps of the current sequence so far that count in the loss.
         injected: [2], sum and number of the defined injected ratios.
     """
@@ -64,7 +64,7 @@ class TaskRun(TrainingRun):
 
     Attributes:
         task: generates the sequences and defines the error.
-        curriculum: raises the length when it is solved.
+        curriculum: raises the length when the present one is solved.
         fresh: generator of the fresh sequences of checks.
         model: the model that `trainer` trains.
     """
@@ -90,7 +90,7 @@ class TaskRun(TrainingRun):
         return self.options.updates
 
     def step(self, window: Window) -> None:
-        """Trains on one window. Its steps count in the sequence's error even if the window is skipped."""
+        """Trains on one window. Its steps are counted for the mean error of the sequence even if the window is skipped."""
         assert window.mask is not None
         self.counters.steps += int(window.mask[:, 0].sum())
         super().step(window)
@@ -111,7 +111,7 @@ class TaskRun(TrainingRun):
             self.end_sequence()
 
     def end_sequence(self) -> None:
-        """Scores a finished sequence. If the length looks solved, checks it on fresh sequences and raises it."""
+        """Scores a finished sequence. If the length looks solved, checks it on fresh sequences; if it passes, raises it."""
         counters = self.counters
         error = self.task.error_of_loss * float(counters.loss) / counters.steps
         counters.loss, counters.steps = torch.zeros_like(counters.loss), 0
@@ -137,7 +137,7 @@ class TaskRun(TrainingRun):
         }
 
     def dashboard(self) -> Dashboard:
-        """Returns the charts that this run fills, its method, and the options with other values than the defaults."""
+        """Returns the charts that this run fills, its method, and the options whose values are not the defaults."""
         options = self.options
         credit = options.resolve(options.bptt)
         return Dashboard(
@@ -148,21 +148,21 @@ class TaskRun(TrainingRun):
         )
 
     def figures(self) -> str:
-        """Returns the lengths as a short text."""
+        """Returns the length solved and the length in training as a short text."""
         return f"length {self.curriculum.solved} solved, {self.curriculum.stage.length} in training"
 
     def outcome(self) -> str:
-        """Returns the lengths for the last message."""
+        """Returns the text of `figures` for the last message."""
         return f": {self.figures()}"
 
     def in_force(self) -> dict[str, Any]:
-        """Returns the value in force of every option."""
+        """Returns the value in force of every option that config.json stores; None for an option without effect."""
         cells = self.options.model == "lstm"
         own = {"start": self.options.start or self.task.first.size, "trace_decay": self.options.decay_in_force}
         return super().in_force() | credit_in_force(self.options, self.options.bptt, cells=cells) | own
 
     def next_commands(self) -> list[str]:
-        """Returns the commands that continue the run and show it."""
+        """Returns lines with the commands that train the run further and show its curves."""
         further = f"--resume {shlex.quote(str(self.run.path))} --updates {2 * self.options.updates}"
         return [f"to train on: {command_line('tasks')} {further}", *super().next_commands()]
 
@@ -181,7 +181,7 @@ class TaskRun(TrainingRun):
         self.counters.injected = self.counters.injected.to(self.device)
 
     def summary(self) -> dict[str, Any]:
-        """Returns the content of summary.json. `length` is the length solved, `stage` the size and repeats in training."""
+        """Returns the content of summary.json: `length` is the length solved, `stage` the size and repeats in training."""
         total, count = self.counters.injected.tolist()
         return {
             **{name: getattr(self.options, name) for name in ("task", "seed", "model", "hidden", "bptt", "synthesizer")},
@@ -203,12 +203,12 @@ def is_last(window: Window) -> bool:
 def mask_undefined(values: dict[str, Tensor], last: bool) -> dict[str, Tensor]:
     """Returns the measurements of a step with NaN for ratios that are not defined.
 
-    A ratio to a zero gradient, as before the first step that counts, is not defined. The injected ratio of a sequence's last
-    window is not defined either, because nothing is injected after it.
+    A ratio to a zero gradient is not defined. The gradient is zero in windows before the first step that counts in a loss.
+    The injected ratio of a sequence's last window is not defined either, because nothing is injected after that window.
 
     Args:
         values: measurements by TensorBoard key.
-        last: whether the window ends the sequence.
+        last: whether the window is the last one of the sequence.
     """
     ratios = ("synthetic/injected_ratio", "synthetic/r2", "fidelity/r2")
     masked = {key: value.where(value.isfinite(), torch.nan) if key in ratios else value for key, value in values.items()}
