@@ -49,7 +49,6 @@ OURS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "multi-horizon, K = 1, no lookahead": {"synthesizer": "multi-horizon", "horizons": 1, "lookahead": 0},
         "multi-horizon": {"synthesizer": "multi-horizon"},
         "multi-horizon, K = 4": {"synthesizer": "multi-horizon", "horizons": 4},
-        "multi-horizon, K = 4, one drawn": {"synthesizer": "multi-horizon", "horizons": 4, "draw_horizon": True},
         "exact, 1 step": {"synthesizer": "exact", "exact_steps": 1},
         "exact, 4 steps": {"synthesizer": "exact", "exact_steps": 4},
     }
