@@ -21,7 +21,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from statistics import mean
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 from dni_seq.app.studies.records import NOTHING, markdown, plus_minus, read_lines
 from dni_seq.synthesizers.defaults import default_horizons
@@ -40,20 +40,36 @@ METHODS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 )
 """The options of the training command by method. `multi-horizon` predicts K windows at each T, max(2, 4 / T) rounded up."""
 
-CHANGED: Mapping[str, tuple[str, Mapping[str, Any]]] = MappingProxyType(
+
+class Change(NamedTuple):
+    """A trial that differs from a method's in one respect.
+
+    Attributes:
+        bptt: T.
+        rate: learning rate.
+        method: the changed method.
+        options: the options that change it.
+    """
+
+    bptt: int
+    rate: float
+    method: str
+    options: Mapping[str, Any]
+
+
+CHANGED: Mapping[str, Change] = MappingProxyType(
     {
-        "c = 0.3": ("multi-horizon", {"synthetic-scale": 0.3}),
-        "c falls with the rate": ("multi-horizon", {"scale-schedule": "follow"}),
-        "by SGD, rate 5": ("none", {"optimizer": "sgd", "lr": 5.0}),
-        "by SGD, rate 20": ("none", {"optimizer": "sgd", "lr": 20.0}),
+        "c = 0.3": Change(8, 8e-3, "multi-horizon", {"synthetic-scale": 0.3}),
+        "c falls with the rate": Change(8, 8e-3, "multi-horizon", {"scale-schedule": "follow"}),
+        "by SGD, rate 5": Change(8, 8e-3, "none", {"optimizer": "sgd", "lr": 5.0}),
+        "by SGD, rate 20": Change(8, 8e-3, "none", {"optimizer": "sgd", "lr": 20.0}),
+        "c = 0.5": Change(1, 4e-3, "next 4 steps", {"synthetic-scale": 0.5}),
     }
 )
-"""The changes that are tried at T = 8 with the first seed: by name, the changed method and the options that change it."""
+"""The changes that are tried with the first seed, by name."""
 
 WINDOWS, RATES, SEEDS = (1, 8, 2, 4), (4e-3, 8e-3, 1.6e-2), (1, 2, 3)
 """Window lengths, the most important first; the learning rates that are tried first; and the seeds."""
-
-CHANGED_WINDOW, CHANGED_RATE = 8, 8e-3
 
 COMMON: Mapping[str, Any] = MappingProxyType(
     {"dataset": "ptb", "tokenizer": "char", "hidden": 256, "embed": 64, "layers": 1, "dropout": 0, "batch-size": 64}
@@ -85,13 +101,13 @@ def plan(known: dict[str, Line]) -> Iterator[Trial]:
             yield from trials
         for seed in SEEDS[1:]:
             yield from (trial_of(bptt, method, rate, seed) for method, (_, rate) in found.items() if rate is not None)
-    for name, (method, _) in CHANGED.items():
-        yield {**trial_of(CHANGED_WINDOW, method, CHANGED_RATE), "changed": name}
+    for name, change in CHANGED.items():
+        yield {**trial_of(change.bptt, change.method, change.rate), "changed": name}
 
 
 def options_of(trial: Trial) -> dict[str, Any]:
     """Returns the options of the training command for a trial."""
-    changed: Mapping[str, Any] = CHANGED[trial["changed"]][1] if "changed" in trial else {}
+    changed: Mapping[str, Any] = CHANGED[trial["changed"]].options if "changed" in trial else {}
     ahead = {"horizons": default_horizons(trial["T"])} if trial["method"] == "multi-horizon" else {}
     own = {"bptt": trial["T"], **METHODS[trial["method"]], **ahead, "lr": trial["lr"], "seed": trial["seed"]}
     return {**COMMON, **own, **changed}
@@ -138,11 +154,8 @@ def table(lines: Iterable[Line]) -> str:
             runs = best_runs(known, bptt, method)
             if runs:
                 rows.append(row(str(bptt), f"`{method}`", runs, base))
-        if bptt == CHANGED_WINDOW:
-            changed = [line for line in known.values() if "changed" in line["trial"]]
-            rows += [
-                row(str(bptt), f"`{one['trial']['method']}`, {one['trial']['changed']}", [one], base) for one in changed
-            ]
+        changed = [line for line in known.values() if "changed" in line["trial"] and line["trial"]["T"] == bptt]
+        rows += [row(str(bptt), f"`{one['trial']['method']}`, {one['trial']['changed']}", [one], base) for one in changed]
     header = ["T", "method", "rate", "seeds", "validation", "test", "gain over `none`", "CPU seconds"]
     return markdown(header, rows)
 

@@ -196,9 +196,9 @@ def test_the_page_on_characters_quotes_the_lines():
     """Where this fails: docs/results/characters.md, and its row in docs/results/index.md"""
     page, index = result_page("characters"), result_page("index")
     rows = {row["T"]: row["share of the headroom (by seed)"].split(" (")[0] for row in rows_of(result_tables.characters)}
-    said = f"{rows['1']} of it at T = 1 and {rows['2']} at T = 2"
+    said = f"{rows['1']} of this gain at T = 1 and {rows['2']} at T = 2"
     assert f"brings {said}" in page
-    assert said.replace(" of it", "") in index
+    assert said.replace(" of this gain", "") in index
     for window in (1, 2, 4, 8):
         truncated, default, exact = (
             [final(run) for run in table_1("ptb", window, name)] for name in ("none", "multi-horizon", "exact")
@@ -217,8 +217,9 @@ def test_the_pages_quote_the_runs_with_a_falling_rate():
     truncated, default, exact = (float(falling_rate(1, method)) for method in ("none", "multi-horizon", "exact"))
     share = f"{100 * (truncated - default) / (truncated - exact):.0f} %"
     page = result_page("characters")
-    assert f"the exact gradient gains {truncated - exact:.3f} bits, and the default {share} of that" in page
-    assert f"the default brings {share} at T = 1, and at T = 8 the seeds differ as much as the methods" in page
+    gains = f"gains {truncated - exact:.3f} bits, and the default {truncated - default:.3f}, which is {share} of that"
+    assert f"the exact gradient {gains}" in page
+    assert f"the default brings {share} at T = 1. At T = 8 the seeds differ as much as the methods" in page
     assert f"with a falling rate {share} at T = 1;" in result_page("index")
     assert f"{share} of the exact gradient's gain with a falling rate" in (DOCS / "guides" / "choosing.md").read_text()
     spreads = []
