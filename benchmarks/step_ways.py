@@ -47,6 +47,7 @@ OURS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "none": {"synthesizer": "none"},
         "multi-horizon, K = 1": {"synthesizer": "multi-horizon", "horizons": 1},
         "multi-horizon, K = 1, no lookahead": {"synthesizer": "multi-horizon", "horizons": 1, "lookahead": 0},
+        "multi-horizon, next 4 steps": {"synthesizer": "multi-horizon", "horizons": 1, "lookahead": 4},
         "multi-horizon": {"synthesizer": "multi-horizon"},
         "multi-horizon, K = 4": {"synthesizer": "multi-horizon", "horizons": 4},
         "exact, 1 step": {"synthesizer": "exact", "exact_steps": 1},
@@ -55,8 +56,8 @@ OURS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 )
 """The ways of the library, as options of scripts/train_lm.py. The other options have the defaults for characters.
 
-So "multi-horizon" has the number of horizons of `default_horizons` for words too, for which the command's default is one
-horizon.
+So "multi-horizon" has the number of horizons of `default_horizons`, at each T and for words too. The command's default is one
+horizon of T steps for words below T = 8, and one horizon of 4 steps from T = 8 on.
 """
 
 ONE = "multi-horizon, K = 1"
