@@ -80,7 +80,7 @@ def test_readme_can_be_read_in_a_few_minutes():
 def test_readme_says_what_a_step_costs():
     lines = [json.loads(line) for line in (ROOT / "docs" / "results" / "steps.jsonl").read_text().splitlines()]
     ratios = [line["over none"] for line in lines if (line["setting"], line["way"]) == ("char-lstm", "multi-horizon")]
-    said = f"A step costs {min(ratios):.1f} to {max(ratios):.1f} times as much as without (LSTM of 512 units)"
+    said = f"A step costs {min(ratios):.1f} to {max(ratios):.1f} times as much as without a synthesizer (LSTM of 512 units)"
     assert said in README.read_text(encoding="utf-8")
 
 
