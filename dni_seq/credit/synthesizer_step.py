@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from dni_seq.core import nonfinite
 from dni_seq.core.nonfinite import both_finite
-from dni_seq.core.optimizer_step import clear_optimizer_state, clipped_step, gradient_norm
+from dni_seq.core.optimizer_step import clear_optimizer_state, clipped_step, gradient_norm, has_fused_kernel
 from dni_seq.core.snapshot import TensorSnapshot
 from dni_seq.distributed.data_parallel import DataParallel
 from dni_seq.synthesizers.base import Regression
@@ -20,8 +20,8 @@ class SynthesizerStep:
 
     Args:
         modules: the synthesizer, and the auxiliary task if there is one.
-        optimizer: the optimizer of the modules' parameters. Default: Adam with learning rate 1e-3, or no optimizer if no
-            parameter can be trained.
+        optimizer: the optimizer of the modules' parameters. Default: Adam with learning rate 1e-3, with the fused kernel if
+            there is one, or no optimizer if no parameter can be trained.
         clip: largest norm of the gradient, None for no limit.
         parallel: the `DataParallel` of this rank.
     """
@@ -35,7 +35,7 @@ class SynthesizerStep:
     ) -> None:
         learning = [parameter for module in modules for parameter in module.parameters()]
         if optimizer is None and any(parameter.requires_grad for parameter in learning):
-            optimizer = torch.optim.Adam(learning, lr=1e-3)
+            optimizer = torch.optim.Adam(learning, lr=1e-3, fused=has_fused_kernel(learning))
         self._synthesizer = modules[0]
         self.optimizer = optimizer
         self._clip = clip

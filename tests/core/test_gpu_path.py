@@ -14,6 +14,7 @@ SWITCH = "readable_without_sync"
 
 ALLOWED = {
     ("core/nonfinite.py", SWITCH): "the switch",
+    ("core/optimizer_step.py", "has_fused_kernel"): "the default optimizer of a synthesizer",
     ("core/optimizer_step.py", "total_norm"): "the same number by fewer or more kernels; skips nothing",
     ("core/snapshot.py", "now"): "the random state of a GPU exists beside the CPU's",
     ("core/snapshot.py", "restore"): "the same",

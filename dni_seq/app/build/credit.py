@@ -237,6 +237,6 @@ def synthetic_arguments(credit: ResolvedCredit, spec: ModelSpec, lr: float) -> d
     learning = [parameter for part in parts for parameter in part.parameters()]
     return {
         "synthesizer": synthesizer,
-        "synthesizer_optimizer": adam(learning, lr, like.device) if learning else None,
+        "synthesizer_optimizer": adam(learning, lr) if learning else None,
         "config": SyntheticGradientConfig(auxiliary=auxiliary, **trainer_settings(credit)),
     }

@@ -53,7 +53,7 @@ def build_trainer(
     torch.manual_seed(options.seed)
     trainer = SequenceTrainer(
         model,
-        optimizer_of(model, options, device),
+        optimizer_of(model, options),
         token_losses,
         clip=options.clip or None,
         autocast=lm.autocast_of(options),
@@ -116,18 +116,16 @@ def compile_model(model: LanguageModel, options: LanguageModelOptions, device: t
     model.zero_grad()
 
 
-def optimizer_of(model: LanguageModel, options: LanguageModelOptions, device: torch.device) -> torch.optim.Optimizer:
+def optimizer_of(model: LanguageModel, options: LanguageModelOptions) -> torch.optim.Optimizer:
     """Returns the optimizer of all parameters. With `--sparse-embedding`, SparseAdam updates the embedding.
 
     Raises:
         ValueError: `--sparse-embedding` is combined with another optimizer than adam, or with weight decay.
     """
     if not options.sparse_embedding:
-        return build_optimizer(list(model.parameters()), options, options.lr, device)
+        return build_optimizer(list(model.parameters()), options, options.lr)
     if options.optimizer != "adam" or options.weight_decay:
         raise ValueError("--sparse-embedding works with --optimizer adam without --weight-decay: remove one of them")
     rows = model.embedding.weight
     others = [parameter for parameter in model.parameters() if parameter is not rows]
-    return JoinedOptimizer(
-        [build_optimizer(others, options, options.lr, device), torch.optim.SparseAdam([rows], options.lr)]
-    )
+    return JoinedOptimizer([build_optimizer(others, options, options.lr), torch.optim.SparseAdam([rows], options.lr)])

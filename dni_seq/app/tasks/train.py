@@ -161,7 +161,7 @@ def build_trainer(options: TaskOptions, task: Task, model: VectorRNN, device: to
     )
     trainer = dni.SequenceTrainer(
         model,
-        adam(list(model.parameters()), options.lr, device),
+        adam(list(model.parameters()), options.lr),
         task.losses,
         clip=options.clip or None,
         reduction="lane-mean",
