@@ -1,8 +1,8 @@
 """Trains recurrent networks on long streams with truncated BPTT and synthetic gradients.
 
 There are three levels of use: the command `python scripts/train_lm.py`, `SequenceTrainer` in your own training loop, and
-the interfaces such as `BackwardInterface`. `import dni_seq` needs only torch. torch is imported at the first use of a public
-name, so that a command shows its help, or an error in its options, without waiting for torch.
+the interfaces such as `BackwardInterface`. `import dni_seq` needs no package but torch, which is imported at the first use
+of a public name, so that a command shows its help, or an error in its options, without waiting for torch.
 """
 
 from __future__ import annotations

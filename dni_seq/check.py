@@ -57,14 +57,15 @@ def check_model(
 ) -> ModelReport:
     """Checks a recurrent model before training; `print` the result to see what the model does and what is wrong.
 
-    The model runs a few dozen times on one window. `ModelReport` lists the checks. Values and gradients are compared in eval
-    mode, on at most 16 steps. The model, the random state and the arguments are left as they were.
+    The model runs a few dozen times on one window. `ModelReport` lists the checks. The values and gradients of these runs
+    are compared with each other in eval mode, on at most 16 steps. The model, the random state and the arguments are left as
+    they were.
 
     Args:
         model: `model(inputs, state) -> (outputs, state)`.
         inputs: [T, B, ...], example inputs of at least 2 steps and 2 lanes: a tensor, or a nest of tensors.
-        state: the state in which the first run starts. Default: `model.initial_state(B)` if it exists, else None. Runs that
-            compare values and gradients start from the state that the first run returns.
+        state: the state in which the first run starts. Default: `model.initial_state(B)` if it exists, else None. Most
+            compared runs start from the state that the model returns after a run over all of `inputs`.
         batch_dim: the dimension of the lanes in `inputs`.
         strict: True to raise a ValueError with the first problem that the checks found.
 
@@ -175,7 +176,7 @@ class _Examination:
         self._values(probe, sample, base, repeat, training=training, random=random)
 
     def _continue(self, probe: Probe, inputs: Any, found: Run) -> Run | None:
-        """Runs a second window from the state after the first; returns None if the model cannot."""
+        """Runs the window again, from the state after its first run; returns None if this run fails."""
         try:
             after = probe.run(inputs, found.last)
         except ModelError as error:
@@ -186,7 +187,7 @@ class _Examination:
         return after
 
     def _shapes(self, probe: Probe, found: Run, sample: Sample, steps: int) -> Run | None:
-        """Checks the outputs; returns the run of the short window, or None if the model cannot run it."""
+        """Checks the outputs; returns a run of the window of `sample`, or None if this run fails."""
         try:
             base = probe.run(sample.inputs, sample.state)
         except ModelError as error:
@@ -198,7 +199,7 @@ class _Examination:
         return base
 
     def _values(self, probe: Probe, sample: Sample, base: Run, repeat: Check, *, training: bool, random: bool) -> None:
-        """Compares values and gradients, on a model in eval mode."""
+        """Compares the values and gradients of several runs of the model in eval mode."""
         restless = check_eval_is_fixed(probe, sample, base)
         if restless is not None and repeat.verdict != "problem":
             self._add(restless)

@@ -62,9 +62,9 @@ def gradient_fidelity(
 
     Args:
         trainer: a trainer of a single process, without `parallel`.
-        windows: consecutive windows, with the lookahead that the synthesizer needs.
+        windows: consecutive windows, with a lookahead if the trainer's synthesizer needs one.
         start: the state before the first window. No gradient flows into this state, and its traces are set to zero.
-            Default: the initial state.
+            Default: the trainer's initial state.
 
     Returns:
         Cosine and norm ratio, of all parameters together and of each parameter.

@@ -60,12 +60,13 @@ class SequenceTrainer(TrainerSettings):
             truncated BPTT.
         synthesizer_optimizer: the optimizer of the synthesizer's parameters. Default: Adam with learning rate 1e-3.
         synthetic_scale: short for `config=SyntheticGradientConfig(synthetic_scale=...)`.
-        config: the settings of the synthetic gradient. Default: `SyntheticGradientConfig()`, in which the synthesizer's
-            recommendations fill the open settings.
+        config: the settings of the synthetic gradient. Default: `SyntheticGradientConfig()`, with which the trainer uses the
+            values that the synthesizer recommends.
         clip: largest norm of the model's gradient, None for no limit.
         batch_dim: dimension of the lanes in `inputs` and `targets`. The default 1 is for time-major windows [T, B, ...].
         state_batch_dim: dimension of the lanes in the state's leaves, an int or a nest like the state (nn.LSTM: 1,
-            nn.LSTMCell: 0). Default: in each leaf, the dimension of size B.
+            nn.LSTMCell: 0). Default: in each leaf, the dimension of size B; `WindowRunner.check_lanes` says what happens if
+            several dimensions of a leaf have this size.
         initial_state: the state in which sequences start: a nest, or a function of the number of lanes. Default:
             `model.initial_state(B)` if it exists. Without such a method the first window gets the state None, and a lane
             whose sequence has ended continues from zeros.
@@ -77,7 +78,10 @@ class SequenceTrainer(TrainerSettings):
             a collective call, and its result holds the lanes of all ranks.
 
     Attributes:
-        steps, credit, and the settings that may be changed between two steps: see `TrainerSettings`.
+        steps: number of windows so far, skipped ones included.
+        credit: manages the synthesizer; None without a synthesizer.
+        skip_limit, accumulate, checkpoint_every, backward_windows, synthetic_scale: settings that may be changed between two
+            steps. The base class `TrainerSettings` describes each of them.
 
     Raises:
         ValueError: a setting is out of its range, a parameter is in both optimizers, or the model is wrapped in
@@ -149,8 +153,8 @@ class SequenceTrainer(TrainerSettings):
         are restored, and gradients are cleared.
 
         If the loss or the model's gradient holds a NaN or an infinity, the step is skipped. Model and optimizer then do not
-        change. The hidden state stays that of the window's start, with lanes reset that are in `ends` or hold a NaN or an
-        infinity. `steps` counts the window.
+        change. The next window starts from the first state of the skipped window. Lanes that are in `ends`, and lanes in
+        which this state holds a NaN or an infinity, are reset. `steps` counts the window.
 
         Args:
             inputs: [T, B, ...], the model's inputs: a tensor, or a nest of tuples, lists and dicts of such tensors.
@@ -161,9 +165,10 @@ class SequenceTrainer(TrainerSettings):
             lookahead: the steps after the window, for a synthesizer that needs them (`dni_seq.with_lookahead`).
 
         Raises:
-            ValueError, TypeError: shapes do not agree, or a nest holds something else than tensors. Nothing has changed.
-            NonFiniteError: this is the `skip_limit`-th skipped window in a row. The message names the first tensor that
-                holds a NaN or an infinity.
+            ValueError, TypeError: shapes do not agree, a nest holds something else than tensors, or a parameter has a
+                gradient that this trainer did not compute. Nothing has changed.
+            NonFiniteError: at least `skip_limit` windows in a row were skipped. The message names the first tensor of the
+                last window that holds a NaN or an infinity.
             RuntimeError: another step of this trainer is running.
         """
         window = Window(inputs, targets, mask, ends, lookahead)
@@ -288,7 +293,7 @@ class SequenceTrainer(TrainerSettings):
         return {**parts, **self._stream.state_dict(), **counts}
 
     def load_state_dict(self, saved: dict[str, Any], lanes: int | None = None) -> None:
-        """Restores what `state_dict` returned; the nesting of the hidden state comes from the initial state.
+        """Restores what `state_dict` returned; the saved leaves of the hidden state are nested as in the model's state.
 
         Args:
             saved: what `state_dict` returned. Entries that older versions did not save, such as skip counts, may be missing.
@@ -296,8 +301,8 @@ class SequenceTrainer(TrainerSettings):
                 which the trainer needs an initial state. If None, the hidden state is restored at the next `step`.
 
         Raises:
-            ValueError: the saved trainer has other parts than this one, such as a synthesizer; or `lanes` is given and the
-                saved hidden state has other keys or shapes than the initial state.
+            ValueError: the saved trainer and this one differ in their parts, for example if only one of them has a
+                synthesizer; or `lanes` is given and the saved hidden state has other keys or shapes than the initial state.
         """
         parts = self._parts()
         expected = {*parts, "state", "credit", "steps"}

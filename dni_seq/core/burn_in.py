@@ -29,8 +29,8 @@ def burn_in(windows: Iterable[Window | tuple[Any, ...]], steps: int) -> Iterator
     back through the burn-in. If `steps` is a multiple of T, the burn-in ends at the end of a window. Truncated BPTT then
     cuts the gradient at the end of the burn-in, as R2D2 does. A window in which no step counts has loss 0.
 
-    A stream's saved position does not include the count of steps: every call of `burn_in` starts at 0. After a resume
-    within a sequence the burn-in runs once more.
+    Every call of `burn_in` counts the steps of each sequence from 0, because the saved position of a stream does not include
+    these counts. After a resume within a sequence the burn-in therefore runs once more.
 
     Source: Kapturowski et al. 2019 (R2D2), section 3.
 

@@ -79,7 +79,7 @@ class GradientAccumulator:
     def deliver(self) -> None:
         """Backpropagates all added tensors in one pass, and clears the accumulator.
 
-        `defer_backward` calls it at the block's end. The hooks of the participants run before and after the pass.
+        `defer_backward` calls this method at the block's end. The hooks of the participants run before and after the pass.
         """
         participants, self._participants = list(self._participants.values()), {}
         for participant in participants:
@@ -122,8 +122,8 @@ def defer_backward() -> Iterator[GradientAccumulator]:
     `tensor.backward()` of PyTorch is not deferred. `with defer_backward() as scope:` gives the block the
     `GradientAccumulator` that collects the tensors.
 
-    If the block raises an exception, nothing is backpropagated. Blocks may be nested: the innermost one collects. Each
-    thread has its own blocks.
+    If the block raises an exception, nothing is backpropagated. Blocks may be nested: a call is deferred to the end of the
+    innermost block around the call. Each thread has its own blocks.
 
     Source: `defer_backward` of dni-pytorch.
     """

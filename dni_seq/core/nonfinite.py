@@ -19,8 +19,9 @@ from dni_seq.core.states import State
 class NonFiniteError(ArithmeticError):
     """Raised by `SequenceTrainer.step` if too many windows in a row were skipped.
 
-    The message names the first tensor that held a NaN or an infinity. The parameters have the values from before the first
-    of these windows. `SequenceTrainer.skip_limit` sets how many windows are too many.
+    The message names the first tensor, in the order of computation, that held a NaN or an infinity in the last of these
+    windows. The parameters have the values from before the first of them. `SequenceTrainer.skip_limit` sets how many windows
+    are too many.
     """
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 LARGE = 1 << 16
-"""A tensor with more elements is copied again only if its version counter has changed since the last copy.
+"""A tensor with more elements than this is copied again only if its version counter has changed since the last copy.
 
 Writes through `.data` do not change the version counter, so they are missed in such a tensor."""
 
@@ -48,7 +48,7 @@ class TensorSnapshot:
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Restores the kept values; removes entries added since, and brings back entries removed since."""
+        """Restores the kept values; removes entries added since `keep`, and brings back entries removed since then."""
         for table, entries in zip(self._tables, self._entries, strict=True):
             for name in table.keys() - entries.keys():
                 del table[name]
@@ -57,7 +57,7 @@ class TensorSnapshot:
 
     @torch.no_grad()
     def restore_unless(self, good: Tensor) -> None:
-        """Restores the kept values on the device if `good` (0-d bool) is false; entries added since become zeros."""
+        """If `good` (0-d bool) is false, restores the kept values on the device and zeroes entries added since `keep`."""
         for table, entries in zip(self._tables, self._entries, strict=True):
             for name, tensor in table.items():
                 if tensor is not None:
@@ -176,7 +176,7 @@ class Restorable:
         return {name: _kept(value) for name, value in vars(self).items()}
 
     def restore(self, kept: dict[str, Any]) -> None:
-        """Restores what `snapshot` returned; removes attributes added since. May be called several times.
+        """Restores what `snapshot` returned; removes attributes added since then. May be called several times.
 
         Raises:
             RuntimeError: a tensor of the snapshot was written to in place.

@@ -23,7 +23,7 @@ State = Any
 """A nest of tensors. Python's type system has no more exact type for such a nest."""
 
 SEE_CHECK = "dni_seq.check_model(model, inputs) shows what the model does"
-"""The end of error messages about a state whose shapes or structure do not fit."""
+"""The end of error messages about a state whose shapes or structure are not the expected ones."""
 
 PLAIN = (type(None), bool, int, float, complex, str, bytes)
 """Types of leaves, besides tensors, that a state may hold. They are carried from window to window unchanged."""
@@ -228,7 +228,7 @@ def from_saved(leaves: Sequence[Any], places: Sequence[str] | None, like: State)
 
 
 def check_leaves(state: State, name: str) -> None:
-    """Raises a TypeError if a leaf of `state` is neither a tensor nor of a type in `PLAIN`: it could hide tensors."""
+    """Raises a TypeError if a leaf of `state`, which could hide tensors, is neither a tensor nor of a type in `PLAIN`."""
     for leaf in flatten(state):
         if not isinstance(leaf, Tensor) and not isinstance(leaf, PLAIN):
             kind = type(leaf).__name__
@@ -361,7 +361,7 @@ def lane_mask(keep: Tensor, leaf: Tensor, batch_dim: int) -> Tensor:
 def reset_lanes(state: State, ends: Tensor, initial: State | None, batch_dim: Any = 1) -> State:
     """Returns `state` with the lanes that `ends` [B] marks set to `initial`, or to zeros if `initial` is None.
 
-    Other lanes are bit-identical. `batch_dim` is an int, or a nest of ints shaped like the state.
+    The other lanes keep their values. `batch_dim` is an int, or a nest of ints shaped like the state.
 
     Raises:
         ValueError: `initial` or `batch_dim` is not nested like `state`.

@@ -96,7 +96,7 @@ def carry(traces: Sequence[Tensor], state: Tensor) -> list[Trace]:
 
 
 def traced_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """Returns the parameters that the modules of a model list in `traced_parameters`; traces bring them earlier credit."""
+    """Returns the parameters that have traces: those that the modules of a model list in `traced_parameters`."""
     return [parameter for module in model.modules() for parameter in getattr(module, "traced_parameters", ())]
 
 

@@ -52,7 +52,7 @@ class Lookahead(NamedTuple):
         return self.valid if self.mask is None else self.valid & self.mask
 
     def span(self, start: int, stop: int | None) -> Lookahead:
-        """Returns the steps `start:stop`, as a slice does."""
+        """Returns the steps from `start` to before `stop`, or to the end if `stop` is None, as a lookahead."""
         return self.map(lambda tensor: tensor[start:stop])
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Lookahead:
@@ -169,7 +169,9 @@ def check_unreduced(losses: Tensor, lookahead: Lookahead) -> None:
 
 
 def step_weight(reduction: Reduction, window: int, lanes: int) -> float:
-    """Returns the weight of one step of one lane in the loss of a full window of `window` steps and `lanes` lanes.
+    """Returns the weight of one step of one lane in the loss of a window of `window` steps and `lanes` lanes.
+
+    All steps of the window count: there is no mask.
 
     Raises:
         ValueError: `window` is not positive, or `reduction` is not one of `REDUCTIONS`.

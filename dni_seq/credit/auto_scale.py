@@ -25,7 +25,8 @@ LEAST_EXPLAINED = 0.01
 """Smallest squared cosine between messages and exact gradients at which messages are injected.
 
 Below this value messages gain nothing, even if the standard error is small. The output of an uninformative synthesizer is
-similar in all lanes and windows, so that an optimizer would amplify this output."""
+similar in all lanes and windows. An optimizer that divides gradients by their size, such as Adam, would amplify this
+output."""
 
 COLUMNS = 6
 """Number of running means for each horizon."""

@@ -51,16 +51,16 @@ class SyntheticGradientConfig:
     """Largest norm of the synthesizer's gradient; `math.inf` for no limit."""
 
     targets: Literal["bootstrap", "lambda"] = "bootstrap"
-    """"bootstrap": targets hold the synthesizer's own next message. "lambda": every `replay_windows` windows these windows
-    are replayed to compute λ-targets."""
+    """"bootstrap": a target holds the synthesizer's message at the window's last state. "lambda": every `replay_windows`
+    windows these windows are replayed to compute λ-targets."""
 
     lam: float = 0.9
     """λ of λ-targets. With 0 they are bootstrapped targets. With 1 they are gradients of BPTT over the replayed windows,
     plus the message at the end of these windows."""
 
     replay_windows: int = 8
-    """K, the number of windows that are replayed for λ-targets. K windows also stand for all later windows in comparisons of
-    a bootstrapped message with exact gradients."""
+    """K, the number of windows that are replayed for λ-targets. A bootstrapped message predicts the gradient of all later
+    windows; in a comparison with exact gradients, K windows stand for all later ones."""
 
     regress_every: int | None = None
     """n: targets are computed at one window in n, chosen at random. A regressed synthesizer trains only at these windows.

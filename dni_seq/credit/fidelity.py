@@ -119,7 +119,7 @@ def fidelity(
         messages: one for each horizon, as `synthesizer.predict` returns them; message n stands for the n-th window.
         discount: γ; the n-th horizon, counted from 0, has the weight γ ** n in the total.
         bootstrapped: True if the last message predicts the discounted gradient of its own window and all later ones, as a
-            bootstrapped target makes it. False if it predicts the gradient of its own window only.
+            message with a bootstrapped target does. False if it predicts the gradient of its own window only.
 
     Returns:
         The fidelity of each message, of their discounted sum, and of that sum by leaf and layer of the state.

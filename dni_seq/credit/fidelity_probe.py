@@ -19,7 +19,7 @@ from dni_seq.synthesizers.base import match_message
 
 
 class FidelityProbe(Restorable):
-    """Every `fidelity_every` windows, predicts messages at a state and records the windows after the state to compare them.
+    """Every `fidelity_every` windows, compares the messages at a state with exact gradients of the windows after the state.
 
     Args:
         runner: replays the windows.
@@ -72,7 +72,7 @@ class FidelityProbe(Restorable):
         return found
 
     def clear(self) -> None:
-        """Ends the comparison, because the next window does not follow the recorded ones."""
+        """Drops an unfinished comparison. To be called if the next window does not follow the recorded ones."""
         self._messages, self._windows = None, []
 
     def state_dict(self) -> dict[str, Any]:

@@ -2,8 +2,8 @@
 
 The message at the end of a window is credit from later steps. A message inside the window is the gradient of an auxiliary
 objective, because the window's own graph already carries the credit of its steps. This message moves a state towards states
-from which the predictor predicts the next m steps better. All these states are joined along the lanes, so that the predictor
-runs once for each window.
+from which the predictor predicts the next m steps better. All states with a message are joined along the lanes, so that the
+predictor runs once for each window.
 
 Source: ours; Trinh et al. 2018, arXiv 1803.00144, add the losses of predictors at random places of a sequence. Here the
 gradient is injected at a state, with the same weight as the message at the end of the window.

@@ -1,6 +1,7 @@
 """MessageFilter and FilteredInterface: reject messages that are not finite, or far larger than any gradient observed.
 
-Messages of a diverging synthesizer could destroy the RNN, or an optimizer's moments for a thousand steps.
+Messages of a diverging synthesizer could destroy the RNN's parameters, or distort an optimizer's moments for a thousand
+steps.
 
 Legend: N = horizons.
 """

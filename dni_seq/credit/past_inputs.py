@@ -20,10 +20,10 @@ from dni_seq.credit.window_runner import WindowRunner, cut, lookahead_at_start
 
 
 class PastInputs(Restorable):
-    """Holds the inputs that led to the state of each lane; a lane that starts a sequence has none.
+    """Holds the last m inputs that led to the state of each lane; a lane that starts a sequence has none.
 
     Args:
-        runner: knows the lanes of the run.
+        runner: its `parallel` gathers and divides the lanes of all ranks.
         steps: m; 0 to keep nothing.
     """
 
@@ -49,7 +49,13 @@ class PastInputs(Restorable):
         return WindowContexts(window, lookahead, past, past_after(window, len(first_tensor(window.inputs)), past))
 
     def advance(self, around: WindowContexts, passed: Tensor) -> None:
-        """Adds a window's inputs if `passed` (0-d bool) is true; forgets all inputs of lanes that end with the window."""
+        """Updates the inputs after a window.
+
+        Args:
+            around: the contexts of the window.
+            passed: 0-d bool, false if the window was skipped. Its inputs are then not added. In both cases, lanes whose
+                sequence ends with the window forget all their inputs.
+        """
         if around.past is not None:
             self._past = select_where(passed, around.past_at_end, around.past)
             self.forget(around.window.ends)
@@ -109,7 +115,7 @@ class WindowContexts(NamedTuple):
 
 
 def lookahead_after(window: RecordedWindow, steps: int, lookahead: Lookahead) -> Lookahead:
-    """Returns the m steps after the first `steps` of a window: the rest of the window, then steps of `lookahead`."""
+    """Returns the m steps after the first `steps` steps of a window: the rest of the window, then steps of `lookahead`."""
     rest = partial(cut, slice(steps, None))
     mask = None if window.mask is None else rest(window.mask)
     inputs, targets = (states.map_tensors(rest, nest) for nest in (window.inputs, window.targets))

@@ -63,7 +63,7 @@ class PastWindows(Restorable):
     def run(self, start: State | None) -> State | None:
         """Returns the state after the windows, with a graph over all of them; `start` if there are none.
 
-        Its values are those that the current parameters give, which differ from `start` after an update.
+        The state is computed with the current parameters, so after an update its values differ from those of `start`.
         """
         if not self._windows:
             return start
@@ -99,7 +99,7 @@ class PastWindows(Restorable):
             self._accepted.popleft()
 
     def clear(self) -> None:
-        """Removes all windows, because the next one does not follow them."""
+        """Removes all windows. To be called if the next window does not follow them."""
         self._windows.clear()
         self._accepted.clear()
 

@@ -74,7 +74,7 @@ def recomputed(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def _written(whole: Any, part: Any, begin: int, total: int) -> Any:
-    """Writes a chunk's outputs into the window's outputs, which are created at the first chunk; returns the latter."""
+    """Writes a chunk's outputs into the window's outputs `whole`, which the first chunk creates; returns `whole`."""
     if whole is None:
         whole = states.map_tensors(lambda leaf: leaf.new_empty((total, *leaf.shape[1:])), part)
     for target, source in zip(states.flatten(whole), states.flatten(part), strict=True):

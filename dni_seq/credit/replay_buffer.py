@@ -50,7 +50,7 @@ class ReplayBuffer(Restorable):
         return windows
 
     def clear(self) -> None:
-        """Removes all windows, because the next one does not follow them."""
+        """Removes all windows. To be called if the next window does not follow them."""
         self._windows.clear()
 
     def state_dict(self) -> dict[str, Any]:

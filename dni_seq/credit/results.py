@@ -15,7 +15,8 @@ from dni_seq.credit.fidelity import StateFidelity, in_short
 class Synthetic(NamedTuple):
     """Measurements of the synthesizer in one step; tensors without a graph.
 
-    N is the number of horizons. At a window without a regression, `loss` is NaN and `cosine` is a single NaN.
+    N is the number of horizons. At a window without a regression, such as one that `regress_every` skips, `loss` is NaN and
+    `cosine` holds one NaN instead of N numbers.
 
     Attributes:
         loss: 0-d, the loss that trains the synthesizer. For a self-supervised synthesizer this is the loss of its predictor.

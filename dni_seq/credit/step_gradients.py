@@ -64,11 +64,11 @@ class StepGradients(Restorable):
 
         Args:
             norm: 0-d, norm of the window's gradients.
-            good: 0-d bool, whether the window counts.
+            good: 0-d bool, false if the window is skipped; its gradients then count as zero.
 
         Returns:
-            Whether the model is to be updated now; the norm of the gradients in `.grad`; and a 0-d bool, whether they may be
-            used.
+            Whether the model is to be updated now; the norm of the gradients in `.grad`; and a 0-d bool, whether these
+            gradients may be used.
         """
         if self._windows_per_update == 1 and not self._collected:
             self.updates += 1

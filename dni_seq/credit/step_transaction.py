@@ -18,7 +18,7 @@ class StepTransaction:
     """A context manager that undoes a training step if it raises an exception.
 
     Buffers, synthetic credit, counters and the random state are restored, and gradients are cleared. After a
-    `NonFiniteError` nothing is restored: it ends a step that was skipped, whose changes are undone already.
+    `NonFiniteError` nothing is restored, because the step was skipped and its changes are undone already.
 
     Args:
         device: the device of the inputs, whose random state is restored besides the CPU's.

@@ -58,7 +58,7 @@ class SynthesizerStep:
         return regression if size == 1 else Regression(*(number / size for number in regression))
 
     def sum_gradients(self, regression: Regression) -> Regression:
-        """Returns the mean regression of all ranks, and averages its gradients over the ranks; a collective call."""
+        """Returns the mean regression of all ranks, and averages the synthesizer's gradients too; a collective call."""
         regression = self.share(regression)
         self._parallel.sum_gradients(self._synthesizer.parameters(), regression)
         return regression

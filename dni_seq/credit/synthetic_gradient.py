@@ -130,7 +130,7 @@ class SyntheticCredit(Restorable):
         return any(self.rule.active) or self.settings.targets == "lambda" or self.settings.fidelity_every > 0
 
     def bind(self, window: int, state: State) -> None:
-        """Tells the modules the trainer's settings, see `bind_first`; `window` is then the T that they use."""
+        """Tells the modules the trainer's settings, see `bind_first`; sets `self.window` to the T that they use."""
         how: dict[str, Any] = {"reduction": self.runner.reduction if self.runner.reduces else None}
         how |= {"window": window, "state_batch_dim": self.runner.state_batch_dim, "state": state}
         self.window = bind_first(self.modules, self.window, **how)
@@ -286,7 +286,7 @@ class SyntheticCredit(Restorable):
         self.break_chain()
 
     def break_chain(self) -> None:
-        """Clears the recorded windows, because the next window does not follow them."""
+        """Clears the recorded windows. To be called if the next window does not follow them."""
         self._replay_buffer.clear()
         self._probe.clear()
 

@@ -51,7 +51,7 @@ def chosen_config(
     """Returns the config that the arguments of a trainer describe.
 
     Raises:
-        ValueError: two arguments do not fit together.
+        ValueError: two arguments exclude each other, such as `config` and `synthetic_scale`, or an argument needs another.
     """
     if config is not None and synthetic_scale is not None:
         raise ValueError("synthetic_scale is a field of config: give it in one of the two places")

@@ -102,7 +102,7 @@ class TrainerSettings:
     def updates(self) -> int:
         """Number of updates of the model so far.
 
-        If the device skips a step, as on CUDA with a fused optimizer, the host does not know it, and the window counts too.
+        If the device skips a step, as on CUDA with a fused optimizer, the host does not know this and counts the update too.
         """
         return self._gradients.updates
 
@@ -114,7 +114,7 @@ class TrainerSettings:
     def skip_counts(self) -> dict[str, float]:
         """Returns two counts by TensorBoard key: skipped windows, and windows with a rejected message or regression.
 
-        The second count needs a synthesizer.
+        Without a synthesizer the second count is missing.
         """
         counts: dict[str, float] = {"train/skipped": self.skipped}
         if self.credit is not None:

@@ -33,15 +33,16 @@ class WindowRunner:
             time, averaged over lanes; "sum": their sum.
         autocast: dtype of `torch.autocast`, or None for full precision.
         batch_dim: the lanes' dimension in inputs and targets.
-        state_batch_dim: the lanes' dimension in the state's leaves, an int, or ints nested like the state; None until
-            `check_lanes` has found them.
+        state_batch_dim: the lanes' dimension in the state's leaves, an int, or ints nested like the state. With None,
+            `check_lanes` finds the dimensions at the first state and sets this attribute.
         start: the initial state with all lanes, a function that makes it from the number of lanes, or None for
             `model.initial_state`.
         parallel: the `DataParallel` of this rank, or a `SingleProcess`.
         traced: the parameters to which traces bring the gradients of later losses. Messages do not reach these parameters.
         checkpoint_every: length in steps of the chunks whose activations are computed again in the backward pass; None to
             keep all activations.
-        reduces: whether `loss_fn` returned unreduced losses at the last window; `reduction` has no effect on a scalar.
+        reduces: whether `loss_fn` returned unreduced losses at the latest window. If it returns a scalar, `reduction` has no
+            effect.
 
     Raises:
         ValueError: the reduction is unknown, or the model is wrapped in DistributedDataParallel.
@@ -97,7 +98,7 @@ class WindowRunner:
         return last if before is None else states.match_keys(last, before, "the model's last state", "the state before it")
 
     def run_whole(self, inputs: Nest, state: State | None) -> tuple[Any, State, State]:
-        """Runs a window as `run` does; returns the outputs, and the last state twice, like `run_in_two_parts` with T = 1."""
+        """Runs a window as `run` does; returns the outputs, and the last state twice, in the form of `run_in_two_parts`."""
         outputs, last = self.run(inputs, state)
         return outputs, last, last
 
@@ -114,8 +115,8 @@ class WindowRunner:
     def run_in_parts(self, inputs: Nest, state: State | None, steps: int) -> tuple[Any, list[State]]:
         """Runs a window `steps` steps at a time; returns the outputs of the window and the state after each part.
 
-        If the model has a method `run_in_parts(inputs, state, steps)`, that method runs the window, which may cost less than
-        several calls of the model. A compiled model is called once for each part instead.
+        If the model has a method `run_in_parts(inputs, state, steps)` and is not compiled, that method runs the window,
+        which may cost less than several calls of the model. Otherwise the model is called once for each part.
         """
         own = getattr(self.model, "run_in_parts", None)
         total = len(first_tensor(inputs))
@@ -141,12 +142,16 @@ class WindowRunner:
         """Returns the window's loss, 0-d; on several ranks this rank's contribution to the loss of all lanes.
 
         Raises:
-            ValueError: `mask` or the reduction does not fit the losses that `loss_fn` returns.
+            ValueError: `loss_fn` returns a scalar although a mask is given, or unreduced losses of another shape than the
+                mask or the reduction needs; or targets hold negative ids, and a mean would count their steps with loss 0.
         """
         return self.reduce(self.losses(outputs, targets, mask), targets, mask)
 
     def losses(self, outputs: Any, targets: Nest, mask: Tensor | None) -> Tensor:
-        """Returns what `loss_fn` returns for the outputs of a window, or of a part of it."""
+        """Returns what `loss_fn` returns for the outputs of a window, or of a part of a window.
+
+        With a mask, NaNs and infinities in the gradient are replaced by 0 at steps that do not count.
+        """
         with self._autocast(targets):
             return self.loss_fn(outputs if mask is None else finite_gradients(outputs, mask), targets)
 
@@ -161,7 +166,7 @@ class WindowRunner:
             return self.parallel.share_of_mean(loss, mask if self.reduction == "mean" else None)
 
     def reset(self, state: State, ends: Tensor | None) -> State:
-        """Returns `state` with the lanes that `ends` [B] marks back in the initial state."""
+        """Returns `state` with the lanes that `ends` [B] marks set to the initial state; unchanged if `ends` is None."""
         if ends is None:
             return state
         initial = self.initial_state(len(ends))
@@ -171,8 +176,9 @@ class WindowRunner:
     def check_lanes(self, state: State, lanes: int) -> None:
         """Raises a ValueError if state and inputs differ in their number of lanes. Sets `state_batch_dim` if it is None.
 
-        In each leaf the lanes are then the dimension of size B. If several dimensions have this size, the lanes are the
-        dimension whose size differs in the initial state of B + 1 lanes.
+        `lanes` is B, the number of lanes of the inputs. If `state_batch_dim` is None, the lanes of each leaf are the
+        dimension of size B. If several dimensions of a leaf have this size, the lanes are the dimension whose size differs
+        in the initial state of B + 1 lanes; with B = 1 any of them serves. If this does not decide, a ValueError is raised.
         """
         if self.state_batch_dim is None:
             try:
@@ -185,7 +191,7 @@ class WindowRunner:
         check_lanes(state, lanes, self.state_batch_dim)
 
     def _larger_state(self, lanes: int) -> State | None:
-        """Returns the initial state of one more lane, None if the initial state is fixed or unknown."""
+        """Returns the initial state of `lanes` + 1 lanes; None if the initial state is fixed or unknown."""
         if self.start is not None and not callable(self.start):
             return None
         with torch.random.fork_rng():

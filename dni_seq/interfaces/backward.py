@@ -28,9 +28,9 @@ from dni_seq.synthesizers.target_rule import TargetRule, combine, rule_of
 class BackwardInterface(Interface):
     """Trains the first part of a network, A, with a prediction of the gradient that the next part, B, would send back.
 
-    Called as a module between the two parts, it backpropagates the synthetic gradient into part A, returns the activation
-    for part B, and trains the synthesizer on the true gradient when part B's backward pass has computed it. In an unrolled
-    RNN, call `make_trigger` on the first state of a window and `backward` on the last one, inside `defer_backward`.
+    A call of the module between the two parts backpropagates the synthetic gradient into part A and returns the activation
+    for part B. The synthesizer trains on the true gradient as soon as part B's backward pass has computed this gradient. In
+    an unrolled RNN, call `make_trigger` on a window's first state and `backward` on its last state, inside `defer_backward`.
 
     Training the synthesizer adds gradients to its parameters; the caller steps the synthesizer's optimizer. In `eval()` the
     interface returns its input. A trigger is a floating-point tensor of any shape, or a nest of such tensors. Gradients and
@@ -49,7 +49,11 @@ class BackwardInterface(Interface):
 
     @uncompiled
     def forward(self, trigger: State) -> State:
-        """Backpropagates the synthetic gradient into `trigger`; returns a detached copy that receives the true gradient."""
+        """Backpropagates the synthetic gradient into `trigger`; returns `trigger` detached, to receive the true gradient.
+
+        The true gradient trains the synthesizer, see `make_trigger`. If `trigger` does not require a gradient, nothing is
+        backpropagated into it. In `eval()` and under `torch.no_grad()` the trigger is returned unchanged.
+        """
         if not self.training or not torch.is_grad_enabled():
             return trigger
         if any(leaf.requires_grad for leaf in states.floating(trigger)):
@@ -60,19 +64,20 @@ class BackwardInterface(Interface):
     def make_trigger(self, trigger: State, *, watched: bool = True, attached: bool = False) -> State:
         """Returns `trigger` detached from its graph; the gradient that arrives at the result trains the synthesizer.
 
-        The synthesizer is trained with the `synthesizer_context` of this call. In a `defer_backward` scope it is trained at
-        the scope's end. Outside of scopes it is trained when a backward pass has computed the gradients of all leaves of
-        the result. In `eval()` and under `torch.no_grad()` the trigger is returned unchanged.
+        In a `defer_backward` scope the synthesizer is trained at the scope's end. Outside of scopes it is trained when a
+        backward pass has computed the gradients of all leaves of the result. The training uses the context of the
+        `synthesizer_context` block in which this method was called, or None if there was no such block. In `eval()` and
+        under `torch.no_grad()` the trigger is returned unchanged.
 
         Args:
             trigger: a tensor or nest, such as the state that a window starts from.
             watched: False to detach only: no gradient is computed at this trigger, and the synthesizer does not train on it.
-                Ignored outside of a scope.
+                Ignored outside of a scope, where every trigger is watched.
             attached: True to let the arriving gradient flow on into the graph of `trigger`, as dni-pytorch does. Use it for
                 a trigger that another network computed in the same step, such as an encoder's state.
 
         Raises:
-            ValueError: the trigger holds no floating-point tensor, or a complex one.
+            ValueError: the trigger holds no floating-point tensor, or it holds a complex tensor.
         """
         if not self.training or not torch.is_grad_enabled():
             return trigger
@@ -101,22 +106,25 @@ class BackwardInterface(Interface):
         rule: TargetRule | None = None,
         bootstrap: nn.Module | None = None,
     ) -> None:
-        """Predicts the gradient with respect to `trigger` and backpropagates it: at once, or at the end of `defer_backward`.
+        """Predicts the gradient with respect to `trigger` and backpropagates this prediction through the graph of `trigger`.
 
-        In `eval()` and under `torch.no_grad()` nothing happens.
+        The backward pass runs at the end of the `defer_backward` block around the call, or at once if there is no such
+        block. In `eval()` and under `torch.no_grad()` nothing happens.
 
         Args:
             trigger: a tensor or nest that was computed with a graph.
-            factor: multiplies the message twice: in the gradient that is injected into `trigger`, and in the targets of the
-                states given to `make_trigger` in this scope.
+            factor: the factor of the message, both in the gradient that is injected into `trigger` and in the targets at the
+                states given to `make_trigger` in the same scope.
             ends: [B] bool, True for lanes whose sequence ends here: their message is zero.
             batch_dim: the dimension of the lanes in the trigger's leaves, an int or a nest; used with `ends`.
-            rule: a `TargetRule` with separate coefficients of injection and targets; with a rule, `factor` is ignored.
+            rule: a `TargetRule` with separate coefficients of injection and targets; with a rule, `factor` is ignored. None
+                for the synthesizer's rule with `factor` as both c and γ.
             bootstrap: a synthesizer whose messages go into the targets. None for the interface's own synthesizer.
 
         Raises:
-            ValueError: the trigger does not require a gradient, holds a complex tensor, or was given before in this scope,
-                or the synthesizer's message has other keys, another shape or another dtype.
+            ValueError: the trigger does not require a gradient, holds a complex tensor, or was given to this method before
+                in the same scope; or the synthesizer's message has other keys, another shape or another dtype than the
+                trigger.
         """
         if not self.training or not torch.is_grad_enabled():
             return
@@ -142,7 +150,10 @@ class BackwardInterface(Interface):
         batch_dim: Any,
         bootstrap: nn.Module | None,
     ) -> None:
-        """Injects given messages, one for each horizon, at `trigger`; `backward` predicts messages and calls this method."""
+        """Injects given messages, one for each horizon, at `trigger`; `backward` predicts messages and calls this method.
+
+        The other arguments are those of `backward`.
+        """
         leaves, scope = states.floating(trigger), current_scope()
         messages = self._checked(messages, trigger, ends, batch_dim)
         injected = self._injection(messages, rule)
@@ -184,7 +195,7 @@ class BackwardInterface(Interface):
             if the synthesizer has no trainable parameter.
 
         Raises:
-            ValueError: the message does not have the trigger's keys, shape and dtype.
+            ValueError: `message` does not have the trigger's keys, shape and dtype.
         """
         message = match_message(message, trigger)
         check_like(states.floating(message), states.floating(trigger), "message")
@@ -196,11 +207,11 @@ class BackwardInterface(Interface):
     def receive(self, trigger: State) -> State:
         """Returns the synthetic gradient at `trigger`, detached; nothing is backpropagated or trained.
 
-        A synthesizer with several horizons gives the sum of their messages, without discount. The context is that of
-        `synthesizer_context`.
+        The messages of several horizons are added as for an injection with c = γ = 1. The context is that of the innermost
+        `synthesizer_context` block around the call.
 
         Raises:
-            ValueError: the message does not have the trigger's keys, shape and dtype.
+            ValueError: the synthesizer's message does not have the trigger's keys, shape and dtype.
         """
         messages = self._checked(self.messages(trigger, current_context()), trigger, None, None)
         return states.with_floating(trigger, combine(messages, rule_of(self.synthesizer, 1.0, 1.0).injection))
@@ -218,7 +229,7 @@ class BackwardInterface(Interface):
     def exchange(self, scope: GradientAccumulator) -> ScopeExchange:
         """Returns the record that this interface keeps in `scope`: its triggers, and the states given to `backward`.
 
-        The trainer uses it. The record is created at the first call in a scope.
+        `SequenceTrainer` calls this method. The record is created at the first call in a scope.
 
         Args:
             scope: what `with defer_backward() as scope:` yields.
@@ -226,7 +237,7 @@ class BackwardInterface(Interface):
         return scope.participant(id(self), lambda: ScopeExchange(self, scope))
 
     def _intercept(self, state: State, context: Any) -> None:
-        """Trains the synthesizer when a backward pass outside of scopes has computed the gradients of all of `state`."""
+        """Outside of scopes, trains the synthesizer once a backward pass has computed gradients of all leaves of `state`."""
         leaves = states.floating(state)
         trigger = states.detach(state)
         # A leaf refers to its hook. A strong reference from the hook to the leaf would keep both until garbage collection.

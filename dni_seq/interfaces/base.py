@@ -32,7 +32,10 @@ class Interface(nn.Module):
 
     @torch.no_grad()
     def messages(self, trigger: State, context: Any, synthesizer: nn.Module | None = None) -> list[State]:
-        """Returns the messages at `trigger`, one for each horizon, without a graph; `synthesizer` replaces the own one."""
+        """Returns the messages at `trigger`, one for each horizon, without a graph.
+
+        If `synthesizer` is given, it predicts in place of the interface's synthesizer.
+        """
         with _full_precision(trigger) as cast:
             messages = predict(synthesizer or self.synthesizer, cast(states.detach(trigger)), cast(context))
         return [self._adapted(message, trigger) for message in messages]

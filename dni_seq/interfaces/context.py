@@ -14,7 +14,8 @@ _contexts: ContextVar[tuple[Any, ...]] = ContextVar("dni_seq_contexts", default=
 def synthesizer_context(context: Any) -> Iterator[None]:
     """Passes `context` to the synthesizers of all interfaces that are called in the block.
 
-    A context manager. Blocks may be nested: the innermost context applies. Each thread has its own contexts.
+    A context manager. If blocks are nested, an interface passes on the context of the innermost block around the call. Each
+    thread has its own contexts.
 
     Source: the conditioning of Jaderberg et al. 2017, arXiv 1608.05343, section 2 (cDNI); the name is that of dni-pytorch.
 

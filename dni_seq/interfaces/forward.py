@@ -76,8 +76,8 @@ class ForwardInterface(Interface):
 class BidirectionalInterface(nn.Module):
     """Decouples two parts of a network, A feeding B: B gets a predicted activation, A a predicted gradient.
 
-    Neither part waits for the other. `send` runs at A's end, `receive` at B's end, and a call of the module runs both in one
-    process.
+    Neither part waits for the other. Part A calls `send` and part B calls `receive`. A call of the module runs both methods
+    in one process.
 
     In `eval()` nothing is trained: a call returns the real activation, and `receive` returns the predicted one.
 
@@ -99,9 +99,9 @@ class BidirectionalInterface(nn.Module):
 
     @uncompiled
     def forward(self, message: State, trigger: State) -> State:
-        """Runs both ends in one process, `send` and then `receive`; returns the activation predicted from `trigger`.
+        """Runs `send` and then `receive` in one process; returns the activation predicted from `trigger`.
 
-        In `eval()` it returns `message`.
+        The arguments are those of `send`. In `eval()` the result is `message`, the real activation.
         """
         if not self.training:
             return message

@@ -8,8 +8,8 @@ respect to its pre-activations y_t = W x_t.
 - "snap1": E_t = J_t E_{t-1} + φ_t ⊗ x_t. The traces hold S · P numbers for each lane. Source: Menick et al. 2020, "A
   Practical Sparse Approximation for Real Time Recurrent Learning", arXiv 2006.07232, section 3: SnAp with n = 1.
 - "factored": E_t ≈ ε_t ⊗ ξ_t with ξ_t = α ξ_{t-1} + x_t and ε_t = α J_t ε_{t-1} + (1 - α) φ_t. The traces hold, for each
-  lane, a number for each input and a few for each unit. For the LSTM, `factored_lstm` computes them. There the trace also
-  ignores how h acts on the gates. That module names the sources.
+  lane, a number for each input and a few for each unit. For the LSTM, the module `factored_lstm` computes them; its
+  traces also ignore how h acts on the gates. The docstring of `factored_lstm` names the sources.
 
 Legend: T = window length, B = lanes, D = inputs, H = units, G = rows of a weight matrix (gates times H), P = parameters of a
 layer, S = tensors of a layer's state (2 for h and c of an LSTM, 1 for a GRU).

@@ -21,7 +21,7 @@ class MinGRUBlock(nn.Module):
     """Computes y = x + minGRU(norm(x)) and returns y + MLP(norm(y)).
 
     Source: Feng et al. 2024, arXiv 2410.01201, section 4. The language models of the paper also have a convolution over four
-    steps. It is left out here, because its last inputs would be a further state.
+    steps. The convolution is left out here, because its last inputs would be a further part of the state.
 
     Args:
         width: H.

@@ -50,7 +50,7 @@ class LanguageModel(nn.Module):
 
     Raises:
         ValueError: the cell is unknown, a size is below 1, dropout is outside [0, 1), tied weights are combined with
-            embed != hidden or with a sparse embedding, or the traces or their decay do not fit the cell.
+            embed != hidden or with a sparse embedding, or `build_rnn` rejects the traces or their decay.
     """
 
     def __init__(

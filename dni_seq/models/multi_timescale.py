@@ -77,8 +77,8 @@ class MultiTimescale:
         hidden: H, the number of hidden units of each network.
         ticks: K, the number of ticks in a window of the slow network.
         joint: the connection of the networks. "synthetic": the fast network sends messages and gets synthetic gradients.
-            "message": it sends messages and gets no gradient. "none": only the fast network is trained, on both counts,
-            by truncated BPTT over T steps.
+            "message": the fast network sends messages and gets no gradient. "none": only the fast network is trained, on
+            both counts, by truncated BPTT over T steps.
         lr: learning rate of Adam.
 
     Attributes:

@@ -6,7 +6,8 @@ Here forward and backward are loops over preallocated tensors.
 For complex states, a long window with few numbers in each step is computed as a scan. The window is cut into √T chunks of
 √T steps. First all chunks are computed at once, each from a zero state. Then the states between the chunks are computed.
 Last, the contribution of these states is added inside the chunks. A scan runs 2√T operations on larger tensors instead of T
-operations, with twice the arithmetic. For real states a scan hardly saves time (benchmarks/scans.py), so they have none.
+operations, with twice the arithmetic. For real states a scan hardly saves time (benchmarks/scans.py), so they are always
+computed by a loop.
 
 Source of the scan: Blelloch 1990, "Prefix Sums and Their Applications", CMU-CS-90-190, section 1.4, in two levels.
 

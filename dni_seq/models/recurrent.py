@@ -39,8 +39,8 @@ def build_rnn(
             `cells.TRACE_DECAY`.
 
     Raises:
-        ValueError: the cell is unknown, the traces are of another kind of cell, or the decay is outside its range or given
-            without factored traces.
+        ValueError: the cell is unknown, the traces are made for another kind of cell, or the decay is outside its range or
+            given without factored traces.
     """
     checked_decay(traces, trace_decay)
     if cell not in CELLS:

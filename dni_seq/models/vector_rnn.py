@@ -33,7 +33,7 @@ class VectorRNN(nn.Module):
             `lstm_kernels.native_up_to`.
 
     Raises:
-        ValueError: the cell is unknown, a size is below 1, or the traces or their decay do not fit the cell.
+        ValueError: the cell is unknown, a size is below 1, or `build_rnn` rejects the traces or their decay.
     """
 
     def __init__(

@@ -22,8 +22,8 @@ from dni_seq.synthesizers.state_mlp import StateNetwork
 class AuxiliaryTask(nn.Module):
     """Predicts the synthetic gradient at a window's last state from the state after the window's first step.
 
-    The prediction's loss is backpropagated into the RNN, which learns early in a window how its last state affects later
-    losses. The task reads no lookahead, because the RNN does not either.
+    The prediction's loss is backpropagated into the RNN. The RNN thus learns to hold, early in a window, what predicts the
+    gradient at the window's last state. The task reads no lookahead, because the RNN does not read one either.
 
     Source: the auxiliary task of Jaderberg et al. 2017, section 3.1 ("DNI + Aux"). We differ in one point: the target is
     divided by its running root mean square, so that the weight of the task does not depend on the gradient's scale.
@@ -31,7 +31,7 @@ class AuxiliaryTask(nn.Module):
     Args:
         example: a state of the model, such as `model.initial_state(1)`. Its values and its number of lanes do not matter.
         hidden: sizes of the hidden layers.
-        batch_dim: dimension of the lanes in the state's leaves, an int or a nest. Default: see `Packing`.
+        batch_dim: dimension of the lanes in the state's leaves, an int or a nest. Default: 1 in [L, B, H], 0 in [B, H].
         decay: factor of the old value in the running mean of squared targets. The first 1 / (1 - decay) updates form a
             plain mean instead.
     """

@@ -42,11 +42,12 @@ class Regression(NamedTuple):
 
     Attributes:
         loss: 0-d, the loss to backpropagate. For a synthesizer that fits targets: the mean squared error over all elements
-            of all horizons with a target, plus the loss of its `FutureModel` if it has one for features. For a
-            self-supervised synthesizer: its own loss. `Normalized`, `StateHeads` and `LeastSquaresHeads` divide targets by
-            their running root mean square first; others use gradients as they are.
-        error: [N], the mean squared error of each horizon on the same scale, detached.
-        power: [N], the mean square of each horizon's target on the same scale. R² is 1 - error / power.
+            of all horizons with a target, plus the loss of a `FutureModel` if one provides features to the synthesizer. For
+            a self-supervised synthesizer: the loss of its predictor. `Normalized`, `StateHeads` and `LeastSquaresHeads`
+            divide targets by their running root mean square first; others use gradients as they are.
+        error: [N], the mean squared error of each horizon, detached. Targets are divided as above; `FutureGradient` divides
+            them too.
+        power: [N], the mean square of each horizon's target, divided in the same way. R² is 1 - error / power.
         cosine: [N], the cosine between prediction and target over all elements of a horizon, 0 if either is zero.
     """
 

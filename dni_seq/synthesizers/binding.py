@@ -47,8 +47,8 @@ def bind_first(
     """Calls `bind` for all synthesizers at a trainer's first window, of `window` steps; returns the T that they got.
 
     A resumed run may begin with the last window of a sequence, which may be shorter than T. If there is a T in the
-    checkpoint, `saved`, it is therefore passed on. If a synthesizer rejects `saved`, because it was built for another
-    length, `window` is passed on.
+    checkpoint, `saved`, it is therefore passed on. If a synthesizer was built for another length and rejects
+    `saved`, `window` is passed on.
 
     Raises:
         ValueError: a synthesizer was built for another window length, reduction, dimension or state.

@@ -48,7 +48,7 @@ class ExactFuture(nn.Module):
     The lookahead's inputs and targets may be nests of tensors, as those of the trainer's windows. Messages have the state's
     shapes and dtypes and the unit of the trainer's loss.
 
-    Source: Jaderberg et al. 2017, arXiv 1608.05343, section 2.1, approximate this gradient; computing it is ours.
+    Source: Jaderberg et al. 2017, arXiv 1608.05343, section 2.1, approximate this gradient; computing it exactly is ours.
 
     Args:
         model: `model(inputs, state) -> (outputs, state)`. It is not registered as a submodule.
@@ -119,7 +119,10 @@ class ExactFuture(nn.Module):
 
     @property
     def recommended(self) -> Recommended:
-        """The recommended settings: c = 1, γ = 0.9, and clipping and `regress_every` as the tail recommends them."""
+        """The recommended settings: c = 1, γ = 0.9, and the clipping limit and the `regress_every` that the tail recommends.
+
+        Without a tail nothing is trained, and the last two are 1.
+        """
         of_tail = Recommended() if self.tail is None else recommended(self.tail)
         return Recommended(1.0, 0.9, of_tail.synthesizer_clip, of_tail.regress_every)
 
@@ -142,7 +145,9 @@ class ExactFuture(nn.Module):
         return [exact, *predict(self.tail, trigger, context)]
 
     def predict_and_train(self, trigger: State, context: Any) -> tuple[list[State], Tensor]:
-        """Predicts, and adds the gradients of a self-supervised tail's own loss to the tail's parameters.
+        """Predicts as `predict` does, and adds the gradients of a self-supervised tail's own loss to the tail's parameters.
+
+        The trainer calls this only if the tail is self-supervised.
 
         Returns:
             The messages as `predict` returns them, and the tail's loss, 0-d.

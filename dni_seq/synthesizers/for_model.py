@@ -1,4 +1,4 @@
-"""Reads from a model and an example of its inputs what a recommended synthesizer needs.
+"""Builds the predictor of `FutureGradient.for_model` from a model's loss function and an example of the model's inputs.
 
 Legend: T = window length in steps, B = lanes, K = horizons, V = token ids, E, Q = widths of inputs and outputs.
 """
@@ -32,9 +32,9 @@ class Text(NamedTuple):
     Attributes:
         encoder: makes the encoder of inputs, `EMBED` wide.
         loss_fn: `loss_fn(outputs, targets)` of predicted outputs, unreduced losses [n, B].
-        width: of these outputs.
+        width: width of the predicted outputs.
         past_loss: `past_loss(outputs, inputs)` of predicted inputs, unreduced losses [n, B].
-        past_width: of the outputs that predict inputs.
+        past_width: width of the predicted inputs.
         parts: default number of parts of a `FutureModel`, K.
         reach: default number of steps of a `FutureModel`, m.
     """
@@ -59,7 +59,8 @@ def read_text(
     """Returns what a predictor reads and predicts; the arguments are those of `FutureGradient.for_model`.
 
     Raises:
-        ValueError: not exactly one of `vocabulary` and `outputs` is given, or `inputs` or `past_loss_fn` does not fit it.
+        ValueError: `vocabulary` and `outputs` are both given or both missing; with `vocabulary`, `inputs` are not token ids
+            [T, B], or `past_loss_fn` is given; with `outputs`, `inputs` are not floating-point vectors [T, B, E].
     """
     if (vocabulary is None) == (outputs is None):
         raise ValueError("give either vocabulary, for token ids, or outputs, the width of the model's outputs")
@@ -97,15 +98,16 @@ def predictor_for(
     """Returns a function that makes a predictor from the size of a lane's packed state.
 
     Args:
-        text: what it reads and predicts.
+        text: what the predictor reads and predicts.
         window: T.
         predict: one of `PREDICTIONS`.
-        steps: m, a multiple of K. None for the default: with "horizons" that of `text`, or K T if K is given; else `REACH`.
-        horizons: K; None for that of `text`.
+        steps: m, a multiple of K. None for the default: for "horizons" K T if `horizons` is given, and `text.reach` if it is
+            None; for all others `REACH`.
+        horizons: K; None for `text.parts`.
         units: hidden units.
 
     Raises:
-        ValueError: `predict` is unknown, or an argument does not apply to it.
+        ValueError: `predict` is unknown, or `horizons` is given although `predict` is not "horizons".
     """
     if predict not in PREDICTIONS:
         raise ValueError(f"predict must be one of {PREDICTIONS}, got {predict!r}")
@@ -154,6 +156,6 @@ def example_state(model: nn.Module, inputs: Tensor) -> State:
 
 
 def lstm_cells(model: nn.Module, example: State) -> Any:
-    """Returns `LSTM_CELLS` if the model holds an LSTM of PyTorch and its state is a pair of tensors, else False."""
+    """Returns `LSTM_CELLS` if the model holds an LSTM of PyTorch and `example` is a pair of tensors, else False."""
     pair = isinstance(example, tuple) and len(example) == 2 and all(isinstance(leaf, Tensor) for leaf in example)
     return LSTM_CELLS if pair and any(isinstance(part, (nn.LSTM, nn.LSTMCell)) for part in model.modules()) else False

@@ -64,7 +64,7 @@ class StatePredictor(nn.Module):
     Args:
         example: a state of the model.
         future: function `S -> Predictor`, where S is the width of a lane's packed state.
-        batch_dim: dimension of the lanes in the state's leaves, an int or a nest. Default: see `Packing`.
+        batch_dim: dimension of the lanes in the state's leaves, an int or a nest. Default: 1 in [L, B, H], 0 in [B, H].
 
     Attributes:
         packing: the `Packing` of the state.
@@ -97,7 +97,7 @@ class FutureGradient(PackedSynthesizer):
 
     Args:
         example: a state of the model, such as `model.initial_state(1)`. Its values and its number of lanes do not matter.
-        future: function `S -> Predictor`, such as a `FutureModel` of K parts; S is the width of a lane's packed
+        future: function that makes the predictor, such as a `FutureModel` of K parts, from S, the width of a lane's packed
             state.
         window: T, the length of the trainer's windows. With the reduction "mean" w = 1 / (T · B). Default: the length of the
             trainer's first window.
@@ -108,7 +108,7 @@ class FutureGradient(PackedSynthesizer):
             plain mean instead.
         limit: the largest absolute value in a message, in units of the running root mean square of its targets. None for
             no limit. Before the first target there is no limit either.
-        batch_dim: dimension of the lanes in the state's leaves, an int or a nest. Default: see `Packing`.
+        batch_dim: dimension of the lanes in the state's leaves, an int or a nest. Default: 1 in [L, B, H], 0 in [B, H].
 
     Attributes:
         limit: the argument; it may be set at any time.
@@ -156,31 +156,29 @@ class FutureGradient(PackedSynthesizer):
         past_loss_fn: Callable[[Any, Tensor], Tensor] | None = None,
         batch_dim: Any = None,
     ) -> FutureGradient:
-        """Builds the recommended synthesizer for a model: one message for each of the next K windows.
+        """Builds the recommended synthesizer for a model; by default it has one message for each of the next K windows.
 
-        The predictor has an embedding of its own. Give windows a lookahead of `lookahead` steps.
+        The attribute `lookahead` of the result is the number of steps to pass to `dni_seq.with_lookahead`.
 
         Args:
             model: `model(inputs, state) -> (outputs, state)`.
             loss_fn: `loss_fn(outputs, targets)`, unreduced losses [T, B].
-            example_inputs: [T, B, ...], the inputs of one window; the values do not matter. T is read from it.
+            example_inputs: [T, B, ...], the inputs of one window, from which T is read; the values do not matter.
             vocabulary: V, if inputs and targets are token ids and the outputs are logits [T, B, V].
             outputs: Q, if inputs are vectors [T, B, E] and the outputs are [T, B, Q].
-            horizons: K. Default: max(2, 4 / T), rounded up; for token ids 1 from T = 8 on, or if the vocabulary exceeds
-                `classes`, as for words.
+            horizons: K. Default: max(2, 4 / T), rounded up; but 1 for token ids if T >= 8 or V > `classes`, as for words.
             classes: number of tokens that the predictor distinguishes; ids from classes - 1 on share one class.
             units: hidden units of the predictor.
-            cells: see `FutureGradient`. Default: `LSTM_CELLS` for a model with an LSTM of PyTorch whose state is a pair.
-            state: an example of the model's state. Default: `model.initial_state(1)`, or one after `example_inputs`.
-            predict: "horizons", the next K windows; "future", the next m steps; "past", the last m inputs, for which no
-                lookahead is needed; or "both" of these.
-            predict_steps: m, a multiple of K. Default for "horizons": K T, or 4 where K is 1 because T >= 8; for the others
-                40. With `message_every=n`, n are enough.
-            past_loss_fn: unreduced losses [m, B] of predicted and true past vectors [m, B, E]. Default: squared error, mean.
-            batch_dim: dimension of the lanes in the state's leaves, an int or a nest; for others than [B, H] and [L, B, H].
+            cells: see `FutureGradient`. Default: `LSTM_CELLS` if `model` has a PyTorch LSTM and `state` is a pair.
+            state: an example of the model's state. Default: `model.initial_state(1)`, else the state after `example_inputs`.
+            predict: "horizons", the next K windows; "future", m steps; "past", the last m inputs; "both", future and past.
+            predict_steps: m, a multiple of K. Default: 40; for "horizons" K T, but 4 for token ids if T >= 8 and `horizons`
+                is None. If the trainer's config has `message_every=n`, m = n is enough.
+            past_loss_fn: unreduced losses [m, B] of predicted and true past vectors [m, B, E]. Default: mean squared error.
+            batch_dim: dimension of the lanes in the state's leaves, an int or a nest. Default: 1 in [L, B, H], 0 in [B, H].
 
         Raises:
-            ValueError: not exactly one of `vocabulary` and `outputs` is given, or another argument does not fit the rest.
+            ValueError: `vocabulary` and `outputs` are both given or both None, or another argument is not as described here.
         """
         check_past_loss(past_loss_fn, predict)
         text = read_text(loss_fn, example_inputs, vocabulary, outputs, classes, past_loss_fn)
@@ -210,8 +208,8 @@ class FutureGradient(PackedSynthesizer):
     def recommended(self) -> Recommended:
         """The settings that this synthesizer recommends to the trainer.
 
-        c is 1 for up to 2 horizons and 2 / K for more, so that further horizons do not enlarge the sum. Targets serve
-        only to evaluate messages, so they are computed at one window in 100. The predictor's gradient is not clipped.
+        c is 1 for up to 2 horizons and 2 / K for more, so that further horizons do not enlarge the sum. γ is 1. Targets
+        serve only to evaluate messages, so they are computed at one window in 100. The predictor's gradient is not clipped.
         """
         return Recommended(default_scale(self.network.horizons), 1.0, math.inf, MEASURE_EVERY)
 
@@ -253,11 +251,11 @@ class FutureGradient(PackedSynthesizer):
 
         Args:
             trigger: the state.
-            context: a `Lookahead` of at least m steps.
+            context: a `Lookahead` of at least m steps; `Surroundings` if the predictor predicts the past.
 
         Raises:
-            ValueError: the context is not a `Lookahead` of at least m steps, or the model's `loss_fn` does not return
-                losses [m, B].
+            ValueError: the context does not hold the steps that the predictor predicts, or the predictor's `loss_fn` does
+                not return unreduced losses.
         """
         return self._unpacked(self._outputs(*self._bounded(trigger), context), trigger)
 
@@ -303,7 +301,7 @@ class FutureGradient(PackedSynthesizer):
 
         Args:
             trigger: the state.
-            context: a `Lookahead` of at least m steps.
+            context: a `Lookahead` of at least m steps; `Surroundings` if the predictor predicts the past.
             targets: one for each horizon, None for a horizon that is not compared.
 
         Returns:

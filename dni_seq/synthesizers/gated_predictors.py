@@ -132,10 +132,11 @@ class GatedFuture(GatedPredictor):
         loss_fn: `loss_fn(outputs [n, B, Q], targets [n, B, ...])`, unreduced losses [n, B].
         units: F, the number of hidden units.
         draws: n, the number of steps in the loss of a call. They are drawn at random, one from each of n stretches that
-            grow with the distance from the state. None for all m.
+            grow with the distance from the state. A drawn step has the length of its stretch as weight, at most 8. None for
+            all m steps.
 
     Raises:
-        ValueError: `steps`, `outputs` or `units` is not positive, or `draws` exceeds m.
+        ValueError: `steps`, `outputs` or `units` is not positive, or `draws` is not between 1 and m.
     """
 
     def __init__(
@@ -159,7 +160,7 @@ class GatedFuture(GatedPredictor):
         self.output = nn.Linear(units, outputs)
 
     def losses(self, flats: Tensor, context: Any) -> StepLosses:
-        """Computes the losses of the drawn steps, or of all m, from packed states [1, B, S].
+        """Computes the losses of the drawn steps, or of all m steps if `draws` is None, from packed states [1, B, S].
 
         Raises:
             ValueError: the context does not hold a `Lookahead` of at least m steps, or `loss_fn` does not return [n, B].
@@ -192,10 +193,11 @@ class GatedPast(GatedPredictor):
         loss_fn: `loss_fn(outputs [n, B, Q], inputs [n, B, ...])`, unreduced losses [n, B].
         units: F, the number of hidden units.
         draws: n, the number of steps in the loss of a call. They are drawn at random, one from each of n stretches that
-            grow with the distance from the state. None for all m.
+            grow with the distance from the state. A drawn step has the length of its stretch as weight, at most 8. None for
+            all m steps.
 
     Raises:
-        ValueError: `steps`, `outputs` or `units` is not positive, or `draws` exceeds m.
+        ValueError: `steps`, `outputs` or `units` is not positive, or `draws` is not between 1 and m.
     """
 
     def __init__(
@@ -214,7 +216,7 @@ class GatedPast(GatedPredictor):
         self.output = nn.Linear(units, outputs)
 
     def losses(self, flats: Tensor, context: Any) -> StepLosses:
-        """Computes the losses of the drawn steps, or of all m, from packed states [1, B, S].
+        """Computes the losses of the drawn steps, or of all m steps if `draws` is None, from packed states [1, B, S].
 
         Raises:
             ValueError: the context does not hold a `Past` of at least m steps, or `loss_fn` does not return [n, B].
@@ -238,7 +240,7 @@ class GatedPast(GatedPredictor):
 
 
 class JointPredictor(Predictor):
-    """Predicts the steps of several predictors, such as the future and the past; their losses are summed.
+    """Runs several predictors on one state, such as one of the future and one of the past, and sums their losses.
 
     Source: ours.
 
@@ -267,7 +269,7 @@ class JointPredictor(Predictor):
         return sum(predictor.predicted for predictor in self._members)
 
     def losses(self, flats: Tensor, context: Any) -> StepLosses:
-        """Computes the losses of all predictors from packed states [1, B, S]."""
+        """Computes the losses of all predictors from packed states [1, B, S], concatenated along the steps."""
         found = [predictor.losses(flats, context) for predictor in self._members]
         losses, counts = torch.cat([each.losses for each in found]), torch.cat([each.counts for each in found])
         return StepLosses(losses, counts, _joined_weights(found))

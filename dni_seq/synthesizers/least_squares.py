@@ -47,7 +47,7 @@ class LeastSquaresHeads(PackedSynthesizer, CountsOnHost):
             no limit.
         hidden: sizes of the trunk's hidden layers. Default: (256,). If empty, the features are the state and the encoded
             context themselves, so F grows with the lookahead.
-        batch_dim: dimension of the lanes in the state's leaves, an int or a nest. Default: see `Packing`.
+        batch_dim: dimension of the lanes in the state's leaves, an int or a nest. Default: 1 in [L, B, H], 0 in [B, H].
         encoder: module that encodes the context, such as `LookaheadEncoder`. Default: None, for no context.
         future: function `S -> FutureModel`, where S is the width of a lane's packed state; its features are added to the
             trunk's. Default: None.

@@ -25,7 +25,7 @@ class LookaheadEncoder(nn.Module):
         steps: m, the number of steps encoded.
         inputs: module from `Lookahead.inputs` [m, B, ...] to [m, B, E_inputs], such as `nn.Embedding` for tokens or
             `nn.Linear` for vectors. It is registered as a submodule and trains with the synthesizer.
-        targets: module from `Lookahead.targets` [m, B, ...] to [m, B, E_targets], in the same way.
+        targets: module from `Lookahead.targets` [m, B, ...] to [m, B, E_targets], of the same kind as `inputs`.
         features: E_inputs + E_targets, the width of one encoded step without its flags. If None, both widths are read from
             `inputs` and `targets`, each an `nn.Embedding` or `nn.Linear`.
 

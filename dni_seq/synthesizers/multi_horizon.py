@@ -51,8 +51,8 @@ class Horizons(CountsOnHost):
             messages E_1..E_K and then, with `tail`, the message of the tail.
         horizons: K, the number of windows that get a message of their own.
         tail: whether a last head predicts the gradient of all windows after the K-th.
-        draw: train only one head per window, drawn at random. This costs one vector-Jacobian product instead of K.
-            Self-supervised heads ignore it and train at every window.
+        draw: train only one head per window, drawn at random. This costs one vector-Jacobian product instead of one for
+            each head. Self-supervised heads ignore this setting: all of them train at every window.
 
     Attributes:
         horizons: K, the number of windows that get a message of their own.
@@ -90,7 +90,7 @@ class Horizons(CountsOnHost):
     def predict(self, trigger: State, context: Any) -> list[State]:
         """Returns the messages of horizons 1 to K, then that of the tail if there is a tail, in the trigger's structure.
 
-        Messages are gradients of the trainer's loss, before scale, discount and `weights`.
+        Messages are gradients of the trainer's loss, not yet multiplied by scale, discount and `weights`.
         """
         return predict(self.heads, trigger, context)
 
@@ -112,7 +112,7 @@ class Horizons(CountsOnHost):
     def regress(self, trigger: State, context: Any, targets: list[State | None]) -> Regression:
         """Compares the messages at `trigger` with `targets`; the caller backpropagates the loss of the result.
 
-        The call counts in `draws`.
+        Each call adds 1 to the counter `draws`.
 
         Args:
             trigger: the state at which the targets were computed.
@@ -126,7 +126,7 @@ class Horizons(CountsOnHost):
         return regress(self.heads, trigger, context, targets)
 
     def target_rule(self, scale: float, discount: float) -> TargetRule:
-        """Returns the `TargetRule` of the next window: the coefficients of injection and targets in the equations above.
+        """Returns the `TargetRule` of the next window: the coefficients of the equations in the class docstring.
 
         The trainer calls this method once for each window. The method changes nothing.
 

@@ -20,7 +20,7 @@ LSTM_CELLS = (False, True)
 
 
 class GatedCells(nn.Module):
-    """Wraps a synthesizer for LSTM states: the synthesizer sees tanh(c), and its message for c is times 1 - tanh²(c).
+    """Wraps a synthesizer for LSTM states: it sees tanh(c), and its message for c is multiplied by 1 - tanh²(c).
 
     The true gradient of a saturated cell vanishes, but a predicted one does not, and an RNN that follows the prediction lets
     its cell state grow without bound.
@@ -132,7 +132,8 @@ class Normalized(nn.Module):
 
     Targets are divided by the running root mean square and messages are multiplied by it, so messages and targets are raw
     gradients outside of this module. The raw gradient at one hidden unit is between 1e-5 and 1e-2, and changes tenfold
-    during a training run. Such gradients are too small for an optimizer's epsilon, and they depend on the number of lanes.
+    during a training run. Such gradients are too small for an optimizer's epsilon. If the loss is a mean over lanes, they
+    also depend on the number of lanes.
 
     Source: ours; docs/results/characters.md compares it with the published recipe.
 

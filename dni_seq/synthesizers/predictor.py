@@ -40,8 +40,8 @@ class StepLosses(NamedTuple):
 class Predictor(nn.Module):
     """Predicts n steps before or after a state; `FutureGradient` sends the gradient of the predictor's loss to the state.
 
-    A subclass sets the attributes and implements `losses`. The predictor's parameters train on the same loss, at every
-    window.
+    A subclass sets the attributes and implements `losses`. The loss whose gradient is the message also trains the
+    predictor's parameters, at every window.
 
     Source: ours; see `FutureGradient`.
 
@@ -100,7 +100,7 @@ class Predictor(nn.Module):
         return gradient
 
     def learn(self, flat: Tensor, context: Any) -> tuple[Tensor, Tensor]:
-        """Computes the result of `gradients`, divided by n B, and adds the gradients of the mean loss to the parameters.
+        """Computes the result of `gradients`, divided by n B, and adds the gradients of `loss` to the parameters' `.grad`.
 
         One backward pass computes both.
 

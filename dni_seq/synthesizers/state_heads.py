@@ -32,7 +32,7 @@ class StateHeads(PackedSynthesizer):
         limit: the largest absolute value in a message, in units of the running root mean square of its targets. None for
             no limit.
         hidden: sizes of the hidden layers. Default: (256,).
-        batch_dim: dimension of the lanes in the state's leaves, an int or a nest. Default: see `Packing`.
+        batch_dim: dimension of the lanes in the state's leaves, an int or a nest. Default: 1 in [L, B, H], 0 in [B, H].
         encoder: module that encodes the context, such as `LookaheadEncoder`. Default: None, for no context.
         future: function `S -> FutureModel`, where S is the width of a lane's packed state; its features are given to the
             heads beside those of the hidden layers. Default: None.

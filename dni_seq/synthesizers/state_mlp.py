@@ -26,7 +26,7 @@ class StateTrunk(nn.Module):
         example: a state with leaves [L, B, H] or [B, H]; only structure and shapes are used, except B.
         horizons: N, number of messages.
         hidden: sizes of the hidden layers, with GELU after each. Empty for no hidden layer.
-        batch_dim: dimension of the lanes in the state's leaves, an int or a nest. Default: see `Packing`.
+        batch_dim: dimension of the lanes in the state's leaves, an int or a nest. Default: 1 in [L, B, H], 0 in [B, H].
         encoder: module from a context to [B, E] with an attribute `features` = E. None for no encoded context.
         future: function that makes a `FutureModel` from S; its features are concatenated to those of the hidden layers.
             None for no future model.
