@@ -56,7 +56,7 @@ KINDS: Mapping[str, str] = {
     "exact, tail": "exact --tail --bptt 4",
     "exact, fitted tail": "exact --tail --bptt 4 --fit least-squares",
 }
-"""The options of every kind of synthesizer and target. Many give a scale, because "auto" injects nothing in a short run."""
+"""The options of every kind of synthesizer and target. Many set a scale, because "auto" injects nothing in a short run."""
 
 SMALL = ["--hidden", "48", "--batch-size", "8", "--threads", "1", "--seed", "3"]
 TEXT = ["--embed", "24", "--max-steps", str(WINDOWS), "--eval-every", "100", "--eval-tokens", "2000"]

@@ -8,10 +8,10 @@ python benchmarks/growth.py --only lanes horizons
 python benchmarks/growth.py --draw --output docs/results/growth.jsonl --pictures docs/images
     Measure nothing, and draw the recorded points.
 
-All points but one quantity have these sizes: an LSTM of 256 units on 50 token ids, 32 lanes, windows of 5 steps, and one
-horizon with a lookahead of 5 steps, its whole window.
-A line has the median and the mean CPU time of a step, of which growth.png shows the mean, and the peak of resident memory
-above that of an interpreter that has imported all modules.
+Except for the quantity that is varied, all points have these sizes: an LSTM of 256 units on 50 token ids, 32 lanes, windows
+of 5 steps, and one horizon with a lookahead of 5 steps, its whole window.
+A line has the median and the mean CPU time of a step, and the peak of resident memory above that of an interpreter that has
+imported all modules. growth.png shows the mean time.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from dni_seq.app.studies.records import read_lines
 WAYS = ("none", "multi-horizon")
 
 WARM, MEASURED = warm_up("multi-horizon"), 60
-"""Number of steps of a point before the timed ones, and number of timed steps. The points of "windows" have more steps."""
+"""Number of steps of a point before the timed steps, and number of timed steps. The points of "windows" have more steps."""
 
 
 class Point(NamedTuple):

@@ -41,10 +41,11 @@ SETTINGS = {
     "T = 4": (4, None, 1),
     "T = 4 over the last 20 steps": (4, None, 5),
 }
-"""T, steps of a chunk whose activations are recomputed (None for no recomputation), and windows of a backward pass."""
+"""T, number of steps of a chunk whose activations are recomputed (None for no recomputation), and number of windows over
+which a loss is propagated back."""
 
 BASES = {"T = 200, recomputed every 20": "T = 200", "T = 4 over the last 20 steps": "T = 4"}
-"""The setting with which a setting is compared: the same T, without chunks and without earlier windows."""
+"""The setting with which a setting is compared: it has the same T, without recomputation and without earlier windows."""
 
 
 class Learner:

@@ -2,7 +2,7 @@
 
 python benchmarks/peers.py --output docs/results/peers.jsonl
     Measure all ways of training at all window lengths, in three minutes on an idle machine, and write one JSON line for each
-    pair. Needs `pip install 'dni-seq[peers]'`.
+    way and length. Needs `pip install 'dni-seq[peers]'`.
 python benchmarks/peers.py --bptt 1 --way none jax --seconds 10
     Measure some ways at one window length.
 python benchmarks/peers.py --table docs/results/peers.jsonl
@@ -44,7 +44,7 @@ TURN_SECONDS, ROUNDS = 0.3, 5
 WARM_UP = 110
 """Number of steps before the measured ones. A synthesizer's first 100 windows are checked more often and cost more.
 
-Ways that would need more than 3 CPU seconds for these steps make fewer.
+Ways that would need more than 3 CPU seconds for so many steps make fewer steps.
 """
 
 ONE_THREAD = {
@@ -102,7 +102,7 @@ def work(way: str, bptt: int, core: int, begun: float) -> None:
 
 
 def finish(result: Any) -> None:
-    """Waits until a result of JAX, which computes in the background, is ready."""
+    """Waits until a result of JAX, which computes in the background, is ready. Does nothing for a result of PyTorch."""
     wait = getattr(result, "block_until_ready", None)
     if wait is not None:
         wait()

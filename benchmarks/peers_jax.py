@@ -90,7 +90,8 @@ def truncated_bptt(setting: Setting, bptt: int) -> Callable[[], Any]:
 def braintrace(setting: Setting, bptt: int, algorithm: str) -> Callable[[], Any]:
     """Returns a function that makes one step of braintrace's online learning.
 
-    The layers have the sizes of the other ways. The embedding also has their initial weights; the library draws the others.
+    The layers have the sizes of the other ways. The embedding also has their initial weights. braintrace
+    draws the initial weights of the other layers.
     """
     import brainstate
     import braintools

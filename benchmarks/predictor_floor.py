@@ -11,7 +11,7 @@ python benchmarks/predictor_floor.py --table docs/results/predictor_floor.jsonl
 LSTM of 512 units on 50 characters, 32 lanes, T = 1, one thread. Before each operation a plain step of the RNN runs, so that
 the processor's caches have the content that they have in training. The operations "Adam, ..." update the parameters of the
 RNN and of the future model: with two optimizers, with one optimizer of two parameter groups, and with one optimizer of one
-group. A trainer cannot use one group, because the two gradients are clipped apart.
+group. A trainer cannot use one group, because it clips the gradients of the RNN and of the future model separately.
 """
 
 from __future__ import annotations

@@ -52,7 +52,7 @@ from trials import (
 
 METHODS = ("none", "multi-horizon")
 FARTHER = "20 words ahead"
-"""The default until 2026-11-30: a whole window. It was tuned, lost, and is on record; the plan leaves it out."""
+"""The default until 2026-11-30: a whole window. It was tuned, lost, and is on record. The plan leaves it out."""
 
 RATES = (10.0, 20.0, 40.0)
 TUNING_EPOCHS, EPOCHS = 3, PRESETS["small"]["epochs"]
@@ -77,7 +77,7 @@ def tuning(method: str, known: dict[str, Line]) -> tuple[list[Trial], float | No
 
 
 def plan(known: dict[str, Line]) -> Iterator[Trial]:
-    """Yields every trial that can be run now: the rates of truncated BPTT, those of the default, then the long runs."""
+    """Yields every trial that can be run now: the tuning of truncated BPTT, that of the default, then the long runs."""
     found = {method: tuning(method, known) for method in METHODS}
     for trials, _ in found.values():
         yield from trials
@@ -100,7 +100,8 @@ class Runner:
     def __call__(self, trial: Trial, checkpoint: Path) -> Line:
         """Trains to the end and returns the scores.
 
-        A run with a synthesizer over all epochs first stops at the CPU time of truncated BPTT, to be scored there too.
+        A run with a synthesizer over all epochs first stops at the CPU time that truncated BPTT needs for all epochs. The
+        run is scored there too, and then continues.
         """
         folder = checkpoint.with_suffix("")
         line: Line = {}

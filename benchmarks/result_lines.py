@@ -85,5 +85,5 @@ def print_table(parser: argparse.ArgumentParser, path: Path, table: Callable[[Se
 
 
 def newest(lines: Sequence[Line], *settings: str) -> list[Line]:
-    """Returns the last line for each combination of `settings`. A file has several after a repeated measurement."""
+    """Returns the last line for each combination of `settings`. After a repeated measurement a file has several lines."""
     return list({tuple(line[name] for name in settings): line for line in lines}.values())

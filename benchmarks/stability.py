@@ -32,7 +32,8 @@ from dni_seq.app.studies.records import append_line, markdown, read_lines
 BPTT = (1, 2, 4, 8, 16, 32)
 RATES, STRATA = (1e-4, 1e-2), 20
 STRIDE = 7
-"""The distance, in parts of the rates, from a pair to the next. Each window length thus gets low and high rates.
+"""The distance from a pair's part of the range of rates to the next pair's part. Each window length thus gets low and high
+rates.
 
 The number is prime to 20, so 20 pairs use all 20 parts.
 """

@@ -83,7 +83,7 @@ def rnn_products(setting: Setting, bptt: int) -> dict[str, Products]:
         joined += through_weight(setting.lanes, size + setting.hidden, gates, forward=bptt, back=bptt, weights=0)
         joined += through_weight(bptt * setting.lanes, size + setting.hidden, gates, forward=0, back=0)
     found = {"products, apart": apart}
-    if setting.cell == "lstm":  # a GRU multiplies the state's product by a gate before it adds the input's
+    if setting.cell == "lstm":  # a GRU multiplies the state's product by a gate before it adds the input's product
         found["products, joined"] = joined
     return found
 
@@ -125,7 +125,7 @@ def synthesizer_products(setting: Setting, bptt: int, options: Mapping[str, Any]
 
 
 def kernels_of(product: Product) -> dict[str, Step]:
-    """Returns functions that run a product, by kernel. Operands lie in memory in several ways, of which one is fastest."""
+    """Returns functions that run a product, by name. They differ in the kernel and in how the operands lie in memory."""
     left = _operand(product.rows, product.inner, product.crossed[0])
     right = _operand(product.inner, product.columns, product.crossed[1])
     out, across = torch.empty(product.rows, product.columns), torch.empty(product.columns, product.rows)

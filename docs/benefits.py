@@ -86,9 +86,10 @@ def training_seconds(runs: Iterable[Line]) -> float:
 
 
 def pilots(method: str, **options: object) -> list[float]:
-    """Returns the scores of the runs in pilots.jsonl with these options: validation perplexity, or the length solved.
+    """Returns the scores of the runs of a method in pilots.jsonl with these options, one score for each seed.
 
-    For each seed, only the last line counts, which is of the newest code.
+    The score is validation perplexity on text, and the length solved on tasks. If a seed has several lines, the last one
+    counts: it is of the newest code.
     """
     found = {}
     for line in lines("pilots"):
@@ -128,7 +129,7 @@ def several(scores: Iterable[float], digits: int) -> str:
 
 
 def equal_text() -> list[str]:
-    """Returns the rows at equal text, in which all methods have the same windows."""
+    """Returns the rows at equal text. In each row, all methods have the same T."""
     bits = ["; ".join((falling_rate(1, method), falling_rate(8, LONG_DEFAULT.get(method, method)))) for method in METHODS]
     rows = [row("characters, bits ↓", "1; 8", [*bits, NO_RUN])]
     for name, task in (("copying, length ↑", "copy"), ("repeat copy, length ↑", "repeat-copy")):

@@ -26,7 +26,7 @@ REPLACED = re.compile(r"^for inputs, targets in windows:\n.*?^    state = state\
 
 
 def programs(text: str) -> tuple[str, str]:
-    """Returns two programs: README's first block of Python, and this block with the second block in place of its loop."""
+    """Returns two programs: README's first block of Python, and the same with README's second block in place of the loop."""
     before, lines, *_ = PYTHON.findall(text)
     after, count = REPLACED.subn(lambda _: lines, before)
     if count != 1:

@@ -141,7 +141,7 @@ def ptb() -> set[tuple[int, str]]:
 
 
 def differences(base: Iterable[float], other: Iterable[float]) -> list[float]:
-    """Returns `base` minus `other`, seed by seed: the gains if lower is better."""
+    """Returns `base` minus `other`, seed by seed. If lower values are better, these are the gains of `other`."""
     return [first - second for first, second in zip(base, other, strict=True)]
 
 
@@ -181,8 +181,8 @@ def horizons() -> list[str]:
 def horizon_row(window: int, count: int, scale: float, runs: Sequence[Line]) -> list[str]:
     """Returns a row of `horizons`.
 
-    The share of the headroom compares with truncated BPTT and the exact gradient of the same seeds. The row has no share if
-    one of these seeds has no such run on record.
+    The share of the headroom compares the runs with truncated BPTT and with the exact gradient, for the same seeds. The row
+    has no share if a seed has no run of one of these two methods on record.
     """
     seeds = [run["seed"] for run in runs]
     bits = [run["valid_bpc"] if "valid_bpc" in run else final(run) for run in runs]
@@ -305,7 +305,7 @@ ENDS = ("truncated BPTT", "exact, next 4 steps")
 def lengths(task: str) -> Callable[[], list[str]]:
     """Returns a function that makes a task's table: for T = 2 and 4, each method and each seed, the length solved.
 
-    The table also has the update at which a run solved its length.
+    The update at which a run solved its length is in parentheses. The last column has the runs' CPU seconds.
     """
 
     def rows() -> list[str]:
@@ -345,7 +345,7 @@ def more_horizons() -> list[str]:
 
 
 def six_horizons() -> list[str]:
-    """Returns the table of the run with six horizons: the update at which it solved each of some lengths."""
+    """Returns the table of the run with six horizons: the updates at which it solved 4, 6, 8, 10, 12 and 13 vectors."""
     (run,) = (line for line in lines("pilots") if line["options"].get("horizons") == 6)
     points = [point for point in run["curve"] if point[1] in (4, 6, 8, 10, 12, 13)]
     vectors, updates = [str(length) for _, length in points], [f"{update:,}" for update, _ in points]

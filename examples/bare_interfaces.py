@@ -2,8 +2,8 @@
 
 First in time: an LSTM reads the text of Python's documentation in windows of four characters, and a synthetic gradient is
 injected at the end of each window. A factor of 0 injects nothing, which is truncated BPTT. The synthesizer sees only the
-state, from which the later gradient can hardly be predicted: here the loss is slightly larger with the synthetic gradient.
-`custom_synthesizer.py` has a synthesizer that sees more.
+state, from which the gradient of later windows can hardly be predicted. Here the loss is slightly larger than without
+injection. `custom_synthesizer.py` has a synthesizer that sees more.
 
 Then in depth: a network consists of two halves, and the first half gets its gradient before the second half has run.
 """
@@ -35,7 +35,7 @@ def recurrent(text: Tensor, vocabulary: int, factor: float) -> float:
         with dni.defer_backward():  # a single backward pass, at the end of the block
             state = interface.make_trigger(state)  # detached; the gradient that arrives here is the synthesizer's target
             outputs, state = rnn(embedding(inputs), state)
-            interface.backward(state, factor)  # injects a message for h and c, which stands for later windows
+            interface.backward(state, factor)  # injects a message for h and c, the predicted gradient of later windows
             loss = F.cross_entropy(readout(outputs).flatten(0, 1), targets.flatten())
             dni.backward(loss)
         optimizer.step()

@@ -2,8 +2,8 @@
 
 The rows are topics of Python's documentation, the tokens are characters. For other text, of any size, replace the rows by
 `datasets.load_dataset("OWNER/NAME", split="train", streaming=True)`. The program trains by truncated BPTT in windows of one
-step, then with a synthetic gradient: the second perplexity, over the last quarter, must be lower. Halfway it saves and
-restores the position and the trainer, as for a run that was killed.
+step, then again with a synthetic gradient, and prints the perplexity over the last quarter of each run. The second one must
+be lower. Halfway through a run the program saves and restores the position and the trainer, as if the run had been killed.
 """
 
 from pydoc_data.topics import topics

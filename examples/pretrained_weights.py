@@ -1,7 +1,7 @@
 """Copy weights from a plain nn.LSTM into dni_seq, train them, save them as safetensors, and copy them back.
 
-A `LanguageModel` of the same sizes takes over the weights of a plain model; both models must have the same loss. It is then
-trained with exact gradients of the next window, saved and loaded. The plain model gets its weights; the losses must agree.
+A `LanguageModel` takes over a plain model's weights, is trained with exact gradients of the next window, saved and loaded.
+The plain model then takes over the trained weights. Before and after training, both models must have the same loss.
 """
 
 from pydoc_data.topics import topics

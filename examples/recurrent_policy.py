@@ -1,6 +1,6 @@
 """Train a policy with memory on replayed sequences with stored states and burn-in as in R2D2, in long and short windows.
 
-The first step shows which turn at the corridor's end is right. In windows of SHORT steps no gradient reaches that step.
+The first step shows which turn at the corridor's end is right. In SHORT windows no gradient goes from the end to that step.
 """
 
 import torch

@@ -5,8 +5,8 @@ updated after every 2 readings. The synthesizer predicts credit from the next re
 readings late: `with_lookahead` waits for these readings.
 
 The baseline is truncated BPTT with the same windows. With the synthesizer expect about half of the baseline's error after
-as many windows, at about twice the CPU time. With twice the readings, and as much CPU time, truncated BPTT would reach the
-same error, but a sensor does not send faster.
+as many windows, at about twice the CPU time. With twice the readings, truncated BPTT would reach the same error in the same
+CPU time as the synthesizer, but a sensor does not send its readings faster on request.
 """
 
 import itertools

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "studies"))
 from trials import Line, Trial
 
 POINTS = 10
-"""Number of evaluations of a trial, at equal distances. The score of a trial is the mean of the last two."""
+"""Number of evaluations of a trial, at equal distances. The score of a trial is the mean of its last two evaluations."""
 
 WHOLE = "whole"
 
@@ -70,7 +70,7 @@ class Column:
 
 
 def columns_of(cell: str, approximate: bool) -> list[Column]:
-    """Returns a cell's columns of truncated BPTT, full BPTT, and traces: exact ones, or two approximate kinds."""
+    """Returns a cell's columns of truncated BPTT, full BPTT, and traces: exact, or if `approximate` two other kinds."""
     exact = [] if approximate else [Column("exact traces", cell, 1, "all before", traces="exact")]
     kinds = [("SnAp-1", "snap1"), ("factored traces", "factored")] if approximate else []
     near = [Column(name, cell, 1, "all before", traces=traces) for name, traces in kinds]
@@ -205,7 +205,7 @@ def run(trial: Trial, task: Problem) -> Line:
 
 
 def score_at(curve: list[list[float]], steps: float) -> float:
-    """Returns the mean of the last two evaluations up to `steps`; the first evaluation if all are later."""
+    """Returns the mean of the last two evaluations up to `steps`. Returns the first evaluation if all are later."""
     found = [score for at, score in curve if at <= steps][-2:] or [curve[0][1]]
     return round(sum(found) / len(found), 4)
 
@@ -213,7 +213,7 @@ def score_at(curve: list[list[float]], steps: float) -> float:
 def serve(task_name: str, data: Path, column: str, pipe: Any) -> None:
     """The program of a process that times one column; see `measure_in_turns`.
 
-    Trains on at least as many steps as it receives, and sends the CPU seconds of a step of text.
+    For each number received, trains on at least this many steps of text and sends the CPU seconds of one step.
     """
     torch.set_num_threads(1)
     keep_freed_memory()

@@ -122,8 +122,8 @@ def row(
 ) -> tuple[str, ...]:
     """Returns the row of the table for a column of the comparison.
 
-    Equal CPU time is the time that truncated BPTT with the same cell needs for the whole text. A column that needs less time
-    for the whole text has its final score there.
+    Equal CPU time is the time that truncated BPTT with the same cell needs for the whole text. For a column that needs less
+    time for the whole text, the score at equal CPU time is the final score.
     """
     name, base = key(column), f"{column.cell}: {BASE}"
     lines = finals[name]

@@ -94,8 +94,8 @@ def synthesizer_of(trial: Trial, parts: Parts) -> nn.Module | None:
 def future_gradient(trial: Trial, parts: Parts) -> dni.FutureGradient:
     """Returns a synthesizer as `FutureGradient.for_model` builds it, except for two differences.
 
-    It predicts drawn steps if the trial has `draws`. It does not fix the window length, because the windows of a sequence
-    differ in length, and a resumed trial may begin with a short window.
+    The synthesizer predicts drawn steps if the trial has `draws`. It does not fix the window length, because the windows of
+    a sequence differ in length, and a resumed trial may begin with a short window.
     """
     steps, horizons = trial.get("steps"), trial.get("horizons")
     make: Callable[[int], Any] = predictor_for(
@@ -148,9 +148,9 @@ def predictor_optimizer(synthesizer: nn.Module | None) -> torch.optim.Optimizer 
 def config_of(trial: Trial) -> dni.SyntheticGradientConfig:
     """Returns the settings of a trial's messages.
 
-    The scale c is 1 for the exact gradient. With a `weight` w, c is w T / m: with scale c, the predictor's mean loss over m
-    steps has the weight c m / T, because a step's loss has the weight 1 / (T B) in a window's mean. Otherwise c is the scale
-    that the synthesizer recommends.
+    The scale c is 1 for the exact gradient. With a `weight` w, c is w T / m. The reason: a window's mean gives each step the
+    weight 1 / (T B), so with scale c each predicted step has the weight c / (T B). The mean over the m steps and B lanes
+    then has the weight c m / T, which must equal w. Otherwise c is the scale that the synthesizer recommends.
     """
     settings: dict[str, Any] = {"message_every": trial.get("every"), "message_at_end": trial.get("end", True)}
     if trial["method"] == "exact":

@@ -63,9 +63,9 @@ def draw_time(axes: Axes, grid: Grid, known: Known, times: Times) -> None:
 
 
 def draw_memory(axes: Axes, grid: Grid, known: Known, times: Times) -> None:
-    """Draws quality over memory: the best of each method and T at the smallest budget, over the bytes saved for backward.
+    """Draws quality over memory: the best quality of each method and T at the smallest budget, over an update's saved bytes.
 
-    These bytes are those that an update saves for its backward passes.
+    The saved bytes are those that an update saves for its backward passes.
     """
     for number, column in enumerate(grid.columns):
         best: dict[int, tuple[float, float]] = {}

@@ -111,7 +111,7 @@ def frontier_trial(old: Trial) -> Trial | None:
     if old["task"] != "words" or column is None or "budget" not in old or old["dropout"] != REUSED_DROPOUT:
         return None
     if old["method"] == "multi-horizon" and old["T"] != 5:
-        return None  # the default of the study on words predicts 5 words at each T, that of this study K windows
+        return None  # the study on words: its default predicts 5 words at each T; the default of this study: K windows
     found = {**grid.trial(column, old["T"], old["lr"], old.get("weight")), "budget": old["budget"], "seed": old["seed"]}
     return {**{name: value for name, value in found.items() if name not in grid.common}, "dropout": old["dropout"]}
 

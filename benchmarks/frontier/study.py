@@ -99,7 +99,7 @@ def affordable(own: Known, options: argparse.Namespace) -> Iterator[Trial]:
 
 
 def print_plan(options: argparse.Namespace) -> None:
-    """Prints the missing trials with the sum of the hours so far and their own; marks those beyond the limit of hours."""
+    """Prints each missing trial with the sum of hours up to this trial, and its own. Marks trials beyond --max-hours."""
     known, times = all_lines(options.results, options.study), read_times(options.results)
     ready = {key_of(trial) for trial in plan(known, options.only)}
     hours, used = 0.0, spent(known)
@@ -113,7 +113,7 @@ def print_plan(options: argparse.Namespace) -> None:
 
 
 def time_all(options: argparse.Namespace) -> None:
-    """Measures the update times of the kinds of all trials that are planned or recorded."""
+    """Measures the update times of the kinds of all trials of the chosen groups that are planned or recorded."""
     known = all_lines(options.results, options.study)
     recorded = [line["trial"] for line in known.values() if group_of(line["trial"]) in options.only]
     kinds = kinds_of([*forecast(known, options.only), *recorded])

@@ -229,7 +229,8 @@ def save(checkpoint: Path, reader: Reader, done: int, curve: list[list[float]]) 
 def kept_for_backward(trial: Trial, splits: Splits) -> int:
     """Returns the bytes that an update saves for its backward passes.
 
-    The counted update is preceded by as many updates as its loss is propagated back over windows.
+    The updates before the counted update, as many as the setting `back` says, provide the earlier windows over which the
+    loss of the counted update is propagated back.
     """
     trainer = trainer_for({"dropout": 0.0, "rate": 1e-3, **trial, "seed": 0}, splits)
     reader = Reader(trainer, splits.train, trial["T"])

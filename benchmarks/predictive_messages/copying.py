@@ -11,7 +11,7 @@ LSTM of 256 units, 32 lanes, clip 5, fused Adam, one thread. The length rises wh
 0.15 bits. The task "distractors" has four random vectors, which are not to be copied, after each vector to copy. A trial has
 a budget of CPU seconds. An update counts as the CPU time that its window length needs on an idle machine, as measured.
 Each method is tried at three learning rates for a short budget. With the best rate it then runs for the whole budget, unless
-it has solved a length that is more than 3 vectors shorter than that of the best method of its task.
+in the short budget its longest solved length is more than 3 vectors shorter than that of the best method of its task.
 docs/results/predictive_messages.md has the results.
 
 Legend: T = window length in steps, B = lanes, m = reach in steps, D = inputs, S = numbers in a lane's packed state.
@@ -62,7 +62,7 @@ RATES = (1e-3, 2e-3, 4e-3)
 TUNING_SECONDS = 150
 SECONDS = {"copy": 800, "distractors": 400}
 LEFT_BEHIND = 3
-"""A method that solves, in the short budget, over this many vectors less than the best one does not run the whole budget."""
+"""A method does not run the whole budget if, in the short one, it solves over this many vectors less than the best."""
 
 CHECK_SEED = 77
 
@@ -110,7 +110,7 @@ class Steps(NamedTuple):
 
 
 class Past(nn.Module):
-    """Predicts the inputs of the last m steps from the packed state s. Step j: a linear layer of tanh(W s) * learned g_j."""
+    """Predicts the last m inputs from the packed state s. Input j: a linear layer of tanh(W s) * g_j; g_j is learned."""
 
     def __init__(self, units: int, outputs: int, inputs: int) -> None:
         super().__init__()
@@ -128,7 +128,7 @@ class Past(nn.Module):
 class Far(nn.Module):
     """Predicts the targets of the next m steps from the packed state s and a GRU's outputs c_j on the next inputs up to j.
 
-    Step j: a linear layer of tanh(W s) * tanh(V c_j + b_j).
+    The prediction of step j is a linear layer of tanh(W s) * tanh(V c_j + b_j).
     """
 
     def __init__(self, units: int, outputs: int, inputs: int) -> None:
@@ -147,7 +147,7 @@ class Predictor(nn.Module):
     """Predicts the past, the far future, or both, from tanh(W s), one layer on the packed state s.
 
     Args:
-        kinds: "past", "far", or both of them; of both, each reads half of the layer's units.
+        kinds: "past", "far", or both. If both are given, each reads half of the layer's units.
         size: S.
         task: the task to learn.
     """
@@ -237,7 +237,7 @@ class Learner:
         return torch.cat(outputs), states, ends
 
     def messages(self, leaves: list[Tensor], window: dni.Window, ends: list[int]) -> list[Tensor | None]:
-        """Returns the messages for (h, c), [1, count B, H], states side by side. A predictor trains in the same backward."""
+        """Returns the messages for (h, c) at n states side by side, [1, n B, H]. Trains the predictor in the same pass."""
         if self.exact is not None:
             message: Any = self.exact.predict(tuple(leaf.detach() for leaf in leaves), window.lookahead)[0]
             return list(message)

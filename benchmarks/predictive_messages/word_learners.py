@@ -204,7 +204,7 @@ class Messages(Truncated):
         return [loss, *leaves], [None, *gradients]
 
     def messages(self, leaves: list[Tensor], lookahead: dni.Lookahead, count: int) -> list[Tensor]:
-        """Returns the messages for (h, c), each [L, count B, H] with the states side by side along the batch dimension.
+        """Returns the messages for (h, c) at `count` states, each [L, count B, H], side by side along the batch dimension.
 
         The predictor trains in the same backward pass.
         """

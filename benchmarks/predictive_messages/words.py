@@ -237,8 +237,9 @@ def tuned(known: dict[str, Line], make: Any, values: tuple[float, ...], first: i
 class Column:
     """The trials of one method.
 
-    At the budget of 1, the method chooses its learning rate at each T, then T, then its weight. At the budget of 3, it
-    chooses between this rate and the next lower one, then the dropout. The result runs at the budget of 6.
+    At the budget of 1, the method chooses its learning rate at each T, then T, then the weight of its messages or heads. At
+    the budget of 3, it chooses between this rate and the next lower one, then the dropout. At the budget of 6 it runs with
+    the chosen settings.
 
     Args:
         method: the name of the method.
@@ -251,7 +252,7 @@ class Column:
         self.method, self.windows, self.weights, self.more = method, windows, weights, more
 
     def chosen(self, known: dict[str, Line]) -> tuple[list[Trial], dict[str, Any] | None]:
-        """Returns the trials at the budget of 1 so far, and the settings that are chosen; None while trials are missing."""
+        """Returns the trials at the budget of 1 so far, and the chosen settings, which are None while a trial is missing."""
         wanted: list[Trial] = []
         best: list[Trial] = []
         first = {"weight": self.weights[0]} if self.weights else {}
@@ -356,7 +357,8 @@ def plan(known: dict[str, Line]) -> Iterator[Trial]:
     """Yields every trial that can be run now, the most important first.
 
     First come the trials at the budget of 1, then those of `RIVALS` at larger budgets, then `other_windows`, dense messages
-    without a part, a second seed of the two best methods, the exact gradient at larger budgets, and `constant_rates`.
+    without the message at a window's end or with this message alone, a second seed of the two best methods of `RIVALS`, the
+    exact gradient at larger budgets, and `constant_rates`.
     """
     wanted = {name: list(column.trials(known)) for name, column in COLUMNS.items()}
     yield from (trial for trials in wanted.values() for trial in trials if trial["budget"] == 1)

@@ -1,4 +1,4 @@
-"""Data-parallel training: splits the B lanes of one run over several ranks; the updates are those of a single process.
+"""Data-parallel training: splits the B lanes of one run over several ranks. The updates equal those of a single process.
 
 Every rank reads the same text into the same B lanes and trains on its slice of the lanes. A rank backpropagates its share of
 the window's loss: the losses of all ranks add up to the loss over all lanes. Gradients are therefore summed over the ranks,
@@ -152,8 +152,8 @@ class DataParallel:
     def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Averages the gradients of `parameters` over all ranks with a single all-reduce; a collective call.
 
-        Use it for a synthesizer in a training loop of your own: the regression loss is a mean over this rank's lanes. A
-        gradient that is missing on some ranks counts as zero on these ranks.
+        Use it for a synthesizer in a training loop of your own. The regression loss is a mean over this rank's lanes, so the
+        averaged gradient is that of the mean over all lanes. A gradient that is missing on some ranks counts as zero there.
         """
         learning = list(parameters)
         self.divide_gradients(learning)

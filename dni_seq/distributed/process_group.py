@@ -103,7 +103,7 @@ class Ranks:
         return values
 
     def run_on_all(self, work: Callable[[], Result]) -> Result:
-        """Runs `work` on every rank and returns this rank's result; if `work` fails on one rank, raises on all ranks.
+        """Runs `work` on every rank and returns this rank's result. If `work` fails on one rank, all ranks raise an error.
 
         Raises:
             ValueError: `work` has raised a ValueError or OSError on some rank; the message is that of the first such rank.

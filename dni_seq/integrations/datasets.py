@@ -87,12 +87,13 @@ def windows(
     Args:
         dataset: a `datasets.Dataset` or `datasets.IterableDataset`, one split.
         tokenizer: converts the text of a row to ids: a `tokenizers.Tokenizer`, another object whose `encode(text)` returns
-            ids or an object with `ids`, or a function that returns the same. Without a tokenizer the column must hold ids.
+            ids or an object with `ids`, or a function from a text to such a value. Without a tokenizer the column must hold
+            ids.
         lanes: B, the batch size.
         bptt: T, the window length.
         lookahead: m, the number of steps after each window that are attached to the window; 0 for no lookahead.
-        text_column: the column with the text or the ids. None for "text" with a tokenizer and "input_ids" without one; if
-            there is no such column, for the only column of text or of ids.
+        text_column: the column with the text or the ids. None for the column "text" with a tokenizer and "input_ids" without
+            a tokenizer. If no column has this name, None stands for the only column whose first row is text, or ids.
         document_reset: whether lanes end with each row; see `WindowStream`.
 
     Raises:
@@ -207,7 +208,7 @@ class _IdTokenizer(Tokenizer):
         return _ids_as_text(ids, None, "ids")
 
     def content(self) -> dict[str, Any]:
-        """Returns nothing, since there is nothing to save."""
+        """Returns an empty dict: this tokenizer has nothing to save."""
         return {}
 
 

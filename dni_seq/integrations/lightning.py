@@ -149,7 +149,9 @@ class SequenceMixin(_Base):
         """Trains on one window and logs its measurements; call it in a `training_step` of your own.
 
         Raises:
-            ValueError: the training data or the checkpoint does not fit. `SequenceTrainer.step` raises further errors.
+            ValueError: at the first window, the training data have a position that Lightning would save one window too far
+                (wrap them in `ResumableWindows`), or the checkpoint to resume holds no `SequenceTrainer`.
+                `SequenceTrainer.step` raises further errors.
         """
         window = window if isinstance(window, Window) else Window(*window)
         trainer = self._begin()
@@ -177,7 +179,7 @@ class SequenceMixin(_Base):
             self._loaded = checkpoint.get(KEY, {})
 
     def _begin(self) -> SequenceTrainer:
-        """Returns the trainer. At the first window, checks the training data and restores what was loaded."""
+        """Returns the trainer. At the first window, checks the training data and restores the state of a checkpoint."""
         trainer = self.sequence_trainer
         assert trainer is not None  # Lightning has called configure_optimizers
         if self._ready:

@@ -65,8 +65,8 @@ def load(directory: str | Path, *, device: torch.device | str = "cpu") -> Langua
         device: the device to move the model to.
 
     Raises:
-        ValueError: the directory holds neither a saved model nor a run, a file is damaged, or the weights do not fit
-            config.json.
+        ValueError: the directory holds neither a saved model nor a run, a file is damaged, or the model that config.json
+            describes has other weights.
         ImportError: safetensors is not installed; the directory of a run does not need it.
     """
     directory, device = Path(directory), torch.device(device)
@@ -104,7 +104,7 @@ def _saved(directory: Path) -> LanguageModel:
     """Returns the model that `save` wrote.
 
     Raises:
-        ValueError: a file is damaged, or config.json and the weights do not fit each other.
+        ValueError: a file is damaged, or the model that config.json describes has other weights.
         ImportError: safetensors is not installed.
     """
     torch_files, config = _safetensors(), _config(directory)

@@ -62,6 +62,8 @@ def check_state_gradient(probe: Probe, sample: Sample, base: Run) -> Check:
 def _measure(probe: Probe, sample: Sample, base: Run, paths: list[str]) -> tuple[list[LastLeaf], list[str] | None]:
     """Runs one backward pass for each leaf of the last state, and one forward pass for each leaf of the first.
 
+    A forward pass changes one leaf of the first state. One more pass changes all these leaves and the inputs.
+
     Returns:
         The leaves of the last state, and the paths of the first state's leaves that the outputs depend on. None instead of
         these paths if there are no outputs to compare.

@@ -34,7 +34,7 @@ class Run(NamedTuple):
 class Probe:
     """Runs a model on copies of inputs and state, so that no tensor of the caller is written to.
 
-    Every run starts from the random state and the buffers that the model has when the probe is made. The keys of dicts in a
+    Every run starts from the random state and the buffers of the moment when the probe is made. The keys of dicts in a
     last state are brought to the order of the first state.
 
     Args:
@@ -91,9 +91,8 @@ class Probe:
             parameters: parameters whose gradients are returned too.
 
         Returns:
-            The gradients of the first state's floating-point leaves and of `parameters`; None for one that no gradient
-            reaches.
-            None instead of the list if no tensor has a graph.
+            A list with the gradients of the first state's floating-point leaves and of `parameters`. An entry is None if no
+            gradient reaches the leaf or the parameter. None instead of the list if no tensor of `source` has a graph.
 
         Raises:
             ModelError: the model or its backward pass raised an exception.
@@ -191,7 +190,7 @@ def _was_written(leaf: Any) -> bool:
 
 
 def differences(found: Any, expected: Any, name: str) -> dict[str, float]:
-    """Returns the relative difference of each tensor in two nests, by path; one infinity if their paths differ."""
+    """Returns the relative difference of each tensor in two nests, by path. If the paths differ, one infinity."""
     one, other = named(found, name), named(expected, name)
     if one.keys() != other.keys():
         return {name: float("inf")}

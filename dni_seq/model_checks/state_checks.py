@@ -184,7 +184,7 @@ def check_lanes(probe: Probe, sample: Sample, base: Run) -> tuple[Check, list[in
 
 
 def _guesses(candidates: list[list[int | None]]) -> Iterator[tuple[int | None, ...]]:
-    """Yields combinations of one lane dimension for each leaf, first those in which as many leaves as can agree."""
+    """Yields combinations of one lane dimension for each leaf, first those in which as many leaves as possible agree."""
     for dim in sorted({dim for dims in candidates for dim in dims if dim is not None}):
         yield tuple(dim if dim in dims else (dims or [None])[0] for dims in candidates)
     yield from itertools.product(*(dims or [None] for dims in candidates))
@@ -200,7 +200,8 @@ def _fits(probe: Probe, sample: Sample, base: Run, dims: list[int | None]) -> bo
     """Runs all lanes but the last one, with the lanes along `dims`.
 
     Returns:
-        None if the last state has other shapes than these lanes of the full run, else whether the values agree.
+        None if the last state has other shapes than the same lanes of the full run `base`. Otherwise whether the values of
+        the last state agree with those of the full run.
     """
 
     def fewer(state: State) -> State:

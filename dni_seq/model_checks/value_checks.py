@@ -72,10 +72,10 @@ def check_mode(probe: Probe, sample: Sample, *, training: bool, random: bool) ->
     """Says in which mode values were compared, and which modules make train mode differ.
 
     Args:
-        probe: runs the model, which is in eval mode now.
+        probe: runs the model, which must be in eval mode.
         sample: the window.
         training: whether the model was in train mode when it was passed to `check_model`.
-        random: whether the model draws random numbers in that mode.
+        random: whether the model draws random numbers in the mode in which it was passed.
     """
     if not training:
         return Check("mode", "ok", "the model is in eval mode")

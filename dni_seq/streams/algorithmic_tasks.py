@@ -42,7 +42,10 @@ FRESH_SEQUENCES = 1000
 """Number of fresh sequences on which a length is checked."""
 
 RECENT_SEQUENCES = 20
-"""A length is checked if the mean error of this many recent training sequences is low; all lanes together count as one."""
+"""A length is checked if the mean error of this many recent training sequences is below the threshold.
+
+The sequences of all lanes together count as one.
+"""
 
 EVALUATION_LANES = 250
 """Sequences evaluated in one batch: enough to be fast, few enough not to raise a run's peak memory."""
@@ -279,7 +282,7 @@ class TaskStream:
         self._position = 0
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the position: generator state before the current sequence, stages, and number of its windows yielded."""
+        """Returns the position: generator state before this sequence, its stage, windows yielded, and the next stage."""
         generator, drawn = self._before or (self._generator.get_state(), None)
         return {
             "generator": generator.clone(),

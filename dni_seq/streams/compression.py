@@ -1,7 +1,7 @@
 """Opens compressed files for reading their uncompressed bytes: .gz, .xz, .bz2 and .zst, whatever the case of the ending.
 
 A compressed file that ends too early, or that has other bytes after its compressed data, raises an error. Python's own
-readers of .xz and .bz2 drop such bytes silently, and the one of zstandard accepts a file that ends too early.
+readers of .xz and .bz2 drop such bytes silently, and the package zstandard accepts a file that ends too early.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ BUFFER = 1 << 20
 """Size of the buffer for uncompressed data, in bytes."""
 
 STEP = 1 << 8
-"""Compressed bytes that are decompressed at once. Zstandard returns all of their content, at most 128 KiB per 4 bytes."""
+"""Number of compressed bytes that are decompressed at once. Zstandard returns at most 128 KiB for 4 compressed bytes."""
 
 LONGEST_WINDOW = 1 << 31
 """Largest Zstandard window that a .zst file may need, in bytes; `zstd --long=31` writes such files."""
 
 DAMAGED: tuple[type[Exception], ...] = (OSError, EOFError, zlib.error, lzma.LZMAError)
-"""Errors that reading a compressed file may raise, except the one of zstandard, which `_zstandard_errors` returns."""
+"""Errors that reading a compressed file may raise, except the error of zstandard, see `_zstandard_errors`."""
 
 
 class _Decompressor(Protocol):
@@ -197,7 +197,7 @@ def _open_zstandard(path: Path) -> IO[bytes]:
 
 
 def _zstandard_errors() -> tuple[type[Exception], ...]:
-    """Returns zstandard's error class, or an empty tuple if it is not installed."""
+    """Returns the error class of the package zstandard, or an empty tuple if the package is not installed."""
     try:
         import zstandard
     except ImportError:

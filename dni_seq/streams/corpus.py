@@ -79,14 +79,14 @@ def open_corpus(
             .ndjson, .json) or Parquet (.parquet). Text and JSON may be compressed (.gz, .xz, .bz2, .zst).
         valid_file: validation text for `data_file`. None to hold out a part of `data_file`, see `load_own_files`.
         test_file: test text for `data_file`. None to hold out a part of `data_file` too.
-        text_column: column (Parquet, Hub) or field (JSON) that holds the text. None for the default. For local files it is
-            "text". For a data set of `known_datasets()` it is known. For another data set it is "text", or the only column
-            of strings.
+        text_column: column (Parquet, Hub) or field (JSON) that holds the text. None for the default: "text" for local files,
+            the recorded column for a data set of `known_datasets()`, and for another data set "text" or, if no column has
+            this name, the only column of strings.
         config: configuration of the data set on the Hub; None for the default.
         revision: branch of the data set on the Hub; None for the default.
         invalid_utf8: "error" to raise at bytes that are not UTF-8, "replace" to read them as U+FFFD.
-        null_text: "error" to raise at a row whose text is null, "skip" to skip it. Local files are then read once more to
-            count such rows for `Corpus.notes`.
+        null_text: "error" to raise at a row whose text is null, "skip" to skip it. With "skip", local files are read
+            once more to count such rows for `Corpus.notes`.
 
     Returns:
         The corpus. Documents are read when they are iterated, so later reads may raise a DataError too.

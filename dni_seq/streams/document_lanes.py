@@ -88,8 +88,8 @@ class DocumentLanes(Lanes):
     def window(self, steps: int, lookahead: int) -> tuple[Window, bool]:
         """Returns the next window and whether the epoch ends with it.
 
-        The window is at most as long as the rest of the longest document. Lanes without a document are masked, and their
-        `ends` is True.
+        The window is no longer than the longest rest of a document in a lane. Lanes without a document are masked, and
+        their `ends` is True.
         """
         self._read_first()
         self._deal_all()
@@ -121,7 +121,10 @@ class DocumentLanes(Lanes):
         self._begin(self._reading(reader, self._stats))
 
     def position(self) -> Position:
-        """Returns where the oldest document in a lane starts, how many were assigned from it on, and each lane's place."""
+        """Returns where the oldest document in a lane starts, how many documents were assigned since, and the lanes' places.
+
+        The place of a lane is its document, counted from the oldest one, and the number of tokens read; None if it is empty.
+        """
         live = [dealt for dealt in self._lanes if dealt is not None]
         oldest = min(live, key=lambda dealt: dealt.number, default=None)
         if oldest is not None:

@@ -82,7 +82,7 @@ class Documents(ABC):
 
     @abstractmethod
     def read(self, position: Position | None = None) -> Reader:
-        """Returns a reader that starts at `position`, or at the first document if it is None.
+        """Returns a reader that starts at `position`, or at the first document if `position` is None.
 
         A reader yields pieces of text. `read(reader.position())` resumes at the next piece of `reader`.
         """
@@ -132,7 +132,11 @@ class WholeReader(Reader):
 
 
 def _cut(text: str, start: int) -> int:
-    """Returns the end of the piece that starts at `start`: before a space or newline, which begins the next piece."""
+    """Returns the end of the piece that starts at `start`.
+
+    A piece has at most `LONGEST_PIECE` characters. If the rest of the text is longer, the piece ends before the last space
+    or newline within this limit, or at the limit if there is none. The space or newline begins the next piece.
+    """
     limit = start + LONGEST_PIECE
     if limit >= len(text):
         return len(text)

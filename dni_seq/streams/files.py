@@ -15,7 +15,7 @@ from dni_seq.streams.file_types import PARQUET, check_ending
 from dni_seq.streams.formats import FileFormat, read_file
 
 IN_MEMORY_BYTES = 1 << 25
-"""Files of up to this total size are held in memory as token ids; larger ones are streamed in constant memory."""
+"""Files of up to this total size are held in memory as token ids. If their total size is larger, they are streamed."""
 
 PACKED = 4
 """Assumed ratio of the uncompressed size to the size of a compressed file."""

@@ -95,7 +95,7 @@ class _LineReader(Reader):
         return {"byte": self._start, "line": self._line}
 
     def line_number(self) -> int:
-        """Returns the number of the line that was read last, counted from 1; reads the file again up to there."""
+        """Returns the number of the line that was read last, counted from 1. Reads the file again up to this line."""
         return _line_ends(self._path, self._start) + max(1, self._line)
 
     def _read_chunk(self) -> None:
@@ -351,7 +351,7 @@ def _changed(path: Path) -> str:
 
 
 def _pass(file: IO[bytes], count: int) -> None:
-    """Moves to byte `count` of a file just opened; a file that cannot seek is read up to there."""
+    """Moves to byte `count` of a file just opened. A file that cannot seek is read up to this byte."""
     if file.seekable():
         file.seek(count)
         return

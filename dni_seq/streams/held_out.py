@@ -68,7 +68,7 @@ def _characters_held_out(whole: Documents, missing: Sequence[str], documents: in
     """Returns the splits of a text with few `documents`, and the number of characters of each missing split.
 
     Raises:
-        DataError: a twentieth of the text has fewer than 2 characters, too few for a split: one of them is the line end.
+        DataError: a twentieth of the text has fewer than 2 characters. A split needs 2, because one is the line end.
     """
     total, marks = _count(whole, lambda piece: len(piece.text))
     share = total // HELD_OUT
@@ -89,7 +89,10 @@ def _characters_held_out(whole: Documents, missing: Sequence[str], documents: in
 
 
 def _count(documents: Documents, size: Callable[[Piece], int]) -> tuple[int, Mapping[int, Position]]:
-    """Returns the total size of all pieces, and some positions keyed by the size of the pieces before them; 0 is a key."""
+    """Returns the total size of all pieces, and at most `MARKS` positions keyed by the size of the text before them.
+
+    One of the keys is 0.
+    """
     reader = documents.read()
     marks, every, count, seen = [(0, reader.position())], 1, 0, 0
     for piece in reader:

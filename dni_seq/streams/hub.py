@@ -39,7 +39,7 @@ PREFLIGHT_SECONDS = 5.0
 """Longest time to wait for the Hub's first answer."""
 
 HELD_OUT_OF = 2000
-"""If a data set on the Hub lacks splits, they are held out of at most this many of its first documents."""
+"""If a data set on the Hub lacks "valid" or "test", they are held out of at most this many first documents of "train"."""
 
 HELD_OUT = 20
 """One in this many of the first `HELD_OUT_OF` documents is held out for each missing split."""
@@ -138,10 +138,10 @@ def local_corpus(name: str, corpus: HubCorpus, data_dir: Path, form: FileFormat)
 
 
 def _check_whole(path: Path) -> None:
-    """Checks that an uncompressed file has the bytes of `TEXT8_SPLITS`; a shorter one would have other splits.
+    """Checks that an uncompressed file has the bytes of `TEXT8_SPLITS`, because a shorter file would have other splits.
 
     Raises:
-        DataError: it has fewer bytes.
+        DataError: the file has fewer bytes.
     """
     size, needed = path.stat().st_size, TEXT8_SPLITS["test"][1]
     if not packing_of(path) and size < needed:
@@ -169,7 +169,7 @@ def hub_corpus(name: str, corpus: HubCorpus, nulls: str = "error") -> dict[str, 
     """Returns the splits of a corpus on the Hub, streamed.
 
     If the corpus lacks "valid" or "test", each missing split is one twentieth of the first `HELD_OUT_OF` documents of
-    "train", and "train" then starts after the held-out documents.
+    "train", and "train" then starts after the held-out documents. A corpus that is one text file is split by bytes instead.
 
     Args:
         name: name of the corpus.
@@ -237,7 +237,7 @@ def _text_column(hub_id: str, rows: Any) -> str:
 
 
 def hold_out_first(whole: Documents, names: Mapping[str, str], missing: Sequence[str]) -> dict[str, Documents]:
-    """Returns the training text and the `missing` splits, which are held out of its first documents.
+    """Returns the `missing` splits, held out of the first documents, and as "train" the rest. Empty if no split is missing.
 
     Raises:
         DataError: there are too few documents, they cannot be read, or the text of a split has no visible character.

@@ -21,7 +21,8 @@ PAUSES = (1.0, 2.0, 4.0, 8.0, 16.0)
 """Seconds to wait before each retry of a row; `huggingface_hub` makes about as many retries of its own in each attempt."""
 
 ROWS_TO_SKIP = 64
-"""Rows between two calls of the data set's `state_dict`, which is slow; a position counts the rows since the last call."""
+"""Rows between two calls of the data set's `state_dict`, which is slow. A position has the last result of the method, and
+the number of rows since then."""
 
 CHARACTERS_TO_SKIP = 1 << 20
 """`state_dict` is also called after this many characters of rows, so that resuming never reads much text again."""
@@ -161,7 +162,7 @@ def may_pass(error: BaseException) -> bool:
 
 
 def leave_retrying_to_us() -> None:
-    """Turns off the retries of `datasets`: it would make 20 attempts, over minutes, within each attempt of ours."""
+    """Turns off the retries of `datasets`, which would make 20 attempts, over minutes, in each attempt of `_RowReader`."""
     from datasets import config
 
     once = MappingProxyType({"MAX_RETRIES": 1, "RETRY_INTERVAL": 0})

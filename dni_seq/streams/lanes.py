@@ -26,7 +26,8 @@ from dni_seq.streams.token_streams import Ids, TextStats, TokenRun, check_same, 
 from dni_seq.streams.tokenization import Tokenizer
 
 RUN = 1 << 14
-"""Tokens of contiguous text that a lane takes from each streamed block; with more than BLOCK / RUN lanes, BLOCK // B."""
+"""Tokens of contiguous text that a lane takes from each streamed block. With more than BLOCK / RUN lanes, the number is
+BLOCK // B, at least 1."""
 
 BLOCK = 1 << 22
 """Largest number of tokens in a streamed block; with more lanes than this, a block has one token per lane."""
@@ -253,7 +254,7 @@ class StreamedLanes(RunningLanes):
         return shown
 
     def steps(self, limit: int) -> int:
-        """Returns the number of steps left in a lane, at most `limit` and `longest_window`; reads blocks that hold them."""
+        """Returns the number of steps left in a lane, at most `limit` and `longest_window`. Reads their blocks."""
         return super().steps(min(limit, longest_window(self._count)))
 
     def advance(self, tokens: int) -> None:
@@ -330,7 +331,7 @@ def _blocks(run: TokenRun, count: int) -> Iterator[_TokenBlock]:
 
 
 def _look(ids: Tensor, m: int) -> Lookahead:
-    """Returns the lookahead of m steps from tokens [at most m + 1, B], beginning with its first input."""
+    """Returns the lookahead of m steps from tokens [at most m + 1, B], the first of which is the lookahead's first input."""
     seen, lanes = len(ids) - 1, ids.shape[1]
     if seen >= m:
         return Lookahead(ids[:m], ids[1 : m + 1], torch.ones(m, lanes, dtype=torch.bool))

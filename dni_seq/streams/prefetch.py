@@ -108,7 +108,7 @@ class _Channel(Generic[Item]):
 
 
 def _end(channel: _Channel[Item], source: StoppableReader, thread: threading.Thread) -> None:
-    """Stops the thread, because an interpreter that exits while it runs may abort; does not wait for a source that hangs."""
+    """Stops the thread, because an interpreter that exits while the thread runs may abort. Waits at most `EXIT_SECONDS`."""
     source.stop()
     channel.close()
     thread.join(EXIT_SECONDS)

@@ -41,9 +41,9 @@ class ShuffledDocuments(Documents):
         return ShuffledDocuments(self._documents, self._seed, epoch)
 
     def read(self, position: Position | None = None) -> Reader:
-        """Returns a reader that starts at `position`, or at the start of the epoch given at construction if it is None.
+        """Returns a reader that starts at `position`; for None, at the start of the epoch that was given at construction.
 
-        A position holds its epoch: the reader continues in the order of that epoch.
+        A position contains its epoch. The reader continues in the order of that epoch, even if this object has another one.
         """
         if position is None:
             return _ShuffledReader(self._documents.read(), self.small, self._seed, self._epoch, 0, 0)

@@ -14,10 +14,10 @@ from dni_seq.streams.documents import DataError, Position, Reader
 from dni_seq.streams.tokenization import Tokenizer
 
 PIECE = 1 << 16
-"""Characters of joined documents that are tokenized at once; one call for many short lines is much faster."""
+"""Characters of joined documents that are tokenized at once: one call for many short lines is faster than many calls."""
 
 LONGEST_DOCUMENT = 1 << 20
-"""Largest number of tokens in a document if lanes end with documents; a longer one is cut, so that it fits in memory."""
+"""Largest number of tokens in a document if lanes end with documents. Longer documents are cut, to fit in memory."""
 
 Ids = npt.NDArray[Any]
 
@@ -107,7 +107,7 @@ class TokenRun:
         return np.concatenate(parts)
 
     def mark(self) -> Position:
-        """Returns the position of the next token: a position in the documents, the counts there, and the tokens to skip."""
+        """Returns the position of the next token: a position in the documents, its counts, and tokens to skip after it."""
         if self._taken == len(self._piece):
             return {**self._here(), "skip": 0}
         return {**self._piece_start, "skip": self._taken}

@@ -112,7 +112,7 @@ class ListTokenizer(Tokenizer):
 
     @classmethod
     def vocabulary_of(cls, counts: Counter[str], vocab_size: int | None) -> list[str]:
-        """Returns the special entries and the most frequent others, `vocab_size` in total; all entries if it is None.
+        """Returns the special entries and the most frequent others, `vocab_size` in total. None is for all entries.
 
         Raises:
             DataError: `vocab_size` leaves no room for an entry of the text.

@@ -96,10 +96,10 @@ PICTURES: Mapping[str, Callable[[], Mapping[str, Any]]] = MappingProxyType(
 
 
 def differences(name: str, recorded: Mapping[str, Any]) -> list[str]:
-    """Returns one text for each recorded setting of a picture that differs from the present code, and one for another file.
+    """Returns one text for each recorded setting of a picture that differs from the setting by the present code.
 
-    Options that are newer than the picture are not in the record and are not compared: the default of a new option must
-    not change what earlier runs did.
+    If the picture's file is not the recorded one, another text says so. Options that are newer than the picture are not in
+    the record and are not compared: the default of a new option must not change what earlier runs did.
     """
     found = [] if recorded["file"] == digest(FOLDER / name) else [f"{name} is another file than the recorded one"]
     today = flat(json.loads(json.dumps(PICTURES[name]())))

@@ -45,7 +45,7 @@ class BackpropagationOptions:
 
     @property
     def decay_in_force(self) -> float | None:
-        """α, the share of their running means that factored traces keep at a step. None for other traces or no traces."""
+        """α, the share of a running mean that factored traces keep at each step. None for other traces or no traces."""
         return checked_decay(self.traces, self.trace_decay) if self.traces == "factored" else None
 
     def backward_windows(self, bptt: int) -> int:

@@ -102,7 +102,7 @@ def build_paper(credit: ResolvedCredit, spec: ModelSpec) -> nn.Module:
 
 
 def build_state(credit: ResolvedCredit, spec: ModelSpec) -> nn.Module:
-    """Returns a network as for "multi-horizon", but with one regressed message for all future windows."""
+    """Returns the network of "multi-horizon" with regressed heads, but with one message for all future windows."""
     return build_heads(credit, spec)
 
 
@@ -113,7 +113,7 @@ def build_multi_horizon(credit: ResolvedCredit, spec: ModelSpec) -> nn.Module:
 
 
 def build_exact(credit: ResolvedCredit, spec: ModelSpec) -> nn.Module:
-    """Returns a synthesizer of the exact gradient of the next steps. With `tail`, adds a learned message of later steps."""
+    """Returns a synthesizer of the next steps' exact gradient. With `tail`, adds a learned message of the steps after."""
     tail: nn.Module | None = None
     if credit.tail and credit.fit == "future":
         tail = build_future_gradient(credit, spec)
@@ -169,7 +169,7 @@ def predictor(credit: ResolvedCredit, spec: ModelSpec) -> Callable[[int], Any]:
     """Returns a function that makes the future model (or the model of the past) from the size of a lane's packed state."""
     loss_fn, outputs = first_classes(spec, spec.loss_fn, spec.outputs)
     past_loss, inputs = first_classes(spec, spec.past_loss, spec.inputs)
-    # A future model whose gradient is the message has one part per message: 1 for the tail of "exact".
+    # A future model whose gradient is the message has one part per message. The tail of "exact" is one message.
     parts = credit.message_count if credit.fit == "future" else 1
     text = Text(lambda: spec.encode()[0], loss_fn, outputs, past_loss, inputs, parts, credit.lookahead)
     steps = credit.lookahead if credit.predict == "horizons" else credit.predict_steps
@@ -188,13 +188,13 @@ def first_classes(spec: ModelSpec, loss_fn: LossFn, width: int) -> tuple[LossFn,
 
 
 def wrap_network(network: nn.Module, credit: ResolvedCredit, spec: ModelSpec) -> nn.Module:
-    """Returns the network in `GatedCells`. If targets are normalised, returns that in `Normalized` with a message limit."""
+    """Returns the network wrapped in `GatedCells` and, if targets are normalised, in `Normalized` with a message limit."""
     gated = GatedCells(network, gated_cells(credit, spec))
     return Normalized(gated, limit=credit.message_limit) if credit.normalize else gated
 
 
 def gated_cells(credit: ResolvedCredit, spec: ModelSpec) -> Any:
-    """Returns which leaves of the state are cells that the synthesizer reads bounded, False for no leaves."""
+    """Returns which leaves are cells that the synthesizer reads through a bounding function, False for no leaves."""
     return spec.cells if credit.gate else False
 
 

@@ -35,8 +35,8 @@ SCALES: Mapping[str, str] = MappingProxyType(
 DISCOUNTS: Mapping[str, float] = MappingProxyType(
     {"basic": 0.9, "paper": 0.1, "state": 0.9, "multi-horizon": 1.0, "exact": 0.9}
 )
-"""Defaults of c and γ by synthesizer. One message for all future windows bootstraps on itself and needs a discount below 1;
-horizons with their own automatic scales do not."""
+"""Defaults of c and γ by synthesizer. A target for all future windows contains the message itself, so it needs γ below 1.
+Horizons need no γ below 1, because each horizon has a scale of its own, which is set automatically."""
 
 REGRESS_EVERY: Mapping[str, int] = MappingProxyType({"basic": 1, "paper": 1, "state": 3, "multi-horizon": 4, "exact": 1})
 """Defaults of `--regress-every` by synthesizer: a large synthesizer is costly to train."""
@@ -264,7 +264,7 @@ class CreditOptions:
     # such options if the command line changes one of them.
 
     def horizons_at(self, bptt: int) -> int:
-        """Returns K, given or by default. The default is 1 if messages are regressed or a lookahead is given.
+        """Returns K, given or by default. The default is `default_horizons(T)` if `has_default_reach`, else 1.
 
         Args:
             bptt: T, the window length in steps.
@@ -275,7 +275,7 @@ class CreditOptions:
 
     @property
     def has_default_reach(self) -> bool:
-        """Whether messages are gradients of a model of the next windows, and nothing says how far it looks."""
+        """Whether a model of the next windows makes the messages, and neither `horizons` nor `lookahead` gives its reach."""
         return (
             self.synthesizer == "multi-horizon"
             and self.predict == "horizons"
@@ -296,17 +296,13 @@ class CreditOptions:
         return _filled(self.lookahead, self.usual_lookahead(bptt)) if self.has_state_network else 0
 
     def usual_lookahead(self, bptt: int) -> int:
-        """Returns the future steps that the synthesizer sees by default."""
+        """Returns the number of future steps that the synthesizer sees by default, 0 if it predicts the past."""
         if self.predict == "horizons":
             return self.horizons_at(bptt) * bptt
         return 0 if self.predict == "past" else _filled(self.predict_steps, REACH)
 
     def why_regressed(self, bptt: int) -> str | None:
-        """Returns the option that makes messages regressed although `--fit` is not given, as text; None if there is none.
-
-        Args:
-            bptt: T, the window length in steps.
-        """
+        """Returns as text the option that makes messages regressed although `--fit` is not given; None if no option does."""
         if self.fit is not None or not self._can_use_future_model:
             return None
         return next(iter(self._hindrances_at(bptt)), None)
@@ -342,7 +338,7 @@ class CreditOptions:
         return found
 
     def _hindrances(self) -> list[str]:
-        """Returns the same texts without those about the lookahead, whose default depends on this result."""
+        """Returns the texts of `_hindrances_at` except those on the lookahead, whose default depends on the other texts."""
         hindrances = {
             f"--synthesizer {self.synthesizer}": not self._can_use_future_model,
             "--future-units 0 (no future model)": self.future_units == 0,
@@ -363,7 +359,7 @@ class CreditOptions:
 
 
 def check_regression(options: CreditOptions, fit: str, bptt: int) -> None:
-    """Raises a ValueError if messages are regressed in a way that the other options do not allow."""
+    """Raises a ValueError if messages are to be regressed by a `fit` that the other options do not allow."""
     if not options.has_state_network:
         return
     raw_targets = options.normalize is False
@@ -415,9 +411,10 @@ def default_values(
     as_given: Callable[[Mapping[str, Any]], Mapping[str, Any]],
     by_setting: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Returns the value that each option would have if it were not given, the others as they are.
+    """Returns for each option the value that it would have if it were not given and the other options were as they are.
 
-    An option of credit assignment without effect, since there is no synthesizer, has its own value.
+    Without a synthesizer, the options of credit assignment other than `synthesizer` and `fidelity_every` have no effect. For
+    these ineffective options, returns the values in `options`.
 
     Args:
         options: options with their missing values filled in.
@@ -437,14 +434,14 @@ def without_resolved(
 ) -> dict[str, Any]:
     """Returns a run's configuration without the `lookahead` and `horizons` that were filled in from its other options.
 
-    A run records them so that resuming it keeps them. A new run that starts from this configuration derives its own.
+    A run records both numbers to keep them when it is resumed. A new run with this configuration derives the numbers anew.
 
     Args:
         config: the recorded options, by name.
         options: the same options as an object.
         with_default_sizes: fills the sizes that are None.
     """
-    for names in (("lookahead", "horizons"), ("lookahead",), ("horizons",)):  # alone, a lookahead follows from horizons
+    for names in (("lookahead", "horizons"), ("lookahead",), ("horizons",)):  # a default lookahead follows from K
         nobody_gave: dict[str, Any] = dict.fromkeys(names)
         free = replace(options, **nobody_gave)
         derived = with_default_sizes(free)

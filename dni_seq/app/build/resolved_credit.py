@@ -31,7 +31,8 @@ class ResolvedCredit:
         synthesizer_hidden: units per hidden layer.
         synthesizer_layers: number of hidden layers.
         future_units: units of the future model, 0 for none.
-        message_clip: largest value in a message, 0 for no limit; see `message_limit`.
+        message_clip: largest absolute value in a message, as a multiple of the targets' running root mean square; 0 for no
+            limit.
         exact_steps: number of future steps whose gradient the kind "exact" computes.
         synthetic_scale: c, a number or "auto".
         discount: γ.
@@ -43,7 +44,7 @@ class ResolvedCredit:
         fidelity_every: windows between two comparisons with exact gradients, 0 for no comparisons. An automatic scale needs
             comparisons.
         predict: what the predictor predicts, one of `PREDICTIONS`.
-        predict_steps: m, the number of steps of the future, the past or each of both that the predictor predicts. Without
+        predict_steps: m, the number of steps that the predictor predicts: of the future, of the past, or m of each. Without
             effect if `predict` is "horizons".
         message_every: steps between two states of a window that get messages; T or more if only the last state gets one.
         message_at_end: whether the last state of a window gets a message.

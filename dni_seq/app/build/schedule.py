@@ -116,7 +116,7 @@ class Schedule:
         return self.rate < before
 
     def go_on_at(self, updates: int) -> None:
-        """Continues as if the run had made `updates` updates, for a run resumed with another T and thus another `total`."""
+        """Continues as if `updates` updates were made. For a run resumed with another T, which has another `total`."""
         self._share.ahead = updates - self._updates
         if self._by_score is None:
             for group in self._first.param_groups:
@@ -142,7 +142,7 @@ class Schedule:
         }
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """Restores what `state_dict` returned. Load the states of the optimizers before."""
+        """Restores what `state_dict` returned. Load the states of the optimizers before this call."""
         self._updates, self._share.epoch = saved["updates"], saved["epoch"]
         self._share.ahead = saved.get("ahead", 0)  # older checkpoints lack the entry
         self._by_update.load_state_dict({**saved["by_update"], "lr_lambdas": [None]})

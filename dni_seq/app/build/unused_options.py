@@ -28,7 +28,7 @@ _TARGETS = ("lam", "target_network")
 
 
 def remarks(options: CreditOptions, bptt: int, *, cells: bool = True) -> list[str]:
-    """Returns one warning per reason for which options have no effect, and one if an option makes messages regressed.
+    """Returns one warning per reason for which options have no effect, and a warning if an option makes messages regressed.
 
     Args:
         options: options with their default sizes filled in.
@@ -36,7 +36,7 @@ def remarks(options: CreditOptions, bptt: int, *, cells: bool = True) -> list[st
         cells: whether the model is an LSTM.
 
     Returns:
-        The warnings. An option without effect that has its default value causes none.
+        The warnings. An option without effect causes no warning if it has its default value.
     """
     found = [
         f"no effect with {reason}: {', '.join(flags)}"

@@ -250,7 +250,7 @@ class PartRun:
         self.rows.append(Row(self.name, 0.0, 0, None))
 
     def done(self, loss: Tensor) -> None:
-        """Counts an update. Part B pauses after update `pause_at`."""
+        """Counts an update and, if due, adds a row to the timeline. Part B pauses after update `pause_at`."""
         self.updates += 1
         now = time.monotonic()
         self.seconds += now - self._clock
@@ -265,7 +265,7 @@ class PartRun:
 
 
 def update_a(part: PartRun, halves: TwoPartNetwork, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Trains part A on a synthetic gradient, and B's synthetic input on A's message. Returns that loss and the message."""
+    """Trains A on a synthetic gradient, and B's synthetic input on A's message. Returns the input's loss and the message."""
     part.optimizer.zero_grad()
     message, part.state = part.module(batch.inputs, part.state)
     with synthesizer_context(batch.context):
@@ -288,7 +288,7 @@ def update_b(part: PartRun, halves: TwoPartNetwork, batch: Batch) -> Tensor:
 
 
 def update_b_by_message(part: PartRun, halves: TwoPartNetwork, batch: Batch, message: Tensor) -> None:
-    """Trains part B and A's synthetic gradient on a message that part A sent earlier, from the initial hidden state."""
+    """Trains part B, from its initial hidden state, and A's synthetic gradient on a message that part A sent earlier."""
     part.optimizer.zero_grad()
     with synthesizer_context(batch.context):
         logits, _ = part.module(halves.interface.backward_interface.make_trigger(message))

@@ -29,7 +29,7 @@ from dni_seq.models.multi_timescale import JOINTS, Counting, MultiTimescale
 _PROG = "train_slow_ticking"
 _TASK, _NETWORK, _RUN = "task", "network", "run"
 AVERAGED = 500
-"""The errors are averages over this many latest blocks; a block is the steps of one tick."""
+"""The errors are averages over the last blocks, this many of them. A block has the steps of one tick."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def train(options: SlowTickingOptions) -> dict[str, float]:
-    """Trains both networks. Returns each network's squared error over its last blocks, divided by the count's variance."""
+    """Trains both networks. Returns each count's squared error over the last blocks, divided by the count's variance."""
     torch.set_num_threads(1)
     torch.manual_seed(options.seed)
     network = MultiTimescale(options.hidden, options.ticks, options.joint, options.lr)

@@ -6,8 +6,8 @@ python scripts/gpu_check.py --device cpu --quick
     Run the same parts with small sizes on the CPU, in a minute, to see whether the check itself works.
 
 The parts, the most valuable first; each has its own time limit:
-    identities       in float64, the device computes the numbers of the CPU for every synthesizer; an exact message added to
-                     truncated BPTT gives the gradient of full BPTT
+    identities       in float64, the device computes the same numbers as the CPU for every synthesizer; truncated BPTT with
+                     an exact message gives the gradient of full BPTT
     synchronisation  no training step waits for the device
     costs            step time and peak memory of the trainer, compared with a plain loop
     reach            peak memory of T = 4 with messages of the next or the last 400 steps, and of BPTT over 400 steps

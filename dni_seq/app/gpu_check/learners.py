@@ -78,7 +78,7 @@ def basic(model: LanguageModel, steps: int) -> Settings:
 
 
 def dense(model: LanguageModel, steps: int) -> Settings:
-    """Returns dense messages: the gradient of a future model of the next n steps at every n-th state, n at most 5."""
+    """Returns dense messages: every n-th state gets the gradient of a future model of the next n steps. n is at most 5."""
     every = min(5, -(-steps // 2))  # at most half a window, so that a short window too has a message inside
     found = future(model, steps, horizons=1, predict_steps=every)
     return {"synthesizer": found, "config": dni.SyntheticGradientConfig(synthetic_scale=0.1, message_every=every)}

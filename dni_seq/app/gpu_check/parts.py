@@ -55,7 +55,7 @@ class Setting:
 def identities(setting: Setting) -> Iterator[Line]:
     """Trains each kind in float64 on the CPU and on the device, and compares the parameters after 6 windows.
 
-    The last line is that of `full_bptt`.
+    Yields a line for each kind, and then the line of `full_bptt`.
     """
     steps, lanes, vocabulary, count = 3, 4, 23, 6
     for kind in KINDS:

@@ -40,11 +40,11 @@ EVALUATION_WINDOW = 32
 
 
 EVALUATION_TOKENS_OF_STREAM = 100_000
-"""Number of tokens that are scored of a streamed split, which may be very long or endless."""
+"""Default number of tokens of a streamed split that are scored: the split may be very long or endless."""
 
 
 WORDS_OF_STREAM = 50_000
-"""Vocabulary size for words of a streamed text. Without a limit, a sample of such a text has several hundred thousand."""
+"""Vocabulary size for words of a streamed text. Without a limit, the vocabulary may have several hundred thousand words."""
 
 
 SAMPLE_LENGTH = MappingProxyType({"word": 100, "char": 500})
@@ -268,7 +268,7 @@ def sample_text(
     top_k: int | None = None,
     seed: int,
 ) -> str:
-    """Returns the prompt and `length` generated tokens as text. The default length is that of `SAMPLE_LENGTH`.
+    """Returns the prompt and `length` generated tokens as text. `SAMPLE_LENGTH` has the default lengths.
 
     Raises:
         ValueError: the prompt is empty, a setting is out of its range, or the model's output is not finite.
@@ -290,7 +290,7 @@ def sample_text(
 
 
 def _check_autocast(model: LanguageModel, options: LanguageModelOptions, device: torch.device) -> None:
-    """Raises a ValueError if the recurrent kernel does not support the dtype, as oneDNN's LSTM and bfloat16 on many CPUs."""
+    """Raises a ValueError if the recurrent kernel lacks the dtype. On many CPUs, oneDNN's LSTM does not support bfloat16."""
     tokens = torch.zeros((1, 1), dtype=torch.int64, device=device)
     try:
         with torch.no_grad(), torch.autocast(device.type, autocast_of(options)):

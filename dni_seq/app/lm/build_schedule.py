@@ -42,8 +42,8 @@ def windows_behind(options: LanguageModelOptions, stream: WindowStream, steps: i
 def build_schedule(options: LanguageModelOptions, trainer: SequenceTrainer, stream: WindowStream) -> Schedule | None:
     """Returns the schedule of the model's learning rate; None if the rate is constant.
 
-    With `--synthesizer-schedule follow`, the learning rate of the synthesizer follows the schedule in proportion. With
-    `--scale-schedule follow`, the injected share of the messages follows it.
+    With `--synthesizer-schedule follow`, the learning rate of the synthesizer changes in proportion to the model's. With
+    `--scale-schedule follow`, the injected share of the messages changes in this proportion.
 
     Raises:
         ValueError: the schedule needs the length of the run, which is not known; the warm-up is longer than the run; or the
@@ -61,7 +61,7 @@ def build_schedule(options: LanguageModelOptions, trainer: SequenceTrainer, stre
 
 
 def scale_setter(trainer: SequenceTrainer) -> Callable[[float], None]:
-    """Returns a function of a factor that sets the trainer's `synthetic_scale` to its present value times the factor.
+    """Returns a function that sets the trainer's `synthetic_scale` to its value at this call times the function's argument.
 
     Raises:
         ValueError: `synthetic_scale` is "auto".

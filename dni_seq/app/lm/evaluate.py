@@ -7,8 +7,8 @@ python scripts/evaluate_lm.py runs/mine --split valid --checkpoint last
 python scripts/evaluate_lm.py runs/mine --data-file book.txt
     Score the whole of another text. If book.txt is the run's own text, which has moved, score its test split.
 
-The run directory provides the data set, the tokenizer and the model. If a limit on the number of tokens cuts a score, the
-next line says so. Invalid input prints one line on stderr and exits with status 2.
+The run directory provides the data set, the tokenizer and the model. If scoring stops at a limit on the number of
+tokens, the line after the score says so. Invalid input prints one line on stderr and exits with status 2.
 """
 
 from __future__ import annotations

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
 SYNTHESIZER_VOCAB_SIZE = 500
 """Default number of token classes of the synthesizer. To distinguish rare tokens would cost as much as the network's own
-first and last layer, and teaches little. SentencePiece's ids start with 256 bytes, so about 240 of its pieces have their own
-class."""
+first and last layer, and would teach little. SentencePiece's ids start with 256 bytes, which leaves about 240 classes to its
+most frequent pieces."""
 
 LR = 4e-3
 """Default learning rate, from which the rate falls to `--min-lr` over the run."""
@@ -72,8 +72,8 @@ LR_OF_OTHER_SCHEDULES: Mapping[str, float] = MappingProxyType({"word": 1e-3, "ch
 PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
         "seed": {"tokenizer": "word", **DEFAULTS["word"], "lr": 1e-3, "schedule": "constant"},
-        # Zaremba et al. 2014, arXiv 1409.2329, section 4.1. They sum a window's losses over its steps, we take the
-        # mean: rates are theirs times T, clips theirs divided by T.
+        # Zaremba et al. 2014, arXiv 1409.2329, section 4.1. Their loss is the sum over a window's steps, ours is the
+        # mean, and its gradient is 1 / T of theirs. So our rates are theirs times T, our clips theirs divided by T.
         "small": {
             "tokenizer": "word",
             "embed": 200,
@@ -320,7 +320,7 @@ class LanguageModelOptions(OptimizationOptions, BackpropagationOptions, CreditOp
 
 
 def resolve_options(options: LanguageModelOptions, corpus: Corpus) -> LanguageModelOptions:
-    """Returns the options with the values filled in that depend on other options or on the corpus, such as `DEFAULTS`.
+    """Returns the options with the missing values filled in: those in `DEFAULTS`, and others that depend on the corpus.
 
     Raises:
         ValueError: a learning rate is missing, or the lowest one is not below the highest.
@@ -378,7 +378,7 @@ def _spans(options: LanguageModelOptions) -> Mapping[str, int]:
     if options.synthesizer in ("paper", "state", "multi-horizon") or (options.synthesizer == "exact" and options.tail):
         horizons, lookahead = options.horizons or 1, options.lookahead or 0
         spans["horizons"] = (horizons - 1) * options.bptt  # up to the start of the last horizon
-        if lookahead > horizons * options.bptt:  # by default it ends with the last horizon
+        if lookahead > horizons * options.bptt:  # a default lookahead ends with the last horizon
             spans["lookahead"] = lookahead
     return spans
 

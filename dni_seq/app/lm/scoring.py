@@ -1,4 +1,4 @@
-"""Scores a trained run on the splits of its own text, or on another text, and decides whether a file holds the own text.
+"""Scores a trained run on splits of its own text or on another text. Decides whether a file holds the run's own text.
 
 A checkpoint of a run on local files identifies the held-out texts of the run; see `held_out`.
 """

@@ -47,7 +47,8 @@ class LanguageModelCounters(Counters):
     """The counters of a language-model run; part of its checkpoint.
 
     Attributes:
-        curve: a row (tokens, seconds, process seconds, bits per character) for each validation. The times include it.
+        curve: a row (tokens, seconds, process seconds, bits per character) for each validation. Both
+            times include the validation itself.
         tokens: number of tokens trained on so far.
         best: lowest validation loss so far, None before the first.
         validated_at: step of the latest validation.
@@ -133,7 +134,7 @@ class LanguageModelRun(TrainingRun):
                 self.log.histogram(self.steps, f"messages/horizon_{horizon}", message)
 
     def point(self) -> dict[str, float]:
-        """Returns the size of the cells and the speed; with a schedule the learning rate, with accumulation the updates."""
+        """Returns the speed, an LSTM's cell size, the rate if it has a schedule, the updates if gradients accumulate."""
         values = {} if self.schedule is None else {"train/lr": self.schedule.rate}
         if self.options.accumulate > 1:
             values["train/updates"] = self.trainer.updates
@@ -261,7 +262,7 @@ class LanguageModelRun(TrainingRun):
         """
         super().restore(checkpoint)
         if self.trainer.credit is not None:
-            self.trainer.credit.window = self.options.bptt  # the session's first window may be shorter, at an epoch's end
+            self.trainer.credit.window = self.options.bptt  # not that of the first window, shorter at an epoch's end
         check_held_out(checkpoint or {}, self.held_out, self.options.data_file)
         self.counters.check()
         if checkpoint is not None and self.schedule is not None:

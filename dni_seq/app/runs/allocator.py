@@ -31,7 +31,7 @@ RESERVED = 512 << 20
 
 
 def keep_freed_memory() -> bool:
-    """Makes this process keep freed blocks of up to 32 MiB each, 1 GiB in total. Returns whether the C library supports it.
+    """Makes this process keep freed blocks of up to 32 MiB each, 1 GiB in total. Returns False if the C library cannot.
 
     The first 512 MiB of the heap are placed in huge pages if the system provides any. The setting holds for the whole
     process, so call this function when a program starts, as train_lm.py and train_tasks.py do.

@@ -45,8 +45,9 @@ def save_checkpoint(path: Path, content: dict[str, Any], keep: Path | None = Non
     Args:
         path: the file.
         content: the content of the checkpoint.
-        keep: path in the same directory to which the older file at `path` is renamed first; None to overwrite the older
-            file. If the process dies between the two renames, the older file is at `keep` and no file is at `path`.
+        keep: path in the same directory to which the older file at `path` is renamed before the new file is renamed to
+            `path`; None to overwrite the older file. If the process dies between these two renames, the older file is at
+            `keep` and no file is at `path`.
 
     Raises:
         OSError: the disk is full or the directory is not writable; the older file is unchanged.

@@ -22,7 +22,7 @@ class RunLock:
     """Holds the lock on one directory from `take` to the end of the context.
 
     Attributes:
-        missing: why the directory cannot be locked, as a message for the user; None if it is locked or not taken yet.
+        missing: why the directory cannot be locked, as a message for the user; None if it is locked, and before `take`.
     """
 
     def __init__(self) -> None:

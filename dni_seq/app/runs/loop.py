@@ -228,7 +228,7 @@ class TrainingRun(ABC):
         return ""
 
     def restore(self, checkpoint: dict[str, Any] | None) -> None:
-        """Restores the run from a checkpoint's content, except for the log. Does nothing for None, which is a new run.
+        """Restores the run from a checkpoint's content, except for the log. None is for a new run, and restores nothing.
 
         A checkpoint with unexpected content can raise any exception. Therefore call this inside `checkpoint_errors`.
         """
@@ -372,7 +372,7 @@ class TrainingRun(ABC):
         self.saved_at = time.monotonic()
 
     def save_after(self, error: Exception) -> Exception:
-        """Saves a run that cannot continue and returns the error to report."""
+        """Saves a run that `error` has stopped. Returns the error to report, which says whether saving succeeded."""
         try:
             self.save(self.run.last)
         except (OSError, RankError) as other:

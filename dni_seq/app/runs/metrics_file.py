@@ -1,7 +1,7 @@
 """metrics.csv: every curve of a run in one table, a row for each step that has points and a column for each key.
 
 `pandas.read_csv("metrics.csv", index_col="step")` reads the file. A cell is empty if its key has no point at its step. Rows
-are appended, so a killed process loses at most the last row. A new key adds a column; for it the whole file is rewritten.
+are appended, so a killed process loses at most the last row. A new key adds a column, and the whole file is rewritten then.
 """
 
 from __future__ import annotations

@@ -155,7 +155,7 @@ def parse(
     presets: Presets | None = None,
     as_given: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict,
 ) -> dict[str, Any]:
-    """Returns the given options of `cls` by name. The command line overrides `--config FILE`; the file, `--preset NAME`.
+    """Returns the given options of `cls` by name: those of the command line override `--config`, which overrides `--preset`.
 
     Options that are not given are absent. A syntax error ends the process with one line on stderr and status 2. `--help`
     prints the common options, and `--help-all` all of them.

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 
 FIRST_STEPS = 10
-"""The first line is written after this many steps of a session, or after `FIRST_INTERVAL` seconds if these end earlier."""
+"""The first line is written after this many steps of a session, or after `FIRST_INTERVAL` seconds if that is earlier."""
 
 FIRST_INTERVAL = 10.0
 """Shortest time between two log lines, in seconds."""
@@ -37,7 +37,7 @@ class Progress:
         self._tokens = 0
         self._begin = self._shown = clock()
         self._first_at: int | None = done + FIRST_STEPS
-        # None: no bar if stderr is not a terminal.
+        # With `disable=None`, tqdm shows no bar if stderr is not a terminal.
         disable = True if self.quiet else None
         self._bar = tqdm(total=total, initial=done, unit="step", disable=disable, dynamic_ncols=True, mininterval=0.5)
 

@@ -25,8 +25,8 @@ class RunOptions(Protocol):
         MAY_MOVE: names of options that are paths of the run's text. If config.json has such a path, another one may be given
             when the run is resumed. The run itself checks that the text there is the same.
         OF_THE_CALL: names of options that concern only this call and are not stored in config.json.
-        RECORDED_LATER: values of options that an old config.json does not have, because the option did not exist. Only
-            options are listed for which such runs did not use the present default.
+        RECORDED_LATER: values of options that an old config.json does not have, because the option did not exist. An option
+            is listed only if such runs did not use its present default.
         run_dir: the directory of the run, None for a new one.
         fidelity_every: windows between two comparisons with exact gradients, 0 for none.
         resume: None for a new run, "auto" to resume if there is a checkpoint, or the path of a run or of a checkpoint.

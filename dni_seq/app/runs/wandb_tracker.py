@@ -31,9 +31,9 @@ BINS = 64
 class WandbTracker:
     """Sends curves, texts and histograms to a run at Weights & Biases.
 
-    wandb cannot delete a point, and rejects points of earlier steps than the latest one. Therefore a resumed run does not
-    send points again up to the latest step that an earlier session has sent. It loses nothing, because a resumed run is
-    exact and would send the same points. Points of exactly that latest step go to the summary of the run at wandb, because
+    wandb cannot delete a point, and rejects points of earlier steps than the latest one. Therefore a resumed run sends
+    no points of steps up to the latest step that an earlier session has sent. No point is lost, because a resumed run
+    computes the same points again. Points of exactly that latest step go to the summary of the run at wandb, because
     the earlier session may not have sent all of them.
 
     Args:
@@ -114,7 +114,8 @@ class WandbTracker:
             return
         if step > self._sent:
             self._sent = step
-            # No flush to the disk: a kill cannot damage a renamed file. A power failure that loses it doubles a point.
+            # No flush to the disk: a kill cannot damage a renamed file. If a power failure loses the file, the resumed run
+            # sends some points a second time.
             temporary = self._saved.with_name(SAVED + ".tmp")
             temporary.write_text(json.dumps({"id": self._id, "step": step}), encoding="utf-8")
             temporary.replace(self._saved)

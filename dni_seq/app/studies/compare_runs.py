@@ -149,7 +149,7 @@ def _number(place: float, axis: str) -> str:
 
 
 def notes(runs: Sequence[Run]) -> list[str]:
-    """Returns remarks on the table: how runs are compared, and why some cannot be."""
+    """Returns remarks on the table: how runs are compared, and why some runs cannot be compared."""
     different = [name for name in differing_options(runs) if name in TEXT_OPTIONS]
     remarks = [EXPLANATION] if len(runs) > 1 else []
     if different:

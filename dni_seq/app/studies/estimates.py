@@ -32,7 +32,7 @@ def windows_of(trial: Trial) -> int:
 
 
 def rule_of_thumb(trial: Trial) -> float:
-    """Returns the seconds per window on an idle core, extrapolated from copying with 256 units and 32 lanes."""
+    """Returns the seconds that a window needs on an idle core, extrapolated from copying with 256 units and 32 lanes."""
     steps, lanes, units = (trial.options[name] for name in ("bptt", "batch_size", "hidden"))
     added = {"none": 0.0, "paper": 8.5, "paper-aux": 11.0, "multi-horizon": 20.0, "exact": 11.0}[trial.about["column"]]
     plain = 2.2 + 1.2 * steps

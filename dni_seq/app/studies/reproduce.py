@@ -3,7 +3,7 @@
 python scripts/reproduce_paper.py table1 --task copy --bptt 4 --tune --jobs 2
     Tune the learning rates: the same grid for every column, one seed, a quarter of the budget.
 python scripts/reproduce_paper.py table1 --task copy --bptt 4 --break-ties --jobs 2
-    Run the learning rates that are tied for best in that grid again, with the full budget; the best of these runs decides.
+    Run the learning rates again that are tied for best in that grid, with the full budget. The best of these runs decides.
 python scripts/reproduce_paper.py table1 --task copy --bptt 2 4 --jobs 2
     Run the trials with 3 seeds and the best rates, tuned at the nearest T; then write tables and curves.
 python scripts/reproduce_paper.py table1 --task ptb --bptt 1 2 4 8 --synthesizer none paper multi-horizon --max-minutes 60

@@ -9,11 +9,11 @@ python scripts/soak.py --kinds basic lambda --kills 50
     Test two kinds with 50 kills each.
 
 Each run is a tiny scripts/train_lm.py with dropout in its own process. It is killed at a random time after its start or,
-every second time, while it writes a checkpoint, and is then resumed with `--resume auto` until it finishes. These must be
-bit-identical: parameters, buffers and normalisers, optimizer moments, hidden state, position in the text, random state,
-unfinished averages, the best checkpoint, every TensorBoard point except time, speed and memory, and the final scores. The
-exit status is 0 if nothing differs. Differences are printed and give status 1. Invalid input prints one line on stderr and
-exits with status 2.
+every second time, while it writes a checkpoint, and is then resumed with `--resume auto` until it finishes. In both runs
+these must be bit-identical: parameters, buffers and normalisers, optimizer moments, hidden state, position in the text,
+random state, unfinished averages, the best checkpoint, every TensorBoard point except time, speed and memory, and the final
+scores. The exit status is 0 if nothing differs. Differences are printed and give status 1. Invalid input prints one line on
+stderr and exits with status 2.
 """
 
 from __future__ import annotations

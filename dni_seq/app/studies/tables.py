@@ -58,20 +58,23 @@ def rates_in(line: Line) -> Rates:
 
 
 def tied(grid: Sequence[Line]) -> list[Line]:
-    """Returns the lines of a grid that have the best result. For text, a result within `TIE` of the best is one of them.
+    """Returns the lines of a grid whose results are tied for best, at least one line.
 
-    For copy tasks, the update at which a length was solved does not count.
+    For text, a result is tied for best if it is at most `TIE` above the lowest bits per character. For copy tasks it is tied
+    if the length solved is the largest one; the update at which the length was solved does not count.
     """
     best = min(better(line)[0] for line in grid)
     return [line for line in grid if better(line)[0] <= best + (TIE if is_text(line) else 0)]
 
 
 def chosen(grid: Sequence[Line], longer: Sequence[Line]) -> Line:
-    """Returns the line whose learning rates are used: the best of the lines of `grid` that are tied for best.
+    """Returns the line whose learning rates are used.
 
-    The tied rates are compared by the runs of the full budget in `longer`, if these are recorded, because the short runs of
-    the grid cannot decide between them. On copy tasks, short runs solve the same few lengths at several rates. On text, a
-    rate that is too high for a long run may be slightly better in a short one.
+    `tied` selects the lines of `grid` with the best results. If `longer` has a run with the same rates and the full budget,
+    its line takes the place of the short run's. The best of these lines by `better` is returned, and of equally good lines
+    the one with the lowest rates. The longer runs are made because short runs cannot decide between tied rates: on copy
+    tasks, short runs solve the same few lengths at several rates; on text, a rate that is too high for a long run may be
+    slightly better in a short one.
     """
     whole = {rates_in(line): line for line in longer}
     found = [whole.get(rates_in(line), line) for line in tied(grid)]
@@ -90,7 +93,7 @@ def title(line: Line) -> str:
 
 
 def latest(lines: Iterable[Line]) -> list[Line]:
-    """Returns one line per cell and seed of the tables: the last one if it was run with several learning rates."""
+    """Returns one line per cell and seed of the tables: the last one of runs with different learning rates."""
     names = ("part", "task", "data", "budget", "bptt", "column", "variant", "seed")
     return list({tuple(line.get(name) for name in names): line for line in lines}.values())
 
@@ -164,7 +167,7 @@ def digits_of(lines: Sequence[Line]) -> int:
 
 
 def results_of(lines: list[Line]) -> Callable[[list[Line]], str]:
-    """Returns the function that formats a cell of the main table, with the number of diverged runs."""
+    """Returns the function that formats a cell of the main table: the result, and the number of runs that diverged."""
 
     def cell(found: list[Line]) -> str:
         values = known(map(test_result, found))
@@ -196,8 +199,9 @@ def gains(found: list[Line], lines: list[Line]) -> list[float]:
 def share(found: list[Line], lines: list[Line]) -> str:
     """Returns, as text, the gain of each seed in percent of the headroom: mean and standard deviation over the seeds.
 
-    The headroom is the mean over the seeds of `found`, at their T. For the column "exact", returns the headroom itself.
-    Returns `NOTHING` if the mean headroom of all seeds is not larger than its standard deviation.
+    The headroom is the gain of the column "exact" at the T of `found`, as a mean over the seeds of `found`. If `found` is
+    that column itself, returns the headroom in bits or length. Otherwise returns `NOTHING` if the mean headroom of all
+    recorded seeds is not larger than its standard deviation, or if no seed of `found` has a headroom.
     """
     bptt, seeds = found[0]["bptt"], {line["seed"] for line in found}
     exact = [line for line in lines if (line["column"], line["bptt"]) == (EXACT, bptt)]
@@ -238,7 +242,7 @@ def cost(found: list[Line]) -> str:
 
 
 def ablation(lines: list[Line]) -> str:
-    """Returns the table of an ablation: one change per row, with its difference from the base, seed by seed."""
+    """Returns the table of an ablation: one change per row, with the difference from the base, a mean over equal seeds."""
     rows = []
     for column in columns_of(lines):
         of_base = [line for line in lines if line["column"] == column]

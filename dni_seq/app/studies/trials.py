@@ -30,8 +30,8 @@ from dni_seq.app.studies.tuning import alike, rates_of, rates_to_try, reach, rea
 from dni_seq.synthesizers.defaults import HORIZONS
 
 SCHEDULE: Mapping[str, str] = MappingProxyType({"schedule": "constant"})
-"""The schedule of all recorded trials on text. The keys of these trials do not name it, because they are older than the
-option `--schedule`, whose default is not "constant"."""
+"""The schedule of all recorded trials on text. The keys of these trials do not name the schedule, because the trials are
+older than the option `--schedule`. The trials give the option now, because its default is not "constant"."""
 
 
 def table_trials(

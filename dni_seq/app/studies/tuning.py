@@ -15,8 +15,8 @@ from dni_seq.synthesizers.defaults import HORIZONS, LONG_WINDOW, default_horizon
 def reach(settings: Mapping[str, Any], bptt: int) -> dict[str, int]:
     """Returns the option `horizons` to record for a trial that does not give it; empty if recording is not necessary.
 
-    A recorded line without `horizons` has `HORIZONS` of them, because before 2026-11-27 this was the default at every T.
-    So only a larger default at this T is recorded.
+    A recorded line without the option has `HORIZONS` horizons, because before 2026-11-27 this was the default at every T.
+    So the number has to be recorded only if the default at this T is larger.
     """
     by_default = settings["synthesizer"] == "multi-horizon" and "horizons" not in settings
     usual = default_horizons(bptt)
@@ -24,7 +24,7 @@ def reach(settings: Mapping[str, Any], bptt: int) -> dict[str, int]:
 
 
 def reach_of_then(settings: Mapping[str, Any], bptt: int) -> dict[str, str]:
-    """Returns the horizons that a trial on text gets beside its recorded options.
+    """Returns the option `horizons` that a trial on text gets in addition to its recorded options; empty for none.
 
     Until 2026-11-30 the default was `HORIZONS` in long windows too, and the recorded lines have that number.
     """
@@ -41,14 +41,15 @@ def alike(lines: list[dict[str, Any]], settings: Mapping[str, Any], bptt: int) -
 def rates_to_try(column: str) -> list[Rates]:
     """Returns the grid of learning rates of a column.
 
-    All columns have the same rates of the network, and all columns with a trained synthesizer the same rates of it.
+    All columns have the same rates of the network. All columns with a trained synthesizer have the same rates of the
+    synthesizer.
     """
     second: Sequence[float | None] = SYNTHESIZER_LEARNING_RATES if column in LEARNS else (None,)
     return list(itertools.product(LEARNING_RATES, second))
 
 
 def tied_rates(lines: list[dict[str, Any]], cell: TableCell) -> list[Rates]:
-    """Returns the learning rates that are tied for best in a cell's grid, an empty list if one is best alone."""
+    """Returns the rates that are tied for best in a cell's grid (see `tables.tied`), an empty list if one is best alone."""
     lines = alike(lines, COLUMNS[cell.column], cell.bptt)
     best = tied(tried(lines, cell, "tune", rates_to_try(cell.column)))
     return sorted(map(rates_in, best)) if len(best) > 1 else []
@@ -89,12 +90,12 @@ def rates_of(lines: list[dict[str, Any]], cell: TableCell, given: Rates | None) 
 
 
 def tried(lines: list[dict[str, Any]], cell: TableCell, part: str, wanted: Iterable[Rates]) -> list[dict[str, Any]]:
-    """Returns the lines of a cell's learning rates from a part: the grid ("tune") or its ties ("ties").
+    """Returns the lines of a cell from a part of the study: its grid ("tune"), or the longer runs of tied rates ("ties").
 
-    The ties may be missing altogether; then the list is empty.
+    The longer runs are optional: the list is empty if none of them is recorded.
 
     Raises:
-        ValueError: some of the `wanted` rates are not tried yet.
+        ValueError: a `wanted` rate of the grid has no line yet, or only some of the `wanted` rates have a longer run.
     """
     here = {"part": part, **cell._asdict()}
     found = [line for line in lines if all(line[name] == value for name, value in here.items())]

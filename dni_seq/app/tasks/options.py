@@ -67,7 +67,7 @@ class TaskOptions(BackpropagationOptions, CreditOptions):
 
 
 def resolve_options(options: TaskOptions) -> TaskOptions:
-    """Returns the options with a missing synthesizer or K filled in. config.json stores both for a resumed run."""
+    """Returns the options with a missing synthesizer and a missing K filled in. config.json keeps both for a resumed run."""
     if cast("str | None", options.synthesizer) is None:  # None is possible here, although the field's type is str
         # On the adding problem synthetic gradients bring no gain and double the time (docs/results/copying.md).
         options = dataclasses.replace(options, synthesizer="none" if options.task == "adding" else "multi-horizon")

@@ -111,7 +111,7 @@ class TaskRun(TrainingRun):
             self.end_sequence()
 
     def end_sequence(self) -> None:
-        """Scores a finished sequence. If the length looks solved, checks it on fresh sequences; if it passes, raises it."""
+        """Scores a sequence. If recent errors are low, checks the length on fresh sequences, and raises it if solved."""
         counters = self.counters
         error = self.task.error_of_loss * float(counters.loss) / counters.steps
         counters.loss, counters.steps = torch.zeros_like(counters.loss), 0
