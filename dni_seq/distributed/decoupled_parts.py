@@ -94,7 +94,7 @@ class Outbox:
 
 
 class Inbox:
-    """Receives content from the `Outbox` of another rank in a thread, and keeps only the newest.
+    """Receives, in a thread, what the `Outbox` of another rank sends, and keeps only the newest content.
 
     Args:
         group: the process group of the outbox.

@@ -30,14 +30,14 @@ from dni_seq.models.factored_lstm import FactoredLSTM, stacked
 
 
 class Step(NamedTuple):
-    """One step of a layer.
+    """One step of a layer. S is the number of tensors of its state, G the width of all its gates together.
 
     Attributes:
         state: (h, c) or (h,), each [B, H].
-        jacobian: [S, S, B, H], derivative of each tensor of the state with respect to each tensor of the state before, for
-            each unit on its own.
-        of_inputs: [S, B, G], derivative of the state with respect to the pre-activations of the inputs' weights.
-        of_hidden: [S, B, G], derivative of the state with respect to the pre-activations of the recurrent weights.
+        jacobian: [S, S, B, H]; [i, j] is the derivative of a unit's tensor i with respect to its tensor j before the step.
+            It includes the path through the unit's own recurrent weight, and none through other units.
+        of_inputs: [S, B, G], derivatives of the state with respect to W_ih x + b_ih.
+        of_hidden: [S, B, G], derivatives of the state with respect to W_hh h + b_hh.
     """
 
     state: tuple[Tensor, ...]

@@ -78,7 +78,7 @@ class RecentTokens(nn.Module):
 
 
 class TargetGradient(nn.Module):
-    """Predicts the gradient with respect to an activation [T · B, H]; the context is the targets [T, B] of its steps."""
+    """Predicts the gradient with respect to an activation [T · B, H]; its context is the labels [T, B] of these steps."""
 
     def __init__(self, vocabulary_size: int, hidden: int, embed: int = 32) -> None:
         super().__init__()

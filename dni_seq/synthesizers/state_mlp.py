@@ -98,7 +98,10 @@ class StateNetwork(StateTrunk):
         zero_(self.heads)
 
     def packed(self, flat: Tensor, context: Any) -> tuple[Tensor, Tensor | None]:
-        """Returns messages [B, N, S] for packed states [B, S] in the unit of training, and the loss as `features` does."""
+        """Returns messages [B, N, S], one for each of N horizons, for packed states [B, S], and the loss of `features`.
+
+        The messages are in the unit in which the network is trained, not yet that of gradients.
+        """
         features, loss = self.features(flat, context)
         return self.heads(features).unflatten(1, (self.horizons, self.packing.size)), loss
 

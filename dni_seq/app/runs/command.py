@@ -14,12 +14,16 @@ from dni_seq.streams import DataError
 
 
 def run_command(prog: str, ranks: Ranks, prepare: Callable[[], TrainingRun]) -> int:
-    """Prepares a run, trains it and returns the exit status. An expected error is one line on stderr and status 2.
+    """Prepares a run, trains it and returns the exit status.
+
+    An error that a user can mend, such as a wrong option, a missing file or a loss that is not finite, is one line on stderr
+    and status 2.
 
     Args:
         prog: the command's name in messages.
         ranks: the ranks that share the run.
-        prepare: returns the run after `TrainingRun.begin`. It raises the same ValueError or OSError on all ranks.
+        prepare: makes the run, calls its `begin` and returns it. If it raises a ValueError or an OSError, it raises the same
+            one on all ranks.
     """
     try:
         with interrupt_exits(f"{program(prog)}: stopped by Ctrl-C before training began"):
