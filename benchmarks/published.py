@@ -33,7 +33,7 @@ from dni_seq.app.lm.build_trainer import build_trainer
 from dni_seq.app.lm.options import PRESETS, LanguageModelOptions, resolve_options
 from dni_seq.app.runs.allocator import keep_freed_memory
 from dni_seq.app.runs.options import build
-from dni_seq.app.studies.records import append_line, markdown, read_lines
+from dni_seq.app.studies.records import NOTHING, append_line, markdown, read_lines
 from dni_seq.credit.message_filter import OBSERVED_FIRST
 
 sys.path.insert(0, str(Path(__file__).parent / "studies"))
@@ -195,7 +195,7 @@ def table(lines: Iterable[Line]) -> str:
         trial = line["trial"]
         ends = [(str(trial["epochs"]), line, f"{line['process_seconds']:.0f}")]
         if "at_equal_time" in line:
-            ends.insert(0, ("the CPU time of `none`", line["at_equal_time"], ""))
+            ends.insert(0, ("the CPU time of `none`", line["at_equal_time"], NOTHING))
         for epochs, end, spent in ends:
             cells = [f"`{trial['method']}`", f"{trial['lr']:g}", epochs, str(trial["seed"]), str(end["steps"])]
             rows.append([*cells, f"{end['valid']:.1f}", f"{end['test']:.1f}", spent])

@@ -191,7 +191,16 @@ def equal_time() -> list[str]:
         best = [study("words", method, budget=budget) for method in (*METHODS, "dense")]
         cells = [NO_RUN if found is None else f"{found.score:.1f} (T = {found.window}{found.note})" for found in best]
         rows.append(row(name, "best", cells))
-    return [*rows, copying(150)]
+    return [*rows, preset_small(), copying(150)]
+
+
+def preset_small() -> str:
+    """Returns the row of the preset `small`, at the CPU time of 13 epochs of truncated BPTT."""
+    runs = [line for line in lines("published") if line.get("trial", {}).get("epochs") == 13]
+    truncated = mean(line["valid"] for line in runs if line["trial"]["method"] == "none")
+    default = mean(line["at_equal_time"]["valid"] for line in runs if line["trial"]["method"] == "multi-horizon")
+    cells = [f"{truncated:.1f}", f"{default:.1f}", NO_RUN, NO_RUN]
+    return row("words by SGD, preset `small`, perplexity ↓", 20, cells)
 
 
 def copying(seconds: int) -> str:

@@ -23,6 +23,7 @@ PRINTED = {
     "falling_rate": "results/characters",
     "steps": "performance",
     "peers": "performance",
+    "start_up": "performance",
     "stability": "results/stability",
 }
 
