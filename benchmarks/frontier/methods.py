@@ -130,19 +130,12 @@ def trainer_of(trial: Trial, parts: Parts) -> dni.SequenceTrainer:
         optimizer,
         parts.loss_fn,
         synthesizer=synthesizer,
-        synthesizer_optimizer=predictor_optimizer(synthesizer),
         config=None if synthesizer is None else config_of(trial),
         clip=parts.clip,
         reduction=parts.reduction,
     )
     found.backward_windows = trial.get("back", 1)
     return found
-
-
-def predictor_optimizer(synthesizer: nn.Module | None) -> torch.optim.Optimizer | None:
-    """Returns Adam for the parameters of a synthesizer; None without a synthesizer or without parameters."""
-    learning = [] if synthesizer is None else list(synthesizer.parameters())
-    return torch.optim.Adam(learning, PREDICTOR_RATE, fused=True) if learning else None
 
 
 def config_of(trial: Trial) -> dni.SyntheticGradientConfig:

@@ -172,7 +172,7 @@ def predictor(credit: ResolvedCredit, spec: ModelSpec) -> Callable[[int], Any]:
     # A future model whose gradient is the message has one part per message. The tail of "exact" is one message.
     parts = credit.message_count if credit.fit == "future" else 1
     text = Text(lambda: spec.encode()[0], loss_fn, outputs, past_loss, inputs, parts, credit.lookahead)
-    steps = credit.lookahead if credit.predict == "horizons" else credit.predict_steps
+    steps = None if credit.predict == "horizons" else credit.predict_steps
     units = max(credit.future_units, 2) if credit.predict == "both" else credit.future_units
     return predictor_for(text, credit.bptt, credit.predict, steps, None, units)
 

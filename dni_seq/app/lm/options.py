@@ -388,13 +388,11 @@ def with_default_sizes(options: LanguageModelOptions) -> LanguageModelOptions:
     if not options.has_state_network:
         return options
     # The synthesizer's size depends on both numbers, so they are recorded.
-    few = options.tokenizer == "char"
     if options.has_default_reach:
-        horizons, lookahead = token_reach(options.bptt, few)
-        return dataclasses.replace(options, horizons=horizons, lookahead=lookahead)
-    horizons = options.horizons_at(options.bptt) if few else options.horizons or 1
-    options = dataclasses.replace(options, horizons=horizons)
-    return dataclasses.replace(options, lookahead=options.lookahead_at(options.bptt))
+        horizons, lookahead = token_reach(options.bptt, options.tokenizer == "char")
+    else:
+        horizons, lookahead = options.horizons_at(options.bptt), options.lookahead_at(options.bptt)
+    return dataclasses.replace(options, horizons=horizons, lookahead=lookahead)
 
 
 def as_given(config: Mapping[str, Any]) -> Mapping[str, Any]:
