@@ -79,6 +79,13 @@ def test_the_small_tables_of_speed_and_memory_are_their_lines():
         of_none, of_one = (floor[way]["over its floor"] for way in ("none", "multi-horizon, K = 1"))
         cells = (f"{floor['none']['ms']:.1f}", f"{floor['floor']['ms']:.1f}", f"{of_none:.2f}", f"{of_one:.2f}")
         assert row(*setting, *cells) in page
+    times = [floors[cell]["multi-horizon, next 4 steps"]["over none"] for cell in (("char-lstm", 20), ("word-lstm", 20))]
+    times.append(floors["word-lstm", 35]["multi-horizon, next 4 steps"]["over none"])
+    characters, words, longer = (f"{ratio:.2f} times" for ratio in times)
+    said = (
+        f"{characters} as much as a step of `none` by characters at T = 20, and by words {words} at T = 20 and {longer} at"
+    )
+    assert said in " ".join(page.split())
 
 
 def test_what_to_expect_of_a_step_is_in_the_lines():
