@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import pickle
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from types import MappingProxyType
 from typing import Any
@@ -26,6 +26,9 @@ the number of rows since then."""
 
 CHARACTERS_TO_SKIP = 1 << 20
 """`state_dict` is also called after this many characters of rows, so that resuming never reads much text again."""
+
+EQUAL_ERRORS = 3
+"""Number of attempts in a row after which a ValueError with the same message counts as permanent."""
 
 NOT_WORTH_RETRYING = frozenset({400, 401, 403, 404, 410, 416})
 """HTTP statuses that a retry will not change."""
@@ -116,13 +119,15 @@ class _RowReader(WholeReader):
 
     def _patient_row(self) -> Any:
         """Returns the next row, with retries; raises StopIteration at the end."""
+        errors: list[Exception] = []
         for pause in (*PAUSES, None):
             try:
                 return self._row()
             except source_errors() as error:
                 self._dataset = None
-                if pause is None or not may_pass(error):
-                    tried = "" if pause is not None else f" {len(PAUSES) + 1} times"
+                errors.append(error)
+                if pause is None or not may_pass(errors):
+                    tried = "" if len(errors) == 1 else f" {len(errors)} times"
                     cause = first_line(error.__cause__ or error)
                     raise DataError(f"{self._documents.name}: reading failed{tried}: {cause}") from error
             time.sleep(pause)
@@ -153,11 +158,18 @@ def source_errors() -> tuple[type[Exception], ...]:
     return (OSError, ValueError, httpx2.HTTPError)
 
 
-def may_pass(error: BaseException) -> bool:
-    """Returns whether a read that failed with `error` may succeed later."""
+def may_pass(errors: Sequence[Exception]) -> bool:
+    """Returns whether the next attempt to read may succeed, after attempts that failed with `errors`.
+
+    A ValueError comes from a text that was cut short on its way, which may pass, or from the user's own code, which fails each
+    time with the same message.
+    """
+    error = errors[-1]
     response = getattr(error, "response", None)
     if response is not None:
         return response.status_code not in NOT_WORTH_RETRYING
+    if len(errors) >= EQUAL_ERRORS and isinstance(error, ValueError) and not isinstance(error, OSError):
+        return len({repr(each) for each in errors[-EQUAL_ERRORS:]}) > 1
     return not isinstance(error, (FileNotFoundError, UnicodeError))
 
 

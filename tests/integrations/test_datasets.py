@@ -14,6 +14,7 @@ from dni_seq.core.windows import Window
 from dni_seq.integrations import datasets as datasets_module
 from dni_seq.integrations.datasets import IDS, windows
 from dni_seq.streams import DataError, WindowStream
+from dni_seq.streams import hub_rows
 from dni_seq.streams import lanes as lanes_module
 from tests.streams.test_window_stream import LINES, TEXT, TOKENIZER, Listed, assert_same
 
@@ -190,3 +191,28 @@ def test_mistakes_are_one_line(case: str, streamed: bool) -> None:
 
 def test_the_rows_are_the_documents_of_the_plain_stream() -> None:
     assert "".join(ROWS) == TEXT
+
+
+def refused() -> datasets.IterableDataset:
+    """A data set whose function raises the same error each time."""
+
+    def unreadable(row: dict[str, Any]) -> dict[str, Any]:
+        if row["number"] == 2:
+            raise ValueError("no number 2")
+        return row
+
+    return TABLE.to_iterable_dataset().map(unreadable)
+
+
+def test_an_error_of_the_users_own_function_is_not_retried_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    pauses: list[float] = []
+    monkeypatch.setattr(hub_rows.time, "sleep", pauses.append)
+    with pytest.raises(DataError, match="reading failed 3 times: no number 2"):
+        list(windows(refused(), tokenizer=TOKENIZER, lanes=3, bptt=5))
+    assert pauses == [1.0, 2.0]
+
+
+def test_errors_of_a_network_that_are_alike_are_retried() -> None:
+    assert hub_rows.may_pass([TimeoutError("read timed out")] * 5)
+    assert hub_rows.may_pass([ValueError("line 1"), ValueError("line 2"), ValueError("line 2")])
+    assert not hub_rows.may_pass([ValueError("line 1")] * 3)

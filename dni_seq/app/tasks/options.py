@@ -69,11 +69,23 @@ class TaskOptions(BackpropagationOptions, CreditOptions):
 def resolve_options(options: TaskOptions) -> TaskOptions:
     """Returns the options with a missing synthesizer and a missing K filled in. config.json keeps both for a resumed run."""
     if cast("str | None", options.synthesizer) is None:  # None is possible here, although the field's type is str
-        # On the adding problem synthetic gradients bring no gain and double the time (docs/results/copying.md).
-        options = dataclasses.replace(options, synthesizer="none" if options.task == "adding" else "multi-horizon")
+        options = dataclasses.replace(options, synthesizer=default_synthesizer(options.task))
     return dataclasses.replace(options, horizons=options.horizons_at(options.bptt))
 
 
+def default_synthesizer(task: str) -> str:
+    """Returns the synthesizer of a run on `task` that names none."""
+    # On the adding problem synthetic gradients bring no gain and double the time (docs/results/copying.md).
+    return "none" if task == "adding" else "multi-horizon"
+
+
 def as_given(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Returns the options that a new run takes from a configuration file; see `without_resolved`."""
-    return without_resolved(config, build(TaskOptions, config), resolve_options)
+    """Returns the options that a new run takes from a configuration file, without those that the file's run has filled in.
+
+    These are the sizes that `without_resolved` removes, and a synthesizer that is the default of the file's task.
+    """
+    options = build(TaskOptions, config)
+    given = without_resolved(config, options, resolve_options)
+    if options.synthesizer == default_synthesizer(options.task):
+        given.pop("synthesizer", None)
+    return given

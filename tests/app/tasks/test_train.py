@@ -258,6 +258,17 @@ def test_a_run_leaves_the_values_in_force_and_the_next_command(tmp_path, capsys,
     assert json.loads((run / "summary.json").read_text())["updates"] == 6
 
 
+def test_a_default_of_one_task_is_not_passed_on_to_another(tmp_path):
+    """A run on adding has no synthesizer by default; a run on copying with its configuration has one by default."""
+    first, second, third = (tmp_path / name for name in ("first", "second", "third"))
+    assert main([*TINY, "--task", "adding", "--updates", "1", "--run-dir", str(first)]) == 0
+    base = ["--config", str(first / "config.json"), "--task", "copy"]
+    assert main([*base, "--run-dir", str(second)]) == 0
+    assert main([*base, "--synthesizer", "none", "--run-dir", str(third)]) == 0
+    used = [json.loads((run / "config.json").read_text())["synthesizer"] for run in (first, second, third)]
+    assert used == ["none", "multi-horizon", "none"]
+
+
 def test_a_run_begins_with_its_task_its_model_and_its_method(tmp_path, capsys):
     run = tmp_path / "run"
     assert main([*TINY, "--task", "repeat-copy", "--updates", "2", "--run-dir", str(run), "--synthesizer", "none"]) == 0
