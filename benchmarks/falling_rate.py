@@ -18,6 +18,7 @@ from __future__ import annotations
 import shutil
 import sys
 from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from statistics import mean
 from types import MappingProxyType
@@ -28,7 +29,7 @@ from dni_seq.synthesizers.defaults import default_horizons
 
 sys.path.insert(0, str(Path(__file__).parent / "studies"))
 from command_runs import bracket_rate, command_of, train
-from trials import Line, Trial, key_of, print_plan, study_parser, work
+from trials import Line, Trial, key_of, run_part, study_parser
 
 METHODS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
@@ -175,18 +176,12 @@ def main() -> None:
     parser.set_defaults(results=Path("docs/results/falling_rate.jsonl"), scratch=Path("runs/falling_rate"))
     parser.add_argument("--data", type=Path, default=Path("data"), metavar="DIR")
     options = parser.parse_args()
-    if options.part == "table":
-        print(table(read_lines(options.results)))
-    elif options.part == "plan":
-        print_plan(options.results, plan)
-    else:
-        work(
-            options.results,
-            options.scratch,
-            plan,
-            lambda trial, checkpoint: run(trial, checkpoint, options.data),
-            options.max_minutes,
-        )
+    run_part(
+        options,
+        plan,
+        lambda: partial(run, data=options.data),
+        table=lambda: print(table(read_lines(options.results))),
+    )
 
 
 if __name__ == "__main__":

@@ -44,10 +44,9 @@ from trials import (
     key_of,
     latest_times,
     measure_in_turns,
-    print_plan,
+    run_part,
     serve_steps,
     study_parser,
-    work,
 )
 
 METHODS = ("none", "multi-horizon")
@@ -208,14 +207,13 @@ def main() -> None:
     parser.set_defaults(results=Path("docs/results/published.jsonl"), scratch=Path("runs/published"))
     parser.add_argument("--data", type=Path, default=Path("data"), metavar="DIR")
     options = parser.parse_args()
-    if options.part == "table":
-        print(table(read_lines(options.results)))
-    elif options.part == "plan":
-        print_plan(options.results, plan)
-    elif options.part == "time":
-        measure_steps(options.data, options.results)
-    else:
-        work(options.results, options.scratch, plan, Runner(options.data, options.results), options.max_minutes)
+    run_part(
+        options,
+        plan,
+        lambda: Runner(options.data, options.results),
+        table=lambda: print(table(read_lines(options.results))),
+        time=lambda: measure_steps(options.data, options.results),
+    )
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,10 +46,9 @@ from trials import (
     latest_times,
     lines_by_key,
     measure_in_turns,
-    print_plan,
+    run_part,
     serve_steps,
     study_parser,
-    work,
 )
 
 LANES, UNITS, CLIP = 32, 256, 5.0
@@ -433,15 +433,13 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     keep_freed_memory()
-    if options.part == "table":
-        print("\n".join(table(options.results)))
-    elif options.part == "plan":
-        print_plan(options.results, plan)
-    elif options.part == "time":
-        measure_updates(options.results)
-    else:
-        times = update_times(options.results)
-        work(options.results, options.scratch, plan, lambda trial, path: run(trial, path, times), options.max_minutes)
+    run_part(
+        options,
+        plan,
+        lambda: partial(run, times=update_times(options.results)),
+        table=lambda: print("\n".join(table(options.results))),
+        time=lambda: measure_updates(options.results),
+    )
 
 
 if __name__ == "__main__":

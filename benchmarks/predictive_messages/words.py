@@ -41,10 +41,9 @@ from trials import (
     latest_times,
     lines_by_key,
     measure_in_turns,
-    print_plan,
+    run_part,
     serve_steps,
     study_parser,
-    work,
 )
 
 REFERENCE = {"method": "none", "T": 35}
@@ -404,14 +403,13 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     keep_freed_memory()
-    if options.part == "table":
-        print("\n".join(table(options.results)))
-    elif options.part == "plan":
-        print_plan(options.results, plan)
-    elif options.part == "time":
-        measure_steps(options.data, options.results)
-    else:
-        work(options.results, options.scratch, plan, Runner(options.data, options.results), options.max_minutes)
+    run_part(
+        options,
+        plan,
+        lambda: Runner(options.data, options.results),
+        table=lambda: print("\n".join(table(options.results))),
+        time=lambda: measure_steps(options.data, options.results),
+    )
 
 
 if __name__ == "__main__":

@@ -207,3 +207,25 @@ def study_parser(description: str, parts: tuple[str, ...] = ("time", "run", "tab
     parser.add_argument("--scratch", type=Path, default=Path("runs/predictive_messages"), metavar="DIR")
     parser.add_argument("--max-minutes", type=float, default=math.inf, metavar="M", help="start no trial later than this")
     return parser
+
+
+def run_part(
+    options: argparse.Namespace,
+    plan: Callable[[dict[str, Line]], Iterable[Trial]],
+    runner: Callable[[], Callable[[Trial, Path], Line]],
+    **others: Callable[[], object],
+) -> None:
+    """Runs the part of a study that the command names.
+
+    Args:
+        options: the options of `study_parser`.
+        plan: as in `work`.
+        runner: returns the function that runs a trial; called for the part "run" alone.
+        **others: the other parts of the study, by name.
+    """
+    if options.part == "plan":
+        print_plan(options.results, plan)
+    elif options.part == "run":
+        work(options.results, options.scratch, plan, runner(), options.max_minutes)
+    else:
+        others[options.part]()

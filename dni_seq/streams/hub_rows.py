@@ -161,8 +161,8 @@ def source_errors() -> tuple[type[Exception], ...]:
 def may_pass(errors: Sequence[Exception]) -> bool:
     """Returns whether the next attempt to read may succeed, after attempts that failed with `errors`.
 
-    A ValueError comes from a text that was cut short on its way, which may pass, or from the user's own code, which fails each
-    time with the same message.
+    A ValueError comes from a text that was cut short on its way, which may pass, or from the user's own code, which fails
+    each time with the same message.
     """
     error = errors[-1]
     response = getattr(error, "response", None)

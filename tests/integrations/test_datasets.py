@@ -13,8 +13,7 @@ import torch
 from dni_seq.core.windows import Window
 from dni_seq.integrations import datasets as datasets_module
 from dni_seq.integrations.datasets import IDS, windows
-from dni_seq.streams import DataError, WindowStream
-from dni_seq.streams import hub_rows
+from dni_seq.streams import DataError, WindowStream, hub_rows
 from dni_seq.streams import lanes as lanes_module
 from tests.streams.test_window_stream import LINES, TEXT, TOKENIZER, Listed, assert_same
 
