@@ -1,12 +1,12 @@
 """Measures step time and memory of training, and compares them with plain PyTorch, dni-pytorch's way and a floor.
 
 python benchmarks/steps.py --output docs/results/steps.jsonl
-    Measure all settings, window lengths and ways of training, in a quarter of an hour on two cores. Writes one JSON line for
-    each combination.
+    Measure all settings, window lengths and ways of training, in a quarter of an hour on two cores. Appends one JSON line
+    for each combination. All lines of one command have the same `sitting`.
 python benchmarks/steps.py --only char-lstm --bptt 1 4
     Measure one setting at two window lengths.
 python benchmarks/steps.py --tables docs/results/steps.jsonl
-    Measure nothing; print the recorded lines as a table of Markdown.
+    Measure nothing; print the recorded lines as a table of Markdown, with medians over the sittings.
 python benchmarks/steps.py --profile word-lstm --bptt 5 --output docs/results/profile.jsonl
     Measure the share of each operator in the time of a step, and append a line for each window length and way. `--tables`
     prints these lines too.
@@ -195,30 +195,51 @@ def lines_of(name: str, bptt: int, found: Mapping[str, list[float]], kernels: Ke
     return lines
 
 
-def table(lines: Sequence[Mapping[str, Any]]) -> str:
-    """Returns a table of ratios of medians with a row for each setting and T. The first ratios are those to the floor."""
-    cells: dict[tuple[str, int], dict[str, float]] = {(line["setting"], line["bptt"]): {} for line in lines}
-    for line in lines:
-        cells[line["setting"], line["bptt"]][line["way"]] = line["ms"]
+Sittings = dict[str, dict[str, float]]
+"""The milliseconds of a step by way, for each sitting."""
 
-    def ratio(medians: Mapping[str, float], one: str, other: str) -> str:
-        return f"{medians[one] / medians[other]:.2f}" if one in medians and other in medians else NOTHING
+
+def by_sitting(lines: Sequence[Mapping[str, Any]]) -> dict[tuple[str, int], Sittings]:
+    """Returns the sittings of each setting and T. Lines without a sitting, which are older, count as those of one."""
+    cells: dict[tuple[str, int], Sittings] = {}
+    for line in lines:
+        cell = cells.setdefault((line["setting"], line["bptt"]), {})
+        cell.setdefault(line.get("sitting", ""), {})[line["way"]] = line["ms"]
+    return cells
+
+
+def median_ratio(sittings: Sittings, one: str, other: str | None = None) -> float | None:
+    """Returns the median over the sittings of the ratio of two ways, or of the milliseconds of one way without `other`.
+
+    Each ratio is of two times of the same sitting. None if no sitting has both ways.
+    """
+    found = [ms[one] / (1 if other is None else ms[other]) for ms in sittings.values() if one in ms and (other or one) in ms]
+    return statistics.median(found) if found else None
+
+
+def table(lines: Sequence[Mapping[str, Any]]) -> str:
+    """Returns a table of medians with a row for each setting and T. The first ratios are those to the floor."""
+    cells = by_sitting(lines)
+
+    def text(sittings: Sittings, one: str, other: str | None = None) -> str:
+        number = median_ratio(sittings, one, other)
+        return NOTHING if number is None else f"{number:.{1 if other is None else 2}f}"
 
     # Lines that are older than the floor have the way `PRODUCTS` in its place.
-    products = [PRODUCTS] if any(PRODUCTS in medians for medians in cells.values()) else []
+    products = [PRODUCTS] if any(PRODUCTS in ms for cell in cells.values() for ms in cell.values()) else []
     costly = [*products, *(way for way in OURS if way != "none")]
     headline = ("none", ONE, "multi-horizon")
     rows = [
         [
             name,
             str(bptt),
-            *(ratio(medians, way, FLOORS[way]) for way in headline),
-            *(f"{medians[way]:.1f}" if way in medians else NOTHING for way in ("none", ONE)),
-            *(ratio(medians, "none", other) for other in (PLAIN, PLAIN_FUSED, PLAIN_KEPT)),
-            *(ratio(medians, way, "none") for way in costly),
-            ratio(medians, SEED, ONE),
+            *(text(cell, way, FLOORS[way]) for way in headline),
+            *(text(cell, way) for way in ("none", ONE)),
+            *(text(cell, "none", other) for other in (PLAIN, PLAIN_FUSED, PLAIN_KEPT)),
+            *(text(cell, way, "none") for way in costly),
+            text(cell, SEED, ONE),
         ]
-        for (name, bptt), medians in cells.items()
+        for (name, bptt), cell in cells.items()
     ]
     over = [f"none / {other}" for other in (PLAIN, PLAIN_FUSED, PLAIN_KEPT)]
     costs = [f"{way} / none" for way in costly]
@@ -271,7 +292,7 @@ def main() -> None:
     parser.add_argument("--way", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--seconds", type=float, default=0.0, help="for each cell at least")
     parser.add_argument("--threads", type=int, default=1, help="of each process (default: 1)")
-    parser.add_argument("--output", type=Path, help="JSON lines; printed too; with --profile they are appended")
+    parser.add_argument("--output", type=Path, help="append the JSON lines to this file; they are printed too")
     parser.add_argument("--profile", choices=SETTINGS, help="where the time goes, by operator, of each --way and --bptt")
     parser.add_argument("--memory", action="store_true", help="memory instead of time")
     parser.add_argument("--windows", type=int, default=10_000, help="of --memory (default: 10000)")
@@ -286,12 +307,12 @@ def main() -> None:
         name, bptt, way = options.one
         print(json.dumps(memory_of(name, int(bptt), way, options.windows)))
         return
+    check_output(parser, options.output)
     if options.profile:
-        check_output(parser, options.output)
         for bptt in options.bptt or SETTINGS[options.profile].bptt:
             profile_ways(options.profile, bptt, options.way, options.output)
         return
-    lines = []
+    sitting = time.strftime("%Y-%m-%d %H:%M")
     for name in options.only:
         for bptt in options.bptt or SETTINGS[name].bptt:
             if options.memory:
@@ -299,10 +320,7 @@ def main() -> None:
             else:
                 found = lines_of(name, bptt, *time_ways(name, bptt, options.way, options.seconds))
             for line in found:
-                print(json.dumps(line), flush=True)
-            lines += found
-    if options.output:
-        options.output.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+                record({**line, "sitting": sitting}, options.output)
 
 
 def in_process(name: str, bptt: int, way: str, windows: int) -> dict[str, Any]:

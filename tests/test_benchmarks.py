@@ -42,6 +42,22 @@ def test_step_times_stand_beside_each_other(tmp_path):
     assert none["threads"] == 2
 
 
+def test_a_table_of_step_times_has_medians_of_ratios_within_sittings(tables_of):
+    """A busy sitting, in which all ways take longer, leaves the ratios as they are."""
+    steps = tables_of("steps")
+    times = {"a": (4.0, 2.0), "b": (40.0, 16.0), "c": (6.0, 2.0)}
+    lines = [
+        {"setting": "char-lstm", "bptt": 1, "way": way, "ms": ms, "sitting": sitting}
+        for sitting, both in times.items()
+        for way, ms in zip(("none", "floor"), both, strict=True)
+    ]
+    cell = steps.by_sitting(lines)["char-lstm", 1]
+    assert steps.median_ratio(cell, "none", "floor") == 2.5
+    assert steps.median_ratio(cell, "none") == 6.0
+    assert steps.median_ratio(cell, "none", "plain") is None
+    assert "| char-lstm | 1 | 2.50 | – |" in steps.table(lines)
+
+
 def test_a_predictors_floor_grows_with_its_horizons(tmp_path, tables_of):
     output = tmp_path / "floor.jsonl"
     lines = call("predictor_floor.py", "--rounds", "3", "--output", str(output))
