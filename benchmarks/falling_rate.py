@@ -7,8 +7,8 @@ python benchmarks/falling_rate.py table
 
 DIR holds ptb/ptb.train.txt, ptb/ptb.valid.txt and ptb/ptb.test.txt. The runs train on Penn Treebank by characters: LSTM of
 256 units, 64 lanes, a million characters in each run. At each T, the learning rate of each method is tuned with seed 1, and
-the best rate then runs with seeds 2 and 3. At T = 1 and 8 there are also runs with a change of a method. All trials need about
-5 process-hours.
+the best rate then runs with seeds 2 and 3. At T = 1 and 8 there are also runs with a change of a method. All trials need
+about 5 process-hours.
 
 Legend: T = window length in steps, c = share of the message that is injected.
 """
