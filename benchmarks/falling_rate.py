@@ -36,6 +36,7 @@ METHODS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "none": {"synthesizer": "none"},
         "multi-horizon": {"synthesizer": "multi-horizon"},
         "next 4 steps": {"synthesizer": "multi-horizon", "horizons": 1, "lookahead": 4},
+        "next 4 steps, c = 0.5": {"synthesizer": "multi-horizon", "horizons": 1, "lookahead": 4, "synthetic-scale": 0.5},
         "exact": {"synthesizer": "exact", "exact-steps": 4},
     }
 )
@@ -69,9 +70,8 @@ CHANGED: Mapping[str, Change] = MappingProxyType(
         "c falls with the rate": Change(8, 8e-3, "multi-horizon", {"scale-schedule": "follow"}),
         "by SGD, rate 5": Change(8, 8e-3, "none", {"optimizer": "sgd", "lr": 5.0}),
         "by SGD, rate 20": Change(8, 8e-3, "none", {"optimizer": "sgd", "lr": 20.0}),
-        "c = 0.5": Change(1, 4e-3, "next 4 steps", {"synthetic-scale": 0.5}, SEEDS),
         "128 units": Change(1, 4e-3, "multi-horizon", {"future-units": 128}, SEEDS),
-        "c = 0.5, 128 units": Change(1, 4e-3, "next 4 steps", {"synthetic-scale": 0.5, "future-units": 128}, SEEDS),
+        "of 128 units": Change(1, 4e-3, "next 4 steps, c = 0.5", {"future-units": 128}, SEEDS),
     }
 )
 """The changes that are tried, by name. The future model has 256 units if the name has no number of units."""

@@ -34,7 +34,7 @@ def test_each_method_is_tuned_and_then_has_three_seeds(study):
     assert [(trial["lr"], trial["seed"]) for trial in of_none if trial["seed"] != 1] == [(4e-3, 2), (4e-3, 3)]
     rows = [row.strip("| ").split(" | ") for row in study.table(known.values()).splitlines()]
     assert ["8", "`exact`", "0.032", "3", "1.900 ± 0.000", "1.850 ± 0.000", "+0.000", "50"] in rows
-    changed = [row[1] for row in rows if "," in row[1]]
+    changed = [row[1] for row in rows if "`, " in row[1]]
     assert len(changed) == len(study.CHANGED)
 
 
