@@ -233,9 +233,17 @@ def test_the_pages_quote_the_runs_with_a_falling_rate():
     page = result_page("characters")
     gains = f"gains {truncated - exact:.3f} bits, and the default {truncated - default:.3f}, which is {share} of that"
     assert f"the exact gradient {gains}" in page
-    assert f"the default brings {share} at T = 1. At T = 8 the seeds differ as much as the methods" in page
+    assert f"the default brings {share} at T = 1. At T = 4 it does harm" in page
     assert f"with a falling rate {share} at T = 1;" in result_page("index")
     assert f"{share} of the exact gradient's gain with a falling rate" in (DOCS / "guides" / "choosing.md").read_text()
+    halved = "next 4 steps, c = 0.5"
+    assert f"c = 0.5 gains {truncated - float(falling_rate(1, halved)):.3f}" in page
+    at_4 = {method: float(falling_rate(4, method)) for method in ("none", "multi-horizon", "next 4 steps", halved, "exact")}
+    assert f"the exact gradient gains {at_4['none'] - at_4['exact']:.3f} bits" in page
+    assert min(at_4["multi-horizon"], at_4["next 4 steps"]) > at_4["none"] + 0.02
+    assert abs(at_4[halved] - at_4["none"]) < 0.01
+    changed = {one["trial"]["changed"]: one["valid"] for one in lines("falling_rate") if "changed" in one["trial"]}
+    assert changed["3.46 million characters"] < changed["1.47 million characters"] < default
     spreads = []
     for method in ("none", "multi-horizon", "exact"):
         bits = [one["valid"] for one in falling_rate_lines(8, method)]
