@@ -23,7 +23,6 @@ from dni_seq.core.windows import Context
 from dni_seq.credit.inner_messages import InnerStates, join, join_contexts, split
 from dni_seq.distributed.data_parallel import DataParallel
 from dni_seq.interfaces.backward import BackwardInterface
-from dni_seq.interfaces.exchange import with_gradients_wanted
 from dni_seq.synthesizers.binding import several_states
 from dni_seq.synthesizers.target_rule import TargetRule
 
@@ -130,8 +129,7 @@ class FilteredInterface(BackwardInterface):
         valid = self._filter.accepts(total_norm(injected))
         for state, found in zip(inner.states, at_inner, strict=True):
             gradients = [torch.where(valid, leaf, 0) for leaf in super()._injection(found, rule)]
-            for leaf, gradient in with_gradients_wanted(states.floating(state), gradients):
-                scope.add(leaf, gradient)
+            self.exchange(scope).add_inner(states.floating(state), gradients)
         accepted = [states.map_floating(lambda leaf: torch.where(valid, leaf, 0), message) for message in at_last]
         return accepted, valid
 

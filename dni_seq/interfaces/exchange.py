@@ -67,6 +67,7 @@ class ScopeExchange:
         self._scope = scope
         self._triggers: list[tuple[State, Any]] = []
         self._ends: list[InjectionPoint] = []
+        self._inner: list[tuple[Tensor, Tensor]] = []
         self._rule: TargetRule | None = None
         self._products: dict[int, list[Tensor | None]] = {}
         self.regressions: list[Regression] = []
@@ -91,13 +92,20 @@ class ScopeExchange:
         self._ends.append(end)
         self.injected.append(end.injected)
 
+    def add_inner(self, leaves: list[Tensor], gradients: list[Tensor]) -> None:
+        """Adds an injected gradient at a state before the last state to the scope; it is not part of the targets."""
+        for leaf, gradient in with_gradients_wanted(leaves, gradients):
+            self._scope.add(leaf, gradient)
+            self._inner.append((leaf, gradient))
+
     def before_backward(self) -> None:
         """Computes the vector-Jacobian products for the targets before the backward pass frees the graph.
 
         At a trigger, a is the gradient of the losses, J the derivative of the last states, and M are the messages. The
         gradient that arrives is S = a + Jᵀ Σ injection · M. The target local · a + Jᵀ Σ bootstrap · M is therefore
         local · S + Jᵀ Σ (bootstrap - local · injection) · M. The second term is a vector-Jacobian product that starts at the
-        last states and does not run through the losses. It is skipped if its coefficients are zero, as with c = γ.
+        last states and does not run through the losses. It is skipped if its coefficients are zero, as with c = γ. Gradients
+        that were injected at inner states arrive in S too; the same product subtracts them.
         """
         if not self._triggers:
             return
@@ -108,6 +116,8 @@ class ScopeExchange:
         inputs = self.inputs()
         for i, trained in enumerate(rule.active):
             roots = [root for end in self._ends for root in _difference(end, i)] if trained else []
+            if trained and rule.local[i]:
+                roots += [(leaf, -rule.local[i] * gradient) for leaf, gradient in self._inner]
             if roots:
                 tensors, gradients = zip(*roots, strict=True)
                 found = torch.autograd.grad(tensors, inputs, gradients, retain_graph=True, allow_unused=True)

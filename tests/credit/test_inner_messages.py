@@ -9,6 +9,7 @@ import torch
 
 import dni_seq as dni
 from dni_seq.core import states
+from dni_seq.credit.synthetic_gradient import SyntheticCredit
 from dni_seq.synthesizers.multi_horizon import Horizons
 from dni_seq.synthesizers.packing import Packing
 from tests import problems, reference
@@ -32,7 +33,7 @@ def made(name="lstm", loss_fn=problems.unreduced, lr=0.0, scale=0.7, horizons=1,
         loss_fn,
         synthesizer=synthesizer,
         synthesizer_optimizer=torch.optim.SGD(parameters, lr),
-        config=dni.SyntheticGradientConfig(synthetic_scale=scale, regress_every=1000, **config),
+        config=dni.SyntheticGradientConfig(**{"synthetic_scale": scale, "regress_every": 1000, **config}),
         initial_state=lambda lanes: trainer_initial(model),
         state_batch_dim=model.state_batch_dim,
     )
@@ -242,3 +243,24 @@ def test_an_oracle_at_the_end_gives_full_bptt_beside_messages_inside(name):
         total = {name: found + total[name] for name, found in problems.gradients(model).items()}
     expected = reference.full_bptt(model, problems.mean, some, trainer_initial(model), model.state_batch_dim)
     assert_close(total, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_targets_hold_the_gradient_of_the_losses_alone(monkeypatch):
+    """What arrives at a window's first state contains the messages inside the window, the target does not."""
+    seen = []
+    learn = SyntheticCredit.learn
+
+    def watched(credit, exchange, *more):
+        seen.append(exchange.own_gradients[0])
+        return learn(credit, exchange, *more)
+
+    monkeypatch.setattr(SyntheticCredit, "learn", watched)
+    trainer = made(message_every=2, scale=3.0, regress_every=1)
+    for window in windows():
+        start = trainer.state if trainer.state is not None else trainer_initial(trainer.model)
+        start = states.with_floating(start, [leaf.clone().requires_grad_() for leaf in states.floating(start)])
+        outputs, _ = trainer.model(window.inputs, start)
+        wanted = torch.autograd.grad(problems.unreduced(outputs, window.targets).mean(), states.floating(start))
+        step(trainer, [window])
+        for found, leaf in zip(seen[-1], wanted, strict=True):
+            torch.testing.assert_close(found, leaf, **EXACT)
