@@ -148,10 +148,16 @@ class StreamState:
         self._fresh = torch.stack(masks).any(0) if masks else None
 
     def replace(self, state: State | None) -> None:
-        """Sets the state that the next window starts from to one that does not follow the last window."""
+        """Sets the state that the next window starts from to one that does not follow the last window.
+
+        Of a loaded state, the counts and averages of the synthetic credit are kept.
+        """
         self.past.clear()
         self.inputs.clear()
         self.advance(state)
+        if self._waiting is not None:
+            credit = self._waiting["credit"]
+            self._waiting = {"state": None, "credit": None if credit is None else without_chain(credit), "fresh": None}
 
     def stay(self, start: State | None, ends: Tensor | None) -> None:
         """Sets the state after a skipped window: its first state, with lanes reset that are not finite or are in `ends`."""
@@ -166,28 +172,30 @@ class StreamState:
 
     def reset(self) -> None:
         """Forgets the state: the next window starts from the initial state and does not continue an earlier window."""
-        self.state = self._fresh = None
-        self.past.clear()
-        self.inputs.clear()
-        if self._waiting is not None:
-            credit = self._waiting["credit"]
-            self._waiting = {"state": None, "credit": None if credit is None else without_chain(credit), "fresh": None}
+        self.replace(None)
         if self._credit is not None:
             self._credit.break_chain()
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the hidden state, the synthetic credit and the recorded windows, of all ranks; a collective call."""
         if self._waiting is not None:
-            return self._waiting
+            return self._waiting if self.state is None else {**self._waiting, **self._saved_state()}
+        gather = self._runner.parallel.all
+        return {
+            **self._saved_state(),
+            "credit": None if self._credit is None else self._credit.state_dict(),
+            "fresh": None if self._fresh is None else gather(self._fresh, 0),
+            **({} if self.past.count == 1 else {"past": self.past.state_dict()}),
+            **({} if not self.inputs.steps else {"past_inputs": self.inputs.state_dict()}),
+        }
+
+    def _saved_state(self) -> dict[str, Any]:
+        """Returns the hidden state's leaves, and their paths if it has keys; a collective call."""
         gather, dims = self._runner.parallel.all, self._runner.state_batch_dim
         places = states.key_paths(self.state)
         return {
             "state": None if self.state is None else states.saved_leaves(states.map_lanes(gather, self.state, dims)),
             **({} if places is None else {"state_paths": places}),
-            "credit": None if self._credit is None else self._credit.state_dict(),
-            "fresh": None if self._fresh is None else gather(self._fresh, 0),
-            **({} if self.past.count == 1 else {"past": self.past.state_dict()}),
-            **({} if not self.inputs.steps else {"past_inputs": self.inputs.state_dict()}),
         }
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:

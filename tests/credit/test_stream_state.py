@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import dni_seq as dni
+from dni_seq.core import states
 from tests import problems
 from tests.credit.trainers import T, make_trainer, steps, windows_of
 from tests.training import LANES
@@ -29,6 +30,30 @@ def test_a_reset_after_loading_drops_the_recorded_windows(kind):
     assert kept["steps"] == 3
     narrow = dni.with_lookahead(problems.cut(problems.tokens(T * 12, LANES - 1), T), T)
     assert all(result.loss.isfinite() for result in steps(trainer, list(narrow)))
+
+
+@pytest.mark.parametrize("kind", ["bootstrap", "lambda", "auto"])
+def test_a_state_set_after_loading_replaces_the_loaded_state(kind):
+    """The next window starts from it, a checkpoint saved before that window holds it, and counts are as loaded."""
+    model = problems.make_model("lstm")
+    *before, after = windows_of(T * 4)
+    saving = make_trainer(model, kind, initial_state=model.initial_state)
+    steps(saving, before)
+    saved = copy.deepcopy(saving.state_dict())
+    trainer = make_trainer(model, kind, initial_state=model.initial_state)
+    trainer.load_state_dict(saved)
+    new = states.map_floating(lambda leaf: torch.full_like(leaf, 0.5), saving.state)
+    trainer.state = new
+    again = make_trainer(model, kind, initial_state=model.initial_state)
+    again.load_state_dict(copy.deepcopy(trainer.state_dict()))
+    expected = problems.mean(model(after.inputs, states.clone(new))[0], after.targets)
+    for found in (trainer, again):
+        kept = found.state_dict()["credit"]
+        assert (kept["ring"], kept["probe_windows"], kept["steps"]) == ([], [], 3)
+    for found in (again, trainer):
+        loading = copy.deepcopy(found)
+        (result,) = steps(loading, [after])
+        torch.testing.assert_close(result.loss, expected.detach(), rtol=1e-12, atol=0)
 
 
 def test_loading_a_trainer_without_a_state_discards_the_current_state():
