@@ -158,6 +158,8 @@ class StreamState:
         if self._waiting is not None:
             credit = self._waiting["credit"]
             self._waiting = {"state": None, "credit": None if credit is None else without_chain(credit), "fresh": None}
+        if self._credit is not None:
+            self._credit.break_chain()
 
     def stay(self, start: State | None, ends: Tensor | None) -> None:
         """Sets the state after a skipped window: its first state, with lanes reset that are not finite or are in `ends`."""
@@ -173,8 +175,6 @@ class StreamState:
     def reset(self) -> None:
         """Forgets the state: the next window starts from the initial state and does not continue an earlier window."""
         self.replace(None)
-        if self._credit is not None:
-            self._credit.break_chain()
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the hidden state, the synthetic credit and the recorded windows, of all ranks; a collective call."""
