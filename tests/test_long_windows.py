@@ -256,6 +256,24 @@ def test_resuming_is_exact(cut):
     assert torch.equal(torch.get_rng_state(), state)
 
 
+@pytest.mark.parametrize("counts", [(2, 2), (1, 2), (1, 4), (4, 4)], ids=str)
+def test_a_checkpoint_of_more_windows_is_resumed_with_fewer(counts):
+    """Gradients run through as many windows as are set now, of those that directly precede the newest one."""
+    some, (before, after) = windows(8, 4, {}), counts
+    trainer = plain()
+    trainer.backward_windows = 4
+    gradients(trainer, some[:4])
+    saved = copy.deepcopy(trainer.state_dict())
+    resumed, fresh = plain(), plain()
+    resumed.load_state_dict(saved)
+    resumed.backward_windows = fresh.backward_windows = before
+    gradients(fresh, some[:4])
+    for part, count in ((some[4:6], before), (some[6:], after)):
+        resumed.backward_windows = fresh.backward_windows = count
+        for found, expected in zip(gradients(resumed, part), gradients(fresh, part), strict=True):
+            assert_close(found, expected, **CLOSE)
+
+
 def test_windows_that_do_not_follow_are_forgotten():
     some = windows(6, 4, {})
     for forget in (lambda t: t.reset(), lambda t: setattr(t, "state", trainer_initial(t.model))):

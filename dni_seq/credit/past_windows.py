@@ -65,6 +65,7 @@ class PastWindows(Restorable):
 
         The state is computed with the current parameters, so after an update its values differ from those of `start`.
         """
+        self._shorten()  # a checkpoint may hold more windows than are run now
         if not self._windows:
             return start
         state = self._windows[0].start
@@ -87,7 +88,10 @@ class PastWindows(Restorable):
         Raises:
             ValueError: a checkpoint could not hold the window's inputs.
         """
-        if self._count == 1 or window.start is None:
+        if self._count == 1:
+            self.clear()  # windows of a checkpoint do not precede the window after this one
+            return
+        if window.start is None:
             return
         self._windows.append(recorded(window))
         self._accepted.append(accepted)
