@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -272,6 +273,30 @@ def test_a_checkpoint_of_more_windows_is_resumed_with_fewer(counts):
         resumed.backward_windows = fresh.backward_windows = count
         for found, expected in zip(gradients(resumed, part), gradients(fresh, part), strict=True):
             assert_close(found, expected, **CLOSE)
+
+
+class Tokens(NamedTuple):
+    """A container that a checkpoint cannot hold."""
+
+    ids: torch.Tensor
+
+
+def test_windows_that_cannot_be_recorded_are_refused_before_anything_changes():
+    def loss_fn(outputs, targets):
+        return problems.unreduced(outputs, getattr(targets, "ids", targets))
+
+    first, second = windows(2, 4, {})
+    nested = {"inputs": lambda w: (Tokens(w.inputs), w.targets), "targets": lambda w: (w.inputs, Tokens(w.targets))}
+    for name, of in nested.items():
+        trainer = plain(lr=0.1, loss_fn=loss_fn)
+        run = trainer.model.forward
+        trainer.model.forward = lambda tokens, state, run=run: run(getattr(tokens, "ids", tokens), state)
+        trainer.step(*of(first))
+        trainer.backward_windows = 2
+        before = copy.deepcopy(trainer.state_dict())
+        with pytest.raises(ValueError, match=f"{name} in a Tokens cannot be recorded for a replay"):
+            trainer.step(*of(second))
+        assert_same(trainer.state_dict(), before)
 
 
 def test_windows_that_do_not_follow_are_forgotten():

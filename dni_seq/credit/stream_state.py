@@ -16,6 +16,7 @@ from dni_seq.core.states import State
 from dni_seq.core.windows import Nest, first_tensor
 from dni_seq.credit.past_inputs import PastInputs, WindowContexts
 from dni_seq.credit.past_windows import PastWindows
+from dni_seq.credit.replay import RecordedWindow
 from dni_seq.credit.synthetic_gradient import SyntheticCredit, without_chain
 from dni_seq.credit.window_runner import WindowRunner
 
@@ -78,19 +79,24 @@ class StreamState:
             self._runner.check_lanes(state, lanes)
         return state
 
-    def attach(self, start: State | None) -> State | None:
+    def attach(self, start: State | None, window: RecordedWindow) -> State | None:
         """Returns a window's first state with a graph to a learned initial state, or over earlier windows.
 
         With a learned initial state, the gradient of lanes that start a sequence flows on to the initial state; the values
         are those of `start`. With `backward_windows` above 1, the earlier windows run again, and the result is the state
         after them. Otherwise the result is `start`.
 
+        Args:
+            start: the window's first state, without a graph.
+            window: the window.
+
         Raises:
-            ValueError: the initial state is learned and `backward_windows` is above 1.
+            ValueError: `backward_windows` is above 1, and the initial state is learned or the window cannot be recorded.
         """
         if self.past.count > 1:
             if self._learned is not None:
                 raise ValueError("backward_windows does not work with a learned initial state: remove one of them")
+            self.past.check(window)  # it is recorded after the optimizer's step, which cannot be undone
             return self.past.run(start)
         if self._learned is None or self._fresh is None or start is None:
             return start
