@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -254,6 +255,48 @@ def test_resuming_is_exact(cut):
     state = torch.get_rng_state()
     assert_same(finish(True), whole)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("counts", [(2, 2), (1, 2), (1, 4), (4, 4)], ids=str)
+def test_a_checkpoint_of_more_windows_is_resumed_with_fewer(counts):
+    """Gradients run through as many windows as are set now, of those that directly precede the newest one."""
+    some, (before, after) = windows(8, 4, {}), counts
+    trainer = plain()
+    trainer.backward_windows = 4
+    gradients(trainer, some[:4])
+    saved = copy.deepcopy(trainer.state_dict())
+    resumed, fresh = plain(), plain()
+    resumed.load_state_dict(saved)
+    resumed.backward_windows = fresh.backward_windows = before
+    gradients(fresh, some[:4])
+    for part, count in ((some[4:6], before), (some[6:], after)):
+        resumed.backward_windows = fresh.backward_windows = count
+        for found, expected in zip(gradients(resumed, part), gradients(fresh, part), strict=True):
+            assert_close(found, expected, **CLOSE)
+
+
+class Tokens(NamedTuple):
+    """A container that a checkpoint cannot hold."""
+
+    ids: torch.Tensor
+
+
+def test_windows_that_cannot_be_recorded_are_refused_before_anything_changes():
+    def loss_fn(outputs, targets):
+        return problems.unreduced(outputs, getattr(targets, "ids", targets))
+
+    first, second = windows(2, 4, {})
+    nested = {"inputs": lambda w: (Tokens(w.inputs), w.targets), "targets": lambda w: (w.inputs, Tokens(w.targets))}
+    for name, of in nested.items():
+        trainer = plain(lr=0.1, loss_fn=loss_fn)
+        run = trainer.model.forward
+        trainer.model.forward = lambda tokens, state, run=run: run(getattr(tokens, "ids", tokens), state)
+        trainer.step(*of(first))
+        trainer.backward_windows = 2
+        before = copy.deepcopy(trainer.state_dict())
+        with pytest.raises(ValueError, match=f"{name} in a Tokens cannot be recorded for a replay"):
+            trainer.step(*of(second))
+        assert_same(trainer.state_dict(), before)
 
 
 def test_windows_that_do_not_follow_are_forgotten():

@@ -26,7 +26,7 @@ from dni_seq.core.nonfinite import select_where
 from dni_seq.core.snapshot import Restorable, buffers_apart
 from dni_seq.core.states import State
 from dni_seq.credit.recomputation import recomputed
-from dni_seq.credit.replay import RecordedWindow, gather_lanes, own_lanes, pack, recorded, unpack
+from dni_seq.credit.replay import RecordedWindow, check_loadable, gather_lanes, own_lanes, pack, recorded, unpack
 from dni_seq.credit.window_runner import WindowRunner
 
 
@@ -65,6 +65,7 @@ class PastWindows(Restorable):
 
         The state is computed with the current parameters, so after an update its values differ from those of `start`.
         """
+        self._shorten()  # a checkpoint may hold more windows than are run now
         if not self._windows:
             return start
         state = self._windows[0].start
@@ -77,17 +78,23 @@ class PastWindows(Restorable):
                 state = self._runner.reset(last, window.ends)
         return state
 
+    @staticmethod
+    def check(window: RecordedWindow) -> None:
+        """Raises a ValueError if a checkpoint could not hold the window's inputs or targets."""
+        check_loadable(window.inputs, "inputs")
+        check_loadable(window.targets, "targets")
+
     def add(self, window: RecordedWindow, accepted: Tensor) -> None:
         """Records a copy of the newest window.
 
         Args:
-            window: the window; its first state must be known.
+            window: the window, which has passed `check`.
             accepted: 0-d bool, False if the window was skipped.
-
-        Raises:
-            ValueError: a checkpoint could not hold the window's inputs.
         """
-        if self._count == 1 or window.start is None:
+        if self._count == 1:
+            self.clear()  # windows of a checkpoint do not precede the window after this one
+            return
+        if window.start is None:
             return
         self._windows.append(recorded(window))
         self._accepted.append(accepted)

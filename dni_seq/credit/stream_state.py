@@ -16,6 +16,7 @@ from dni_seq.core.states import State
 from dni_seq.core.windows import Nest, first_tensor
 from dni_seq.credit.past_inputs import PastInputs, WindowContexts
 from dni_seq.credit.past_windows import PastWindows
+from dni_seq.credit.replay import RecordedWindow
 from dni_seq.credit.synthetic_gradient import SyntheticCredit, without_chain
 from dni_seq.credit.window_runner import WindowRunner
 
@@ -78,19 +79,24 @@ class StreamState:
             self._runner.check_lanes(state, lanes)
         return state
 
-    def attach(self, start: State | None) -> State | None:
+    def attach(self, start: State | None, window: RecordedWindow) -> State | None:
         """Returns a window's first state with a graph to a learned initial state, or over earlier windows.
 
         With a learned initial state, the gradient of lanes that start a sequence flows on to the initial state; the values
         are those of `start`. With `backward_windows` above 1, the earlier windows run again, and the result is the state
         after them. Otherwise the result is `start`.
 
+        Args:
+            start: the window's first state, without a graph.
+            window: the window.
+
         Raises:
-            ValueError: the initial state is learned and `backward_windows` is above 1.
+            ValueError: `backward_windows` is above 1, and the initial state is learned or the window cannot be recorded.
         """
         if self.past.count > 1:
             if self._learned is not None:
                 raise ValueError("backward_windows does not work with a learned initial state: remove one of them")
+            self.past.check(window)  # it is recorded after the optimizer's step, which cannot be undone
             return self.past.run(start)
         if self._learned is None or self._fresh is None or start is None:
             return start
@@ -148,10 +154,18 @@ class StreamState:
         self._fresh = torch.stack(masks).any(0) if masks else None
 
     def replace(self, state: State | None) -> None:
-        """Sets the state that the next window starts from to one that does not follow the last window."""
+        """Sets the state that the next window starts from to one that does not follow the last window.
+
+        Of a loaded state, the counts and averages of the synthetic credit are kept.
+        """
         self.past.clear()
         self.inputs.clear()
         self.advance(state)
+        if self._waiting is not None:
+            credit = self._waiting["credit"]
+            self._waiting = {"state": None, "credit": None if credit is None else without_chain(credit), "fresh": None}
+        if self._credit is not None:
+            self._credit.break_chain()
 
     def stay(self, start: State | None, ends: Tensor | None) -> None:
         """Sets the state after a skipped window: its first state, with lanes reset that are not finite or are in `ends`."""
@@ -166,28 +180,28 @@ class StreamState:
 
     def reset(self) -> None:
         """Forgets the state: the next window starts from the initial state and does not continue an earlier window."""
-        self.state = self._fresh = None
-        self.past.clear()
-        self.inputs.clear()
-        if self._waiting is not None:
-            credit = self._waiting["credit"]
-            self._waiting = {"state": None, "credit": None if credit is None else without_chain(credit), "fresh": None}
-        if self._credit is not None:
-            self._credit.break_chain()
+        self.replace(None)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the hidden state, the synthetic credit and the recorded windows, of all ranks; a collective call."""
         if self._waiting is not None:
-            return self._waiting
+            return self._waiting if self.state is None else {**self._waiting, **self._saved_state()}
+        gather = self._runner.parallel.all
+        return {
+            **self._saved_state(),
+            "credit": None if self._credit is None else self._credit.state_dict(),
+            "fresh": None if self._fresh is None else gather(self._fresh, 0),
+            **({} if self.past.count == 1 else {"past": self.past.state_dict()}),
+            **({} if not self.inputs.steps else {"past_inputs": self.inputs.state_dict()}),
+        }
+
+    def _saved_state(self) -> dict[str, Any]:
+        """Returns the hidden state's leaves, and their paths if it has keys; a collective call."""
         gather, dims = self._runner.parallel.all, self._runner.state_batch_dim
         places = states.key_paths(self.state)
         return {
             "state": None if self.state is None else states.saved_leaves(states.map_lanes(gather, self.state, dims)),
             **({} if places is None else {"state_paths": places}),
-            "credit": None if self._credit is None else self._credit.state_dict(),
-            "fresh": None if self._fresh is None else gather(self._fresh, 0),
-            **({} if self.past.count == 1 else {"past": self.past.state_dict()}),
-            **({} if not self.inputs.steps else {"past_inputs": self.inputs.state_dict()}),
         }
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:

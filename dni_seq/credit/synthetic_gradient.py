@@ -154,15 +154,14 @@ class SyntheticCredit(Restorable):
         if not self.monitor.disabled:
             self.interface.observe(loss, scope, self._steps)
         rule, dims = self.rule, self.runner.state_batch_dim
+        at_end = rule if self.settings.message_at_end else rule._replace(injection=[0.0] * len(rule.injection))
         teacher = None if self.target_network is None else self.target_network.module
         with synthesizer_context(context):
             if inner is None or not rule.self_supervised:
-                self.interface.backward(last, rule=rule, bootstrap=teacher, ends=ends, batch_dim=dims)
+                self.interface.backward(last, rule=at_end, bootstrap=teacher, ends=ends, batch_dim=dims)
             else:
                 messages, valid = self.interface.send_inner(scope, inner, last, context, rule, dims)
-                if not self.settings.message_at_end:
-                    rule = rule._replace(injection=[0.0] * len(rule.injection))
-                self.interface.inject(last, messages, rule, ends=ends, batch_dim=dims, bootstrap=teacher)
+                self.interface.inject(last, messages, at_end, ends=ends, batch_dim=dims, bootstrap=teacher)
                 self.interface.valid = self.interface.valid & valid
         return self.interface.exchange(scope)
 

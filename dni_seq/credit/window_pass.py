@@ -47,7 +47,7 @@ def run_and_backpropagate(
     with defer_backward() as scope:
         start = window.start
         trigger = states.detach(start) if credit is None or start is None else credit.make_trigger(start, context)
-        outputs, early, last, loss, inner = _run(runner, credit, window, stream.attach(trigger), around)
+        outputs, early, last, loss, inner = _run(runner, credit, window, stream.attach(trigger, window), around)
         if runner.checkpoint_every is not None:
             buffers = TensorSnapshot(buffers_of([runner.model])).keep()
         first = first_tensor(window.inputs)

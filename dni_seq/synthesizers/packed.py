@@ -187,11 +187,15 @@ class PackedSynthesizer(nn.Module):
 
     @torch.no_grad()
     def _update(self, trained: list[int], wanted: Tensor) -> None:
-        """Adds targets [B, n, S] of the horizons `trained` to the running mean squares, as `RunningRMS` does."""
+        """Adds targets [B, n, S] of the horizons `trained` to the running mean squares, as `RunningRMS` does.
+
+        A horizon whose targets are not all finite is left out: a self-supervised synthesizer trains at that window too.
+        """
         counts = self.counts[trained] + 1
         weight = (1 / counts).clamp_min(1 - self.decay)
         fresh = self.packing.segment_means(wanted.square().mean(0))
         if self.across_ranks is not None:
             (fresh,) = self.across_ranks.mean([fresh])
-        self.mean_square[trained] = torch.lerp(self.mean_square[trained], fresh, weight)
-        self.counts[trained] = counts
+        before, known = self.mean_square[trained], fresh.isfinite().all(1, keepdim=True)
+        self.mean_square[trained] = torch.where(known, torch.lerp(before, fresh, weight), before)
+        self.counts[trained] = torch.where(known, counts, counts - 1)

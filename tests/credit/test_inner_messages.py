@@ -108,6 +108,21 @@ def test_the_message_at_the_end_may_be_left_out():
     assert any((whole[name] - expected[name]).norm() > 1e-3 * expected[name].norm() for name in expected)
 
 
+@pytest.mark.parametrize("every", [2, T, 100])
+def test_a_window_without_a_state_inside_gets_no_message_if_none_is_sent_at_the_end(every):
+    """A window of `every` steps or fewer, such as the short last window of a stream; its predictor still learns."""
+    trainer = made(message_every=every, message_at_end=False)
+    first, second, third, _ = windows(4)
+    short = second._replace(inputs=second.inputs[:2], targets=second.targets[:2], lookahead=third.lookahead)
+    for window in (first, short):
+        start = trainer_initial(trainer.model) if trainer.state is None else trainer.state
+        (result,) = step(trainer, [window])
+        expected = by_hand(trainer, window, states.detach(start), every, at_end=False)
+        assert_close(problems.gradients(trainer.model), expected, **EXACT)
+        parameters = trainer.credit.synthesizer.parameters()
+        assert any(p.grad is not None and p.grad.any() for p in parameters) and result.synthetic.loss.isfinite()
+
+
 @pytest.mark.parametrize("every", [T, T + 1, 100])
 def test_at_the_end_alone_it_is_what_it_was(every):
     one, other = made(lr=0.1, message_every=every), made(lr=0.1)

@@ -8,9 +8,11 @@ import pytest
 import torch
 
 import dni_seq as dni
+from dni_seq.core import states
 from tests import problems
 from tests.credit.trainers import T, make_trainer, steps, windows_of
-from tests.training import LANES
+from tests.nests import assert_same
+from tests.training import LANES, trainer_initial
 
 
 @pytest.mark.parametrize("kind", ["lambda", "auto"])
@@ -29,6 +31,76 @@ def test_a_reset_after_loading_drops_the_recorded_windows(kind):
     assert kept["steps"] == 3
     narrow = dni.with_lookahead(problems.cut(problems.tokens(T * 12, LANES - 1), T), T)
     assert all(result.loss.isfinite() for result in steps(trainer, list(narrow)))
+
+
+@pytest.mark.parametrize("kind", ["bootstrap", "lambda", "auto"])
+def test_a_state_set_after_loading_replaces_the_loaded_state(kind):
+    """The next window starts from it, a checkpoint saved before that window holds it, and counts are as loaded."""
+    model = problems.make_model("lstm")
+    *before, after = windows_of(T * 4)
+    saving = make_trainer(model, kind, initial_state=model.initial_state)
+    steps(saving, before)
+    saved = copy.deepcopy(saving.state_dict())
+    trainer = make_trainer(model, kind, initial_state=model.initial_state)
+    trainer.load_state_dict(saved)
+    new = states.map_floating(lambda leaf: torch.full_like(leaf, 0.5), saving.state)
+    trainer.state = new
+    again = make_trainer(model, kind, initial_state=model.initial_state)
+    again.load_state_dict(copy.deepcopy(trainer.state_dict()))
+    expected = problems.mean(model(after.inputs, states.clone(new))[0], after.targets)
+    for found in (trainer, again):
+        kept = found.state_dict()["credit"]
+        assert (kept["ring"], kept["probe_windows"], kept["steps"]) == ([], [], 3)
+    for found in (again, trainer):
+        loading = copy.deepcopy(found)
+        (result,) = steps(loading, [after])
+        torch.testing.assert_close(result.loss, expected.detach(), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["lambda", "auto"])
+def test_a_state_that_is_set_does_not_follow_the_recorded_windows(kind):
+    """Targets and comparisons are those after a reset, and the recorded windows start with the next window."""
+    *some, after = windows_of(T * 6)
+    found = []
+    for resets in (False, True):
+        model = problems.make_model("lstm")
+        trainer = make_trainer(model, kind, initial_state=model.initial_state, fidelity_every=2, replay_windows=3)
+        results = steps(trainer, some[:2])
+        if resets:
+            trainer.reset()
+        trainer.state = states.map_floating(lambda leaf: torch.full_like(leaf, 0.5), model.initial_state(LANES))
+        results += steps(trainer, [*some[2:], after])
+        compared = [i for i, result in enumerate(results) if result.synthetic.fidelity is not None]
+        found.append((compared, [[result.loss, *result.synthetic[:-1]] for result in results], trainer.state))
+    (one, *numbers), (other, *expected) = found
+    assert one == other
+    assert_same(numbers, expected)
+
+
+def test_an_exact_gradient_does_not_run_over_a_state_that_was_set():
+    """The window after it ends no comparison. Each other comparison is that of plain autograd through two windows."""
+    model = problems.make_model("lstm")
+    trainer = make_trainer(model, "bootstrap", 0.0, fidelity_every=2, replay_windows=2, discount=1.0)
+    some = windows_of(T * 8)
+    starts, measured = [], {}
+    for i, window in enumerate(some):
+        if i == 2:
+            trainer.state = states.map_floating(lambda leaf: torch.full_like(leaf, 0.5), trainer.state)
+        starts.append(trainer_initial(model) if trainer.state is None else trainer.state)
+        (result,) = steps(trainer, [window])
+        if result.synthetic.fidelity is not None:
+            measured[i] = result.synthetic.fidelity.total.exact_power
+    assert len(measured) >= 2
+    assert 2 not in measured
+    for last, power in measured.items():
+        start = states.map_floating(lambda leaf: leaf.detach().clone().requires_grad_(), starts[last - 1])
+        state, total = start, 0.0
+        for window in some[last - 1 : last + 1]:
+            outputs, state = model(window.inputs, state)
+            total = total + problems.mean(outputs, window.targets)
+        gradients = torch.autograd.grad(total, states.floating(start))
+        expected = sum(gradient.square().sum() for gradient in gradients)
+        torch.testing.assert_close(power, expected, rtol=1e-9, atol=0)
 
 
 def test_loading_a_trainer_without_a_state_discards_the_current_state():

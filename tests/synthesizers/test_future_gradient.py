@@ -156,6 +156,30 @@ def test_once_measured_a_message_is_limited():
             torch.testing.assert_close(small, layer.clamp(-bound, bound))
 
 
+def test_a_skipped_window_does_not_spoil_the_mean_squares(decides):
+    """Its targets are NaN. The predictor's own loss is finite, so nothing else rejects the window's synthesizer step."""
+    model = problems.make_model("lstm")
+    trainer = make_trainer(model, "future-gradient", regress_every=1)
+    if decides == "on the device":
+        for part, owner in ((model, trainer), (trainer.credit.synthesizer, trainer.credit.step_optimizer)):
+            owner.optimizer = torch.optim.Adam(part.parameters(), 1e-2, fused=True)
+    first, second, bad, after = windows_of(5 * T)[:4]
+    steps(trainer, [first, second])
+    heads = trainer.credit.synthesizer.heads
+    before, counts = heads.mean_square.clone(), heads.counts.clone()
+    assert before.all()
+    handle = model.register_forward_hook(lambda module, given, found: (found[0] * float("nan"), found[1]))
+    (result,) = steps(trainer, [bad])
+    handle.remove()
+    assert result.skipped
+    assert torch.equal(heads.mean_square, before)
+    assert torch.equal(heads.counts, counts)
+    (result,) = steps(trainer, [after])
+    assert not result.skipped
+    assert heads.mean_square.isfinite().all()
+    assert torch.equal(heads.counts, counts + 1)
+
+
 def test_limits_are_those_of_the_latest_mean_squares():
     """Whoever writes them: a measure, `load_state_dict`, or the trainer, which puts back what a failed step has changed."""
     synthesizer, state, ahead = prepared(limit=0.5)
