@@ -173,6 +173,27 @@ def test_with_an_oracles_messages_every_parameter_has_full_bptt(kind, cut):
     assert_close(gradients(trainer, some), full(kind, 1, marks), **EXACT)
 
 
+def oracle_trainer(model, lr, **settings):
+    return trainer_of(model, lr, synthesizer=reference.Oracle(model, problems.unreduced), synthetic_scale=1.0, **settings)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_two_biases_that_are_added_are_each_clipped_once(fused):
+    """Autograd returns one tensor as the gradient of both biases."""
+    dtype = torch.float32 if fused else torch.float64  # a fused kernel that clips reads a float32 norm
+    window = next(iter(dni.with_lookahead(windows([1] * 2), 1)))
+    model = model_of("lstm", traces="factored").to(dtype)
+    start = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    trainer = oracle_trainer(model, 0.0)
+    expected = gradients(trainer, [window])
+    trainer.reset()
+    trainer.optimizer = torch.optim.SGD(model.parameters(), 1.0, fused=fused)
+    trainer.clip = 0.1 * float(torch.cat([gradient.flatten() for gradient in expected.values()]).norm())
+    trainer.step(window.inputs, window.targets, lookahead=window.lookahead)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(start[name] - parameter, 0.1 * expected[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
 @pytest.mark.parametrize("settings", [{"checkpoint_every": 2}, {"backward_windows": 2}, {"backward_windows": 4}], ids=str)
 def test_parts_of_a_window_and_earlier_windows_are_not_counted_twice(settings):
     for kind in DIAGONAL:
