@@ -62,7 +62,7 @@ def run_and_backpropagate(
             exchange = credit.inject(scope, loss, last, window.ends, around.at_end, inner)
             if (own := credit.auxiliary_loss(early, exchange)) is not None:
                 backward(own)
-            traced = runner.traced
+            traced = [parameter for parameter in runner.traced if parameter.requires_grad]
             if traced:
                 total = loss if own is None else loss + own
                 without_message = torch.autograd.grad(total, traced, retain_graph=True, allow_unused=True)
