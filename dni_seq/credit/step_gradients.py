@@ -75,7 +75,7 @@ class StepGradients(Restorable):
             return True, norm, good
         optimizer = self._optimizers()[0]
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        before = self._sums or [None] * len(parameters)
+        before = [*self._sums, *[None] * (len(parameters) - len(self._sums))]  # add_param_group appends parameters
         self._sums = [_added(total, p.grad, good) for total, p in zip(before, parameters, strict=True)]
         self._collected += 1
         if self._collected < self._windows_per_update:
