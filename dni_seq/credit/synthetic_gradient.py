@@ -155,6 +155,7 @@ class SyntheticCredit(Restorable):
             self.interface.observe(loss, scope, self._steps)
         rule, dims = self.rule, self.runner.state_batch_dim
         teacher = None if self.target_network is None else self.target_network.module
+        last = self.interface.reachable(scope, last)
         with synthesizer_context(context):
             if inner is None or not rule.self_supervised:
                 self.interface.backward(last, rule=rule, bootstrap=teacher, ends=ends, batch_dim=dims)

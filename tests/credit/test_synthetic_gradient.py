@@ -42,6 +42,28 @@ def test_every_kind_resumes_bit_identically(kind, name, tmp_path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_beside_a_frozen_recurrent_part_messages_reach_nothing(kind, monkeypatch):
+    """The readout trains as in truncated BPTT, also at windows at whose first state no gradient is observed."""
+    monkeypatch.setattr("dni_seq.credit.message_filter.OBSERVED_FIRST", 0)
+    model = problems.make_model("lstm")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith("readout"))
+    plain = copy.deepcopy(model)
+    trained = [parameter for parameter in plain.parameters() if parameter.requires_grad]
+    windows, state = windows_of(15), trainer_initial(plain)
+    optimizer = torch.optim.Adam(trained, 1e-2)
+    trainer = make_trainer(model, kind)
+    for window in windows:
+        outputs, state = plain(window.inputs, state)
+        optimizer.zero_grad()
+        problems.mean(outputs, window.targets).backward()
+        optimizer.step()
+        result = trainer.step(window.inputs, window.targets, lookahead=window.lookahead)
+        assert not result.skipped
+        assert_same(dict(model.named_parameters()), dict(plain.named_parameters()), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_zero_messages_are_truncated_bptt_bit_for_bit(kind):
     """Identity 1 for every target kind: the synthesizer learns nothing, the RNN does."""
     model = problems.make_model("lstm")
