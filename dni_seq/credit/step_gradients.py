@@ -59,6 +59,10 @@ class StepGradients(Restorable):
         for optimizer in self._optimizers():
             optimizer.zero_grad()
 
+    def restart(self) -> None:
+        """Drops the sums of the current update."""
+        self._sums, self._collected = [], 0
+
     def collect(self, norm: Tensor, good: Tensor) -> tuple[bool, Tensor, Tensor]:
         """Adds a window's gradients to the sums of the current update; if the sums are complete, they replace the gradients.
 
@@ -82,7 +86,7 @@ class StepGradients(Restorable):
             return False, norm, good
         for parameter, total in zip(parameters, self._sums, strict=True):
             parameter.grad = total
-        self._sums, self._collected = [], 0
+        self.restart()
         self.updates += 1
         norm = gradient_norm(optimizer)
         return True, norm, both_finite(norm, norm)
