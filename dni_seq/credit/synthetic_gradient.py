@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dni_seq.core import states
 from dni_seq.core.deferred_backward import GradientAccumulator
 from dni_seq.core.host_count import reread_counts
 from dni_seq.core.nonfinite import module_is_finite
@@ -176,7 +177,7 @@ class SyntheticCredit(Restorable):
         """
         if self.auxiliary is None or self.monitor.disabled:
             return None
-        loss: Tensor = self.auxiliary(early, exchange.injected[0])
+        loss: Tensor = self.auxiliary(*states.map_floating(states.to_float32, (early, exchange.injected[0])))
         return self._auxiliary_weight / self.runner.parallel.size * loss
 
     def share_regressions(self, exchange: ScopeExchange) -> list[Tensor]:

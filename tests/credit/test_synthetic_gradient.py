@@ -492,6 +492,26 @@ def test_states_in_half_precision_are_compared_and_replayed(kind, settings):
     assert results[-1].synthetic.r2.isfinite().all() or settings.get("targets") == "lambda"
 
 
+@pytest.mark.parametrize("kind", ["half state", "lstm"])
+def test_an_auxiliary_task_reads_states_in_half_precision(kind):
+    torch.manual_seed(0)
+    model = HalfState() if kind == "half state" else problems.StackedLSTM()
+    example = model.initial_state(1)
+    trainer = sequence_trainer(
+        model,
+        torch.optim.Adam(model.parameters(), 1e-2),
+        problems.unreduced,
+        synthesizer=dni.StateSynthesizer(example, hidden=(8,)),
+        auxiliary=dni.AuxiliaryTask(example, hidden=(8,)),
+        autocast=torch.bfloat16,
+    )
+    assert all(result.loss.isfinite() for result in steps(trainer, problems.cut(problems.tokens(3 * 4, LANES), T)))
+    assert all(leaf.dtype == torch.bfloat16 for leaf in states.floating(trainer.state))
+    task = trainer.credit.auxiliary
+    assert any(parameter.grad.any() for parameter in task.parameters())
+    assert {parameter.dtype for parameter in task.parameters()} == {torch.float32}
+
+
 class Counting(nn.Module):
     """A GRU that counts in a buffer how often it has run, and reads the count in its outputs."""
 
