@@ -105,6 +105,7 @@ def _frozen(trainer: SequenceTrainer) -> Iterator[None]:
     for group in (group for optimizer in optimizers for group in optimizer.param_groups):
         group["lr"] = 0.0
     trainer.clip, trainer.accumulate = None, 1
+    trainer._gradients.restart()
     trainer.reset()
     try:
         yield
@@ -121,6 +122,8 @@ def _estimated(trainer: SequenceTrainer, windows: list[Window]) -> dict[str, Ten
     """Returns the sum of the gradients of all windows, by parameter, float64."""
     total = {name: torch.zeros_like(p, dtype=torch.float64) for name, p in trainer.model.named_parameters()}
     for window in windows:
+        for parameter in trainer.model.parameters():  # a step clears only the gradients of its optimizers' parameters
+            parameter.grad = None
         trainer.step(window.inputs, window.targets, ends=window.ends, mask=window.mask, lookahead=window.lookahead)
         for name, parameter in trainer.model.named_parameters():
             if parameter.grad is not None:

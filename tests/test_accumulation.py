@@ -54,6 +54,32 @@ def test_one_window_an_update_is_what_it_was():
     assert one.updates == 5
 
 
+def test_parameters_may_be_added_between_the_windows_of_an_update():
+    """Those added get the sum of the gradients from then on, the others the sum of all."""
+    names = {"readout.weight", "readout.bias"}
+    trainer = plain(4, torch.optim.SGD)
+    model = trainer.model
+    first = [parameter for name, parameter in model.named_parameters() if name in names]
+    later = [parameter for name, parameter in model.named_parameters() if name not in names]
+    trainer.optimizer = torch.optim.SGD(first, 1.0)
+    start = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    expected = {name: torch.zeros_like(parameter) for name, parameter in start.items()}
+    state = model.initial_state(3)
+    for i, window in enumerate(windows(4)):
+        if i == 2:
+            model.zero_grad()
+            trainer.optimizer.add_param_group({"params": later})
+        outputs, last = model(window.inputs, state)
+        found = torch.autograd.grad(problems.mean(outputs, window.targets), list(model.parameters()))
+        for (name, _), gradient in zip(model.named_parameters(), found, strict=True):
+            expected[name] += gradient if name in names or i >= 2 else 0
+        state = tuple(leaf.detach() for leaf in last)
+        trainer.step(window.inputs, window.targets)
+    assert trainer.updates == 1
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(start[name] - parameter, expected[name], rtol=1e-12, atol=1e-14, msg=name)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_resuming_in_mid_accumulation_is_exact(kind):
     def finish(interrupted):

@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from torch import nn
 
 import dni_seq as dni
 from tests import problems, reference
@@ -77,6 +78,56 @@ def test_a_start_counts_as_a_constant():
     cosine = float(torch.cosine_similarity(mine.flatten(), exact.flatten(), dim=0))
     assert found.parameters["embedding.weight"].cosine == pytest.approx(cosine, rel=1e-9)
     assert cosine < 0.9999
+
+
+class Started(problems.StackedLSTM):
+    """Its initial state is learned."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.ParameterList(torch.randn_like(leaf[:, :1]) for leaf in super().initial_state(1))
+
+    def initial_state(self, lanes):
+        return tuple(leaf.expand(-1, lanes, -1) for leaf in self.first)
+
+
+def of_whole_sequences(model, names=("",)):
+    """A trainer of the parameters with these beginnings, and windows after each of which all sequences end.
+
+    Truncated BPTT then computes the exact gradient.
+    """
+    trained = [parameter for name, parameter in model.named_parameters() if name.startswith(tuple(names))]
+    trainer = dni.SequenceTrainer(model, torch.optim.SGD(trained, 0.1), problems.mean, state_batch_dim=1)
+    some = windows_of(12)
+    return trainer, [window._replace(ends=torch.ones(window.inputs.shape[1], dtype=torch.bool)) for window in some]
+
+
+def assert_exact(found):
+    for name, each in {"all": found[:2], **found.parameters}.items():
+        assert tuple(each) == (pytest.approx(1, abs=1e-9), pytest.approx(1, abs=1e-9)), name
+
+
+def test_sums_of_an_update_that_is_not_complete_do_not_count():
+    trainer, some = of_whole_sequences(problems.make_model("lstm"))
+    trainer.accumulate = 4
+    steps(trainer, some[:1])
+    saved = copy.deepcopy(trainer.state_dict())
+    assert_exact(dni.gradient_fidelity(trainer, some[1:]))
+    assert_same(trainer.state_dict(), saved)
+
+
+def test_full_bptt_reaches_a_learned_initial_state_in_every_sequence():
+    trainer, some = of_whole_sequences(Started().double())
+    assert_exact(dni.gradient_fidelity(trainer, some))
+
+
+def test_parameters_of_no_optimizer_are_compared_and_keep_their_gradients():
+    trainer, some = of_whole_sequences(problems.make_model("lstm"), ["readout"])
+    steps(trainer, some[:1])
+    before = {name: parameter.grad.clone() for name, parameter in trainer.model.named_parameters()}
+    assert_exact(dni.gradient_fidelity(trainer, some[1:]))
+    for name, parameter in trainer.model.named_parameters():
+        assert torch.equal(parameter.grad, before[name]), name
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -173,6 +173,49 @@ def test_with_an_oracles_messages_every_parameter_has_full_bptt(kind, cut):
     assert_close(gradients(trainer, some), full(kind, 1, marks), **EXACT)
 
 
+def oracle_trainer(model, lr, **settings):
+    return trainer_of(model, lr, synthesizer=reference.Oracle(model, problems.unreduced), synthetic_scale=1.0, **settings)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_two_biases_that_are_added_are_each_clipped_once(fused):
+    """Autograd returns one tensor as the gradient of both biases."""
+    dtype = torch.float32 if fused else torch.float64  # a fused kernel that clips reads a float32 norm
+    window = next(iter(dni.with_lookahead(windows([1] * 2), 1)))
+    model = model_of("lstm", traces="factored").to(dtype)
+    start = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    trainer = oracle_trainer(model, 0.0)
+    expected = gradients(trainer, [window])
+    trainer.reset()
+    trainer.optimizer = torch.optim.SGD(model.parameters(), 1.0, fused=fused)
+    trainer.clip = 0.1 * float(torch.cat([gradient.flatten() for gradient in expected.values()]).norm())
+    trainer.step(window.inputs, window.targets, lookahead=window.lookahead)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(start[name] - parameter, 0.1 * expected[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("kind", ["lstm", "lru"])
+@pytest.mark.parametrize("all_of_them", [False, True])
+def test_parameters_with_traces_can_be_frozen_between_two_steps(kind, all_of_them):
+    """With an oracle's messages the parameters that still train get what they get if nothing is frozen."""
+    found = []
+    for freeze in (False, True):
+        model = model_of(kind, traces="factored" if kind == "lstm" else "exact")
+        trainer = oracle_trainer(model, 0.0)
+        some = list(dni.with_lookahead(windows([3] * 4), STEPS))
+        gradients(trainer, some[:2])
+        frozen = trainer.runner.traced if all_of_them else trainer.runner.traced[-1:]
+        for parameter in frozen:
+            parameter.requires_grad_(not freeze)
+        rest = {name for name, parameter in model.named_parameters() if all(parameter is not other for other in frozen)}
+        for window in some[2:]:
+            trainer.step(window.inputs, window.targets, lookahead=window.lookahead)
+            found.append({name: p.grad.clone() for name, p in model.named_parameters() if name in rest})
+            assert all((p.grad is None) == (freeze and name not in rest) for name, p in model.named_parameters())
+    for one, other in zip(found[:2], found[2:], strict=True):
+        assert_close(one, other, **EXACT)
+
+
 @pytest.mark.parametrize("settings", [{"checkpoint_every": 2}, {"backward_windows": 2}, {"backward_windows": 4}], ids=str)
 def test_parts_of_a_window_and_earlier_windows_are_not_counted_twice(settings):
     for kind in DIAGONAL:

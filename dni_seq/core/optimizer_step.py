@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,17 +31,33 @@ class JoinedOptimizer(torch.optim.Optimizer):
 
     def __init__(self, parts: Sequence[torch.optim.Optimizer]) -> None:
         self.parts = list(parts)
+        self._joined = False
         super().__init__([group for part in self.parts for group in part.param_groups], {})
+        self._joined = True
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Raises a ValueError: the group must be added to the part that is to train it."""
+        if self._joined:
+            names = ", ".join(f"parts[{i}] is {type(part).__name__}" for i, part in enumerate(self.parts))
+            raise ValueError(
+                f"a JoinedOptimizer trains the parameters of its parts ({names}): add the group to one of them and make "
+                "a new JoinedOptimizer of the parts"
+            )
+        super().add_param_group(param_group)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Steps every part; `closure`, if given, computes the loss and the gradients first. Returns the loss."""
+    def step(
+        self,
+        closure: Callable[[], Any] | None = None,
+        step_part: Callable[[torch.optim.Optimizer], Any] = lambda part: part.step(),
+    ) -> Any:
+        """Steps every part by `step_part`; `closure`, if given, computes loss and gradients first. Returns the loss."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         for part in self.parts:
-            part.step()
+            step_part(part)
         return loss
 
     def state_dict(self) -> dict[str, Any]:
@@ -86,8 +103,10 @@ def total_norm(tensors: Sequence[Tensor]) -> Tensor:
 
 def clipped_step(optimizer: torch.optim.Optimizer, limit: float | None, norm: Tensor, good: Tensor) -> None:
     """Clips and steps `optimizer`, or each part of a `JoinedOptimizer`; see `_clipped_step`."""
-    for part in parts_of(optimizer):
-        _clipped_step(part, limit, norm, good)
+    if isinstance(optimizer, JoinedOptimizer):  # by its own step, whose hooks a learning-rate schedule needs
+        optimizer.step(step_part=partial(_clipped_step, limit=limit, norm=norm, good=good))
+    else:
+        _clipped_step(optimizer, limit, norm, good)
 
 
 def _clipped_step(optimizer: torch.optim.Optimizer, limit: float | None, norm: Tensor, good: Tensor) -> None:

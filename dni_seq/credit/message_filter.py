@@ -94,6 +94,20 @@ class FilteredInterface(BackwardInterface):
         self.norm = torch.zeros(())
         self.valid = torch.ones((), dtype=torch.bool)
 
+    def reachable(self, scope: GradientAccumulator, last: State) -> State:
+        """Returns a window's last state; if it has no graph because recurrent parameters are frozen, with new leaves.
+
+        The synthesizer still predicts and learns at the new leaves, and its message reaches no parameter. A last state
+        without a graph is returned unchanged if gradients are computed at the first state: the model has detached it.
+
+        Args:
+            scope: the scope of the window.
+            last: the window's last state.
+        """
+        if any(leaf.requires_grad for leaf in [*self.exchange(scope).inputs(), *states.floating(last)]):
+            return last
+        return states.map_floating(lambda leaf: leaf.detach().requires_grad_(), last)
+
     def send_inner(
         self,
         scope: GradientAccumulator,

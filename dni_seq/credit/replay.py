@@ -88,12 +88,12 @@ def _unrolled(runner: WindowRunner, windows: Sequence[RecordedWindow]) -> Iterat
 
 
 def unrolled_losses(runner: WindowRunner, windows: Sequence[Window | RecordedWindow], state: State | None) -> list[Tensor]:
-    """Returns the losses of consecutive windows, computed from `state` in one graph."""
+    """Returns the losses of consecutive windows, computed from `state` in one graph. A learned initial state is in it."""
     losses = []
     for window in windows:
         outputs, last = runner.run(window.inputs, state)
         losses.append(runner.loss(outputs, window.targets, window.mask))
-        state = runner.reset(last, window.ends)
+        state = runner.reset(last, window.ends, detached=False)
     return losses
 
 

@@ -59,6 +59,10 @@ class StepGradients(Restorable):
         for optimizer in self._optimizers():
             optimizer.zero_grad()
 
+    def restart(self) -> None:
+        """Drops the sums of the current update."""
+        self._sums, self._collected = [], 0
+
     def collect(self, norm: Tensor, good: Tensor) -> tuple[bool, Tensor, Tensor]:
         """Adds a window's gradients to the sums of the current update; if the sums are complete, they replace the gradients.
 
@@ -75,14 +79,14 @@ class StepGradients(Restorable):
             return True, norm, good
         optimizer = self._optimizers()[0]
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        before = self._sums or [None] * len(parameters)
+        before = [*self._sums, *[None] * (len(parameters) - len(self._sums))]  # add_param_group appends parameters
         self._sums = [_added(total, p.grad, good) for total, p in zip(before, parameters, strict=True)]
         self._collected += 1
         if self._collected < self._windows_per_update:
             return False, norm, good
         for parameter, total in zip(parameters, self._sums, strict=True):
             parameter.grad = total
-        self._sums, self._collected = [], 0
+        self.restart()
         self.updates += 1
         norm = gradient_norm(optimizer)
         return True, norm, both_finite(norm, norm)

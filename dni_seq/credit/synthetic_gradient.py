@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dni_seq.core import states
 from dni_seq.core.deferred_backward import GradientAccumulator
 from dni_seq.core.host_count import reread_counts
 from dni_seq.core.nonfinite import module_is_finite
@@ -156,6 +157,7 @@ class SyntheticCredit(Restorable):
         rule, dims = self.rule, self.runner.state_batch_dim
         at_end = rule if self.settings.message_at_end else rule._replace(injection=[0.0] * len(rule.injection))
         teacher = None if self.target_network is None else self.target_network.module
+        last = self.interface.reachable(scope, last)
         with synthesizer_context(context):
             if inner is None or not rule.self_supervised:
                 self.interface.backward(last, rule=at_end, bootstrap=teacher, ends=ends, batch_dim=dims)
@@ -174,7 +176,7 @@ class SyntheticCredit(Restorable):
         """
         if self.auxiliary is None or self.monitor.disabled:
             return None
-        loss: Tensor = self.auxiliary(early, exchange.injected[0])
+        loss: Tensor = self.auxiliary(*states.map_floating(states.to_float32, (early, exchange.injected[0])))
         return self._auxiliary_weight / self.runner.parallel.size * loss
 
     def share_regressions(self, exchange: ScopeExchange) -> list[Tensor]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dni_seq.core import states
 from dni_seq.core.deferred_backward import backward, defer_backward
@@ -43,7 +44,9 @@ def run_and_backpropagate(
         around: the contexts at the window's states.
         bound: whether `credit.bind` was called at an earlier window; if not, it is called now.
     """
-    exchange, buffers, without_message = None, None, None
+    exchange, buffers = None, None
+    traced: list[nn.Parameter] = []
+    without_message: tuple[Tensor | None, ...] = ()
     with defer_backward() as scope:
         start = window.start
         trigger = states.detach(start) if credit is None or start is None else credit.make_trigger(start, context)
@@ -59,17 +62,30 @@ def run_and_backpropagate(
             exchange = credit.inject(scope, loss, last, window.ends, around.at_end, inner)
             if (own := credit.auxiliary_loss(early, exchange)) is not None:
                 backward(own)
-            if runner.traced:
+            traced = [parameter for parameter in runner.traced if parameter.requires_grad]
+            if traced:
                 total = loss if own is None else loss + own
-                without_message = torch.autograd.grad(total, runner.traced, retain_graph=True, allow_unused=True)
-    if without_message is not None:
-        # The traces at the next window bring the gradient of later losses to these parameters. A message would bring it a
-        # second time.
-        for parameter, gradient in zip(runner.traced, without_message, strict=True):
-            parameter.grad = gradient
+                without_message = torch.autograd.grad(total, traced, retain_graph=True, allow_unused=True)
+    # The traces at the next window bring the gradient of later losses to these parameters. A message would bring it a
+    # second time.
+    for parameter, gradient in zip(traced, apart(without_message), strict=True):
+        parameter.grad = gradient
     if buffers is not None:  # the backward pass has run the model again
         buffers.restore()
     return loss.detach(), outputs, last, exchange
+
+
+def apart(gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Returns the gradients, with a copy in place of a tensor that has occurred before.
+
+    `torch.autograd.grad` may return one tensor for two parameters, such as two biases that are added. Clipping in place
+    would scale this tensor twice.
+    """
+    found: list[Tensor | None] = []
+    for gradient in gradients:
+        occurred = gradient is not None and any(gradient is other for other in found)
+        found.append(gradient.clone() if gradient is not None and occurred else gradient)
+    return found
 
 
 class _Pass(NamedTuple):

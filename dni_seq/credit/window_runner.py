@@ -165,12 +165,16 @@ class WindowRunner:
                 return loss
             return self.parallel.share_of_mean(loss, mask if self.reduction == "mean" else None)
 
-    def reset(self, state: State, ends: Tensor | None) -> State:
-        """Returns `state` with the lanes that `ends` [B] marks set to the initial state; unchanged if `ends` is None."""
+    def reset(self, state: State, ends: Tensor | None, *, detached: bool = True) -> State:
+        """Returns `state` with the lanes that `ends` [B] marks set to the initial state; unchanged if `ends` is None.
+
+        With `detached=False` the graph of a learned initial state is kept.
+        """
         if ends is None:
             return state
         initial = self.initial_state(len(ends))
-        initial = None if initial is None else states.detach(initial)
+        if detached and initial is not None:
+            initial = states.detach(initial)
         return states.reset_lanes(state, ends, initial, self.state_batch_dim)
 
     def check_lanes(self, state: State, lanes: int) -> None:

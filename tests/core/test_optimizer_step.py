@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -136,6 +137,27 @@ def test_a_joined_optimizer_resumes_from_what_it_saved():
     assert torch.equal(twin.embedding.weight, before)
     with pytest.raises(ValueError, match="0 parts, this one 2"):
         other.load_state_dict(torch.optim.Adam(twin.layer.parameters()).state_dict())
+
+
+def test_a_joined_optimizer_names_its_parts_to_a_new_group():
+    optimizer = joined(Words(sparse=True))
+    with pytest.raises(ValueError, match=r"parts\[0\] is Adam, parts\[1\] is SparseAdam.*new JoinedOptimizer"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))]})
+    assert len(optimizer.param_groups) == 2
+
+
+def test_hooks_and_schedules_see_the_clipped_steps_of_a_joined_optimizer():
+    words = Words(sparse=True)
+    optimizer = joined(words)
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    seen = []
+    optimizer.register_step_post_hook(lambda *_: seen.append(1))
+    words(torch.tensor([0, 1])).backward()
+    clipped_step(optimizer, 0.1, gradient_norm(optimizer), torch.tensor(True))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # PyTorch warns of a schedule that is stepped before its optimizer
+        schedule.step()
+    assert seen == [1]
 
 
 def test_clearing_reaches_all_joined_optimizers():

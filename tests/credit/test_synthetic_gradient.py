@@ -42,6 +42,28 @@ def test_every_kind_resumes_bit_identically(kind, name, tmp_path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_beside_a_frozen_recurrent_part_messages_reach_nothing(kind, monkeypatch):
+    """The readout trains as in truncated BPTT, also at windows at whose first state no gradient is observed."""
+    monkeypatch.setattr("dni_seq.credit.message_filter.OBSERVED_FIRST", 0)
+    model = problems.make_model("lstm")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith("readout"))
+    plain = copy.deepcopy(model)
+    trained = [parameter for parameter in plain.parameters() if parameter.requires_grad]
+    windows, state = windows_of(15), trainer_initial(plain)
+    optimizer = torch.optim.Adam(trained, 1e-2)
+    trainer = make_trainer(model, kind)
+    for window in windows:
+        outputs, state = plain(window.inputs, state)
+        optimizer.zero_grad()
+        problems.mean(outputs, window.targets).backward()
+        optimizer.step()
+        result = trainer.step(window.inputs, window.targets, lookahead=window.lookahead)
+        assert not result.skipped
+        assert_same(dict(model.named_parameters()), dict(plain.named_parameters()), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_zero_messages_are_truncated_bptt_bit_for_bit(kind):
     """Identity 1 for every target kind: the synthesizer learns nothing, the RNN does."""
     model = problems.make_model("lstm")
@@ -468,6 +490,26 @@ def test_states_in_half_precision_are_compared_and_replayed(kind, settings):
     assert results[-1].loss.isfinite()
     assert trainer.credit.monitor.total == 0
     assert results[-1].synthetic.r2.isfinite().all() or settings.get("targets") == "lambda"
+
+
+@pytest.mark.parametrize("kind", ["half state", "lstm"])
+def test_an_auxiliary_task_reads_states_in_half_precision(kind):
+    torch.manual_seed(0)
+    model = HalfState() if kind == "half state" else problems.StackedLSTM()
+    example = model.initial_state(1)
+    trainer = sequence_trainer(
+        model,
+        torch.optim.Adam(model.parameters(), 1e-2),
+        problems.unreduced,
+        synthesizer=dni.StateSynthesizer(example, hidden=(8,)),
+        auxiliary=dni.AuxiliaryTask(example, hidden=(8,)),
+        autocast=torch.bfloat16,
+    )
+    assert all(result.loss.isfinite() for result in steps(trainer, problems.cut(problems.tokens(3 * 4, LANES), T)))
+    assert all(leaf.dtype == torch.bfloat16 for leaf in states.floating(trainer.state))
+    task = trainer.credit.auxiliary
+    assert any(parameter.grad.any() for parameter in task.parameters())
+    assert {parameter.dtype for parameter in task.parameters()} == {torch.float32}
 
 
 class Counting(nn.Module):
