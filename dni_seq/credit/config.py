@@ -64,7 +64,8 @@ class SyntheticGradientConfig:
 
     regress_every: int | None = None
     """n: targets are computed at one window in n, chosen at random. A regressed synthesizer trains only at these windows.
-    `FutureGradient` needs no targets and trains at every window."""
+    `FutureGradient` needs no targets and trains at every window. λ-targets are computed every `replay_windows` windows
+    instead."""
 
     target_network: int = 0
     """Number of windows between updates of a frozen copy of the synthesizer, whose messages are used in targets; 0 for no
@@ -103,6 +104,8 @@ class SyntheticGradientConfig:
         for name, count in (("replay_windows", self.replay_windows), ("regress_every", self.regress_every)):
             if count is not None and count < 1:
                 raise ValueError(f"{name} must be positive, got {count}")
+        if self.targets == "lambda" and self.regress_every not in (None, 1):
+            raise ValueError('regress_every has no effect with targets="lambda": set replay_windows, remove regress_every')
         for name, count in (("target_network", self.target_network), ("fidelity_every", self.fidelity_every)):
             if count < 0:
                 raise ValueError(f"{name} must be 0 (off) or more windows, got {count}")

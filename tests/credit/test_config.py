@@ -66,6 +66,12 @@ def test_an_automatic_scale_needs_comparisons():
     assert dni.SyntheticGradientConfig(synthetic_scale="auto", fidelity_every=1).fidelity_every == 1
 
 
+def test_lambda_targets_have_their_own_period():
+    with pytest.raises(ValueError, match="regress_every has no effect"):
+        dni.SyntheticGradientConfig(targets="lambda", regress_every=5)
+    assert dni.SyntheticGradientConfig(targets="lambda", regress_every=1).regress_every == 1
+
+
 def test_it_is_frozen():
     config = dni.SyntheticGradientConfig()
     with pytest.raises(dataclasses.FrozenInstanceError):

@@ -32,8 +32,14 @@ def synthesizer(kind: str) -> nn.Module:
     return dni.ExactFuture(model, problems.unreduced, steps=2)
 
 
-def rules(kind: str, can_skip: bool = True, shares: list[float] | None = None, **settings) -> list[TargetRule]:
-    chosen = dni.SyntheticGradientConfig(**settings).resolve(Recommended())
+def rules(
+    kind: str,
+    can_skip: bool = True,
+    shares: list[float] | None = None,
+    recommended: Recommended | None = None,
+    **settings,
+) -> list[TargetRule]:
+    chosen = dni.SyntheticGradientConfig(**settings).resolve(recommended or Recommended())
     module = synthesizer(kind)
     return [step_rule(module, chosen, window, shares, can_skip=can_skip) for window in range(WINDOWS)]
 
@@ -76,7 +82,7 @@ def test_all_others_inject_at_every_window(kind, can_skip, settings):
 def test_lambda_targets_are_not_computed_in_the_window(kind):
     """Replays compute them, so every window injects."""
     for every in (1, 3):
-        found = rules(kind, targets="lambda", regress_every=every)
+        found = rules(kind, targets="lambda", recommended=Recommended(regress_every=every))
         assert with_targets(found) == skipping(found) == []
 
 

@@ -211,7 +211,7 @@ def trainer_settings(credit: ResolvedCredit) -> dict[str, Any]:
         "targets": credit.targets,
         "lam": credit.lam,
         "replay_windows": credit.replay_windows,
-        "regress_every": credit.regress_every,
+        "regress_every": None if credit.targets == "lambda" else credit.regress_every,
         "target_network": credit.target_network,
         "fidelity_every": credit.fidelity_every,
         "auxiliary_weight": credit.auxiliary,
