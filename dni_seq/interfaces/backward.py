@@ -20,7 +20,14 @@ from dni_seq.core.deferred_backward import GradientAccumulator, current_scope, u
 from dni_seq.core.states import State
 from dni_seq.interfaces.base import Interface
 from dni_seq.interfaces.context import current_context
-from dni_seq.interfaces.exchange import Attached, InjectionPoint, ScopeExchange, pop_grad, with_gradients_wanted, zero_ended_lanes
+from dni_seq.interfaces.exchange import (
+    Attached,
+    InjectionPoint,
+    ScopeExchange,
+    pop_grad,
+    with_gradients_wanted,
+    zero_ended_lanes,
+)
 from dni_seq.synthesizers.base import Regression, check_like, match_message
 from dni_seq.synthesizers.target_rule import TargetRule, combine, rule_of
 
