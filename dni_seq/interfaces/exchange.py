@@ -36,7 +36,7 @@ class Attached(torch.autograd.Function):
         """Keeps nothing for the backward pass."""
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the gradient for both."""
         return gradient, gradient
 
