@@ -33,6 +33,13 @@ def windows(count=6, length=4, ends=ENDS):
     return list(problems.cut(problems.tokens(count * length, LANES), length, ends))
 
 
+def choose_first_state(trainer):
+    """Lets the model itself choose its first state, from which the trainer starts otherwise."""
+    model, run = trainer.model, trainer.model.forward
+    model.forward = lambda inputs, state: run(inputs, trainer_initial(model) if state is None else state)
+    trainer.runner.initial_state = lambda lanes: None
+
+
 def gradients(trainer, some):
     found = []
     for window in some:
@@ -206,6 +213,28 @@ def test_with_frozen_parameters_it_agrees_with_the_exact_future(count):
     each = gradients(backward, some)
     assert_close(summed_gradients(each), summed_gradients(seen), **CLOSE)
     assert any((each[3][name] - seen[3][name]).norm() > 0.01 * seen[3][name].norm() for name in seen[3])
+
+
+@pytest.mark.parametrize("name", problems.MODELS)
+@pytest.mark.parametrize("chunk", [None, 2])
+def test_a_model_that_chooses_its_first_state_gets_the_gradient_of_its_first_window(name, chunk):
+    """At the stream's start and after a reset, and if a checkpoint is loaded in between."""
+    some, found = windows(), []
+    for chooses in (True, False):
+        trainers = []
+        for _ in range(2):
+            trainers.append(plain(name))
+            trainers[-1].backward_windows, trainers[-1].checkpoint_every = 3, chunk
+            if chooses:
+                choose_first_state(trainers[-1])
+        one, resumed = trainers
+        first = gradients(one, some[:2])
+        one.reset()
+        first += gradients(one, some[:2])
+        resumed.load_state_dict(copy.deepcopy(one.state_dict()))
+        found.append([*first, *gradients(resumed, some[2:])])
+    for mine, expected in zip(*found, strict=True):
+        assert_close(mine, expected, **CLOSE)
 
 
 def test_old_windows_run_again_with_the_current_parameters():

@@ -73,8 +73,8 @@ class PastWindows(Restorable):
         with buffers_apart(self._runner.model):  # each window has changed the model's buffers once already
             for window, accepted in zip(self._windows, self._accepted, strict=True):
                 _, last = run(window.inputs, state)
-                # A window that was skipped on the device has left the state as it was.
-                last = select_where(accepted, last, state)
+                if state is not None:  # a window that was skipped on the device has left the state as it was
+                    last = select_where(accepted, last, state)
                 state = self._runner.reset(last, window.ends)
         return state
 
@@ -93,8 +93,6 @@ class PastWindows(Restorable):
         """
         if self._count == 1:
             self.clear()  # windows of a checkpoint do not precede the window after this one
-            return
-        if window.start is None:
             return
         self._windows.append(recorded(window))
         self._accepted.append(accepted)

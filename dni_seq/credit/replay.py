@@ -39,7 +39,7 @@ class RecordedWindow(NamedTuple):
         targets: [T, B, ...], the targets of the loss, a tensor or a nest of tensors.
         mask: [T, B] bool, True for steps that count in the loss; None if all count.
         ends: [B] bool, True for lanes whose sequence ends with this window; None if no sequence ends.
-        start: the state that the window started from, detached from its graph.
+        start: the state that the window started from, detached from its graph; None if the model chose the state itself.
         context: the synthesizer's context at that state, or None.
     """
 
@@ -165,7 +165,7 @@ def map_recorded(function: Callable[[Tensor, int], Tensor], window: RecordedWind
         states.map_tensors(lambda tensor: function(tensor, runner.batch_dim), window.targets),
         None if mask is None else function(mask, 1),
         None if ends is None else function(ends, 0),
-        states.map_lanes(function, window.start, runner.state_batch_dim),
+        None if window.start is None else states.map_lanes(function, window.start, runner.state_batch_dim),
         context,
     )
 
@@ -227,7 +227,7 @@ def pack(window: RecordedWindow) -> dict[str, Any]:
     """Returns a window as a dict of tensors and lists of tensors, which `torch.load(weights_only=True)` can load."""
     return {
         **{name: getattr(window, name) for name in ("inputs", "targets", "mask", "ends")},
-        "start": states.saved_leaves(window.start),
+        "start": None if window.start is None else states.saved_leaves(window.start),
         "start_paths": states.key_paths(window.start),
         **_packed_context(window.context),
     }
@@ -243,7 +243,8 @@ def _packed_context(context: Any) -> dict[str, Any]:
 def unpack(saved: dict[str, Any], like: State) -> RecordedWindow:
     """Returns the window that `pack` converted; its state is nested like `like`."""
     fields = {name: saved[name] for name in ("inputs", "targets", "mask", "ends")}
-    start = states.from_saved(saved["start"], saved.get("start_paths"), like)
+    leaves = saved["start"]
+    start = None if leaves is None else states.from_saved(leaves, saved.get("start_paths"), like)
     context: Any = None if saved["context"] is None else Lookahead(*saved["context"])
     if "past" in saved:
         context = Surroundings(Past(*saved["past"]), context)

@@ -19,6 +19,7 @@ from dni_seq.credit.past_windows import PastWindows
 from dni_seq.credit.replay import RecordedWindow
 from dni_seq.credit.synthetic_gradient import SyntheticCredit, without_chain
 from dni_seq.credit.window_runner import WindowRunner
+from dni_seq.interfaces.exchange import Attached
 
 
 class StreamState:
@@ -105,7 +106,8 @@ class StreamState:
         leaves = []
         for leaf, initial, dim in zip(states.flatten(start), learned, dims, strict=True):
             if isinstance(initial, Tensor) and initial.requires_grad:
-                leaf = leaf + torch.where(states.lane_mask(self._fresh, leaf, dim), initial - initial.detach(), 0)
+                source = torch.where(states.lane_mask(self._fresh, leaf, dim), initial, leaf.detach())
+                leaf = Attached.apply(leaf, source)
             leaves.append(leaf)
         return states.unflatten(start, leaves)
 

@@ -20,7 +20,14 @@ from dni_seq.core.deferred_backward import GradientAccumulator, current_scope, u
 from dni_seq.core.states import State
 from dni_seq.interfaces.base import Interface
 from dni_seq.interfaces.context import current_context
-from dni_seq.interfaces.exchange import InjectionPoint, ScopeExchange, pop_grad, with_gradients_wanted, zero_ended_lanes
+from dni_seq.interfaces.exchange import (
+    Attached,
+    InjectionPoint,
+    ScopeExchange,
+    pop_grad,
+    with_gradients_wanted,
+    zero_ended_lanes,
+)
 from dni_seq.synthesizers.base import Regression, check_like, match_message
 from dni_seq.synthesizers.target_rule import TargetRule, combine, rule_of
 
@@ -90,9 +97,9 @@ class BackwardInterface(Interface):
             self.exchange(scope).add_trigger(state, current_context())
         elif self.learns:
             self._intercept(state, current_context())
-        if attached:  # adds zeros, through which the gradient flows on
+        if attached:
             pairs = zip(states.floating(state), states.floating(trigger), strict=True)
-            return states.with_floating(state, [leaf + (source - source.detach()) for leaf, source in pairs])
+            return states.with_floating(state, [Attached.apply(leaf, source) for leaf, source in pairs])
         return state
 
     @uncompiled

@@ -20,6 +20,27 @@ def zero_ended_lanes(message: State, ends: Tensor, batch_dim: Any) -> State:
     return states.reset_lanes(message, ends, None, batch_dim)
 
 
+class Attached(torch.autograd.Function):
+    """`Attached.apply(leaf, source)` has the values of `leaf`; the gradient that arrives flows on to both.
+
+    `leaf + (source - source.detach())` has the same gradients, but is NaN where the source is infinite.
+    """
+
+    @staticmethod
+    def forward(leaf: Tensor, source: Tensor) -> Tensor:
+        """Returns a copy of `leaf`."""
+        return leaf.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        """Keeps nothing for the backward pass."""
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the gradient for both."""
+        return gradient, gradient
+
+
 def pop_grad(leaf: Tensor) -> Tensor:
     """Returns the gradient that has arrived at a trigger's leaf, or zeros if none has, and clears the leaf's `.grad`."""
     gradient, leaf.grad = leaf.grad, None

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from torch import nn
 
 import dni_seq as dni
 from dni_seq.core import states
@@ -128,3 +129,44 @@ def test_a_saved_state_of_another_size_is_rejected():
     with pytest.raises(ValueError, match=message):
         loading.load_state_dict(saved, LANES)
     assert loading.state is None
+
+
+class LogChain(nn.Module):
+    """A Markov chain in log space that cannot start in its last state: the learned initial state holds -inf."""
+
+    def __init__(self):
+        super().__init__()
+        self.moves = nn.Parameter(torch.randn(3, 3, dtype=torch.float64))
+        self.first = nn.Parameter(torch.randn(2, dtype=torch.float64))
+
+    def initial_state(self, lanes):
+        return torch.cat([self.first, self.first.new_full((1,), -torch.inf)]).log_softmax(0).expand(lanes, 3)
+
+    def forward(self, inputs, state):
+        outputs = []
+        for scores in inputs:
+            outputs.append((state[:, :, None] + self.moves.log_softmax(1)).logsumexp(1) + scores)
+            state = outputs[-1]
+        return torch.stack(outputs), state
+
+
+def test_a_learned_initial_state_may_hold_infinities():
+    """Lanes end at some windows. Gradients are those of plain autograd from the initial state of these lanes."""
+    torch.manual_seed(0)
+    model = LogChain()
+
+    def loss_fn(outputs, _):
+        return -outputs.logsumexp(-1)
+
+    trainer = dni.SequenceTrainer(model, torch.optim.SGD(model.parameters(), 0.1), loss_fn, state_batch_dim=0)
+    state, fresh = torch.zeros(2, 3, dtype=torch.float64), torch.tensor([True, True])
+    for ends in ([True, False], [False, False], [False, True]):
+        inputs = torch.randn(4, 2, 3, dtype=torch.float64)
+        start = torch.where(fresh[:, None], model.initial_state(2), state)
+        outputs, state = model(inputs, start)
+        expected = torch.autograd.grad(loss_fn(outputs, None).mean(), list(model.parameters()), allow_unused=True)
+        result = trainer.step(inputs, inputs, ends=torch.tensor(ends))
+        assert not result.skipped
+        for parameter, gradient in zip(model.parameters(), expected, strict=True):
+            torch.testing.assert_close(parameter.grad, gradient, rtol=1e-10, atol=1e-14)
+        state, fresh = state.detach(), torch.tensor(ends)

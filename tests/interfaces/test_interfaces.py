@@ -791,3 +791,17 @@ def test_an_attached_trigger_hands_the_true_gradient_on(scoped, attached):
     else:
         assert all(parameter.grad is None for parameter in encoder.parameters())
     assert any(parameter.grad is not None and parameter.grad.any() for parameter in interface.parameters())
+
+
+def test_an_attached_trigger_may_hold_infinities():
+    """States in log space: the value is that of the trigger, and so is the gradient."""
+    logits = torch.randn(4, WIDTH, dtype=torch.float64, requires_grad=True)
+    masked = torch.where(torch.arange(WIDTH) == 0, -torch.inf, logits)
+    weights = torch.arange(1.0, WIDTH + 1).double()
+    (expected,) = torch.autograd.grad((masked.exp() * weights).sum(), logits, retain_graph=True)
+    interface = dni.BackwardInterface(synthesizer())
+    with dni.defer_backward():
+        state = interface.make_trigger(masked, watched=False, attached=True)
+        assert torch.equal(state, masked)
+        dni.backward((state.exp() * weights).sum())
+    torch.testing.assert_close(logits.grad, expected, rtol=1e-12, atol=0)
