@@ -27,7 +27,10 @@ from dni_seq.app.runs.options import OneLineParser, flag, report
 from dni_seq.app.runs.output import output_status
 from dni_seq.app.runs.resume import saved_options
 
-OF_THE_CALL = ("data_dir", "device", "threads", "eval_tokens", "data_file", "valid_file", "test_file")
+OF_THE_CALL = (
+    *("data_dir", "device", "threads", "eval_tokens", "data_file", "valid_file", "test_file"),
+    *("invalid_utf8", "null_text"),
+)
 """Options of the run for which this command accepts other values."""
 
 
@@ -83,6 +86,8 @@ def read_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--valid-file", metavar="FILE", help="where the run's --valid-file is now (default: the run's)")
     parser.add_argument("--test-file", metavar="FILE", help="where the run's --test-file is now (default: the run's)")
+    parser.add_argument("--invalid-utf8", choices=("error", "replace"), help="bytes that are not UTF-8 (default: the run's)")
+    parser.add_argument("--null-text", choices=("error", "skip"), help="rows whose text is null (default: the run's)")
     parser.add_argument("--eval-tokens", type=int, help="largest number of tokens to score (default: the run's)")
     parser.add_argument("--device", help="device: cpu, cuda, cuda:1, mps (default: the run's)")
     parser.add_argument("--threads", type=int, help="CPU threads (default: the run's)")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from dni_seq.app.lm import build as lm
@@ -93,16 +94,28 @@ def score_splits(loaded: lm.LoadedRun, splits: Iterable[str], options: LanguageM
 
 
 def is_own_text(loaded: lm.LoadedRun, options: LanguageModelOptions) -> bool:
-    """Returns whether the local files that `options` name hold the held-out texts of the run."""
-    saved = loaded.checkpoint.get("held_out")
+    """Returns whether the local files that `options` name hold the held-out texts of the run.
+
+    A checkpoint does not identify the training text. If both held-out texts have files of their own, which have not moved, a
+    `data_file` at another path counts as another text.
+    """
+    saved, run = loaded.checkpoint.get("held_out"), loaded.options
     if not saved:
         return False
+    held_out_files = (run.valid_file, run.test_file)
+    if all(held_out_files) and held_out_files == (options.valid_file, options.test_file):
+        return options.data_file is not None and _same_place(options.data_file, run.data_file)
     try:
         corpus = lm.open_text(options)
         splits = {split: lm.open_split(corpus, split, loaded.tokenizer, loaded.options) for split in HELD_OUT}
     except DataError:  # too short to hold out a part, or unreadable; scoring an unreadable text raises the error again
         return False
     return held_out(options, splits) == saved
+
+
+def _same_place(file: str, other: str | None) -> bool:
+    """Returns whether two paths or patterns name the same place."""
+    return other is not None and Path(file).absolute() == Path(other).absolute()
 
 
 def score_other_text(loaded: lm.LoadedRun, options: LanguageModelOptions, file: str, text_column: str | None) -> ScoredText:
@@ -122,7 +135,12 @@ def score_other_text(loaded: lm.LoadedRun, options: LanguageModelOptions, file: 
     if column is None and loaded.options.data_file is not None:
         column = options.text_column
     corpus = open_corpus(
-        data_file=file, valid_file=file, test_file=file, text_column=column, invalid_utf8=options.invalid_utf8
+        data_file=file,
+        valid_file=file,
+        test_file=file,
+        text_column=column,
+        invalid_utf8=options.invalid_utf8,
+        null_text=options.null_text,
     )
     return _score(loaded, file, _whole(corpus, loaded), options)
 

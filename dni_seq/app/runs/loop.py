@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
@@ -177,7 +178,7 @@ class TrainingRun(ABC):
     @property
     def how_to_resume(self) -> str:
         """The options that resume this run, as words of the command line."""
-        return f"--run-dir {self.run.path} --resume auto"
+        return f"--run-dir {shlex.quote(str(self.run.path))} --resume auto"
 
     @abstractmethod
     def done(self) -> bool:

@@ -99,6 +99,8 @@ def read_run(path: Path) -> Run:
         saved = saved_cpu_seconds(run, summary)
         cpu_seconds = {step: saved[tokens[step]] for step in steps if tokens[step] in saved} | cpu_seconds
     validations = (Validation(s, curve[s], tokens[s], seconds[s], cpu_seconds.get(s)) for s in steps)
+    if summary.get("steps", steps[-1]) < steps[-1]:  # it was written before the run was extended
+        summary = {}
     return Run(path, config, tuple(validations), summary)
 
 

@@ -142,6 +142,24 @@ def test_another_text_is_scored_whole(run, tmp_path, capsys):
     assert unknown == f"tokens outside the vocabulary: {other} {stream.unknown_share:.2%}"
 
 
+def test_another_text_is_scored_although_both_held_out_texts_have_their_files(tmp_path, capsys):
+    valid, test = (write(tmp_path / f"{name}.txt", LINES[:40]) for name in ("valid", "test"))
+    run = trained(tmp_path, "--valid-file", valid, "--test-file", test)
+    other = write(tmp_path / "other.txt", LINES[:30])
+    assert evaluated(capsys, str(run), "--data-file", other)[0].startswith(f"{other}: loss ")
+    assert evaluated(capsys, str(run), "--data-file", str(tmp_path / "own.txt")) == evaluated(capsys, str(run))
+
+
+def test_what_an_error_of_another_text_advises_works(run, tmp_path, capsys):
+    rows = write(tmp_path / "rows.jsonl", ['{"text": "some words of a row"}\n', '{"text": null}\n'] * 20)
+    assert "--null-text skip" in refused(capsys, evaluate_lm.main, str(run), "--data-file", rows)
+    assert evaluated(capsys, str(run), "--data-file", rows, "--null-text", "skip")[0].startswith(f"{rows}: loss ")
+    (tmp_path / "latin.txt").write_bytes("une forêt, une île\n".encode("latin-1") * 20)
+    latin = ("--data-file", str(tmp_path / "latin.txt"))
+    assert "--invalid-utf8 replace" in refused(capsys, evaluate_lm.main, str(run), *latin)
+    assert evaluated(capsys, str(run), *latin, "--invalid-utf8", "replace")[0].startswith(f"{latin[1]}: loss ")
+
+
 def test_a_text_that_is_shorter_than_the_lanes_is_scored(run, tmp_path, capsys):
     (score,) = evaluated(capsys, str(run), "--data-file", write(tmp_path / "short.txt", ["line"]))
     assert score.startswith(f"{tmp_path / 'short.txt'}: loss ")

@@ -260,12 +260,12 @@ def test_a_checkpoint_is_written_after_its_points(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_stopped_run_resumes_bit_identically(number, status, tmp_path, capsys):
-    run = tmp_path / "run"
+    run = tmp_path / "a run"
     assert train(tmp_path / "whole") == 0
     capsys.readouterr()
     assert train(run, at={7: lambda run: os.kill(os.getpid(), number)}) == status
     _, end = capsys.readouterr().out.splitlines()
-    assert end == f"stopped at step 7; to resume: --run-dir {run} --resume auto"
+    assert end == f"stopped at step 7; to resume: --run-dir '{run}' --resume auto"
     assert load_checkpoint(RunDirectory(run).last)["trainer"]["steps"] == 7
     assert not (run / "summary.json").exists()
     wait_for_the_next_second()

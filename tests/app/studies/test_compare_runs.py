@@ -192,6 +192,16 @@ def test_a_run_that_resumes_shows_its_best_so_far(two_runs, capsys, tmp_path):
     assert finished.startswith(f"{two_runs / 'none'} ")
 
 
+def test_a_summary_from_before_a_run_was_extended_does_not_count(two_runs, capsys, tmp_path):
+    run = shutil.copytree(two_runs / "none", tmp_path / "none")
+    summary = json.loads((run / "summary.json").read_text())
+    (run / "summary.json").write_text(json.dumps({**summary, "steps": summary["steps"] - 1}))
+    assert compare_runs.main([str(run), str(two_runs / "none")]) == 0
+    extended, finished = capsys.readouterr().out.splitlines()[1:3]
+    assert "so far" in extended
+    assert "so far" not in finished
+
+
 @pytest.mark.parametrize("made", ["nothing", "config", "list"])
 def test_what_is_no_run_is_one_line_and_status_2(made, capsys, tmp_path):
     if made != "nothing":
