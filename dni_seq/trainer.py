@@ -173,7 +173,7 @@ class SequenceTrainer(TrainerSettings):
         """
         window = Window(inputs, targets, mask, ends, lookahead)
         check_window(window, self.runner.batch_dim)
-        inputs, targets, mask, ends, lookahead = finite_window(window)
+        inputs, targets, mask, ends, lookahead = finite_window(window, self.runner.batch_dim)
         with self._reentrancy_guard:
             self._gradients.check()
             start = self._stream.start(inputs)

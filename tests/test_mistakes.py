@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
@@ -390,8 +391,43 @@ def test_batch_first_windows_train_where_they_can():
     torch.testing.assert_close(losses[0], losses[1])
 
 
+class Reader(nn.Module):
+    """Reads vectors and predicts one number at each step."""
+
+    def __init__(self, batch_first: bool) -> None:
+        super().__init__()
+        self.rnn, self.readout = nn.GRU(2, HIDDEN, batch_first=batch_first), nn.Linear(HIDDEN, 1)
+
+    def forward(self, inputs, state):
+        outputs, state = self.rnn(inputs, state)
+        return self.readout(outputs), state
+
+
+@pytest.mark.parametrize("steps", [LANES, LANES + 2])
+def test_padding_behind_the_end_of_a_sequence_may_be_nan_in_both_layouts(steps):
+    """With as many steps as lanes a mistake in the dimension would not show in a shape."""
+    torch.manual_seed(1)
+    x, y = torch.randn(steps, LANES, 2), torch.randn(steps, LANES, 1)
+    mask = torch.ones(steps, LANES, dtype=torch.bool)
+    ends = torch.arange(LANES) == 0
+    mask[-2:, 0] = False
+    x[-2:, 0] = y[-2:, 0] = math.nan
+    losses = []
+    for batch_first in (False, True):
+        torch.manual_seed(0)
+        trainer = trainer_of(Reader(batch_first), lambda o, t: (o - t).square().mean(-1), batch_dim=0 if batch_first else 1)
+        turned = (tensor.transpose(0, 1) if batch_first else tensor for tensor in (x, y, mask))
+        inputs, targets, marked = turned
+        results = [trainer.step(inputs, targets, mask=marked, ends=ends) for _ in range(2)]
+        assert not any(result.skipped for result in results)
+        losses.append([result.loss for result in results])
+    torch.testing.assert_close(losses[0], losses[1])
+
+
 def test_batch_first_windows_are_refused_where_they_cannot():
     model = Tagger(batch_first=True)
+    with pytest.raises(ValueError, match="checkpoint_every needs time-major windows"):
+        trainer_of(model, unreduced, batch_dim=0).checkpoint_every = 2
     with pytest.raises(ValueError, match='reduction="lane-mean" needs time-major windows'):
         trainer_of(model, unreduced, batch_dim=0, reduction="lane-mean")
     lookahead = next(dni.with_lookahead([(ids(), ids())] * 2, 5)).lookahead

@@ -211,19 +211,21 @@ def finite_targets(targets: Any, counts: Tensor) -> Any:
     return states.map_floating(lambda leaf: torch.where(over(counts, leaf) | leaf.isfinite(), leaf, 0), targets)
 
 
-def finite_inputs(inputs: Any, counts: Tensor, ends: Tensor | None) -> Any:
+def finite_inputs(inputs: Any, counts: Tensor, ends: Tensor | None, batch_dim: int = 1) -> Any:
     """Returns inputs with zeros in place of NaNs and infinities after the last step that counts, in lanes that end.
 
     No loss that counts depends on these steps. At all other steps a NaN stays, because later steps depend on the input.
 
     Args:
-        inputs: [T, B, ...], a tensor or a nest of tensors.
-        counts: [T, B] bool, True for steps that count.
+        inputs: [T, B, ...], a tensor or a nest of tensors; [B, T, ...] if `batch_dim` is 0.
+        counts: [T, B] bool, True for steps that count; [B, T] if `batch_dim` is 0.
         ends: [B] bool, True for lanes whose sequence ends with the window; None if no sequence ends.
+        batch_dim: the dimension of the lanes.
     """
     if ends is None:
         return inputs
-    needed = counts.flip(0).cumsum(0).flip(0).bool() | ~ends  # this step or a later one counts
+    time, ended = (1, ends[:, None]) if batch_dim == 0 else (0, ends)
+    needed = counts.flip(time).cumsum(time).flip(time).bool() | ~ended  # this step or a later one counts
     return states.map_floating(lambda leaf: torch.where(over(needed, leaf) | leaf.isfinite(), leaf, 0), inputs)
 
 

@@ -49,7 +49,8 @@ class TrainerSettings:
     def checkpoint_every(self) -> int | None:
         """Length in steps of the chunks whose activations are computed again in the backward pass; None to keep them all.
 
-        Chunks save memory in long windows and cost one more forward pass. `loss_fn` must return unreduced losses [T, B].
+        Chunks save memory in long windows and cost one more forward pass. `loss_fn` must return unreduced losses [T, B], and
+        windows must be time-major.
         Default: None.
         """
         return self.runner.checkpoint_every
@@ -58,6 +59,8 @@ class TrainerSettings:
     def checkpoint_every(self, steps: int | None) -> None:
         if steps is not None and steps < 1:
             raise ValueError(f"checkpoint_every must be 1 or more steps, or None, got {steps}")
+        if steps is not None and self.runner.batch_dim != 1:
+            raise ValueError("checkpoint_every needs time-major windows [T, B, ...]: use batch_dim=1")
         if steps is not None and self.credit is not None and self.credit.auxiliary is not None:
             raise ValueError("checkpoint_every does not work with an auxiliary task: remove one of them")
         if steps is not None and self.credit is not None and self.credit.settings.message_every is not None:

@@ -62,13 +62,13 @@ def lanes_of(nest: Nest, name: str, batch_dim: int) -> int:
     return like.shape[batch_dim]
 
 
-def finite_window(window: Window) -> Window:
+def finite_window(window: Window, batch_dim: int = 1) -> Window:
     """Returns the window with zeros in place of NaNs and infinities at places on which no loss that counts depends."""
     inputs, targets, mask, ends, lookahead = window
     if mask is not None and all(
         leaf.shape[:2] == mask.shape for leaf in (*states.floating(inputs), *states.floating(targets))
     ):  # the loss rejects other masks
-        window = window._replace(inputs=finite_inputs(inputs, mask, ends), targets=finite_targets(targets, mask))
+        window = window._replace(inputs=finite_inputs(inputs, mask, ends, batch_dim), targets=finite_targets(targets, mask))
     if lookahead is not None and lookahead.mask is not None:
         counts = lookahead.counts
         inputs, targets = (finite_targets(part, counts) for part in (lookahead.inputs, lookahead.targets))
