@@ -242,7 +242,7 @@ def test_unsupported_cases_are_reported():
     with pytest.raises(ValueError, match="reduction must be one of"):
         future_gradient(model, reduction="median")
     with pytest.raises(ValueError, match="self-supervised synthesizer"):
-        make_trainer(model, "future-gradient", targets="lambda")
+        make_trainer(model, "future-gradient", targets="lambda", regress_every=None)
 
 
 def left_by(synthesizer, updates=400):
