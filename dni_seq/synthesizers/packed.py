@@ -189,7 +189,7 @@ class PackedSynthesizer(nn.Module):
     def _update(self, trained: list[int], wanted: Tensor) -> None:
         """Adds targets [B, n, S] of the horizons `trained` to the running mean squares, as `RunningRMS` does.
 
-        A horizon whose targets are not all finite is left out: a self-supervised synthesizer trains at that window too.
+        Skips a horizon whose targets are not all finite. They reach this method if a device skips the window.
         """
         counts = self.counts[trained] + 1
         weight = (1 / counts).clamp_min(1 - self.decay)
